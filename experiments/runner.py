@@ -20,7 +20,7 @@ from subspec_jax import ahead, offload, plan, probe
 from subspec_jax.check import compare_with_plain
 from subspec_jax.decode import Decoder, Round
 from subspec_jax.load import arrange, fetched, load_target, make_draft, random_target
-from subspec_jax.tree import TreeSpec
+from subspec_jax.tree import TreeSpec, cache_slots
 
 
 class Run:
@@ -98,6 +98,12 @@ class Run:
             f"{p.tokens_per_second(tau, self.link, self.memory):.1f} with {self.args.method} at "
             f"the published acceptance (tau {tau:.1f} at depth {p.spec.depth})",
         ]
+        if self.args.palu is not None:
+            own, plain = p.device["KV cache"], self.plain_cache_bytes(p)
+            lines.append(
+                f"KV cache of low-rank latents: {plan.show_bytes(own)} instead of "
+                f"{plan.show_bytes(plain)} with 16-bit keys and values, {1 - own / plain:.1%} less"
+            )
         if p.streamed == 0:
             lines.append("nothing streams: speculation cannot save a pass's copies here")
         if self.device["platform"] == "cpu":
@@ -105,6 +111,11 @@ class Run:
                          " look at tau and at the tokens, not at the seconds")  # fmt: skip
         for line in lines:
             self.console.print(line, style="dim", highlight=False)
+
+    def plain_cache_bytes(self, p) -> int:
+        """Bytes of the plan's cache with ordinary keys and values of 16 bits."""
+        cfg, slots = self.cfg, cache_slots(p.max_length, p.spec)
+        return 2 * 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * slots
 
     def settle_on(self, method: methods.Method):
         """Moves the target to the method's plan and returns its Decoder."""
@@ -271,7 +282,7 @@ class Run:
         args = dataclasses.asdict(self.args)
         for name in ("output", "stream", "compare", "method", "samples"):
             args.pop(name)
-        for name in ("checkpoint", "draft_checkpoint", "data_dir"):
+        for name in ("checkpoint", "draft_checkpoint", "data_dir", "palu"):
             args[name] = args[name] and args[name].expanduser().resolve()
         described = [args, self.cfg, method, self.plans[method.name]]
         return hashlib.sha256(repr(described).encode()).hexdigest()[:16]

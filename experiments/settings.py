@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 
 from experiments import methods
 from llm_jax import registry
 from llm_jax.checkpoint import open_checkpoint
+from llm_jax.params import abstract
 from llm_jax.sample import Sampler
+from palu_jax import store
 from subspec_jax import offload, plan
 from subspec_jax.accept import Gate
 from subspec_jax.decode import LengthError
@@ -83,11 +86,15 @@ def model_config(args, console):
     if args.weights == "random":
         if args.checkpoint is not None:
             raise methods.MethodError("--weights random needs no --checkpoint; drop one of them")
+        if args.palu is not None:
+            raise methods.MethodError("--palu was made from a checkpoint; drop --weights random")
         return None, dataclasses.replace(registry.lookup(args.model).config, dtype=wanted)
     path = registry.find(
         args.model, args.checkpoint, progress=lambda m: console.print(m, style="dim")
     )
     checkpoint = open_checkpoint(path)
+    if args.palu is not None:
+        checkpoint = store.PaluCheckpoint(checkpoint, store.describe(args.palu))
     cfg = checkpoint.config(wanted)
     checkpoint.check(cfg)
     if args.max_length > cfg.max_length:
@@ -146,6 +153,13 @@ def draft_config(args, cfg, checkpoint):
     return found
 
 
+@functools.cache
+def target_shapes(palu, cfg):
+    """The target as shapes and dtypes; `palu` is the folder of a stored conversion or None."""
+    plain = abstract(cfg)
+    return plain if palu is None else store.abstract_layers(store.describe(palu), plain, cfg)
+
+
 def make_plan(args, cfg, method, limit, resident=None, table_on_host=None) -> plan.Plan:
     return plan.make_plan(
         cfg,
@@ -157,6 +171,7 @@ def make_plan(args, cfg, method, limit, resident=None, table_on_host=None) -> pl
         ahead=args.ahead,
         resident=args.resident if resident is None else resident,
         table_on_host=args.table_on_host if table_on_host is None else table_on_host,
+        model=target_shapes(args.palu, cfg),
     )
 
 

@@ -4,6 +4,7 @@
     python -m experiments.speculative --model qwen2.5-7b --memory-limit 8GB --benchmark mt-bench
     python -m experiments.speculative --model qwen2.5-7b --weights random --memory-limit 8GB \\
         --replay-acceptance published
+    python -m experiments.speculative --palu FOLDER     (from experiments.palu --save FOLDER)
 
 Without flags: SmolLM2-135M on built-in prompts, with a memory limit that forces three quarters of
 its layers to stream. `README.md` has the numbers these commands printed.
@@ -24,6 +25,7 @@ from experiments import benchmarks, methods, report, settings
 from experiments.runner import Run
 from llm_jax.checkpoint import CheckpointError
 from llm_jax.config import ConfigError
+from palu_jax.store import StoreError
 from subspec_jax.decode import LengthError
 from subspec_jax.plan import PlanError
 
@@ -35,6 +37,7 @@ USER_ERRORS = (
     ConfigError,
     LengthError,
     PlanError,
+    StoreError,
 )
 
 
@@ -48,6 +51,9 @@ class Speculative:
     """A local folder with safetensors, or a GGUF file, in place of the registered source."""
     weights: Literal["checkpoint", "random"] = "checkpoint"
     """random: no checkpoint, only the architecture, for timing (see --replay-acceptance)."""
+    palu: Path | None = None
+    """A folder that experiments.palu --save wrote: the model with a low-rank, quantized KV cache.
+    Its own tokens are decoded, exactly."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""
     memory_limit: str = "auto"

@@ -30,6 +30,12 @@ class Step:
     """Rotary position of each; in a tree it is the depth that counts, not the slot."""
     mask_BTS: jax.Array
     """True where a query may look at a slot; B may be 1. Every row needs one True."""
+    slot_BS: jax.Array | None = None
+    """Rotary position of every slot, for caches whose keys are not rotated yet; B may be 1.
+    None: a slot's position is its number."""
+    causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    """Known when compiling: tokens see all slots up to their own and positions are slots, so that
+    a kernel for one query need not read the mask."""
 
 
 def causal_step(at, length: int, slots: int) -> Step:
@@ -37,7 +43,7 @@ def causal_step(at, length: int, slots: int) -> Step:
     at = jnp.asarray(at, jnp.int32)
     position_T = at + jnp.arange(length, dtype=jnp.int32)
     seen = jnp.arange(slots, dtype=jnp.int32)[None, None, :] <= position_T[None, :, None]
-    return Step(at, position_T[None], seen)
+    return Step(at, position_T[None], seen, causal=True)
 
 
 def along_last(vector, x):
@@ -79,7 +85,8 @@ def rope(x_BTNH, position_BT, cfg: Config):
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-    """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, H]; softmax in float32."""
+    """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, width of v]; softmax in
+    float32."""
     with jax.named_scope("attend"):
         B, T, N, H = q_BTNH.shape
         q_BTKGH = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H)
@@ -89,7 +96,21 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
         logits = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) * (H**-0.5)
         weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], logits, -1e30), axis=-1)
         y_BTKGH = product("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH)
-        return y_BTKGH.astype(q_BTNH.dtype).reshape(B, T, N, H)
+        return y_BTKGH.astype(q_BTNH.dtype).reshape(B, T, N, -1)
+
+
+def caches_for(params, cfg: Config, batch: int, slots: int, scratch: int = 0) -> tuple:
+    """An empty cache for every layer, of the kind its attention fills.
+
+    `scratch` is the most slots beyond the committed text that are in use at once (a draft tree's).
+    """
+    return tuple(empty_cache(layer.attn, cfg, batch, slots, scratch) for layer in params.layers)
+
+
+@functools.singledispatch
+def empty_cache(p, cfg: Config, batch: int, slots: int, scratch: int = 0):
+    """The empty cache that `attention` with these parameters fills; `KV` unless registered."""
+    return KV.empty(cfg, batch, slots)
 
 
 @functools.singledispatch

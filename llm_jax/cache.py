@@ -20,6 +20,13 @@ class KV:
     k_BSKH: jax.Array
     v_BSKH: jax.Array
 
+    @property
+    def slots(self) -> int:
+        return self.k_BSKH.shape[1]
+
+    def move(self, source, at) -> "KV":
+        return jax.tree.map(lambda buffer: move_rows(buffer, source, at), self)
+
     @classmethod
     def empty(cls, cfg: Config, batch: int, slots: int) -> "KV":
         """Zeroed slots on the default device."""
@@ -28,7 +35,7 @@ class KV:
 
 
 def empty_caches(cfg: Config, batch: int, slots: int) -> tuple[KV, ...]:
-    """One empty cache a layer."""
+    """One empty `KV` a layer; `llm_jax.attention.caches_for` knows what a converted layer keeps."""
     return tuple(KV.empty(cfg, batch, slots) for _ in range(cfg.layers))
 
 
@@ -39,10 +46,15 @@ def write(buffer_BS, new_BT, at):
     )
 
 
-def move(cache, source, at):
-    """A cache with the rows of slots `source[R]` moved to slots at … at+R-1; no other slot changes.
+def move_rows(buffer_BS, source, at):
+    """`buffer` with the rows of slots `source[R]` copied to slots at … at+R-1.
 
     All rows are read before any is written, so source and destination may overlap:
     source [5, 7, 8] at 5 turns slots 5 6 7 8 9 from a b c d e into a c d d e.
     """
-    return jax.tree.map(lambda b: write(b, jnp.take(b, source, axis=1, mode="clip"), at), cache)
+    return write(buffer_BS, jnp.take(buffer_BS, source, axis=1, mode="clip"), at)
+
+
+def move(caches, source, at):
+    """Caches of any kind with slots `source[R]` moved to slots at … at+R-1, no other changed."""
+    return jax.tree.map(lambda c: c.move(source, at), caches, is_leaf=lambda c: hasattr(c, "move"))

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.attention import causal_step
-from llm_jax.cache import empty_caches
+from llm_jax.attention import caches_for, causal_step
 from llm_jax.config import Config
 from llm_jax.model import forward, hidden, unembed
 from llm_jax.params import Params
@@ -34,7 +33,7 @@ def chunks(tokens, slots: int, chunk: int, start: int = 0):
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="caches")
 def _prefill(params, tokens_1T, caches, at, real, cfg):
-    step = causal_step(at, tokens_1T.shape[1], caches[0].k_BSKH.shape[1])
+    step = causal_step(at, tokens_1T.shape[1], caches[0].slots)
     x, caches = hidden(params, tokens_1T, caches, step, cfg)
     last = jax.lax.dynamic_slice_in_dim(x, real - 1, 1, axis=1)
     return unembed(params, last, cfg)[:, 0], caches
@@ -44,7 +43,7 @@ def prefill(params: Params, prompt, caches, cfg: Config, chunk: int = 512):
     """(logits_1V behind the prompt, caches holding it in slots 0 … len(prompt)-1)."""
     if not len(prompt):
         raise ValueError("the prompt is empty; at least one token is needed")
-    slots = caches[0].k_BSKH.shape[1]
+    slots = caches[0].slots
     if len(prompt) > slots:
         raise ValueError(f"the prompt has {len(prompt)} tokens and the cache {slots} slots")
     for tokens, at, real in chunks(prompt, slots, chunk):
@@ -61,7 +60,7 @@ def decode(params, token, caches, at, key, cfg, steps, sampler=Sampler(), eos=()
     `token` [1] stands at position `at` and is not in the caches yet. Returns (tokens [steps], how
     many are valid, caches); generation stops behind the first token of `eos`. Caches are donated.
     """
-    slots = caches[0].k_BSKH.shape[1]
+    slots = caches[0].slots
     stop = jnp.asarray(eos or (-1,), jnp.int32)
 
     def unfinished(carry):
@@ -85,7 +84,8 @@ def generate(
 ) -> list[int]:
     """Up to `steps` new tokens behind the prompt, as plain ints; batch of one."""
     key = jax.random.key(seed)
-    logits, caches = prefill(params, prompt, empty_caches(cfg, 1, len(prompt) + steps), cfg)
+    caches = caches_for(params, cfg, 1, len(prompt) + steps)
+    logits, caches = prefill(params, prompt, caches, cfg)
     first = sampler.draw(logits, key, jnp.array([len(prompt)], jnp.int32))
     if steps <= 1 or int(first[0]) in eos:
         return [int(first[0])][:steps]

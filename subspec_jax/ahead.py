@@ -12,10 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llm_jax.attention import causal_step
-from llm_jax.cache import empty_caches
+from llm_jax.attention import caches_for, causal_step
 from llm_jax.generate import chunk_sizes
-from llm_jax.params import Params, init_layer
+from llm_jax.params import Params
 from llm_jax.quantize import QuantizedTable, quantize
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate
@@ -45,21 +44,25 @@ def compile_ahead(plan: Plan, sampler: Sampler, gate: Gate | None = None, replay
     at = jax.ShapeDtypeStruct((), jnp.int32, sharding=device)
     array = lambda *shape: jax.ShapeDtypeStruct(shape, cfg.dtype, sharding=device)
 
-    layer = shapes(lambda k: init_layer(k, cfg), key)
+    layers = placed(plan.model.layers)
     table = array(cfg.vocab, cfg.d_model)
     head = None if cfg.tied else array(cfg.d_model, cfg.vocab)
-    params = Params(table, (layer,) * cfg.layers, array(cfg.d_model), head)
+    params = Params(table, layers, array(cfg.d_model), head)
     top = dataclasses.replace(params, embed_VD=None if plan.table_on_host else table, layers=())
     slots = cache_slots(plan.max_length, spec)
-    caches = shapes(lambda: empty_caches(cfg, 1, slots))
+    caches = shapes(functools.partial(caches_for, plan.model, cfg, 1, slots, spec.places + 1))
+    # Layers of one shape share their programs.
+    kinds = {str(jax.tree.structure(l)) + str(jax.tree.leaves(l)): i for i, l in enumerate(layers)}
 
     tree = shapes(lambda: seedling(jnp.int32(0), spec))
     cut, _, step = shapes(lambda t: lay_out(t, jnp.int32(0), spec, slots), tree)
-    jit_block.lower(layer, array(1, spec.nodes, cfg.d_model), caches[0], step, cfg).compile()
-    for length in chunk_sizes(plan.chunk):
-        causal = jax.eval_shape(functools.partial(causal_step, 0, length, slots))
-        rows = array(1, length, cfg.d_model)
-        jit_block.lower(layer, rows, caches[0], causal, cfg).compile()
+    for i in kinds.values():
+        tokens = array(1, spec.nodes, cfg.d_model)
+        jit_block.lower(layers[i], tokens, caches[i], step, cfg).compile()
+        for length in chunk_sizes(plan.chunk):
+            causal = jax.eval_shape(functools.partial(causal_step, 0, length, slots))
+            rows = array(1, length, cfg.d_model)
+            jit_block.lower(layers[i], rows, caches[i], causal, cfg).compile()
     last_logits.lower(top, array(1, 1, cfg.d_model), cfg).compile()
     rows = array(1, spec.nodes, cfg.d_model)
     settle.lower(
@@ -70,11 +73,11 @@ def compile_ahead(plan: Plan, sampler: Sampler, gate: Gate | None = None, replay
         return
     bits, group = plan.draft.bits, plan.draft.group
     low = lambda w: quantize(w, bits, group, 0) if w.ndim == 2 else w
-    substitute = shapes(lambda l: jax.tree.map(low, l), layer)
+    substitute = lambda layer: shapes(lambda l: jax.tree.map(low, l), layer)
     shared = plan.resident if plan.draft.share_resident else 0
     if plan.table_on_host:
         table = shapes(lambda t: QuantizedTable(quantize(t.T, bits, group, 0)), table)
-    layers = (layer,) * shared + (substitute,) * (cfg.layers - shared)
+    layers = layers[:shared] + tuple(map(substitute, layers[shared:]))
     draft = dataclasses.replace(params, embed_VD=table, layers=layers)
     gain = jax.ShapeDtypeStruct((), jnp.float32, sharding=device)
     grow.lower(draft, tree, caches, at, key, gain, cfg, spec, sampler).compile()

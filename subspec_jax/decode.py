@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.cache import empty_caches
+from llm_jax.attention import caches_for
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate
 from subspec_jax.offload import settled
@@ -46,7 +46,9 @@ class Decoder:
     def __post_init__(self):
         spec = self.proposer.spec
         self.slots = cache_slots(self.max_length, spec)
-        self.caches = list(settled(empty_caches(self.target.cfg, 1, self.slots)))
+        target = self.target
+        caches = caches_for(target.params, target.cfg, 1, self.slots, spec.places + 1)
+        self.caches = list(settled(caches))
         self.watch: Callable[[], None] | None = None
         """Called between the layers of a pass, to look at memory."""
 

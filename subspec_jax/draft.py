@@ -14,7 +14,15 @@ from llm_jax.attention import Step
 from llm_jax.config import Config
 from llm_jax.model import forward
 from llm_jax.sample import Sampler
-from subspec_jax.tree import Tree, TreeSpec, add_candidates, commit, expected_gain, node_mask
+from subspec_jax.tree import (
+    Tree,
+    TreeSpec,
+    add_candidates,
+    commit,
+    expected_gain,
+    node_mask,
+    node_positions,
+)
 
 
 def extend(draft, tree: Tree, caches, at, key, cfg: Config, spec: TreeSpec, sampler: Sampler):
@@ -26,8 +34,9 @@ def extend(draft, tree: Tree, caches, at, key, cfg: Config, spec: TreeSpec, samp
     tree = commit(tree, spec)
     rows_w = first + jnp.arange(spec.width)
     position_w = at + tree.depth_E[rows_w]
-    slots = jax.tree.leaves(caches)[0].shape[1]
-    step = Step(at + first, position_w[None], node_mask(tree, rows_w, at, slots))
+    slots = caches[0].slots
+    mask, positions = node_mask(tree, rows_w, at, slots), node_positions(tree, at, slots)
+    step = Step(at + first, position_w[None], mask, positions)
     logits, caches = forward(draft, tree.token_E[rows_w][None], caches, step, cfg)
     if spec.coupled:
         scores = sampler.perturbed(logits[0], key, position_w + 1)

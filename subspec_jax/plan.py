@@ -4,9 +4,14 @@ Pure arithmetic on a `Config`; no device is touched, so the allocator can be lim
 """
 
 import dataclasses
+import functools
 import math
 
+import jax
+
+from llm_jax.attention import caches_for
 from llm_jax.config import DTYPES, Config
+from llm_jax.params import Attention, Params, abstract
 from llm_jax.quantize import check_grouping, quantized_bytes
 from subspec_jax.tree import TreeSpec, cache_slots
 from subspec_jax.verify import ROWS
@@ -77,6 +82,8 @@ class Plan:
     host: dict[str, int]
     streamed_bytes: int
     """What one pass of the target streams."""
+    model: Params = dataclasses.field(repr=False)
+    """The target as shapes and dtypes."""
 
     @property
     def streamed(self) -> int:
@@ -99,10 +106,10 @@ class Plan:
         if d.bits is None:
             return 0
         shared = self.resident if d.share_resident else 0
-        layer = cfg.layer_matrix_elements * DTYPES[cfg.dtype]
+        layers = self.model.layers
         head = cfg.vocab * cfg.d_model * DTYPES[cfg.dtype]
-        drafted = (cfg.layers - shared) * (_substitute_bytes(cfg, d) + 2 * layer)
-        return shared * layer + drafted + head
+        drafted = sum(_substitute_bytes(l, d) + 2 * matrix_bytes(l) for l in layers[shared:])
+        return sum(map(matrix_bytes, layers[:shared])) + drafted + head
 
     def pass_seconds(self, link: float) -> float:
         """A streamed pass at `link` bytes a second, with nothing else in the way."""
@@ -126,24 +133,43 @@ def published_tau(depth: int, hazard: float = 0.9749) -> float:
     return (1 - hazard ** (depth + 1)) / (1 - hazard)
 
 
-def _substitute_bytes(cfg: Config, draft: Draft) -> int:
-    return sum(
-        quantized_bytes(*shape, draft.bits, draft.group) for shape in cfg.layer_matrices.values()
-    )
+def _bytes(leaf) -> int:
+    return leaf.size * leaf.dtype.itemsize
 
 
-def _cache_bytes(cfg: Config, slots: int) -> int:
-    return 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * slots * DTYPES[cfg.dtype]
+def matrix_bytes(layer) -> int:
+    """Bytes of a layer that move when it is streamed: all but its vectors."""
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(layer) if leaf.ndim > 1)
 
 
-def work_bytes(cfg: Config, spec: TreeSpec, draft: Draft, slots: int, chunk: int) -> int:
-    """Scratch of the largest program: a prefill or verify block, the head, or a draft step."""
+def _substitute_bytes(layer, draft: Draft) -> int:
+    """Bytes of what `subspec_jax.substitute` makes of the layer, its vectors left out."""
+    low = lambda leaf: quantized_bytes(*leaf.shape, draft.bits, draft.group)
+    matrices = [leaf for leaf in jax.tree.leaves(layer) if leaf.ndim > 1]
+    return sum(low(leaf) if leaf.ndim == 2 else _bytes(leaf) for leaf in matrices)
+
+
+def cache_bytes(model: Params, cfg: Config, slots: int, scratch: int) -> int:
+    """Bytes of the caches that a model of these shapes fills."""
+    empty = functools.partial(caches_for, model, cfg, 1, slots, scratch)
+    return sum(map(_bytes, jax.tree.leaves(jax.eval_shape(empty))))
+
+
+def work_bytes(
+    cfg: Config, spec: TreeSpec, draft: Draft, slots: int, chunk: int, plain: bool = True
+) -> int:
+    """Scratch of the largest program: a prefill or verify block, the head, or a draft step.
+
+    Where the cache does not hold keys and values as they are (`plain` is False), one layer's are
+    rebuilt.
+    """
     size = DTYPES[cfg.dtype]
+    rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
 
     def block(tokens):
         scores = cfg.heads * tokens * slots * (4 + size)  # logits in float32, weights in the dtype
         wide = tokens * (3 * cfg.d_ff + 6 * cfg.d_model) * size
-        return scores + wide + tokens * slots
+        return scores + wide + tokens * slots + rebuilt
 
     head = 2 * min(ROWS, spec.nodes) * cfg.vocab * 4
     largest = max(rows * columns for rows, columns in cfg.layer_matrices.values())
@@ -153,34 +179,37 @@ def work_bytes(cfg: Config, spec: TreeSpec, draft: Draft, slots: int, chunk: int
     return max(block(max(chunk, spec.nodes)), head, step)
 
 
-def _lay_out(cfg, spec, draft, max_length, chunk, ahead, resident, table_on_host):
+def _lay_out(model, cfg, spec, draft, max_length, chunk, ahead, resident, table_on_host, cache):
     """(device items, host items) of one way to place things."""
     size = DTYPES[cfg.dtype]
-    layer = cfg.layer_matrix_elements * size
+    matrices = [matrix_bytes(layer) for layer in model.layers]
     table = cfg.vocab * cfg.d_model * size
     streamed = cfg.layers - resident
     slots = cache_slots(max_length, spec)
+    vectors = sum(map(_bytes, jax.tree.leaves(model.layers))) - sum(matrices)
+    plain = all(type(layer.attn) is Attention for layer in model.layers)
     device = {
         "embedding": 0 if table_on_host else table,
         "output head": 0 if cfg.tied else table,
-        "norms and biases": (cfg.layers * cfg.layer_vector_elements + cfg.d_model) * size,
-        "resident layers": resident * layer,
-        "streaming ring": min(ahead + 1, streamed) * layer,
-        "KV cache": _cache_bytes(cfg, slots),
+        "norms and biases": vectors + cfg.d_model * size,
+        "resident layers": sum(matrices[:resident]),
+        "streaming ring": min(ahead + 1, streamed) * max(matrices[resident:], default=0),
+        "KV cache": cache,
     }
     if draft.bits is not None:
-        count = streamed if draft.share_resident else cfg.layers
-        device["substitutes"] = count * _substitute_bytes(cfg, draft)
+        drafted = model.layers[resident if draft.share_resident else 0 :]
+        device["substitutes"] = sum(_substitute_bytes(layer, draft) for layer in drafted)
         if table_on_host:
             table_copy = quantized_bytes(cfg.d_model, cfg.vocab, draft.bits, draft.group)
             device["substitute embedding"] = table_copy
     if draft.model is not None:
         device["draft model"] = draft.model.parameter_count * DTYPES[draft.model.dtype]
-        device["draft KV cache"] = _cache_bytes(draft.model, slots)
+        small = abstract(draft.model)
+        device["draft KV cache"] = cache_bytes(small, draft.model, slots, spec.places)
     elif draft.own_cache:
-        device["draft KV cache"] = _cache_bytes(cfg, slots)
-    device["work space"] = work_bytes(cfg, spec, draft, slots, chunk)
-    host = {"streamed layers": streamed * layer, "embedding": table if table_on_host else 0}
+        device["draft KV cache"] = cache
+    device["work space"] = work_bytes(cfg, spec, draft, slots, chunk, plain)
+    host = {"streamed layers": sum(matrices[resident:]), "embedding": table if table_on_host else 0}
     return device, host
 
 
@@ -195,9 +224,11 @@ def make_plan(
     resident: int | None = None,
     table_on_host: bool | None = None,
     spare: float = 0.02,
+    model: Params | None = None,
 ) -> Plan:
     """The plan that streams least: as many resident layers as the limit holds.
 
+    `model` is a tree of shapes and dtypes, where the layers are not the plain ones of `cfg`.
     `resident` and `table_on_host` fix a choice that is otherwise made here; a tied table is the
     head and stays on the device. `spare` of the limit is left to the allocator's rounding. Raises
     PlanError, with the least limit that would work, if even streaming everything does not fit.
@@ -212,20 +243,22 @@ def make_plan(
         raise PlanError("this model's head is its embedding table, which must be on the device")
     if draft.bits is not None:
         try:
-            for name, (rows, _) in cfg.layer_matrices.items():
-                check_grouping(name, rows, draft.bits, draft.group)
+            for path, leaf in jax.tree.leaves_with_path((model or abstract(cfg)).layers[0]):
+                if leaf.ndim == 2:
+                    check_grouping(path[-1].name, leaf.shape[0], draft.bits, draft.group)
         except ValueError as e:
             raise PlanError(
                 f"substitutes of {draft.bits} bits in groups of {draft.group}: {e}"
             ) from e
 
     usable = int(limit * (1 - spare))
-    layer = cfg.layer_matrix_elements * DTYPES[cfg.dtype]
+    model = model or abstract(cfg)
+    cache = cache_bytes(model, cfg, cache_slots(max_length, spec), spec.places + 1)
     tables = [False] if cfg.tied else [False, True] if table_on_host is None else [table_on_host]
     found, least = None, None
     for on_host in tables:
         for r in range(cfg.layers + 1) if resident is None else [resident]:
-            items = _lay_out(cfg, spec, draft, max_length, chunk, ahead, r, on_host)
+            items = _lay_out(model, cfg, spec, draft, max_length, chunk, ahead, r, on_host, cache)
             total = sum(items[0].values())
             least = total if least is None else min(least, total)
             # Ties go to the table on the device, which is the simpler arrangement.
@@ -251,5 +284,6 @@ def make_plan(
         ahead=ahead,
         device={name: count for name, count in device.items() if count},
         host={name: count for name, count in host.items() if count},
-        streamed_bytes=(cfg.layers - r) * layer,
+        streamed_bytes=sum(map(matrix_bytes, model.layers[r:])),
+        model=model,
     )

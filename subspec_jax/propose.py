@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.attention import causal_step
-from llm_jax.cache import empty_caches, move
+from llm_jax.attention import caches_for, causal_step
+from llm_jax.cache import move
 from llm_jax.config import Config
 from llm_jax.generate import prefill
 from llm_jax.model import hidden
@@ -130,8 +130,10 @@ class ModelDraft(Proposer):
 
     def start(self, state, slots, chunk):
         if self.own_cache:
-            if self._caches is None or self._caches[0].k_BSKH.shape[1] != slots:
-                self._caches = settled(empty_caches(self.cfg, 1, slots))
+            if self._caches is None or self._caches[0].slots != slots:
+                self._caches = settled(
+                    caches_for(self.params, self.cfg, 1, slots, self.spec.places)
+                )
             _, self._caches = prefill(self.params, state.tokens[:-1], self._caches, self.cfg, chunk)
             # Compiled here and not in some later round; the root's own step overwrites the slot.
             root = jnp.array([state.tokens[-1:]], jnp.int32)
@@ -205,7 +207,7 @@ def _move(caches, source, at):
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="caches")
 def _remember(params, token, caches, at, cfg):
-    step = causal_step(at, 1, caches[0].k_BSKH.shape[1])
+    step = causal_step(at, 1, caches[0].slots)
     return hidden(params, token, caches, step, cfg)[1]
 
 

@@ -14,12 +14,13 @@ from subspec_jax.offload import fetch, settled
 def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: int = 20) -> Layer:
     """The layer with every matrix quantized, on the device; norms and biases are the same buffers.
 
-    Matrices in host memory are brought over one at a time.
+    Matrices in host memory are brought over one at a time. Arrays of more axes, such as a low-rank
+    layer's small factors, stay as they are.
     """
 
     def one(w):
         if w.ndim != 2:
-            return w
+            return fetch(w)
         return jax.block_until_ready(quantize(fetch(w), bits, group, iterations))
 
     return jax.tree.map(one, layer)

@@ -223,6 +223,14 @@ def node_mask(tree: Tree, rows, at, slots: int):
     return (of_tree | (slot < at)[None])[None]
 
 
+def node_positions(tree: Tree, at, slots: int):
+    """[1, slots]: the rotary position of every slot; node i stands in slot at + i at its depth."""
+    slot = jnp.arange(slots, dtype=jnp.int32)
+    inside = (slot >= at) & (slot < at + tree.depth_E.shape[0])
+    place = jnp.clip(slot - at, 0, tree.depth_E.shape[0] - 1)
+    return jnp.where(inside, at + tree.depth_E[place], slot)[None]
+
+
 def replant(tree: Tree, verified, last, token, spec: TreeSpec):
     """(the next round's tree, the old place of each of its nodes [extra * w]).
 

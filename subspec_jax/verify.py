@@ -20,7 +20,7 @@ from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
 from subspec_jax.offload import Stream, rows_of, settled
-from subspec_jax.tree import Tree, TreeSpec, node_mask, replant
+from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
 ROWS = 64
 """Rows of logits made at a time: 64 x 152,064 float32 are 39 MB, all 289 would be 176 MB."""
@@ -94,7 +94,7 @@ def last_logits(top, x_11D, cfg):
 
 def prefill(target: Target, prompt, caches: list, chunk: int, progress: Callable | None = None):
     """(logits_1V behind the prompt, bytes streamed): one streamed pass a chunk."""
-    slots, streamed = jax.tree.leaves(caches)[0].shape[1], 0
+    slots, streamed = caches[0].slots, 0
     for tokens, at, real in chunks(prompt, slots, chunk):
         stream = target.stream()
         step = causal_step(at, tokens.shape[1], slots)
@@ -118,7 +118,10 @@ def lay_out(tree: Tree, at, spec: TreeSpec, slots: int):
         ancestor_EE=tree.ancestor_EE[:n, :n],
     )
     mask = node_mask(cut, jnp.arange(n), at, slots)
-    return cut, cut.token_E[None], Step(at, (at + cut.depth_E)[None], mask)
+    alone = n == 1  # plain decoding: a tree of the root
+    positions = None if alone else node_positions(cut, at, slots)
+    step = Step(at, (at + cut.depth_E)[None], mask, positions, causal=alone)
+    return cut, cut.token_E[None], step
 
 
 def judge(

@@ -1,0 +1,1 @@
+"""Low-rank, quantized KV caches as transformations of parameters (Palu, arXiv 2407.21118)."""

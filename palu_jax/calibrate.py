@@ -1,0 +1,280 @@
+"""What a model does to text: moments of activations and gradients, layer by layer.
+
+One forward pass and, for gradients, one backward pass over layers that are brought to the device
+one after another: memory holds two layers, their inputs for one batch, and the sums.
+
+Letters: B sequences, T tokens of each, D model, K kv heads, H head size, F = K * H.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+
+from llm_jax.attention import Step, attend, attention, causal_step, projected, rms_norm, rope
+from llm_jax.config import Config
+from llm_jax.linear import linear
+from llm_jax.model import block, embed, unembed
+from llm_jax.params import Attention, Params
+
+HIGHEST = jax.lax.Precision.HIGHEST
+VERSION = 1
+
+
+class CalibrationError(ValueError):
+    """Statistics that do not belong to this model or text; the message says what differs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStatistics:
+    """One layer's moments, float32 NumPy arrays. x is the input of attention, behind its norm."""
+
+    gram_DD: np.ndarray
+    """Mean over tokens of x x^T."""
+    mean_D: np.ndarray
+    """Mean of x."""
+    query_KHH: np.ndarray
+    """Mean of q q^T, queries before their rotation, summed over the heads that share a kv head."""
+    grad_k_FF: np.ndarray | None = None
+    """Mean over tokens of g g^T, g the loss's gradient for a key, before norm and rotation."""
+    grad_v_FF: np.ndarray | None = None
+    fisher_k_DF: np.ndarray | None = None
+    """Mean over sequences of the squared gradient for the key projection (Fisher information)."""
+    fisher_v_DF: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Moments of all layers, over so many tokens of so many sequences."""
+
+    layers: tuple[LayerStatistics, ...]
+    tokens: int
+    sequences: int
+
+    @property
+    def gradients(self) -> bool:
+        return self.layers[0].grad_k_FF is not None
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """Attention with addends to its keys and values, to differentiate by; needs no cache."""
+
+    attn: Attention
+    dk_BTKH: jax.Array
+    dv_BTKH: jax.Array
+
+
+@attention.register
+def _(p: Probed, x_BTD, cache, step: Step, cfg: Config):
+    a = p.attn
+    q = projected(a.q, a.q_bias, x_BTD, cfg.head_dim)
+    k = projected(a.k, a.k_bias, x_BTD, cfg.head_dim) + p.dk_BTKH
+    v = projected(a.v, a.v_bias, x_BTD, cfg.head_dim) + p.dv_BTKH
+    if a.q_norm is not None:
+        q, k = rms_norm(q, a.q_norm, cfg.norm_eps), rms_norm(k, a.k_norm, cfg.norm_eps)
+    q, k = rope(q, step.position_BT, cfg), rope(k, step.position_BT, cfg)
+    y_BTNH = attend(q, k, v, step.mask_BTS)
+    return linear(a.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cache
+
+
+def _probed(layer, x_BTD, dk, dv, cfg):
+    T = x_BTD.shape[1]
+    layer = dataclasses.replace(layer, attn=Probed(layer.attn, dk, dv))
+    return block(layer, x_BTD, None, causal_step(0, T, T), cfg)[0]
+
+
+def _no_change(x_BTD, cfg):
+    return jnp.zeros((*x_BTD.shape[:2], cfg.kv_heads, cfg.head_dim), x_BTD.dtype)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _forward(layer, x_BTD, cfg):
+    """(x behind the layer, sums over tokens of x x^T, x and q q^T)."""
+    zero = _no_change(x_BTD, cfg)
+    h = rms_norm(x_BTD, layer.attn_norm, cfg.norm_eps)
+    q = projected(layer.attn.q, layer.attn.q_bias, h, cfg.head_dim)
+    if layer.attn.q_norm is not None:
+        q = rms_norm(q, layer.attn.q_norm, cfg.norm_eps)
+    h, q = h.astype(jnp.float32), q.astype(jnp.float32)
+    q_BTKGH = q.reshape(*q.shape[:2], cfg.kv_heads, -1, cfg.head_dim)
+    gram = jnp.einsum("BTD,BTE->DE", h, h, precision=HIGHEST)
+    query = jnp.einsum("BTKGH,BTKGI->KHI", q_BTKGH, q_BTKGH, precision=HIGHEST)
+    return _probed(layer, x_BTD, zero, zero, cfg), (gram, h.sum((0, 1)), query)
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="grad_BTD")
+def _backward(layer, x_BTD, grad_BTD, cfg):
+    """(gradient for x, sums over tokens of g g^T and over sequences of (x^T g)^2, for k and v)."""
+    zero = _no_change(x_BTD, cfg)
+    _, vjp = jax.vjp(lambda x, dk, dv: _probed(layer, x, dk, dv, cfg), x_BTD, zero, zero)
+    grad, *changes = vjp(grad_BTD)
+    h = rms_norm(x_BTD, layer.attn_norm, cfg.norm_eps).astype(jnp.float32)
+    sums = []
+    for change in changes:
+        g = change.astype(jnp.float32).reshape(*change.shape[:2], -1)
+        of_weight = jnp.einsum("BTD,BTF->BDF", h, g, precision=HIGHEST)
+        sums.append(jnp.einsum("BTF,BTE->FE", g, g, precision=HIGHEST))
+        sums.append((of_weight**2).sum(0))
+    return grad, tuple(sums[0::2] + sums[1::2])
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _loss_gradient(top, x_BTD, tokens_BT, cfg):
+    """Of the summed loss, for x behind the last layer; the token after position t is predicted."""
+
+    def loss(x_TD, tokens_T):
+        logp = jax.nn.log_softmax(unembed(top, x_TD[None, :-1], cfg)[0], axis=-1)
+        return -jnp.take_along_axis(logp, tokens_T[1:, None], axis=-1).sum()
+
+    return jax.lax.map(lambda args: jax.grad(loss)(*args), (x_BTD, tokens_BT))
+
+
+def _walk(layers: Sequence) -> Iterator:
+    """(layer on the device, function to call with an output of it); one is always on its way.
+
+    A copy starts when the block before the layer in hand is complete, so that no more than two
+    streamed layers exist.
+    """
+    home = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
+    coming, last = jax.device_put(layers[0], home), [None]
+    for i in range(len(layers)):
+        layer, coming = coming, None
+        jax.block_until_ready(last[0])
+        if i + 1 < len(layers):
+            coming = jax.device_put(layers[i + 1], home)
+        yield layer, functools.partial(last.__setitem__, 0)
+
+
+def calibrate(
+    params: Params,
+    batches: Iterable[np.ndarray],
+    cfg: Config,
+    *,
+    gradients: bool = True,
+    path: str | Path | None = None,
+    every_s: float = 60.0,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """`Statistics` over batches of token sequences, int [B, T].
+
+    Layers may be in host memory. The loss is the sum over a sequence of -log p(next token), labels
+    shifted by one position (the official code shifts twice, and so predicts the token after the
+    next). With `path` the sums are saved there every `every_s` seconds and at the end, and a run
+    that was interrupted goes on behind the batches it has done; the same text must come again.
+    `progress` hears the number of sequences done.
+    """
+    path = None if path is None else Path(path).expanduser()
+    key = _key(params, cfg, gradients)
+    sums, done, text = _resume(path, key) if path is not None and path.exists() else (None, 0, "")
+    counted, sequences, tokens, digest = 0, 0, 0, hashlib.sha256()
+    saved = time.monotonic()
+    for batch in batches:
+        batch = np.asarray(batch, np.int32)
+        if batch.ndim != 2 or batch.shape[1] < 2:
+            raise CalibrationError(f"a batch has shape {batch.shape}; expected [sequences, tokens]")
+        digest.update(batch.tobytes())
+        counted, sequences, tokens = counted + 1, sequences + len(batch), tokens + batch.size
+        if counted == done and digest.hexdigest() != text:
+            raise CalibrationError(
+                f"{path} was made from other text; give the same corpus, or another file"
+            )
+        if counted > done:
+            new = _sums(params, batch, cfg, gradients)
+            if sums is None:
+                sums = [[np.asarray(a, np.float64) for a in layer] for layer in new]
+            else:
+                for old, layer in zip(sums, new, strict=True):
+                    for total, a in zip(old, layer, strict=True):
+                        total += np.asarray(a)
+            if path is not None and time.monotonic() - saved > every_s:
+                _save(path, key, sums, counted, digest.hexdigest())
+                saved = time.monotonic()
+        if progress:
+            progress(sequences)
+    if not counted:
+        raise CalibrationError("there is no text to calibrate on; give at least one batch")
+    if counted < done:
+        raise CalibrationError(f"{path} holds {done} batches; the text given has only {counted}")
+    if path is not None and counted > done:
+        _save(path, key, sums, counted, digest.hexdigest())
+    per = [tokens] * 3 + [tokens] * 2 + [sequences] * 2
+    layers = tuple(
+        LayerStatistics(*((a / n).astype(np.float32) for a, n in zip(layer, per, strict=False)))
+        for layer in sums
+    )
+    return Statistics(layers, tokens, sequences)
+
+
+def _sums(params: Params, tokens_BT, cfg: Config, gradients: bool) -> list[tuple]:
+    """The sums of one batch: for each layer those of `_forward`, then those of `_backward`."""
+    top = dataclasses.replace(params, layers=())
+    if isinstance(params.embed_VD, np.ndarray):  # a table kept on the host
+        x = jnp.asarray(params.embed_VD[tokens_BT]).astype(cfg.dtype)
+        top = dataclasses.replace(top, embed_VD=None)
+    else:
+        x = jax.jit(embed, static_argnames="cfg")(top, jnp.asarray(tokens_BT), cfg=cfg)
+    inputs, sums = [], []
+    for layer, used in _walk(params.layers):
+        inputs.append(x)
+        x, found = _forward(layer, x, cfg)
+        used(x)
+        sums.append(jax.device_get(found))
+    if gradients:
+        grad = _loss_gradient(top, x, jnp.asarray(tokens_BT), cfg)
+        last = len(inputs) - 1
+        for i, (layer, used) in enumerate(_walk(params.layers[::-1])):
+            grad, found = _backward(layer, inputs.pop(), grad, cfg)
+            used(grad)
+            sums[last - i] = (*sums[last - i], *jax.device_get(found))
+    return sums
+
+
+def _key(params: Params, cfg: Config, gradients: bool) -> str:
+    """What saved sums belong to: the model's sizes, some of its weights, and what was summed."""
+    rows = [np.asarray(jax.device_get(l.attn.k[:1]), np.float32) for l in params.layers]
+    digest = hashlib.sha256(np.concatenate(rows).tobytes())
+    digest.update(repr((VERSION, cfg, gradients)).encode())
+    return digest.hexdigest()
+
+
+def _save(path: Path, key: str, sums, batches: int, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"{i}/{j}": a for i, layer in enumerate(sums) for j, a in enumerate(layer)}
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            np.savez(file, key=key, batches=batches, text=text, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _resume(path: Path, key: str):
+    """(sums, batches done, hash of their text)."""
+    try:
+        with np.load(path) as found:
+            if str(found["key"]) != key:
+                raise CalibrationError(
+                    f"{path} holds statistics of another model or of another kind (gradients); "
+                    "give another file or remove it"
+                )
+            sums = {tuple(map(int, n.split("/"))): found[n] for n in found.files if "/" in n}
+            batches, text = int(found["batches"]), str(found["text"])
+    except (OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise CalibrationError(f"{path} is damaged ({error}); remove it and run again") from error
+    layers = max(i for i, _ in sums) + 1
+    per = max(j for _, j in sums) + 1
+    return [[sums[i, j] for j in range(per)] for i in range(layers)], batches, text

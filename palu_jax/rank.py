@@ -1,0 +1,216 @@
+"""How many ranks each projection keeps: evenly, by Fisher information, or where they matter most.
+
+`Ranks` are, for each layer, the ranks of the key groups and those of the value groups.
+"""
+
+import heapq
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from pallas_kernels.lowrank_attention.latents import block_bytes
+from palu_jax.latent import LatentFormat
+
+Ranks = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+class RankError(ValueError):
+    """Ranks that cannot be; the message says what is possible."""
+
+
+def group_sizes(kv_heads: int, group: int) -> tuple[int, ...]:
+    """kv heads of each group: 1 is Palu's M-LRD, all of them J-LRD, between them G-LRD.
+
+    The last group is smaller where `group` does not divide the heads.
+    """
+    if not 1 <= group <= kv_heads:
+        raise RankError(
+            f"groups of {group} kv heads are impossible; this model has {kv_heads}, so 1 to "
+            f"{kv_heads}"
+        )
+    whole, rest = divmod(kv_heads, group)
+    return (group,) * whole + ((rest,) if rest else ())
+
+
+def _check(keep: float, multiple: int, full: Sequence[int]) -> None:
+    if not 0 < keep <= 1:
+        raise RankError(f"the share of ranks kept is {keep}; expected above 0 and at most 1")
+    if multiple < 1 or any(size % multiple for size in full):
+        raise RankError(
+            f"ranks in steps of {multiple} do not reach the full rank {min(full)} of a group"
+        )
+
+
+def distribute(shares, caps, total: int, multiple: int) -> np.ndarray:
+    """Whole multiples near total * share each, at least one and at most their cap.
+
+    What a cap cuts off goes to the others in proportion, and rounding is by largest remainder, so
+    the sum is `total` rounded down to a multiple (or what floors and caps allow).
+    """
+    shares, caps = np.asarray(shares, np.float64), np.asarray(caps) // multiple
+    units = min(int(total // multiple), int(caps.sum()))
+    if units < len(caps):
+        raise RankError(
+            f"{total} ranks in steps of {multiple} are too few for {len(caps)} groups; keep more"
+        )
+    lowest, highest = 0.0, 1.0
+    level = lambda x: np.clip(shares * x, 1, caps)
+    while level(highest).sum() < units and highest < 1e300:
+        highest *= 2
+    for _ in range(200):
+        middle = (lowest + highest) / 2
+        lowest, highest = (middle, highest) if level(middle).sum() < units else (lowest, middle)
+    wanted = level(highest)
+    found = np.clip(np.floor(wanted + 1e-9), 1, caps).astype(int)
+    order = np.argsort(found - wanted, kind="stable")  # largest remainder first
+    while found.sum() != units:
+        step = 1 if found.sum() < units else -1
+        room = [i for i in order[::step] if (found[i] < caps[i] if step > 0 else found[i] > 1)]
+        for i in room[: abs(units - found.sum())]:
+            found[i] += step
+    return found * multiple
+
+
+def uniform(layers: int, groups, head_dim: int, keep: float, multiple: int = 4, split=(1, 1)):
+    """`Ranks` that keep the same share everywhere; `split` is R_k : R_v, (1, 1) for equal ones.
+
+    Every group gets the multiple nearest to its share.
+    """
+    full = [heads * head_dim for heads in groups]
+    _check(keep, multiple, full)
+    k, v = (2 * keep * part / sum(split) for part in split)
+    if (excess := max(k, v) - 1) > 0:  # the other takes what does not fit
+        k, v = (1.0, v + excess) if k > v else (k + excess, 1.0)
+    near = lambda share, size: int(
+        np.clip(round(share * size / multiple) * multiple, multiple, size)
+    )
+    one = tuple(tuple(near(share, size) for size in full) for share in (k, v))
+    return (one,) * layers
+
+
+def fisher(
+    statistics,
+    groups,
+    head_dim: int,
+    keep: float,
+    multiple: int = 4,
+    per: Literal["projection", "group"] = "projection",
+) -> Ranks:
+    """`Ranks` in proportion to Fisher information: the mean over weights of the root of its mean.
+
+    Palu's search. `per` projection (its default) splits a projection's ranks evenly over its
+    groups. Differences: labels are shifted once, and ranks that rounding or caps take away go to
+    the others, so that `keep` is met; the official code rounds each to 32 and leaves it at that.
+    """
+    full = [heads * head_dim for heads in groups]
+    _check(keep, multiple, full)
+    if not statistics.gradients:
+        raise RankError("Fisher information needs gradients; calibrate with gradients=True")
+    scores = []
+    for layer in statistics.layers:
+        for information in (layer.fisher_k_DF, layer.fisher_v_DF):
+            root = np.sqrt(np.asarray(information, np.float64))
+            edges = np.cumsum([0, *full])
+            parts = [root[:, a:b].mean() for a, b in itertools.pairwise(edges)]
+            scores.append(np.full(len(full), root.mean()) if per == "projection" else parts)
+    weights = np.asarray(full) / sum(full)  # a larger group gets more of its projection's share
+    shares = (np.asarray(scores) * weights).reshape(-1)
+    caps = np.tile(full, len(scores))
+    found = distribute(shares, caps, round(keep * caps.sum()), multiple)
+    return _layers(found, len(groups))
+
+
+def _layers(flat, groups: int) -> Ranks:
+    table = np.asarray(flat).reshape(-1, 2, groups)
+    return tuple(tuple(tuple(int(r) for r in part) for part in layer) for layer in table)
+
+
+def water_fill(curves, costs, budget: float, multiple: int = 4) -> np.ndarray:
+    """Ranks [n] of least total error whose cost stays within the budget.
+
+    `curves[i][r]` is the error of item i at rank r = 0 … full, `costs[i]` the price of one of its
+    ranks. Steps of `multiple` are bought where they take off most a price; optimal, but for the
+    last step, where curves are convex (sums of discarded eigenvalues are), otherwise each curve
+    counts as its convex hull.
+    """
+    hulls = [_hull(np.asarray(c, np.float64)[::multiple]) for c in curves]
+    at = np.ones(len(curves), int)
+    left = budget - multiple * float(np.sum(costs))
+    if left < -1e-9:
+        raise RankError(
+            f"a budget of {budget:g} is below the {budget - left:g} that {multiple} ranks of each "
+            "item cost"
+        )
+    gain = lambda i: (hulls[i][at[i]] - hulls[i][at[i] + 1]) / costs[i]
+    heap = [(-gain(i), i) for i in range(len(curves)) if len(hulls[i]) > 2]
+    heapq.heapify(heap)
+    while heap:
+        _, i = heapq.heappop(heap)
+        if costs[i] * multiple > left + 1e-9:
+            continue
+        at[i] += 1
+        left -= costs[i] * multiple
+        if at[i] + 1 < len(hulls[i]):
+            heapq.heappush(heap, (-gain(i), i))
+    return at * multiple
+
+
+def _hull(curve) -> np.ndarray:
+    """The largest convex curve nowhere above the given one."""
+    kept = [0]
+    for i in range(1, len(curve)):
+        while len(kept) > 1 and (curve[kept[-1]] - curve[kept[-2]]) * (i - kept[-1]) >= (
+            curve[i] - curve[kept[-1]]
+        ) * (kept[-1] - kept[-2]):
+            kept.pop()
+        kept.append(i)
+    return np.interp(np.arange(len(curve)), kept, curve[kept])
+
+
+def truncation(energy) -> np.ndarray:
+    """The error at ranks 0 … full, from eigenvalues in descending order."""
+    return np.concatenate([np.cumsum(np.asarray(energy)[::-1])[::-1], [0.0]])
+
+
+def by_error(spectra, groups, head_dim: int, keep: float, multiple: int = 4) -> Ranks:
+    """`Ranks` of least summed error, the budget being ranks: water-filling over all spectra.
+
+    `spectra` are the `palu_jax.convert.Spectra` of all layers. Errors of different layers, and of
+    keys and values, compare only under the gradient objective, where all are changes of the loss.
+    """
+    full = [heads * head_dim for heads in groups]
+    _check(keep, multiple, full)
+    curves = [
+        truncation(s.energy_F) for layer in spectra for part in (layer.k, layer.v) for s in part
+    ]
+    total = sum(len(c) - 1 for c in curves)
+    return _layers(water_fill(curves, np.ones(len(curves)), keep * total, multiple), len(groups))
+
+
+def kept(ranks: Ranks, groups, head_dim: int) -> float:
+    """The share of all ranks that is kept."""
+    full = 2 * len(ranks) * sum(groups) * head_dim
+    return sum(sum(part) for layer in ranks for part in layer) / full
+
+
+def bytes_per_token(ranks: Ranks, format: LatentFormat, lead: bool = False, size: int = 2) -> int:
+    """Bytes that a token takes in all layers' caches, steps and offsets included.
+
+    `size` is that of a 16-bit latent. Exact tokens of sinks and window are not counted.
+    """
+    total = 0
+    for layer in ranks:
+        total += size * lead
+        for part, bits in zip(layer, (format.key_bits, format.value_bits), strict=True):
+            if bits == 16:
+                total += size * sum(part)
+            else:
+                blocks = format.blocks(part)
+                total += sum(block_bytes(b, bits) + META for b in blocks)
+    return total
+
+
+META = 4
+"""Bytes of a block's step and offset."""

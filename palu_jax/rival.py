@@ -1,0 +1,188 @@
+"""The rival on equal terms: ordinary keys and values, quantized, in the same engine.
+
+KIVI (arXiv 2402.02750) quantizes keys per channel, `group` tokens at a time, and values per token;
+the newest tokens stay in 16 bits. Plain integer caches quantize both per token and head.
+
+Letters: B batch, T new tokens, S slots, X exact slots, K kv heads, H head size, C = S / group,
+P packed bytes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from llm_jax.attention import Step, attention, empty_cache, projected, rms_norm, rope
+from llm_jax.cache import write
+from llm_jax.config import Config
+from llm_jax.linear import linear
+from llm_jax.params import Attention, Params
+from pallas_kernels.lowrank_attention.latents import BITS, Latents, dense
+from palu_jax.attention import attend_either, dense_attention, slot_positions
+from palu_jax.latent import Exact, FormatError, LatentFormat, PaluCache, empty_latents, encode
+
+
+@dataclasses.dataclass(frozen=True)
+class KVFormat:
+    """How ordinary keys and values are stored."""
+
+    bits: int = 4
+    per_channel: bool = False
+    """Keys per channel over `group` tokens (KIVI); otherwise per token and head."""
+    group: int = 32
+    """Tokens that share a key step (per channel), and channels that share a value step."""
+    window: int = 0
+    """Newest tokens kept in 16 bits; at least `group` with per_channel."""
+    clip: tuple[float, ...] = (1.0,)
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if self.bits not in BITS:
+            raise FormatError(f"bits is {self.bits}; possible are {', '.join(map(str, BITS))}")
+        if self.group < 1:
+            raise FormatError(f"group is {self.group}; expected 1 or more")
+        if self.window < 0 or (self.per_channel and self.bits < 16 and self.window < self.group):
+            raise FormatError(
+                f"window is {self.window}; keys per channel are quantized {self.group} tokens at a "
+                "time, so at least as many must be kept exact"
+            )
+
+
+def kivi(bits: int, dtype: str | None = None) -> KVFormat:
+    """KIVI as published: groups of 32, the 128 newest tokens exact."""
+    return KVFormat(bits, True, 32, 128, dtype=dtype)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CachedAttention:
+    """Ordinary attention over a quantized cache."""
+
+    dense: Attention
+    format: KVFormat = dataclasses.field(metadata=dict(static=True))
+
+
+def to_quantized_cache(params: Params, cfg: Config, format: KVFormat) -> Params:
+    """The parameters, shared, with every layer's attention over a cache of that format."""
+    if cfg.head_dim % min(format.group, cfg.head_dim):
+        raise FormatError(f"groups of {format.group} do not divide heads of {cfg.head_dim}")
+    layers = tuple(
+        dataclasses.replace(layer, attn=CachedAttention(layer.attn, format))
+        for layer in params.layers
+    )
+    return dataclasses.replace(params, layers=layers)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ChannelCache:
+    """KIVI's cache of one layer. Only full groups of keys are ever read from the codes."""
+
+    codes_BCP: jax.Array
+    """uint8: the `group` key codes of a channel packed side by side, channel after channel."""
+    step_BCF: jax.Array
+    offset_BCF: jax.Array
+    v: Latents
+    exact: Exact
+    """Rotated keys and values side by side."""
+    format: KVFormat = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def slots(self) -> int:
+        return self.v.codes_BSP.shape[1]
+
+    def move(self, source, at):
+        raise NotImplementedError(
+            "keys quantized per channel cannot be moved one token at a time: speculative decoding "
+            "needs another cache format"
+        )
+
+    def write(self, k_BTF, v_BTF, at) -> "ChannelCache":
+        """With T new tokens in slots at … at+T-1. The groups they touch are quantized from exact
+        keys; one that is not full yet is done again when it is, and not read before."""
+        f, (B, T, F) = self.format, k_BTF.shape
+        fresh = jnp.concatenate([k_BTF, v_BTF], -1)
+        every = self.exact.view(fresh, at, self.codes_BCP.shape[1] * f.group)
+        count = min((T + f.group - 2) // f.group + 1, self.codes_BCP.shape[1])
+        first = jnp.minimum(at // f.group, self.codes_BCP.shape[1] - count)
+        rows = jax.lax.dynamic_slice_in_dim(every, first * f.group, count * f.group, axis=1)
+        by_channel = rows[..., :F].reshape(B, count, f.group, F).swapaxes(2, 3)
+        new = encode(by_channel.reshape(B, count, -1), f.bits, (f.group,) * F, f.clip)
+        fresh_C = (first + jnp.arange(count) >= at // f.group)[None, :, None]
+
+        def put(old, new):
+            kept = jax.lax.dynamic_slice_in_dim(old, first, count, axis=1)
+            return write(old, jnp.where(fresh_C, new, kept), first)
+
+        value = encode(v_BTF, f.bits, self.v.blocks, f.clip)
+        return ChannelCache(
+            put(self.codes_BCP, new.codes_BSP),
+            put(self.step_BCF, new.step_BSg),
+            put(self.offset_BCF, new.offset_BSg),
+            jax.tree.map(lambda a, b: write(a, b, at), self.v, value),
+            self.exact.write(fresh, at),
+            f,
+        )
+
+    def stored(self, dtype):
+        """(keys, values) [B, S, F] as their codes say."""
+        f, (B, C, F) = self.format, self.step_BCF.shape
+        packed = Latents(self.codes_BCP, self.step_BCF, self.offset_BCF, f.bits, (f.group,) * F)
+        k = dense(packed, dtype).reshape(B, C, F, f.group).swapaxes(2, 3).reshape(B, -1, F)
+        return k[:, : self.slots], dense(self.v, dtype)
+
+
+def _blocks(f: KVFormat, cfg: Config) -> int:
+    return min(f.group, cfg.head_dim) if f.per_channel else cfg.head_dim
+
+
+@empty_cache.register
+def _(p: CachedAttention, cfg: Config, batch: int, slots: int, scratch: int = 0):
+    f, width = p.format, cfg.kv_heads * cfg.head_dim
+    latent = LatentFormat(f.bits, f.bits, f.clip, _blocks(f, cfg), 0, f.window, f.dtype)
+    if not f.per_channel or f.bits == 16:
+        ranks = (width,), (width,)
+        return PaluCache.empty(latent, ranks, False, batch, slots, scratch, cfg.dtype)
+    dtype = jnp.dtype(f.dtype or cfg.dtype)
+    chunks = -(-slots // f.group)
+    of_keys = empty_latents(batch, chunks, f.bits, (f.group,) * width, dtype)
+    of_values = empty_latents(batch, slots, f.bits, latent.blocks((width,)), dtype)
+    exact = Exact.empty(batch, slots, 2 * width, 0, f.window + f.group, scratch, dtype)
+    meta = of_keys.step_BSg, of_keys.offset_BSg
+    return ChannelCache(of_keys.codes_BSP, *meta, of_values, exact, f)
+
+
+@attention.register
+def _(p: CachedAttention, x_BTD, cache, step: Step, cfg: Config):
+    d, f, (B, T, _) = p.dense, p.format, x_BTD.shape
+    q = projected(d.q, d.q_bias, x_BTD, cfg.head_dim)
+    k = projected(d.k, d.k_bias, x_BTD, cfg.head_dim)
+    v = projected(d.v, d.v_bias, x_BTD, cfg.head_dim)
+    if d.q_norm is not None:
+        q, k = rms_norm(q, d.q_norm, cfg.norm_eps), rms_norm(k, d.k_norm, cfg.norm_eps)
+    q, k = rope(q, step.position_BT, cfg), rope(k, step.position_BT, cfg)
+    k, v = k.reshape(B, T, -1), v.reshape(B, T, -1)
+    before = cache
+    if isinstance(cache, ChannelCache):
+        cache = cache.write(k, v, step.at)
+    else:
+        cache = cache.write(k, v, None, step.at)
+    heads = lambda pair: tuple(a.reshape(*a.shape[:2], -1, cfg.head_dim) for a in pair)
+    stored = heads(cache.stored(q.dtype))
+    if cache.exact is None:
+        y = dense_attention(q, *stored, step.mask_BTS)
+    else:
+        both = before.exact.view(jnp.concatenate([k, v], -1), step.at, cache.slots).astype(q.dtype)
+        recent = heads(jnp.split(both, 2, axis=-1))
+        y = attend_either(q, stored, recent, step.mask_BTS, _old(f, step, cache.slots))
+    return linear(d.o, y.reshape(B, T, -1)), cache
+
+
+def _old(f: KVFormat, step: Step, slots: int):
+    """[B, T, S]: which slots a query sees quantized; per channel only full groups can be."""
+    if f.per_channel:
+        first = (step.position_BT + 1 - f.window) // f.group * f.group
+    else:
+        first = step.position_BT + 1 - f.window
+    return slot_positions(step, slots)[:, None] < first[:, :, None]
