@@ -77,11 +77,20 @@ def text(name: str, part: Part, data_dir: Path | None = None) -> str:
 
 
 def _python(part: Part) -> str:
-    """The language documentation behind `help()`: every fifth topic is for evaluation."""
+    """The language documentation behind `help()`: every fifth topic is for evaluation.
+
+    Topics repeat each other; what is in the evaluation part is cut out of the other.
+    """
     from pydoc_data.topics import topics
 
-    wanted = [t for i, t in enumerate(sorted(topics)) if (i % 5 == 4) == (part == "evaluation")]
-    return "\n\n".join(topics[t].strip() for t in wanted)
+    paragraphs = lambda topic: [p.strip("\n") for p in topics[topic].split("\n\n")]
+    wanted = {"calibration": [], "evaluation": []}
+    for i, topic in enumerate(sorted(topics)):
+        wanted["evaluation" if i % 5 == 4 else "calibration"] += paragraphs(topic)
+    if part == "evaluation":
+        return "\n\n".join(wanted[part])
+    seen = {" ".join(p.split()) for p in wanted["evaluation"]}
+    return "\n\n".join(p for p in wanted[part] if " ".join(p.split()) not in seen)
 
 
 def _share(whole: str, part: Part) -> str:

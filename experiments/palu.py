@@ -75,8 +75,8 @@ class Palu:
     batch: int = 1
     """Windows at a time."""
     preset: Literal["few", "none", "paper"] = "few"
-    """few: what runs without flags, unless --keep or another choice is given. paper: the grid of the
-    paper, the comparisons of objectives, rotation and searches, and the rivals."""
+    """few: what runs without flags, unless --keep or --rivals choose. paper: the grid of the paper,
+    the comparisons of objectives, rotation and searches, and the rivals."""
     keep: tuple[float, ...] = ()
     """Shares of the ranks to keep; 0.7 is Palu-30%."""
     bits: tuple[Literal[16, 8, 4, 3, 2], ...] = (4,)
@@ -90,8 +90,8 @@ class Palu:
     """What the factors minimize: plain (the weights' error), whitened (the outputs'; Palu), aware
     (of scores and behind the output projection), gradient (the change of the loss)."""
     search: tuple[palu_methods.Search, ...] = ("error",)
-    """Ranks: uniform, fisher (Palu; one share a projection), fisher-group, error (water-filling over
-    the predicted error of all layers)."""
+    """Ranks: uniform, fisher (Palu; one share a projection), fisher-group, error (water-filling
+    over the predicted error of all layers)."""
     split: tuple[float, float] = (1, 1)
     """R_k : R_v of the uniform search."""
     rank_multiple: int = 4
@@ -108,18 +108,11 @@ class Palu:
     """Newest tokens kept in 16 bits."""
     rivals: tuple[Literal[RIVALS], ...] = ()  # type: ignore[valid-type]
     """Quantized caches of ordinary keys and values, for comparison."""
-    budget: float | None = None
-    """Bytes a token in all layers: the planner chooses group, ranks and bits."""
     retrieval: int = 0
     """Key-value retrieval prompts to answer, of --retrieval-pairs pairs each."""
     retrieval_pairs: int = 12
     generate: str | None = None
     """A prompt to continue with the first configuration, and with the dense model."""
-    tasks: tuple[str, ...] = ()
-    """Zero-shot tasks for lm-eval: piqa, arc_easy, arc_challenge, winogrande, openbook_qa, hellaswag,
-    … from --data-dir, or any task lm-eval can download."""
-    task_limit: int | None = None
-    """Questions of a task; all if not given."""
     save: Path | None = None
     """Store the first configuration here."""
     seed: int = 0
@@ -149,7 +142,7 @@ def methods_of(args: Palu, cfg) -> list[Method]:
                                 split=args.split if search == "uniform" else (1, 1), **common,
                             ))  # fmt: skip
         return chosen + [Method(kind) for kind in args.rivals]
-    if args.preset == "few" and not (args.rivals or args.budget):
+    if args.preset == "few" and not args.rivals:
         both = lambda keep, bits, **k: named(keep=keep, key_bits=bits, value_bits=bits, **k)
         paper = dict(granularity="J", objective="whitened")
         best = dict(granularity="J", objective="gradient", search="error")
@@ -164,34 +157,34 @@ def methods_of(args: Palu, cfg) -> list[Method]:
 
 
 def paper_grid(args, cfg, named) -> list[Method]:
-    """The paper's grid, then one change at a time. Configurations that share spectra are together."""
+    """The paper's grid, then one change at a time; those that share spectra are together."""
     sizes = ["J", "M"] + (["G"] if cfg.kv_heads > 2 else [])
-    found = []
     both = lambda keep, bits, **k: named(keep=keep, key_bits=bits, value_bits=bits, **k)
-    for objective in ("whitened", "aware", "gradient", "plain"):
-        for g in sizes:
+    found = []
+    for g in sizes:
+        paper = dict(granularity=g, objective="whitened")
+        found += [both(keep, bits, **paper) for keep in (0.7, 0.5) for bits in (16, 4, 3, 2)]
+        if g == "J":
+            found += [both(0.7, bits, rotate=False, **paper) for bits in (4, 3, 2)]
+            found += [both(0.7, 8, **paper), both(0.3, 16, **paper)]
+    for objective in ("plain", "aware", "gradient"):
+        for g in sizes[: 1 if objective == "plain" else None]:
             one = dict(granularity=g, objective=objective)
-            if objective == "whitened":
-                for keep in (0.7, 0.5):
-                    found += [both(keep, bits, **one) for bits in (16, 8, 4, 3, 2)]
-                    found += [both(keep, bits, rotate=False, **one) for bits in (3, 2)]
-                found.append(both(0.3, 16, **one))
-            elif objective == "gradient" and g == "J":
-                for keep in (0.7, 0.5, 0.3):
-                    found += [both(keep, bits, search="error", **one) for bits in (16, 8, 4, 3, 2)]
-                found += [both(1.0, bits, **one) for bits in (4, 3, 2)]
-                found += [both(keep, 16, **one) for keep in (0.7, 0.5)]
+            found += [both(keep, 16, **one) for keep in (0.7, 0.5)]
+            if g == "J" and objective != "plain":
+                found += [both(0.7, bits, **one) for bits in (4, 2)]
+            if g == "J" and objective == "gradient":
+                found.append(both(0.5, 16, split=(1, 3), **one))
                 found += [both(0.5, 16, search=s, **one) for s in ("fisher", "fisher-group")]
-                found += [both(0.5, 16, split=(1, 3), **one)]
-                found += [both(0.7, b, search="error", sinks=4, **one) for b in (4, 2)]
-                found.append(
-                    named(keep=0.7, key_bits=4, value_bits=2, search="error", **one)
-                )  # fmt: skip
-            elif objective != "plain" or g == "J":
-                found += [both(keep, 16, **one) for keep in (0.7, 0.5)]
-        if objective in ("whitened", "gradient"):
-            mean = dict(granularity="J", objective=objective, mean_split=True)
-            found += [both(0.7, bits, **mean) for bits in (4, 2)]
+                for keep in (0.7, 0.5, 0.3):
+                    found += [both(keep, bits, search="error", **one) for bits in (16, 4, 3, 2)]
+                rest = dict(keep=0.7, search="error", **one)
+                found.append(named(key_bits=4, value_bits=2, **rest))
+                found += [named(key_bits=b, value_bits=b, sinks=4, **rest) for b in (4, 2)]
+                found += [both(1.0, bits, **one) for bits in (4, 3, 2)]
+    for objective in ("whitened", "gradient"):
+        mean = dict(granularity="J", objective=objective, mean_split=True)
+        found += [both(0.7, bits, **mean) for bits in (4, 2)]
     return found
 
 
@@ -252,9 +245,9 @@ class Run:
         """`Statistics`, from the folder if they are there."""
         args = self.args
         needed = [m for m in self.methods if m.needs_statistics]
-        if not needed and args.budget is None:
+        if not needed:
             return None
-        gradients = args.budget is not None or any(m.needs_gradients for m in needed)
+        gradients = any(m.needs_gradients for m in needed)
         text = corpora.text(args.calibration, "calibration", args.data_dir)
         length = min(args.calibration_length, self.cfg.max_length)
         count = max(1, args.calibration_tokens // length)
@@ -275,8 +268,6 @@ class Run:
     def measure(self):
         statistics = self.calibrate()
         maker = Maker(self.params, self.cfg, statistics, self.bar)
-        if self.args.budget is not None:
-            self.methods.append(self.planned(maker))
         asked = self.measurements()
         stored = False
         for n, method in enumerate(self.methods):
@@ -315,14 +306,6 @@ class Run:
                     return palu_evaluate.retrieval(params, self.cfg, self.tokenizer, rows, step)
 
             found.append((f"retrieval-{args.retrieval}x{args.retrieval_pairs}", retrieval))
-        if args.tasks:
-            from experiments import palu_tasks
-
-            for task in args.tasks:
-                run = lambda params, title, task=task: palu_tasks.score(
-                    params, self.cfg, self.tokenizer, task, args.data_dir, args.task_limit
-                )
-                found.append((f"task-{task}-{args.task_limit or 'all'}", run))
         return found
 
     def settings(self, method: Method) -> str:
@@ -360,12 +343,6 @@ class Run:
         )
         records.append(self.path, record)
         self.records.append(record)
-
-    def planned(self, maker: Maker) -> Method:
-        """The planner's choice for the budget."""
-        from experiments.palu_plan import choose
-
-        return choose(self.args, self.cfg, maker, self.console)
 
     def report(self):
         wanted = {self.settings(m) for m in self.methods}

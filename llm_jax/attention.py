@@ -36,14 +36,18 @@ class Step:
     causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
     """Known when compiling: tokens see all slots up to their own and positions are slots, so that
     a kernel for one query need not read the mask."""
+    real: jax.Array | None = None
+    """[] how many of the T tokens are text; those behind only fill up a program's shape, and caches
+    that keep the newest tokens apart must not take them for such. None: all."""
 
 
-def causal_step(at, length: int, slots: int) -> Step:
+def causal_step(at, length: int, slots: int, real=None) -> Step:
     """`length` consecutive tokens behind `at` earlier ones, for a cache of `slots` slots."""
     at = jnp.asarray(at, jnp.int32)
     position_T = at + jnp.arange(length, dtype=jnp.int32)
     seen = jnp.arange(slots, dtype=jnp.int32)[None, None, :] <= position_T[None, :, None]
-    return Step(at, position_T[None], seen, causal=True)
+    real = None if real is None else jnp.asarray(real, jnp.int32)
+    return Step(at, position_T[None], seen, causal=True, real=real)
 
 
 def along_last(vector, x):

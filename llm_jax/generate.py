@@ -33,7 +33,7 @@ def chunks(tokens, slots: int, chunk: int, start: int = 0):
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="caches")
 def _prefill(params, tokens_1T, caches, at, real, cfg):
-    step = causal_step(at, tokens_1T.shape[1], caches[0].slots)
+    step = causal_step(at, tokens_1T.shape[1], caches[0].slots, real)
     x, caches = hidden(params, tokens_1T, caches, step, cfg)
     last = jax.lax.dynamic_slice_in_dim(x, real - 1, 1, axis=1)
     return unembed(params, last, cfg)[:, 0], caches

@@ -121,7 +121,7 @@ def _(p: PaluAttention, x_BTD, cache: PaluCache, step: Step, cfg: Config):
     lead = None
     if p.lead_D is not None:
         lead = jnp.einsum("BTD,D->BT", x_BTD, p.lead_D, precision=precision(x_BTD.dtype))
-    before, cache = cache, cache.write(zk, zv, lead, step.at)
+    before, cache = cache, cache.write(zk, zv, lead, step.at, step.real)
     if p.format.keeps_exact:
         y = _mixed(p, q, before, cache, (zk, zv), step, cfg)
     elif T <= FEW:

@@ -265,7 +265,7 @@ def _save(path: Path, key: str, sums, batches: int, text: str) -> None:
 def _resume(path: Path, key: str):
     """(sums, batches done, hash of their text)."""
     try:
-        with np.load(path) as found:
+        with path.open("rb") as file, np.load(file) as found:
             if str(found["key"]) != key:
                 raise CalibrationError(
                     f"{path} holds statistics of another model or of another kind (gradients); "

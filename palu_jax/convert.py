@@ -71,6 +71,8 @@ def layer_spectra(attn: Attention, cfg: Config, groups, objective, statistics=No
     `statistics` is the layer's `palu_jax.calibrate.LayerStatistics`; the plain objective and no
     mean split need none.
     """
+    if not isinstance(attn, Attention):
+        raise ConvertError(f"only ordinary attention can be converted, not {type(attn).__name__}")
     check_groups(cfg, groups)
     if objective not in get_args(Objective):
         known = ", ".join(get_args(Objective))
@@ -80,11 +82,19 @@ def layer_spectra(attn: Attention, cfg: Config, groups, objective, statistics=No
     if objective == "gradient" and statistics.grad_k_FF is None:
         raise ConvertError("these statistics hold no gradients; calibrate with gradients=True")
     w_k, w_v = (np.asarray(w, np.float64) for w in (attn.k, attn.v))
-    gram = None if statistics is None else np.asarray(statistics.gram_DD, np.float64)
-    if gram is not None and gram.shape != (cfg.d_model, cfg.d_model):
-        raise ConvertError(
-            f"the statistics are of a model of width {gram.shape[0]}; this one has {cfg.d_model}"
-        )
+    gram = None
+    if statistics is not None:
+        gram = np.asarray(statistics.gram_DD, np.float64)
+        if len(gram) != cfg.d_model:
+            raise ConvertError(
+                f"the statistics are of a model of width {len(gram)}; this one has {cfg.d_model}"
+            )
+        theirs = np.shape(statistics.query_KHH)[:2]
+        if theirs != (cfg.kv_heads, cfg.head_dim):
+            raise ConvertError(
+                f"the statistics are of a model with kv heads and head size {theirs}; this one has "
+                f"{(cfg.kv_heads, cfg.head_dim)}"
+            )
     mu = None
     if mean:
         mu = np.asarray(statistics.mean_D, np.float64)

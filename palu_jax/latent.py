@@ -101,7 +101,7 @@ def _best(z_Xr, bits, clip):
     for share in clip:
         middle, half = (low + high) / 2, (high - low) / 2 * share
         offset = _round(middle - half, -1)
-        floor = jnp.maximum(jnp.abs(offset) / 256, 1e-30)  # for a block without a range
+        floor = jnp.maximum(jnp.abs(offset) * 2.0**-20, 1e-30)  # for a block without a range
         step = _round(jnp.maximum((middle + half - offset) / (2**bits - 1), floor), 1)
         code = jnp.clip(jnp.round((z_Xr - offset) / step), 0, 2**bits - 1)
         error = jnp.sum((code * step + offset - z_Xr) ** 2, -1, keepdims=True)
@@ -154,10 +154,11 @@ class Exact:
         ring = self.rows_BXR.shape[1] - self.sinks
         return jnp.where(slot < self.sinks, slot, self.sinks + (slot - self.sinks) % ring)
 
-    def write(self, fresh_BTR, at) -> "Exact":
-        """With the rows of slots at … at+T-1; of more than the ring holds, the last stay."""
+    def write(self, fresh_BTR, at, real=None) -> "Exact":
+        """With the rows of slots at … at+T-1, or the first `real` of them; of more than the ring
+        holds, the last stay."""
         place = np.arange(self.rows_BXR.shape[1])
-        last = at + fresh_BTR.shape[1] - 1
+        last = at + (fresh_BTR.shape[1] if real is None else real) - 1
         behind = (last - place) % (len(place) - self.sinks)
         slot = jnp.where(place < self.sinks, place, last - behind)  # the newest that belongs there
         new_X = (slot >= at) & (slot <= last) & ((place < self.sinks) | (slot >= self.sinks))
@@ -207,14 +208,15 @@ class PaluCache:
             exact = Exact.empty(batch, slots, *sizes, dtype)
         return cls(k, v, jnp.zeros((batch, slots), dtype) if lead else None, exact, format)
 
-    def write(self, zk_BTR, zv_BTR, lead_BT, at) -> "PaluCache":
-        """With T new tokens in slots at … at+T-1; nothing stored before is touched."""
+    def write(self, zk_BTR, zv_BTR, lead_BT, at, real=None) -> "PaluCache":
+        """With T new tokens in slots at … at+T-1, `real` as in `Step`; nothing stored before is
+        touched."""
         f = self.format
         put = lambda old, new: jax.tree.map(lambda a, b: write(a, b, at), old, new)
         k = put(self.k, encode(zk_BTR, f.key_bits, self.k.blocks, f.shares(f.key_bits)))
         v = put(self.v, encode(zv_BTR, f.value_bits, self.v.blocks, f.shares(f.value_bits)))
         lead = None if self.lead_BS is None else write(self.lead_BS, lead_BT, at)
-        exact = self.exact and self.exact.write(jnp.concatenate([zk_BTR, zv_BTR], -1), at)
+        exact = self.exact and self.exact.write(jnp.concatenate([zk_BTR, zv_BTR], -1), at, real)
         return PaluCache(k, v, lead, exact, f)
 
     def move(self, source, at) -> "PaluCache":

@@ -76,17 +76,16 @@ def distribute(shares, caps, total: int, multiple: int) -> np.ndarray:
 def uniform(layers: int, groups, head_dim: int, keep: float, multiple: int = 4, split=(1, 1)):
     """`Ranks` that keep the same share everywhere; `split` is R_k : R_v, (1, 1) for equal ones.
 
-    Every group gets the multiple nearest to its share.
+    Every group gets the multiple at or below its share, so that groups of any size have the same
+    sum of ranks where its multiple divides them.
     """
     full = [heads * head_dim for heads in groups]
     _check(keep, multiple, full)
     k, v = (2 * keep * part / sum(split) for part in split)
     if (excess := max(k, v) - 1) > 0:  # the other takes what does not fit
         k, v = (1.0, v + excess) if k > v else (k + excess, 1.0)
-    near = lambda share, size: int(
-        np.clip(round(share * size / multiple) * multiple, multiple, size)
-    )
-    one = tuple(tuple(near(share, size) for size in full) for share in (k, v))
+    below = lambda share, size: max(int(share * size / multiple + 1e-9), 1) * multiple
+    one = tuple(tuple(below(share, size) for size in full) for share in (k, v))
     return (one,) * layers
 
 

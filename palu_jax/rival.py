@@ -67,6 +67,9 @@ def to_quantized_cache(params: Params, cfg: Config, format: KVFormat) -> Params:
     """The parameters, shared, with every layer's attention over a cache of that format."""
     if cfg.head_dim % min(format.group, cfg.head_dim):
         raise FormatError(f"groups of {format.group} do not divide heads of {cfg.head_dim}")
+    kinds = {type(layer.attn).__name__ for layer in params.layers} - {"Attention"}
+    if kinds:
+        raise FormatError(f"only ordinary attention gets another cache, not {min(kinds)}")
     layers = tuple(
         dataclasses.replace(layer, attn=CachedAttention(layer.attn, format))
         for layer in params.layers
@@ -98,9 +101,10 @@ class ChannelCache:
             "needs another cache format"
         )
 
-    def write(self, k_BTF, v_BTF, at) -> "ChannelCache":
-        """With T new tokens in slots at … at+T-1. The groups they touch are quantized from exact
-        keys; one that is not full yet is done again when it is, and not read before."""
+    def write(self, k_BTF, v_BTF, at, real=None) -> "ChannelCache":
+        """With T new tokens in slots at … at+T-1, `real` as in `Step`. The groups they touch are
+        quantized from exact keys; one that is not full yet is done again when it is, and not read
+        before."""
         f, (B, T, F) = self.format, k_BTF.shape
         fresh = jnp.concatenate([k_BTF, v_BTF], -1)
         every = self.exact.view(fresh, at, self.codes_BCP.shape[1] * f.group)
@@ -121,7 +125,7 @@ class ChannelCache:
             put(self.step_BCF, new.step_BSg),
             put(self.offset_BCF, new.offset_BSg),
             jax.tree.map(lambda a, b: write(a, b, at), self.v, value),
-            self.exact.write(fresh, at),
+            self.exact.write(fresh, at, real),
             f,
         )
 
@@ -165,9 +169,9 @@ def _(p: CachedAttention, x_BTD, cache, step: Step, cfg: Config):
     k, v = k.reshape(B, T, -1), v.reshape(B, T, -1)
     before = cache
     if isinstance(cache, ChannelCache):
-        cache = cache.write(k, v, step.at)
+        cache = cache.write(k, v, step.at, step.real)
     else:
-        cache = cache.write(k, v, None, step.at)
+        cache = cache.write(k, v, None, step.at, step.real)
     heads = lambda pair: tuple(a.reshape(*a.shape[:2], -1, cfg.head_dim) for a in pair)
     stored = heads(cache.stored(q.dtype))
     if cache.exact is None:

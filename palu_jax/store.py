@@ -126,7 +126,7 @@ def describe(folder) -> Stored:
             _recipe(found["recipe"]),
             found["weights"],
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StoreError(
             f"{folder / NAME} is damaged ({error}); convert the model again"
         ) from error
@@ -175,10 +175,13 @@ def read_factors(stored: Stored, cfg: Config) -> list[dict[str, np.ndarray]]:
     """The stored arrays of every layer, as NumPy arrays in `cfg.dtype`."""
     import orbax.checkpoint as ocp
 
+    folder = stored.folder / "factors"
     with ocp.PyTreeCheckpointer() as reader:
-        names = reader.metadata(stored.folder / "factors").item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-        found = reader.restore(stored.folder / "factors", restore_args=as_numpy)
+        held = reader.metadata(folder).item_metadata if folder.exists() else None
+        if held is None:
+            raise StoreError(f"{folder} is missing or damaged; convert the model again")
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), held.tree)
+        found = reader.restore(folder, restore_args=as_numpy)
     return [
         {name: np.asarray(a).astype(np.dtype(cfg.dtype)) for name, a in found[str(i)].items()}
         for i in range(cfg.layers)

@@ -60,7 +60,7 @@ def compile_ahead(plan: Plan, sampler: Sampler, gate: Gate | None = None, replay
         tokens = array(1, spec.nodes, cfg.d_model)
         jit_block.lower(layers[i], tokens, caches[i], step, cfg).compile()
         for length in chunk_sizes(plan.chunk):
-            causal = jax.eval_shape(functools.partial(causal_step, 0, length, slots))
+            causal = jax.eval_shape(functools.partial(causal_step, 0, length, slots, 0))
             rows = array(1, length, cfg.d_model)
             jit_block.lower(layers[i], rows, caches[i], causal, cfg).compile()
     last_logits.lower(top, array(1, 1, cfg.d_model), cfg).compile()

@@ -243,7 +243,7 @@ def make_plan(
         raise PlanError("this model's head is its embedding table, which must be on the device")
     if draft.bits is not None:
         try:
-            for path, leaf in jax.tree.leaves_with_path((model or abstract(cfg)).layers[0]):
+            for path, leaf in jax.tree.leaves_with_path((model or abstract(cfg)).layers):
                 if leaf.ndim == 2:
                     check_grouping(path[-1].name, leaf.shape[0], draft.bits, draft.group)
         except ValueError as e:

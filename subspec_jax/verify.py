@@ -97,7 +97,7 @@ def prefill(target: Target, prompt, caches: list, chunk: int, progress: Callable
     slots, streamed = caches[0].slots, 0
     for tokens, at, real in chunks(prompt, slots, chunk):
         stream = target.stream()
-        step = causal_step(at, tokens.shape[1], slots)
+        step = causal_step(at, tokens.shape[1], slots, real)
         x = jax.block_until_ready(run_pass(target, stream, jnp.asarray(tokens), caches, step))
         streamed += stream.bytes
         if progress:

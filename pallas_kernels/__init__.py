@@ -1,0 +1,1 @@
+"""GPU kernels behind plain functions: each has a jnp reference, which is its specification."""

@@ -1,0 +1,28 @@
+"""Triton IR of Pallas kernels, made without a GPU."""
+
+import contextlib
+
+import jax
+
+
+def lower_for(f, *arguments, device: str = "NVIDIA H200") -> str:
+    """The program that `f` becomes for that GPU, as text; kernels are custom calls in it.
+
+    Raises what compiling there would: block sizes that are no powers of two, operations that the
+    Triton backend lacks. `arguments` may be shapes.
+    """
+    traced = jax.jit(f).trace(*arguments)
+    with _abstract(device):
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def _abstract(device: str):
+    """A mesh of one such device, which jax needs from 0.11 on; nothing before."""
+    try:
+        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+        kind = AbstractDevice(device_kind=device, num_cores=None, platform="gpu")
+        mesh = AbstractMesh((1,), ("x",), abstract_device=kind)
+    except (ImportError, TypeError):
+        return contextlib.nullcontext()
+    return use_abstract_mesh(mesh)

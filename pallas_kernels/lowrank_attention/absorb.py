@@ -1,0 +1,160 @@
+"""The first kernel for one query row a kv head: the query is absorbed into the key factors.
+
+With k = z U and RoPE's pairs (a, b), a score is a sum over pairs j of cos(s w_j) C_j plus
+sin(s w_j) D_j, where C = z (U_a q_a + U_b q_b) and D = z (U_a q_b - U_b q_a): the query goes into
+two matrices of H/2 columns, and nothing is rotated. Fast pairs keep their two columns. All slow
+pairs together move so little within a span of slots that a few functions of the place in it (the
+leading singular vectors of their table of cosines and sines) stand in for them.
+
+Letters: B batch, g groups, K' kv heads of a group, H head size, R rank, J slow pairs (cosines, then
+sines), U functions of the place, X spans.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.lowrank_attention.reference import HIDDEN
+from pallas_kernels.lowrank_attention.tiles import (
+    Packing,
+    masked_load,
+    operand_dtype,
+    read,
+    read_scale,
+    stored,
+    tile_range,
+)
+
+
+@functools.cache
+def basis(frequencies: tuple[float, ...], span: int, count: int):
+    """(functions [span, U], their parts [J, U], largest error) for the slow pairs' cos | sin."""
+    angle = np.arange(span)[:, None] * np.asarray(frequencies, np.float64)[None]
+    table = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    left, size, right = np.linalg.svd(table, full_matrices=False)
+    left, size, right = left[:, :count], size[:count], right[:count]
+    largest = np.abs(left).max(axis=0)
+    place, parts = left / largest, (right * (size * largest)[:, None]).T
+    return place, parts, np.abs(place @ parts.T - table).max()
+
+
+def absorbed(q_BgKH, up_gRKH):
+    """The matrices of cosines and of sines, each float32 [B, g, R, K', H/2]."""
+    qa, qb = jnp.split(q_BgKH[:, :, None].astype(jnp.float32), 2, axis=-1)
+    ua, ub = jnp.split(up_gRKH[None].astype(jnp.float32), 2, axis=-1)
+    return ua * qa + ub * qb, ua * qb - ub * qa
+
+
+def _kernel(*refs, tile, span, heads, width, slow, packing, masked, interpret):
+    refs = list(refs)
+    take = lambda n=1: [refs.pop(0) for _ in range(n)]
+    (length_ref,) = take()
+    mask_ref = take()[0] if masked else None
+    fast_ref, turn_ref = take(2)
+    slow_ref, place_ref = take(2) if slow else (None, None)
+    k_ref, *k_scale = take(3 if packing.bits < 16 else 1)
+    score_ref, top_ref = take(2)
+    g, x, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    length, every = length_ref[b], pl.ds(0, heads)
+    first, full, last = tile_range(length, x, tile, span)
+    columns = lambda ref: range(0, ref.shape[-1], width)
+    rows = [pl.ds(r, packing.chunk) for r in packing.firsts()]
+    flat = lambda a: a.reshape(packing.chunk, heads * width)
+    mats = [
+        [flat(fast_ref[b, g, r, every, pl.ds(c, width)]) for r in rows] for c in columns(fast_ref)
+    ]
+    if slow:
+        mats += [
+            [flat(slow_ref[b, g, r, every, x, pl.ds(c, width)]) for r in rows]
+            for c in columns(slow_ref)
+        ]
+    if k_scale:
+        sums = [sum(jnp.sum(m.astype(jnp.float32), axis=0) for m in some) for some in mats]
+
+    def body(n, high, whole):
+        at = n * tile
+        slots = at + jax.lax.broadcasted_iota(jnp.int32, (tile,), 0)
+        ok, index = None if whole else slots < length, (b, pl.ds(at, tile))
+        z = read(k_ref, index, g * packing.size, ok, packing, interpret)
+        if k_scale:
+            step, offset = read_scale(k_scale, (*index, g), ok)
+            lift = (offset / step - packing.magic)[:, None]
+        tables = [turn_ref[pl.ds(at, tile), pl.ds(c, width)] for c in columns(turn_ref)]
+        if slow:
+            near = pl.ds(at - x * span, tile)
+            tables += [place_ref[near, pl.ds(c, width)] for c in columns(place_ref)]
+        terms = 0.0
+        for i, table in enumerate(tables):
+            found = sum(plgpu.dot(part, m) for part, m in zip(z, mats[i], strict=True))
+            if k_scale:
+                found += lift * sums[i][None]
+            terms += found.reshape(tile, heads, width) * table.astype(jnp.float32)[:, None]
+        score = jnp.sum(terms, axis=2)
+        if k_scale:
+            score *= step[:, None]
+        if masked:
+            seen = masked_load(mask_ref, index, ok, False)
+            score = jnp.where(seen[:, None], score, HIDDEN)
+        if not whole:
+            score = jnp.where(ok[:, None], score, HIDDEN)
+        score_ref[b, g, pl.ds(at, tile), :] = score
+        return jnp.maximum(high, score)
+
+    high = jnp.full((tile, heads), HIDDEN, jnp.float32)
+    high = jax.lax.fori_loop(first, full, functools.partial(body, whole=True), high)
+    high = jax.lax.fori_loop(full, last, functools.partial(body, whole=False), high)
+    top_ref[b, g, x, :] = jnp.max(high, axis=0)
+
+
+def absorbed_scores(q_BNH, k, up_k_gRKH, frequencies, lengths_B, mask_BS, cfg, interpret=False):
+    """(scores [B, g, spans * span, K'], largest of each span [B, g, X, K']), base 2, float32."""
+    g, _, K, H = up_k_gRKH.shape
+    B, S = k.codes_BSP.shape[:2]
+    packing = Packing(k.bits, k.blocks[0])
+    dtype, f32 = operand_dtype(k), jnp.float32
+    tile, span, fast = cfg.tile, cfg.span, cfg.fast
+    slow = cfg.slow if fast < H // 2 else 0
+    spans = pl.cdiv(S, span)
+    frequencies = np.asarray(frequencies, np.float32)
+    q = q_BNH.reshape(B, g, K, H).astype(f32) * (H**-0.5 * np.log2(np.e))
+    up = up_k_gRKH[:, : packing.rank]
+    cos_BgRKh, sin_BgRKh = absorbed(q, up)
+    both = lambda own: jnp.concatenate([cos_BgRKh[..., own], sin_BgRKh[..., own]], -1).astype(dtype)
+    angle = jnp.arange(spans * span, dtype=f32)[:, None] * frequencies[None, :fast]
+    inputs = [lengths_B]
+    inputs += [] if mask_BS is None else [jnp.broadcast_to(mask_BS, (B, S))]
+    inputs += [
+        both(slice(fast)),
+        jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], 1).astype(jnp.bfloat16),
+    ]
+    if slow:
+        place, parts, _ = basis(tuple(frequencies[fast:].tolist()), span, slow)
+        start = jnp.arange(spans, dtype=f32)[:, None] * span * frequencies[None, fast:]
+        cos, sin = jnp.cos(start).T[..., None], jnp.sin(start).T[..., None]
+        pc, ps = (p[:, None] for p in np.split(parts.astype(np.float32), 2))
+        w_JXU = jnp.concatenate([cos * pc - sin * ps, sin * pc + cos * ps], axis=0).astype(dtype)
+        m = jnp.dot(
+            both(slice(fast, None)).reshape(-1, w_JXU.shape[0]),
+            w_JXU.reshape(w_JXU.shape[0], -1),
+            preferred_element_type=f32,
+        ).astype(dtype)
+        inputs += [m.reshape(B, g, packing.rank, K, spans, slow), jnp.asarray(place, jnp.bfloat16)]
+    kernel = functools.partial(
+        _kernel, tile=tile, span=span, heads=K, width=cfg.width, slow=slow, packing=packing,
+        masked=mask_BS is not None, interpret=interpret,
+    )  # fmt: skip
+    return pl.pallas_call(
+        kernel,
+        out_shape=(
+            jax.ShapeDtypeStruct((B, g, spans * span, K), f32),
+            jax.ShapeDtypeStruct((B, g, spans, K), f32),
+        ),
+        grid=(g, spans, B),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="lowrank_absorbed_scores",
+    )(*inputs, *stored(k))

@@ -1,0 +1,124 @@
+"""The public function: one specification, and the choice of what computes it.
+
+Letters: B batch, T query positions, S slots, N query heads, K kv heads (K' of a group), G = N/K, H
+head size, R rank, g groups.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lowrank_attention.latents import Latents
+from pallas_kernels.lowrank_attention.reference import (
+    finish,
+    group_heads,
+    lowrank_attention_reference,
+)
+from pallas_kernels.lowrank_attention.triton import lowrank_attention_triton, why_not_triton
+
+IMPLEMENTATIONS = ("xla", "triton")
+
+
+def _ranks(name: str, latents: Latents, groups: int, ranks) -> tuple[int, ...]:
+    if ranks is None:
+        ranks = latents.blocks
+        if len(ranks) != groups and latents.rank % groups == 0 and len(set(ranks)) == 1:
+            ranks = (latents.rank // groups,) * groups  # blocks smaller than a group's latents
+    if len(ranks) != groups or sum(ranks) != latents.rank:
+        raise ValueError(
+            f"{name} latents in blocks of {latents.blocks} do not fit {groups} groups; pass "
+            f"{name}_ranks"
+        )
+    return tuple(ranks)
+
+
+def _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads):
+    groups, most = up_k_gRKH.shape[0], up_k_gRKH.shape[2]
+    heads = group_heads(q_BTNH.shape[2], groups, most, kv_heads)
+    return (_ranks("k", k, groups, k_ranks), _ranks("v", v, groups, v_ranks)), heads
+
+
+def why_not(
+    q_BTNH, k: Latents, v: Latents, up_k_gRKH, *_, k_ranks=None, v_ranks=None, kv_heads=None, **__
+) -> str | None:
+    """Why Triton kernels cannot do this call of `lowrank_attention`; None where they can.
+
+    Takes the same arguments. Whether there is a GPU is not looked at.
+    """
+    ranks, heads = _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads)
+    return why_not_triton(q_BTNH, k, v, up_k_gRKH, ranks, heads)
+
+
+def on_gpu() -> bool:
+    """Whether the default device runs Triton kernels (compute capability 8.0 or newer)."""
+    if jax.default_backend() != "gpu":
+        return False
+    return float(getattr(jax.devices()[0], "compute_capability", "0")) >= 8
+
+
+def lowrank_attention(
+    q_BTNH: jax.Array,
+    k: Latents,
+    v: Latents,
+    up_k_gRKH: jax.Array,
+    up_v_gRKH: jax.Array | None,
+    frequencies,
+    lengths_B: jax.Array,
+    *,
+    mask_BTS: jax.Array | None = None,
+    position_BS: jax.Array | None = None,
+    k_bias_KH: jax.Array | None = None,
+    v_bias_KH: jax.Array | None = None,
+    lead_BS: jax.Array | None = None,
+    k_mean_KH: jax.Array | None = None,
+    v_mean_KH: jax.Array | None = None,
+    k_norm_H: jax.Array | None = None,
+    norm_eps: float = 1e-6,
+    k_ranks: tuple[int, ...] | None = None,
+    v_ranks: tuple[int, ...] | None = None,
+    kv_heads: int | None = None,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of T query positions over latents, [B, T, N, H], in q's dtype.
+
+    score[b,t,n,s] = q[b,t,n] . RoPE(z_k[b,s,group] @ up_k[group,:,head] + bias + lead * mean) over
+    sqrt(H); with p its softmax over s, y[b,t,n] = (sum_s p z_v[b,s,group]) @ up_v[group,:,head] +
+    v_bias + (sum_s p lead) v_mean.
+
+    Queries are already rotated and not scaled. Slots s < lengths_B[b] exist and others are never
+    looked at; `mask_BTS` (B may be 1) says which of them a query sees. kv head i is in group
+    i // K'; rows of `up_*` beyond a group's rank are zero. Without `up_v_gRKH` the result stays in
+    latents, [B, T, N, R_v]. `position_BS` (B may be 1) is the rotary position of each slot, by
+    default its number; `frequencies` are radians a position for the pairs (i, i + H/2). `k_norm_H`
+    is the gain of an rms-norm of every rebuilt key before its rotation. A row that sees nothing
+    gives something finite. `k_ranks` and `v_ranks` are needed where quantization blocks are smaller
+    than groups of unequal ranks, `kv_heads` where the last group has fewer heads.
+
+    `implementation` None takes Triton where `why_not` gives no reason and the device is a GPU, else
+    XLA; "triton" raises NotImplementedError with the reason. `interpret` runs the kernels on a CPU.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
+    ranks, heads = _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads)
+    if (k_mean_KH is not None or v_mean_KH is not None) and lead_BS is None:
+        raise ValueError("means without leads: pass lead_BS")
+    keys = dict(
+        mask_BTS=mask_BTS, position_BS=position_BS, k_bias_KH=k_bias_KH, lead_BS=lead_BS,
+        k_mean_KH=k_mean_KH, k_norm_H=k_norm_H, norm_eps=norm_eps,
+    )  # fmt: skip
+    if implementation != "xla" and (implementation or interpret or on_gpu()):
+        reason = why_not_triton(q_BTNH, k, v, up_k_gRKH, ranks, heads)
+        if reason is None:
+            if k_mean_KH is None and v_mean_KH is None:
+                keys["lead_BS"] = None
+            y, leads = lowrank_attention_triton(
+                q_BTNH, k, v, up_k_gRKH, frequencies, lengths_B, interpret=interpret, **keys
+            )
+            return finish(y, leads, up_v_gRKH, heads, v_bias_KH, v_mean_KH, q_BTNH.dtype)
+        if implementation == "triton":
+            raise NotImplementedError(reason)
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    return lowrank_attention_reference(
+        q_BTNH, k, v, up_k_gRKH, up_v_gRKH, frequencies, lengths_B, ranks=ranks, heads=heads,
+        v_bias_KH=v_bias_KH, v_mean_KH=v_mean_KH, **keys,
+    )  # fmt: skip

@@ -1,0 +1,57 @@
+"""Every named shape becomes Triton IR, without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.lowering import lower_for
+from pallas_kernels.lowrank_attention import lowrank_attention, why_not
+from pallas_kernels.lowrank_attention.latents import block_bytes
+from pallas_kernels.shapes import LOWRANK
+
+
+def attention(shape):
+    return lambda q, k, v, up_k, up_v, lengths, mask=None, position=None: lowrank_attention(
+        q, k, v, up_k, up_v, shape.frequencies, lengths,
+        mask_BTS=mask, position_BS=position, implementation="triton",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("name", LOWRANK)
+def test_decoding_lowers_to_two_kernels(name, bits):
+    shape = LOWRANK[name]
+    arguments = shape.arguments(2, 5000, bits)
+    assert why_not(*arguments) is None
+    program = lower_for(attention(shape), *arguments)
+    assert program.count("__gpu$xla.gpu.triton") == 2
+    first = "absorbed" if shape.heads == shape.kv_heads else "rebuilt"
+    assert f"lowrank_{first}_scores" in program and "lowrank_average" in program
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("name", LOWRANK)
+def test_tree_verification_lowers(name, bits):
+    shape = LOWRANK[name]
+    mask = jax.ShapeDtypeStruct((1, 9, 3000), jnp.bool_)
+    position = jax.ShapeDtypeStruct((1, 3000), jnp.int32)
+    program = lower_for(attention(shape), *shape.arguments(1, 3000, bits, 9), mask, position)
+    assert "lowrank_rebuilt_scores" in program
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("name", LOWRANK)
+def test_cache_bytes_are_those_of_the_arrays(name, bits):
+    shape = LOWRANK[name]
+    _, k, v, *_ = shape.arguments(2, 100, bits)
+    real = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((k, v)))
+    assert shape.cache_bytes(2, 100, bits) == real
+    assert shape.full_bytes(2, 100) == 2 * 100 * 2 * shape.kv_heads * shape.head_dim * 2
+    assert block_bytes(shape.k_rank, 16) == 2 * shape.k_rank
+
+
+def test_codes_that_offsets_do_not_reach_are_left_to_xla():
+    """Pallas counts bytes with 32 signed bits up to 4 GiB, with 64 beyond."""
+    shape = LOWRANK["llama-2-7b"]
+    reasons = [why_not(*shape.arguments(32, slots, 4)) for slots in (32768, 65536, 524288)]
+    assert reasons[0] is None and reasons[2] is None and "32-bit offsets" in reasons[1]

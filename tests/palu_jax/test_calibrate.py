@@ -1,0 +1,151 @@
+"""Moments and gradients against a differentiation of the whole model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.attention import attention, causal_step, rms_norm
+from llm_jax.cache import empty_caches
+from llm_jax.model import forward
+from llm_jax.testing import tiny_config, tiny_params
+from palu_jax import calibrate as module
+from palu_jax.calibrate import CalibrationError, Probed, calibrate
+
+B, T = 2, 9
+
+
+def tokens(cfg, seed=0, batch=B):
+    return np.random.default_rng(seed).integers(0, cfg.vocab, (batch, T)).astype(np.int32)
+
+
+def loss(params, tokens_BT, cfg, dk, dv):
+    """Summed over a sequence's predictions; label of position t is token t + 1."""
+    layers = tuple(
+        dataclasses.replace(l, attn=Probed(l.attn, dk[i], dv[i]))
+        for i, l in enumerate(params.layers)
+    )
+    params = dataclasses.replace(params, layers=layers)
+    caches = empty_caches(cfg, len(tokens_BT), T)
+    logits = forward(params, tokens_BT, caches, causal_step(0, T, T), cfg)[0]
+    logp = jax.nn.log_softmax(logits[:, :-1], -1)
+    return -jnp.take_along_axis(logp, tokens_BT[:, 1:, None], -1).sum()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_statistics(family):
+    cfg = tiny_config(family)
+    params = tiny_params(cfg)
+    batches = [tokens(cfg), tokens(cfg, 1, 1)]
+    found = calibrate(params, batches, cfg)
+    assert (found.tokens, found.sequences, found.gradients) == (3 * T, 3, True)
+    text = np.concatenate(batches)
+    zero = jnp.zeros((cfg.layers, 3, T, cfg.kv_heads, cfg.head_dim))
+    grads = jax.grad(loss, argnums=(3, 4))(params, jnp.asarray(text), cfg, zero, zero)
+    inputs = layer_inputs(params, text, cfg)
+    for i, layer in enumerate(found.layers):
+        x = np.asarray(inputs[i], np.float64)
+        np.testing.assert_allclose(
+            layer.gram_DD, np.einsum("btd,bte->de", x, x) / (3 * T), rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(layer.mean_D, x.mean((0, 1)), rtol=1e-4, atol=1e-5)
+        for g, gram, fisher in (
+            (grads[0][i], layer.grad_k_FF, layer.fisher_k_DF),
+            (grads[1][i], layer.grad_v_FF, layer.fisher_v_DF),
+        ):
+            g = np.asarray(g, np.float64).reshape(3, T, -1)
+            want = np.einsum("btf,bte->fe", g, g) / (3 * T)
+            np.testing.assert_allclose(gram, want, rtol=2e-3, atol=1e-4 * np.abs(want).max())
+            want = (np.einsum("btd,btf->bdf", x, g) ** 2).mean(0)
+            np.testing.assert_allclose(fisher, want, rtol=2e-3, atol=1e-4 * want.max())
+
+
+def layer_inputs(params, text, cfg):
+    """What each layer's attention sees, caught at the seam."""
+    caught = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Caught:
+        attn: object
+
+    @attention.register
+    def _(p: Caught, x, cache, step, cfg):
+        caught.append(x)
+        return attention(p.attn, x, cache, step, cfg)
+
+    layers = tuple(dataclasses.replace(l, attn=Caught(l.attn)) for l in params.layers)
+    params = dataclasses.replace(params, layers=layers)
+    caches = empty_caches(cfg, len(text), T)
+    forward(params, jnp.asarray(text), caches, causal_step(0, T, T), cfg)
+    return caught
+
+
+def test_query_moments():
+    cfg = tiny_config("qwen3")
+    params = tiny_params(cfg)
+    text = tokens(cfg)
+    found = calibrate(params, [text], cfg, gradients=False)
+    assert not found.gradients and found.layers[0].fisher_k_DF is None
+    a = params.layers[0].attn
+    x = layer_inputs(params, text, cfg)[0]
+    q = rms_norm((x @ a.q).reshape(B, T, cfg.heads, -1), a.q_norm, cfg.norm_eps)
+    q = np.asarray(q, np.float64).reshape(B, T, cfg.kv_heads, -1, cfg.head_dim)
+    want = np.einsum("btkgh,btkgi->khi", q, q) / (B * T)
+    np.testing.assert_allclose(found.layers[0].query_KHH, want, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_and_table_may_be_on_the_host():
+    cfg = tiny_config("qwen2")
+    params = tiny_params(cfg)
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    away = lambda layer: jax.tree.map(lambda a: jax.device_put(a, host) if a.ndim > 1 else a, layer)
+    hosted = dataclasses.replace(
+        params, embed_VD=np.asarray(params.embed_VD), layers=tuple(map(away, params.layers))
+    )
+    one, two = (calibrate(p, [tokens(cfg)], cfg) for p in (params, hosted))
+    for a, b in zip(jax.tree.leaves(vars(one.layers[1])), jax.tree.leaves(vars(two.layers[1]))):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    cfg = tiny_config("qwen2")
+    params = tiny_params(cfg)
+    batches = [tokens(cfg, seed) for seed in range(3)]
+    want = calibrate(params, batches, cfg)
+    path, calls, real = tmp_path / "s.npz", [], module._sums
+
+    def killed(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(module, "_sums", killed)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(params, batches, cfg, path=path, every_s=-1)
+    calls.clear()
+    got = calibrate(params, batches, cfg, path=path)
+    assert len(calls) == 1  # two batches were done before
+    np.testing.assert_allclose(got.layers[1].grad_v_FF, want.layers[1].grad_v_FF, rtol=1e-6)
+    calls.clear()
+    calibrate(params, batches, cfg, path=path)
+    assert not calls
+    with pytest.raises(CalibrationError, match="other text"):
+        calibrate(params, batches[::-1], cfg, path=path)
+    with pytest.raises(CalibrationError, match="another model"):
+        calibrate(tiny_params(cfg, 4), batches, cfg, path=path)
+    with pytest.raises(CalibrationError, match="only 1"):
+        calibrate(params, batches[:1], cfg, path=path)
+    path.write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(CalibrationError, match="damaged"):
+        calibrate(params, batches, cfg, path=path)
+
+
+def test_no_text():
+    cfg = tiny_config("qwen2")
+    with pytest.raises(CalibrationError, match="at least one batch"):
+        calibrate(tiny_params(cfg), [], cfg)
+    with pytest.raises(CalibrationError, match="has shape"):
+        calibrate(tiny_params(cfg), [np.zeros(5, np.int32)], cfg)

@@ -1,0 +1,198 @@
+"""Converted models: the same function at full rank, the same tokens however they are fed."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from feeding import one_by_one, text, whole
+
+from llm_jax.generate import generate
+from llm_jax.testing import FAMILIES, tiny_config, tiny_params
+from palu_jax.attention import PaluAttention
+from palu_jax.convert import ConvertError, Recipe, layer_spectra, to_palu
+from palu_jax.latent import LatentFormat
+from palu_jax.rank import group_sizes, uniform
+
+
+def recipe(cfg, group, keep, objective="plain", **changes):
+    groups = group_sizes(cfg.kv_heads, group)
+    ranks = uniform(cfg.layers, groups, cfg.head_dim, keep)
+    return Recipe(groups, ranks, objective, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_equals_dense(family):
+    cfg = tiny_config(family)
+    params = tiny_params(cfg)
+    full = to_palu(params, cfg, recipe(cfg, cfg.kv_heads, 1.0))
+    tokens = text(cfg)
+    chex.assert_trees_all_close(
+        whole(full, cfg, tokens)[0], whole(params, cfg, tokens)[0], atol=3e-5
+    )
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(objective="whitened"),
+        dict(objective="aware", mean_split=True),
+        dict(objective="gradient", rotate=False),
+    ],
+    ids=lambda c: c["objective"],
+)
+def test_full_rank_equals_dense_in_all_groups(tiny, group, changes):
+    """Groups of two leave one of a single head. Directions of the inputs that never occur in the
+    statistics would be lost; here all do."""
+    full = to_palu(tiny.params, tiny.cfg, recipe(tiny.cfg, group, 1.0, **changes), tiny.statistics)
+    tokens = text(tiny.cfg)
+    want = whole(tiny.params, tiny.cfg, tokens)[0]
+    chex.assert_trees_all_close(whole(full, tiny.cfg, tokens)[0], want, atol=2e-4)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("chunk", [1, 20])
+def test_fused_values_change_nothing(tiny, group, chunk):
+    one = recipe(tiny.cfg, group, 0.5)
+    apart = to_palu(tiny.params, tiny.cfg, one)
+    fused = to_palu(tiny.params, tiny.cfg, dataclasses.replace(one, fuse_values=True))
+    assert fused.layers[0].attn.v.up_gRKH is None
+    tokens = text(tiny.cfg)
+    got, want = (one_by_one(p, tiny.cfg, tokens, chunk=chunk)[0] for p in (fused, apart))
+    chex.assert_trees_all_close(got, want, atol=3e-5)
+
+
+def test_rotation_changes_nothing_at_16_bits(tiny):
+    tokens = text(tiny.cfg)
+    one = recipe(tiny.cfg, 2, 0.5)
+    params = to_palu(tiny.params, tiny.cfg, one)
+    want = whole(params, tiny.cfg, tokens)[0]
+    turned = dataclasses.replace(one, format=LatentFormat(4, 4), rotate=True)
+    found = to_palu(tiny.params, tiny.cfg, turned)
+    assert not np.allclose(found.layers[0].attn.k.down_DR, params.layers[0].attn.k.down_DR)
+    layers = tuple(
+        dataclasses.replace(l, attn=dataclasses.replace(l.attn, format=LatentFormat()))
+        for l in found.layers
+    )
+    found = dataclasses.replace(found, layers=layers)
+    chex.assert_trees_all_close(whole(found, tiny.cfg, tokens)[0], want, atol=3e-5)
+
+
+FORMATS = {
+    "16": LatentFormat(),
+    "4 and 3": LatentFormat(4, 3),
+    "2, blocks of 4": LatentFormat(2, 2, block=4),
+    "sinks and window": LatentFormat(2, 4, sinks=2, window=5),
+    "window": LatentFormat(4, 16, window=3),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("mean", [False, True])
+def test_the_cache_gives_what_one_pass_gives(tiny, name, mean):
+    """Token by token, in chunks of 7, and at once; codes are the same ones."""
+    one = recipe(tiny.cfg, 2, 0.5, "whitened", format=FORMATS[name], mean_split=mean)
+    palu = to_palu(tiny.params, tiny.cfg, one, tiny.statistics)
+    tokens = text(tiny.cfg)
+    want, caches = whole(palu, tiny.cfg, tokens)
+    for chunk in (1, 7):
+        got, filled = one_by_one(palu, tiny.cfg, tokens, chunk=chunk)
+        chex.assert_trees_all_close(got, want, atol=1e-3)
+        if name != "16":
+            same = np.asarray(filled[0].k.codes_BSP) == np.asarray(caches[0].k.codes_BSP)
+            assert same.mean() > 0.99  # the first layer's inputs are exact
+
+
+def test_sinks_and_window_are_what_numpy_says(tiny):
+    """One layer's attention, brute force: key j counts exactly for query i if it is a sink or
+    nearer than the window."""
+    cfg = dataclasses.replace(tiny.cfg, layers=1)
+    params = dataclasses.replace(tiny.params, layers=tiny.params.layers[:1])
+    statistics = dataclasses.replace(tiny.statistics, layers=tiny.statistics.layers[:1])
+    kinds = {}
+    for name, form in (
+        ("exact", LatentFormat()),
+        ("low", LatentFormat(2, 2)),
+        ("both", LatentFormat(2, 2, sinks=2, window=4)),
+    ):
+        one = recipe(cfg, 3, 0.5, "whitened", format=form, rotate=False)
+        kinds[name] = to_palu(params, cfg, one, statistics)
+    tokens = text(cfg, batch=1, length=14)
+    rows = {n: np.asarray(whole(p, cfg, tokens)[0])[0] for n, p in kinds.items()}
+    # Every key of the first five queries is a sink or in their window.
+    np.testing.assert_allclose(rows["both"][:5], rows["exact"][:5], atol=1e-4)
+    assert np.abs(rows["both"][10:] - rows["exact"][10:]).max() > 1e-3
+    assert np.abs(rows["both"][10:] - rows["low"][10:]).max() > 1e-3
+    error = lambda name: np.square(rows[name] - rows["exact"]).mean()
+    assert error("both") < error("low")
+
+
+def test_three_lines_in_other_code(tiny):
+    palu = to_palu(tiny.params, tiny.cfg, recipe(tiny.cfg, 3, 0.5))
+    tokens = generate(palu, [1, 2, 3], tiny.cfg, 6)
+    assert len(tokens) == 6 and isinstance(palu.layers[0].attn, PaluAttention)
+    assert palu.layers[0].mlp is tiny.params.layers[0].mlp  # what is not converted is shared
+
+
+def test_whitened_beats_plain_on_the_text_it_was_made_from(tiny):
+    gram = np.asarray(tiny.statistics.layers[0].gram_DD, np.float64)
+    w = np.asarray(tiny.params.layers[0].attn.k, np.float64)
+    error = {}
+    for objective in ("plain", "whitened"):
+        found = layer_spectra(
+            tiny.params.layers[0].attn, tiny.cfg, (3,), objective, tiny.statistics.layers[0]
+        )
+        rest = w - np.matmul(*found.k[0].factors(16))
+        error[objective] = np.trace(rest.T @ gram @ rest)
+    assert error["whitened"] < 0.99 * error["plain"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(groups=(2, 2)), "do not add up to the 3 kv heads"),
+        (dict(groups=(1, 2)), "only the last one may be smaller"),
+        (dict(ranks=()), "ranks for 0 layers"),
+        (dict(ranks=(((49,), (8,)),) * 2), "key rank 49"),
+        (dict(ranks=(((8,), (0,)),) * 2), "value rank 0"),
+        (dict(ranks=(((8, 8), (8,)),) * 2), "2 key ranks for 1 groups"),
+        (dict(objective="best"), "objective 'best'"),
+        (dict(objective="whitened"), "need statistics"),
+        (dict(mean_split=True), "need statistics"),
+        (dict(mean_split=True, fuse_values=True), "no place for a mean split"),
+    ],
+)
+def test_impossible_recipes(tiny, change, words):
+    good = Recipe((3,), (((8,), (8,)),) * 2, "plain")
+    with pytest.raises(ConvertError, match=words):
+        to_palu(tiny.params, tiny.cfg, dataclasses.replace(good, **change))
+
+
+def test_statistics_must_be_of_this_model(tiny):
+    good = Recipe((3,), (((8,), (8,)),) * 2, "whitened")
+    one = dataclasses.replace(tiny.statistics, layers=tiny.statistics.layers[:1])
+    with pytest.raises(ConvertError, match="of 1 layers"):
+        to_palu(tiny.params, tiny.cfg, good, one)
+    other = dataclasses.replace(tiny.statistics.layers[0], gram_DD=np.eye(7))
+    with pytest.raises(ConvertError, match="width 7"):
+        wrong = dataclasses.replace(tiny.statistics, layers=(other,) * 2)
+        to_palu(tiny.params, tiny.cfg, good, wrong)
+    less = dataclasses.replace(tiny.statistics.layers[0], grad_k_FF=None)
+    with pytest.raises(ConvertError, match="hold no gradients"):
+        wrong = dataclasses.replace(tiny.statistics, layers=(less,) * 2)
+        to_palu(tiny.params, tiny.cfg, dataclasses.replace(good, objective="gradient"), wrong)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_models(dtype):
+    cfg = tiny_config("qwen2", dtype=dtype)
+    params = tiny_params(cfg)
+    full = to_palu(params, cfg, recipe(cfg, 2, 1.0))
+    assert full.layers[0].attn.k.down_DR.dtype == jnp.dtype(dtype)
+    tokens = text(cfg)
+    got, want = (np.asarray(whole(p, cfg, tokens)[0]) for p in (full, params))
+    assert np.abs(got - want).max() < 0.15 * np.abs(want).max()
+    assert jax.tree.leaves(whole(full, cfg, tokens)[1])[0].dtype == jnp.dtype(dtype)

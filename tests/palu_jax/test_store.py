@@ -1,0 +1,95 @@
+"""Stored conversions: bit-equal when read, refused where they do not belong."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.checkpoint import open_checkpoint
+from llm_jax.params import abstract
+from llm_jax.testing import tiny_config, tiny_params, write_safetensors
+from palu_jax import store
+from palu_jax.convert import Recipe, to_palu
+from palu_jax.latent import LatentFormat
+
+RANKS = (((8, 6), (12, 4)), ((16, 16), (5, 7)))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(folder, recipe, params, converted, cfg)."""
+    cfg = tiny_config("qwen2")
+    params = tiny_params(cfg)
+    recipe = Recipe((1, 1), RANKS, "plain", LatentFormat(4, 2, sinks=3, clip=(1.0, 0.8)))
+    palu = to_palu(params, cfg, recipe)
+    folder = tmp_path_factory.mktemp("store") / "palu"
+    store.save(folder, palu, cfg, recipe, "tiny")
+    return folder, recipe, params, palu, cfg
+
+
+def test_round_trip(made):
+    folder, recipe, params, palu, cfg = made
+    back = store.restore(folder, params, cfg)
+    assert jax.tree.structure(back) == jax.tree.structure(palu)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(palu), strict=True):
+        np.testing.assert_array_equal(a, b)
+    stored = store.describe(folder)
+    assert (stored.recipe, stored.cfg, stored.source) == (recipe, cfg, "tiny")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_abstract_layers_have_the_real_shapes(tiny, fused):
+    """On which plans are made before anything is read."""
+    cfg = tiny.cfg
+    recipe = Recipe((3,), (((8,), (12,)),) * 2, "whitened", mean_split=not fused, fuse_values=fused)
+    palu = to_palu(tiny.params, cfg, recipe, tiny.statistics)
+    stored = store.Stored(None, "tiny", cfg, recipe, [])
+    found = store.abstract_layers(stored, abstract(cfg), cfg)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, palu)
+
+
+def test_a_checkpoint_seen_through_it_loads_converted(made, tmp_path):
+    folder, _, params, palu, cfg = made
+    write_safetensors(tmp_path / "model", params, cfg)
+    checkpoint = store.PaluCheckpoint(open_checkpoint(tmp_path / "model"), store.describe(folder))
+    checkpoint.check(cfg)
+    chex.assert_trees_all_close(checkpoint.load(cfg), palu, atol=1e-6)
+    low = dataclasses.replace(cfg, dtype="bfloat16")
+    assert checkpoint.load(low).layers[0].attn.k.down_DR.dtype == "bfloat16"
+    write_safetensors(tmp_path / "other", tiny_params(cfg, 5), cfg)
+    other = store.PaluCheckpoint(open_checkpoint(tmp_path / "other"), store.describe(folder))
+    with pytest.raises(store.StoreError, match="other weights"):
+        other.load(cfg)
+
+
+def test_refusals(made, tmp_path):
+    folder, recipe, params, palu, cfg = made
+    with pytest.raises(store.StoreError, match="exists"):
+        store.save(folder, palu, cfg, recipe, "tiny")
+    with pytest.raises(store.StoreError, match="other weights"):
+        store.restore(folder, tiny_params(cfg, 5), cfg)
+    with pytest.raises(store.StoreError, match="d_ff is 96"):
+        store.restore(folder, params, dataclasses.replace(cfg, d_ff=128))
+    with pytest.raises(store.StoreError, match=r"no palu\.json"):
+        store.describe(tmp_path)
+    with pytest.raises(store.StoreError, match="only converted"):
+        store.save(tmp_path / "plain", params, cfg, recipe, "tiny")
+    assert not list(tmp_path.iterdir())  # nothing half-written stays
+    (tmp_path / store.NAME).write_text("{")
+    with pytest.raises(store.StoreError, match="damaged"):
+        store.describe(tmp_path)
+    old = json.loads((folder / store.NAME).read_text()) | dict(version=0)
+    (tmp_path / store.NAME).write_text(json.dumps(old))
+    with pytest.raises(store.StoreError, match="format 0"):
+        store.describe(tmp_path)
+
+
+def test_replacing_is_asked_for(made, tmp_path):
+    _, recipe, params, palu, cfg = made
+    store.save(tmp_path / "x", palu, cfg, recipe, "tiny")
+    other = dataclasses.replace(recipe, format=LatentFormat(8, 8))
+    store.save(tmp_path / "x", to_palu(params, cfg, other), cfg, other, "tiny", replace=True)
+    assert store.describe(tmp_path / "x").recipe == other
