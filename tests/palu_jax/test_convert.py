@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 from feeding import one_by_one, text, whole
 
+from llm_jax.attention import caches_for, causal_step, rope_frequencies
 from llm_jax.generate import generate
+from llm_jax.model import forward
 from llm_jax.testing import FAMILIES, tiny_config, tiny_params
 from palu_jax.attention import PaluAttention
-from palu_jax.convert import ConvertError, Recipe, layer_spectra, to_palu
-from palu_jax.latent import LatentFormat
+from palu_jax.convert import DISTANCES, ConvertError, Recipe, layer_spectra, to_palu
+from palu_jax.decompose import key_metric
+from palu_jax.latent import FormatError, LatentFormat
 from palu_jax.rank import group_sizes, uniform
 
 
@@ -90,15 +94,17 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize(
+    "name, mean",
+    [*((name, False) for name in FORMATS), ("4 and 3", True), ("sinks and window", True)],
+)
 def test_the_cache_gives_what_one_pass_gives(tiny, name, mean):
-    """Token by token, in chunks of 7, and at once; codes are the same ones."""
+    """Token by token, in chunks of 10, and at once; codes are the same ones."""
     one = recipe(tiny.cfg, 2, 0.5, "whitened", format=FORMATS[name], mean_split=mean)
     palu = to_palu(tiny.params, tiny.cfg, one, tiny.statistics)
     tokens = text(tiny.cfg)
     want, caches = whole(palu, tiny.cfg, tokens)
-    for chunk in (1, 7):
+    for chunk in (1, 10):
         got, filled = one_by_one(palu, tiny.cfg, tokens, chunk=chunk)
         chex.assert_trees_all_close(got, want, atol=1e-3)
         if name != "16":
@@ -130,11 +136,70 @@ def test_sinks_and_window_are_what_numpy_says(tiny):
     assert error("both") < error("low")
 
 
+@pytest.mark.parametrize("name", ["4 and 3", "sinks and window"])
+def test_a_padded_prompt_leaves_the_newest_tokens_exact(tiny, name):
+    """`generate` pads 5 tokens to 16: what fills up must not displace the window."""
+    one = recipe(tiny.cfg, 2, 0.5, "whitened", format=FORMATS[name])
+    palu = to_palu(tiny.params, tiny.cfg, one, tiny.statistics)
+    prompt = [1, 2, 3, 5, 7]
+    got = generate(palu, prompt, tiny.cfg, 12)
+    logits, _ = one_by_one(palu, tiny.cfg, jnp.array([prompt + got]))
+    assert got == jnp.argmax(logits[0, len(prompt) - 1 : -1], -1).tolist()
+
+
+@pytest.mark.parametrize("objective", ["plain", "whitened", "aware", "gradient"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_converted_factors_have_the_predicted_error(tiny, objective, group):
+    """Group by group, from the float32 factors that a model gets; and no other objective's are
+    better in this one's measure."""
+    cfg, H = tiny.cfg, tiny.cfg.head_dim
+    attn, moments = tiny.params.layers[0].attn, tiny.statistics.layers[0]
+    gram = np.eye(cfg.d_model) if objective == "plain" else np.asarray(moments.gram_DD, np.float64)
+    metrics = [np.eye(cfg.kv_heads * H)] * 2
+    if objective == "gradient":
+        metrics = [np.asarray(g, np.float64) for g in (moments.grad_k_FF, moments.grad_v_FF)]
+    elif objective == "aware":
+        o = np.asarray(attn.o, np.float64).reshape(cfg.kv_heads, -1, H, cfg.d_model)
+        of_values = [sum(w @ w.T for w in heads) for heads in o]
+        of_keys = key_metric(moments.query_KHH, rope_frequencies(cfg), DISTANCES)
+        metrics = [scipy.linalg.block_diag(*m) for m in (of_keys, of_values)]
+    groups = group_sizes(cfg.kv_heads, group)
+
+    def errors(made):
+        """Of every group of keys, then of values, weighed by this objective."""
+        palu = to_palu(tiny.params, cfg, recipe(cfg, group, 0.5, made), tiny.statistics)
+        for f, w, metric in zip(
+            (palu.layers[0].attn.k, palu.layers[0].attn.v), (attn.k, attn.v), metrics
+        ):
+            first, at = 0, 0
+            for i, (rank, heads) in enumerate(zip(f.ranks, f.heads, strict=True)):
+                own = slice(at, at + heads * H)
+                up = np.asarray(f.up_gRKH[i, :rank, :heads], np.float64).reshape(rank, -1)
+                assert not f.up_gRKH[i, rank:].any() and not f.up_gRKH[i, :, heads:].any()
+                down = np.asarray(f.down_DR[:, first : first + rank], np.float64)
+                rest = np.asarray(w, np.float64)[:, own] - down @ up
+                yield np.trace(rest.T @ gram @ rest @ metric[own, own])
+                first, at = first + rank, at + heads * H
+
+    found = layer_spectra(attn, cfg, groups, objective, moments)
+    ranks = recipe(cfg, group, 0.5).ranks[0]
+    predicted = [
+        s.error(r) for part, rs in zip((found.k, found.v), ranks) for s, r in zip(part, rs)
+    ]
+    np.testing.assert_allclose(list(errors(objective)), predicted, rtol=1e-4)
+    for other in {"plain", "whitened", "aware", "gradient"} - {objective}:
+        assert (np.array(list(errors(other))) >= np.array(predicted) * (1 - 1e-4)).all()
+
+
 def test_three_lines_in_other_code(tiny):
     palu = to_palu(tiny.params, tiny.cfg, recipe(tiny.cfg, 3, 0.5))
     tokens = generate(palu, [1, 2, 3], tiny.cfg, 6)
     assert len(tokens) == 6 and isinstance(palu.layers[0].attn, PaluAttention)
     assert palu.layers[0].mlp is tiny.params.layers[0].mlp  # what is not converted is shared
+    text = jnp.array([[4, 5, 6]])
+    step, caches = causal_step(0, 3, 8), caches_for(palu, tiny.cfg, 1, 8)
+    logits = jax.jit(lambda p: forward(p, text, caches, step, tiny.cfg)[0])(palu)
+    chex.assert_trees_all_close(forward(palu, text, caches, step, tiny.cfg)[0], logits, atol=1e-5)
 
 
 def test_whitened_beats_plain_on_the_text_it_was_made_from(tiny):
@@ -184,6 +249,20 @@ def test_statistics_must_be_of_this_model(tiny):
     with pytest.raises(ConvertError, match="hold no gradients"):
         wrong = dataclasses.replace(tiny.statistics, layers=(less,) * 2)
         to_palu(tiny.params, tiny.cfg, dataclasses.replace(good, objective="gradient"), wrong)
+
+
+def test_statistics_of_other_heads_and_converted_models_are_refused(tiny):
+    good = Recipe((3,), (((8,), (8,)),) * 2, "whitened")
+    other = dataclasses.replace(tiny.statistics.layers[0], query_KHH=np.ones((2, 16, 16)))
+    with pytest.raises(ConvertError, match=r"kv heads and head size \(2, 16\)"):
+        wrong = dataclasses.replace(tiny.statistics, layers=(other,) * 2)
+        to_palu(tiny.params, tiny.cfg, good, wrong)
+    palu = to_palu(tiny.params, tiny.cfg, good, tiny.statistics)
+    with pytest.raises(ConvertError, match="not PaluAttention"):
+        to_palu(palu, tiny.cfg, good, tiny.statistics)
+    with pytest.raises(FormatError, match="blocks of 3 latents do not divide a rank of 8"):
+        blocks = dataclasses.replace(good, format=LatentFormat(4, 4, block=3))
+        to_palu(tiny.params, tiny.cfg, blocks, tiny.statistics)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
