@@ -1,19 +1,24 @@
 """Both methods at once: speculative decoding over a Palu model gives that model's own tokens."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from llm_jax.attention import caches_for
 from llm_jax.config import Config
-from llm_jax.generate import generate
+from llm_jax.generate import generate, prefill
 from llm_jax.params import abstract
+from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_params
 from palu_jax import store
 from palu_jax.convert import Recipe, to_palu
 from palu_jax.latent import LatentFormat
+from subspec_jax.ahead import compile_ahead, use_cache
 from subspec_jax.decode import Decoder
 from subspec_jax.offload import place
 from subspec_jax.plan import Draft, make_plan
@@ -46,6 +51,110 @@ def quick_compilation():
 
 def palu(form):
     return to_palu(tiny_params(CFG), CFG, Recipe((2,), RANKS, "plain", form))
+
+
+def split(form):
+    """Heads apart, ranks uneven, and the mean direction of the inputs stored by itself."""
+    x = np.random.default_rng(0).normal(size=(100, CFG.d_model)) + 1
+    layer = SimpleNamespace(
+        gram_DD=x.T @ x / 100, mean_D=x.mean(0), query_KHH=np.ones((2, 8, 8)), grad_k_FF=None
+    )
+    ranks = (((4, 7), (8, 5)), ((6, 6), (3, 8)))
+    recipe = Recipe((1, 1), ranks, "whitened", form, mean_split=True)
+    return to_palu(tiny_params(CFG), CFG, recipe, SimpleNamespace(layers=(layer,) * 2))
+
+
+def speculated(params, tree, sampler=Sampler(), **options):
+    """(tokens, rounds, decoder) of speculative decoding with all layers offloaded."""
+    target = Target(dataclasses.replace(params, layers=place(params.layers, 0)), CFG)
+    draft = ModelDraft(substitute(target.params, 4, 16), CFG, tree, **options)
+    decoder = Decoder(target, draft, sampler, max_length=64)
+    rounds = list(decoder.rounds(PROMPT, STEPS, seed=3))
+    return [t for r in rounds for t in r.tokens], rounds, decoder
+
+
+CASES = {
+    # name -> how the model is made, format, tree, what else differs
+    "mean split": (split, LatentFormat(), TREES["best-first"], {}),
+    "mean split, 4 bits": (split, LatentFormat(4, 4), TREES["beam"], {}),
+    "mean split, sinks and window, drafting on": (
+        split,
+        LatentFormat(2, 3, sinks=1, window=5),
+        TREES["post"],
+        {},
+    ),
+    "window, sampled": (
+        palu,
+        LatentFormat(2, 2, window=3),
+        TREES["best-first"],
+        dict(sampler=Sampler(0.8, top_k=40)),
+    ),
+    "window, own cache": (
+        palu,
+        LatentFormat(2, 2, sinks=1, window=3),
+        TREES["beam"],
+        dict(own_cache=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("make, form, tree, options", CASES.values(), ids=CASES)
+def test_more_formats_trees_and_ways_of_drawing(make, form, tree, options):
+    params = make(form)
+    got, rounds, decoder = speculated(params, tree, **options)
+    assert got == generate(params, PROMPT, CFG, STEPS, options.get("sampler", Sampler()), 3)
+    assert sum(r.accepted for r in rounds) > 0
+    # Caches hold what a fresh prefill of the text gives: nothing of the draft is left.
+    text = PROMPT + got[:-1]
+    count = len(text) - len(rounds[-1].tokens) + 1
+    _, want = prefill(params, text[:count], caches_for(params, CFG, 1, 64), CFG)
+    for cache, fresh in zip(decoder.caches, want, strict=True):
+        low, again = (
+            np.concatenate([np.asarray(a) for a in c.stored(jnp.float32)], -1)[:, :count]
+            for c in (cache, fresh)
+        )
+        near = np.isclose(low, again, rtol=1e-4, atol=1e-4)
+        assert near.mean() > 0.99  # a code may be another one where the last bit of a latent is
+        if cache.exact is not None:
+            exact = jnp.array([*range(form.sinks), *range(count - form.window, count)])
+            kept = (c.exact.rows_BXR[:, c.exact.place(exact)] for c in (cache, fresh))
+            np.testing.assert_allclose(*kept, rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_large_is_compiled_again(tmp_path):
+    """What `compile_ahead` makes from shapes alone serves a model with two kinds of layers."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    cfg, form = dataclasses.replace(CFG, vocab=98), LatentFormat(2, 2, sinks=2, window=4)
+    recipe = Recipe((2,), RANKS, "plain", form)
+    params = to_palu(tiny_params(cfg), cfg, recipe)
+    model = store.abstract_layers(store.Stored(None, "", cfg, recipe, []), abstract(cfg), cfg)
+    options = dict(max_length=64, chunk=16, resident=0, model=model)
+    plan = make_plan(cfg, 2**30, TREES["beam"], Draft(4, 16), **options)
+    large = lambda: sorted(
+        f.name
+        for f in tmp_path.glob("*-cache")
+        if any(n in f.name for n in ("jit_block", "last_logits", "settle", "grow"))
+    )
+    reset_cache()
+    use_cache(tmp_path)
+    try:
+        compile_ahead(plan, Sampler())
+        ahead = large()
+        assert len(ahead) == 2 * 2 + 3  # two kinds of layers, a tree and a chunk
+        placed = dataclasses.replace(params, layers=place(params.layers, 0))
+        draft = ModelDraft(substitute(placed, 4, 16, 0), cfg, plan.spec)
+        decoder = Decoder(Target(placed, cfg), draft, max_length=64, chunk=16)
+        assert len(decoder.generate(PROMPT, 6)) == 6
+        assert large() == ahead
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
 
 
 @pytest.mark.parametrize("name", FORMATS)

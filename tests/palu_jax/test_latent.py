@@ -96,12 +96,12 @@ UNKNOWN = {52, 92, 100, 116, 156, 172, 184, 188, 232, 236, 244, 260, 268, 292}
 
 def test_rotations_of_every_size():
     """Orthogonal, first row constant; ±1/sqrt(n) throughout where a Hadamard matrix is known."""
-    for size in range(1, 301):
+    for size in (*range(1, 100), *range(100, 301, 4), 101, 129, 250, 299):
         q = rotation(size)
         assert q.shape == (size, size) and q.dtype == np.float64
-        np.testing.assert_allclose(q @ q.T, np.eye(size), atol=1e-9)
-        np.testing.assert_allclose(q[0], size**-0.5, atol=1e-9)
-        flat = np.allclose(np.abs(q), size**-0.5, atol=1e-12)
+        assert np.abs(q @ q.T - np.eye(size)).max() < 1e-9
+        assert np.abs(q[0] - size**-0.5).max() < 1e-9
+        flat = np.abs(np.abs(q) - size**-0.5).max() < 1e-12
         assert flat == (size in (1, 2) or (size % 4 == 0 and size not in UNKNOWN)), size
     np.testing.assert_array_equal(rotation(30), rotation(30))  # no randomness from run to run
 

@@ -93,3 +93,61 @@ def test_replacing_is_asked_for(made, tmp_path):
     other = dataclasses.replace(recipe, format=LatentFormat(8, 8))
     store.save(tmp_path / "x", to_palu(params, cfg, other), cfg, other, "tiny", replace=True)
     assert store.describe(tmp_path / "x").recipe == other
+
+
+def test_another_dtype_and_layers_in_host_memory(made, tmp_path):
+    folder, recipe, params, palu, cfg = made
+    low = dataclasses.replace(cfg, dtype="bfloat16")
+    half = jax.tree.map(lambda a: a.astype("bfloat16"), params)
+    back = store.restore(folder, half, low)
+    chex.assert_trees_all_equal(back, jax.tree.map(lambda a: a.astype("bfloat16"), palu))
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    away = dataclasses.replace(palu, layers=jax.device_put(palu.layers, host))
+    store.save(tmp_path / "x", away, cfg, recipe, "tiny")
+    chex.assert_trees_all_equal(store.restore(tmp_path / "x", params, cfg), palu)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failure_leaves_what_was_there(made, tmp_path, monkeypatch, exists):
+    _, recipe, params, palu, cfg = made
+    if exists:
+        store.save(tmp_path / "x", palu, cfg, recipe, "first")
+
+    def fail(*_, **__):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr(store, "_sample", fail)  # behind the arrays
+        store.save(tmp_path / "x", palu, cfg, recipe, "second", replace=exists)
+    assert [p.name for p in tmp_path.iterdir()] == (["x"] if exists else [])
+    if exists:
+        assert store.describe(tmp_path / "x").source == "first"
+        chex.assert_trees_all_equal(store.restore(tmp_path / "x", params, cfg), palu)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\x00", b"[]", b'{"version": 1}', b'{"version": 1, "source": "", "config": 3}'],
+)
+def test_damaged_descriptions(tmp_path, content):
+    (tmp_path / store.NAME).write_bytes(content)
+    with pytest.raises(store.StoreError, match=r"is damaged .* convert the model again"):
+        store.describe(tmp_path)
+
+
+def test_missing_factors_are_named(made, tmp_path):
+    folder, _, params, _, cfg = made
+    (tmp_path / store.NAME).write_text((folder / store.NAME).read_text())
+    with pytest.raises(store.StoreError, match="factors is missing or damaged"):
+        store.restore(tmp_path, params, cfg)
+
+
+@pytest.mark.parametrize("changes", [dict(mean_split=True), dict(fuse_values=True)], ids=str)
+def test_every_kind_of_conversion_round_trips(tiny, tmp_path, changes):
+    cfg = tiny.cfg
+    recipe = Recipe((1, 1, 1), (((8, 6, 4), (12,) * 3),) * 2, "whitened", **changes)
+    palu = to_palu(tiny.params, cfg, recipe, tiny.statistics)
+    store.save(tmp_path / "x", palu, cfg, recipe, "tiny")
+    back = store.restore(tmp_path / "x", tiny.params, cfg)
+    chex.assert_trees_all_equal(back, palu)
+    assert jax.tree.structure(back) == jax.tree.structure(palu)
