@@ -104,7 +104,7 @@ def exact(token_E, parent_E, judged: Judged, places: int) -> Path:
 def gated(token_E, parent_E, judged: Judged, places: int, gate: Gate) -> Path:
     """The longest path on which every step is a match or passes the gate.
 
-    Between equally long continuations a match goes first, then the likelier child.
+    Between equally long continuations a match goes first, then the likelier child, then the first.
     """
     E = len(parent_E)
     up_E = jnp.maximum(parent_E, 0)
@@ -130,9 +130,9 @@ def gated(token_E, parent_E, judged: Judged, places: int, gate: Gate) -> Path:
         c = E - 1 - i
         u = up_E[c]
         length = reach[c] + 1
-        # A match goes first, then the likelier.
+        # A match goes first, then the likelier, then (the sweep comes from the end) the first.
         order = jnp.where(match_E[c], 2.0, 0.0) + judged.probability_E[c]
-        better = (length > reach[u]) | ((length == reach[u]) & (order > rank[u]))
+        better = (length > reach[u]) | ((length == reach[u]) & (order >= rank[u]))
         take = admitted_E[c] & better
         reach = reach.at[u].set(jnp.where(take, length, reach[u]))
         rank = rank.at[u].set(jnp.where(take, order, rank[u]))

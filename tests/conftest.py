@@ -17,3 +17,13 @@ def shared_data():
     if not SHARED_DATA.is_dir():
         pytest.skip("the evaluation data (../shared/data) is not beside this checkout")
     return SHARED_DATA
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Drops compiled programs after each file: some five memory maps each, and Linux grants 65,530.
+
+    Without it the whole suite ends in a segmentation fault inside XLA's compiler.
+    """
+    yield
+    jax.clear_caches()

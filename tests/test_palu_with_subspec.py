@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from llm_jax.attention import caches_for
 from llm_jax.config import Config
-from llm_jax.generate import generate, prefill
+from llm_jax.generate import generate
 from llm_jax.params import abstract
 from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_params
@@ -20,12 +20,12 @@ from palu_jax.convert import Recipe, to_palu
 from palu_jax.latent import LatentFormat
 from subspec_jax.ahead import compile_ahead, use_cache
 from subspec_jax.decode import Decoder
-from subspec_jax.offload import place
+from subspec_jax.offload import place, settled
 from subspec_jax.plan import Draft, make_plan
 from subspec_jax.propose import ModelDraft, Vanilla
 from subspec_jax.substitute import substitute
 from subspec_jax.tree import TreeSpec, cache_slots
-from subspec_jax.verify import Target
+from subspec_jax.verify import Target, prefill
 
 PROMPT, STEPS = [1, 2, 3, 5, 7, 1, 2, 3], 20
 CFG = Config(2, 32, 4, 2, 8, 64, 97, dtype="float32", qkv_bias=True)
@@ -33,7 +33,7 @@ RANKS = (((8,), (12,)), ((6,), (16,)))
 FORMATS = {
     "16 bits": LatentFormat(),
     "4 bits": LatentFormat(4, 4),
-    "2 bits, sinks and window": LatentFormat(2, 2, sinks=2, window=4),
+    "2 bits, sinks and window": LatentFormat(2, 2, (1.0,), sinks=2, window=4),
 }
 TREES = {
     "beam": TreeSpec("beam", 3, 3),
@@ -68,7 +68,7 @@ def speculated(params, tree, sampler=Sampler(), **options):
     """(tokens, rounds, decoder) of speculative decoding with all layers offloaded."""
     target = Target(dataclasses.replace(params, layers=place(params.layers, 0)), CFG)
     draft = ModelDraft(substitute(target.params, 4, 16), CFG, tree, **options)
-    decoder = Decoder(target, draft, sampler, max_length=64)
+    decoder = Decoder(target, draft, sampler, max_length=64, chunk=16)
     rounds = list(decoder.rounds(PROMPT, STEPS, seed=3))
     return [t for r in rounds for t in r.tokens], rounds, decoder
 
@@ -76,22 +76,21 @@ def speculated(params, tree, sampler=Sampler(), **options):
 CASES = {
     # name -> how the model is made, format, tree, what else differs
     "mean split": (split, LatentFormat(), TREES["best-first"], {}),
-    "mean split, 4 bits": (split, LatentFormat(4, 4), TREES["beam"], {}),
     "mean split, sinks and window, drafting on": (
         split,
-        LatentFormat(2, 3, sinks=1, window=5),
+        LatentFormat(2, 3, (1.0,), sinks=1, window=5),
         TREES["post"],
         {},
     ),
     "window, sampled": (
         palu,
-        LatentFormat(2, 2, window=3),
+        LatentFormat(2, 2, (1.0,), window=3),
         TREES["best-first"],
         dict(sampler=Sampler(0.8, top_k=40)),
     ),
     "window, own cache": (
         palu,
-        LatentFormat(2, 2, sinks=1, window=3),
+        LatentFormat(2, 2, (1.0, 0.8), sinks=1, window=3),
         TREES["beam"],
         dict(own_cache=True),
     ),
@@ -107,7 +106,9 @@ def test_more_formats_trees_and_ways_of_drawing(make, form, tree, options):
     # Caches hold what a fresh prefill of the text gives: nothing of the draft is left.
     text = PROMPT + got[:-1]
     count = len(text) - len(rounds[-1].tokens) + 1
-    _, want = prefill(params, text[:count], caches_for(params, CFG, 1, 64), CFG)
+    scratch = tree.places + 1
+    want = list(settled(caches_for(params, CFG, 1, decoder.slots, scratch)))
+    prefill(decoder.target, text[:count], want, 16)
     for cache, fresh in zip(decoder.caches, want, strict=True):
         low, again = (
             np.concatenate([np.asarray(a) for a in c.stored(jnp.float32)], -1)[:, :count]
@@ -129,9 +130,9 @@ def test_nothing_large_is_compiled_again(tmp_path):
         "jax_persistent_cache_min_entry_size_bytes",
     )
     before = {name: getattr(jax.config, name) for name in names}
-    cfg, form = dataclasses.replace(CFG, vocab=98), LatentFormat(2, 2, sinks=2, window=4)
+    cfg, form = dataclasses.replace(CFG, vocab=98), LatentFormat(2, 2, (1.0,), sinks=2, window=4)
     recipe = Recipe((2,), RANKS, "plain", form)
-    params = to_palu(tiny_params(cfg), cfg, recipe)
+    params = settled(to_palu(tiny_params(cfg), cfg, recipe))
     model = store.abstract_layers(store.Stored(None, "", cfg, recipe, []), abstract(cfg), cfg)
     options = dict(max_length=64, chunk=16, resident=0, model=model)
     plan = make_plan(cfg, 2**30, TREES["beam"], Draft(4, 16), **options)

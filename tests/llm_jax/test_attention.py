@@ -12,7 +12,9 @@ from llm_jax.attention import (
     along_last,
     attend,
     attention,
+    caches_for,
     causal_step,
+    empty_cache,
     rms_norm,
     rope,
     rope_frequencies,
@@ -206,6 +208,47 @@ def test_causal_step():
     assert int(step.at) == 3 and step.position_BT.tolist() == [[3, 4]]
     want = [[s <= t for s in range(7)] for t in (3, 4)]
     assert step.mask_BTS.tolist() == [want]
+    assert step.slot_BS is None and step.causal and step.real is None
+    padded = causal_step(3, 4, 7, 2)
+    assert padded.real.dtype == jnp.int32 and int(padded.real) == 2
+    leaves = jax.tree.leaves(jax.eval_shape(lambda at: causal_step(at, 2, 7), 3))
+    assert len(leaves) == 3  # what is None or static takes no part in a program
+
+
+def test_values_may_have_a_width_of_their_own():
+    rng = np.random.default_rng(5)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=s), jnp.float32)
+        for s in ((2, 3, 4, 8), (2, 6, 2, 8), (2, 6, 2, 11))
+    )
+    mask = jnp.asarray(rng.random((1, 3, 6)) < 0.7).at[..., 0].set(True)
+    whole = attend(q, k, v, mask)
+    chex.assert_shape(whole, (2, 3, 4, 11))
+    parts = [
+        attend(q, k, jnp.pad(v[..., i : i + 8], ((0, 0),) * 3 + ((0, max(0, i - 3)),)), mask)
+        for i in (0, 8)
+    ]
+    np.testing.assert_allclose(whole, jnp.concatenate(parts, -1)[..., :11], atol=1e-6)
+
+
+def test_every_kind_of_attention_gets_its_own_cache():
+    """By the type of its parameters; `KV` where nothing else is registered."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Other:
+        inner: object
+
+    @empty_cache.register
+    def _(p: Other, cfg, batch, slots, scratch=0):
+        return ("other", batch, slots, scratch)
+
+    cfg = tiny_config()
+    first, second = tiny_params(cfg).layers
+    second = dataclasses.replace(second, attn=Other(second.attn))
+    params = dataclasses.replace(tiny_params(cfg), layers=(first, second))
+    plain, other = caches_for(params, cfg, 3, 9, 4)
+    assert other == ("other", 3, 9, 4) and plain.slots == 9
+    chex.assert_trees_all_equal(plain, empty_caches(cfg, 3, 9)[0])
 
 
 def test_attention_of_an_unknown_type_says_what_to_do():

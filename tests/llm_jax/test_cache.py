@@ -1,5 +1,6 @@
 """The key/value cache: writes, overlapping moves, and that passes of any length fill it alike."""
 
+import dataclasses
 import functools
 
 import chex
@@ -115,6 +116,25 @@ def test_move_is_bit_equal_and_takes_any_cache(whole):
         old, new = np.asarray(old), np.asarray(new)
         np.testing.assert_array_equal(new[:, 3:6], old[:, [3, 9, 4]])
         np.testing.assert_array_equal(np.delete(new, [3, 4, 5], 1), np.delete(old, [3, 4, 5], 1))
+
+
+def test_move_asks_every_cache():
+    """A cache of another kind moves what it holds in its own way, wherever it is in the tree."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Doubled:
+        rows: jax.Array
+
+        def move(self, source, at):
+            return Doubled(self.rows.at[2 * at].set(2.0 * source[0].astype(float)))
+
+    caches = [numbered(6), (Doubled(jnp.zeros(9)), numbered(4))]
+    plain, (doubled, short) = jit_move(caches, jnp.array([3, 1]), 1)
+    assert plain.k_BSKH[0, :, 0, 0].tolist() == [0, 3, 1, 3, 4, 5]
+    assert short.k_BSKH[0, :, 0, 0].tolist() == [0, 3, 1, 3]
+    assert doubled.rows.tolist() == [0, 0, 6, 0, 0, 0, 0, 0, 0]
+    assert (plain.slots, short.slots) == (6, 4)
 
 
 def test_donated_caches_are_written_in_place():

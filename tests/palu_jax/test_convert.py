@@ -38,15 +38,16 @@ def test_full_rank_equals_dense(family):
     )
 
 
-@pytest.mark.parametrize("group", [1, 2, 3])
 @pytest.mark.parametrize(
-    "changes",
+    "group, changes",
     [
-        dict(objective="whitened"),
-        dict(objective="aware", mean_split=True),
-        dict(objective="gradient", rotate=False),
+        (1, dict(objective="whitened")),
+        (2, dict(objective="aware", mean_split=True)),
+        (2, dict(objective="gradient", rotate=False)),
+        (3, dict(objective="gradient", mean_split=True)),
+        (3, dict(objective="whitened", fuse_values=True)),
     ],
-    ids=lambda c: c["objective"],
+    ids=str,
 )
 def test_full_rank_equals_dense_in_all_groups(tiny, group, changes):
     """Groups of two leave one of a single head. Directions of the inputs that never occur in the
@@ -55,18 +56,6 @@ def test_full_rank_equals_dense_in_all_groups(tiny, group, changes):
     tokens = text(tiny.cfg)
     want = whole(tiny.params, tiny.cfg, tokens)[0]
     chex.assert_trees_all_close(whole(full, tiny.cfg, tokens)[0], want, atol=2e-4)
-
-
-@pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("chunk", [1, 20])
-def test_fused_values_change_nothing(tiny, group, chunk):
-    one = recipe(tiny.cfg, group, 0.5)
-    apart = to_palu(tiny.params, tiny.cfg, one)
-    fused = to_palu(tiny.params, tiny.cfg, dataclasses.replace(one, fuse_values=True))
-    assert fused.layers[0].attn.v.up_gRKH is None
-    tokens = text(tiny.cfg)
-    got, want = (one_by_one(p, tiny.cfg, tokens, chunk=chunk)[0] for p in (fused, apart))
-    chex.assert_trees_all_close(got, want, atol=3e-5)
 
 
 def test_rotation_changes_nothing_at_16_bits(tiny):
@@ -94,46 +83,18 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name, mean",
-    [*((name, False) for name in FORMATS), ("4 and 3", True), ("sinks and window", True)],
-)
+@pytest.mark.parametrize("name, mean", [(name, name == "4 and 3") for name in FORMATS])
 def test_the_cache_gives_what_one_pass_gives(tiny, name, mean):
-    """Token by token, in chunks of 10, and at once; codes are the same ones."""
+    """Token by token and at once; codes are the same ones."""
     one = recipe(tiny.cfg, 2, 0.5, "whitened", format=FORMATS[name], mean_split=mean)
     palu = to_palu(tiny.params, tiny.cfg, one, tiny.statistics)
     tokens = text(tiny.cfg)
     want, caches = whole(palu, tiny.cfg, tokens)
-    for chunk in (1, 10):
-        got, filled = one_by_one(palu, tiny.cfg, tokens, chunk=chunk)
-        chex.assert_trees_all_close(got, want, atol=1e-3)
-        if name != "16":
-            same = np.asarray(filled[0].k.codes_BSP) == np.asarray(caches[0].k.codes_BSP)
-            assert same.mean() > 0.99  # the first layer's inputs are exact
-
-
-def test_sinks_and_window_are_what_numpy_says(tiny):
-    """One layer's attention, brute force: key j counts exactly for query i if it is a sink or
-    nearer than the window."""
-    cfg = dataclasses.replace(tiny.cfg, layers=1)
-    params = dataclasses.replace(tiny.params, layers=tiny.params.layers[:1])
-    statistics = dataclasses.replace(tiny.statistics, layers=tiny.statistics.layers[:1])
-    kinds = {}
-    for name, form in (
-        ("exact", LatentFormat()),
-        ("low", LatentFormat(2, 2)),
-        ("both", LatentFormat(2, 2, sinks=2, window=4)),
-    ):
-        one = recipe(cfg, 3, 0.5, "whitened", format=form, rotate=False)
-        kinds[name] = to_palu(params, cfg, one, statistics)
-    tokens = text(cfg, batch=1, length=14)
-    rows = {n: np.asarray(whole(p, cfg, tokens)[0])[0] for n, p in kinds.items()}
-    # Every key of the first five queries is a sink or in their window.
-    np.testing.assert_allclose(rows["both"][:5], rows["exact"][:5], atol=1e-4)
-    assert np.abs(rows["both"][10:] - rows["exact"][10:]).max() > 1e-3
-    assert np.abs(rows["both"][10:] - rows["low"][10:]).max() > 1e-3
-    error = lambda name: np.square(rows[name] - rows["exact"]).mean()
-    assert error("both") < error("low")
+    got, filled = one_by_one(palu, tiny.cfg, tokens)
+    chex.assert_trees_all_close(got, want, atol=1e-3)
+    if name != "16":
+        same = np.asarray(filled[0].k.codes_BSP) == np.asarray(caches[0].k.codes_BSP)
+        assert same.mean() > 0.99  # the first layer's inputs are exact
 
 
 @pytest.mark.parametrize("name", ["4 and 3", "sinks and window"])

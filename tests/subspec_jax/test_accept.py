@@ -97,7 +97,7 @@ def test_exact_by_example():
 
 
 def gated_by_recursion(token, parent, draw, entropy, probability, gate):
-    """The longest admissible path; between equals the match, then the likelier child."""
+    """The longest admissible path; between equals the match, the likelier child, the first."""
     children = lambda u: [c for c in range(E) if parent[c] == u]
 
     def run(u):

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_jax.cache import empty_caches
+from llm_jax.params import abstract
+from llm_jax.quantize import quantized_bytes
 from llm_jax.registry import MODELS
 from llm_jax.testing import tiny_config, tiny_params
 from subspec_jax.load import make_draft, random_target
@@ -105,6 +107,26 @@ def test_items_of_a_draft_model_and_of_an_own_cache():
     plan = plan_for(cfg, draft=Draft(4, 32, own_cache=True))
     assert plan.device["draft KV cache"] == plan.device["KV cache"]
     assert not {"draft model", "draft KV cache"} & set(plan_for(cfg).device)
+
+
+def test_a_model_of_other_layers_is_counted_as_it_is():
+    """Arrays of three axes stream and stay in the draft as they are; every layer is looked at."""
+    cfg = tiny()
+    model = abstract(cfg)
+    wide = jax.ShapeDtypeStruct((2, 8, 64), jnp.float32)
+    odd = dataclasses.replace(model.layers[2].mlp, up=wide)
+    layers = (*model.layers[:2], dataclasses.replace(model.layers[2], mlp=odd), model.layers[3])
+    other = dataclasses.replace(model, layers=layers)
+    plain, plan = (plan_for(cfg, model=m, resident=0) for m in (None, other))
+    size, before = 2 * 8 * 64 * 4, 64 * 96 * 4
+    assert plan.streamed_bytes == plain.streamed_bytes - before + size
+    low = quantized_bytes(64, 96, 4, 32)
+    assert plan.device["substitutes"] == plain.device["substitutes"] - low + size
+    assert plan.device["KV cache"] == plain.device["KV cache"]
+    rows = dataclasses.replace(odd, up=jax.ShapeDtypeStruct((70, 96), jnp.float32))
+    layers = (*layers[:2], dataclasses.replace(layers[2], mlp=rows), layers[3])
+    with pytest.raises(PlanError, match=r"substitutes of 4 bits in groups of 32: .*up"):
+        plan_for(cfg, model=dataclasses.replace(model, layers=layers))
 
 
 def test_a_draft_step_reads_substitutes_resident_layers_and_the_head():

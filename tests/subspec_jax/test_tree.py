@@ -18,6 +18,7 @@ from subspec_jax.tree import (
     commit,
     expected_gain,
     node_mask,
+    node_positions,
     replant,
     seedling,
 )
@@ -228,6 +229,9 @@ def test_masks_follow_the_parents(spec):
     for r, i in enumerate(rows):
         seen = set(range(at)) | {at + int(j) for j in np.flatnonzero(want[i])}
         assert set(np.flatnonzero(mask[0, r]).tolist()) == seen
+    position = node_positions(tree, jnp.int32(at), slots)
+    want = [*range(at), *(at + depth), *range(at + spec.places, slots)]
+    assert position.dtype == jnp.int32 and position.tolist() == [want]
 
 
 # ------------------------------------------------------------------------------------- replanting
