@@ -94,6 +94,13 @@ class Palu:
     over the predicted error of all layers)."""
     split: tuple[float, float] = (1, 1)
     """R_k : R_v of the uniform search."""
+    budget: tuple[float, ...] = ()
+    """Cache bytes a token, of all layers (below 1: as a share of bfloat16's): group size, R_k : R_v
+    and bits are chosen by predicted error."""
+    slowest: float | None = None
+    """With --budget: microseconds that the attention of one decode step may take, all layers, over
+    --slowest-at tokens, by the cost model of the kernels (an H200)."""
+    slowest_at: int = 65536
     rank_multiple: int = 4
     """Ranks are multiples of it; kernels on a GPU want 16 or more."""
     rotate: bool = True
@@ -127,6 +134,17 @@ def methods_of(args: Palu, cfg) -> list[Method]:
         "palu", group=group(k["granularity"]), multiple=args.rank_multiple, **k
     )
     chosen = [Method("dense")]
+    if args.slowest is not None and not args.budget:
+        raise rank.RankError("--slowest limits what --budget chooses; give a budget")
+    for budget in args.budget:
+        if budget <= 0:
+            raise rank.RankError(f"--budget is {budget:g}; expected bytes a token, or a share of 1")
+        size = budget * dense_bytes(cfg) if budget < 1 else budget
+        chosen.append(Method(
+            "palu", objective=args.objective[0], search=palu_methods.PLANNED, budget=size,
+            multiple=args.rank_multiple, rotate=args.rotate, context=args.slowest_at,
+            slowest=None if args.slowest is None else args.slowest * 1e-6,
+        ))  # fmt: skip
     if args.keep:
         common = dict(rotate=args.rotate, mean_split=args.mean_split, fuse_values=args.fuse_values,
                       sinks=args.sinks, window=args.window)  # fmt: skip
@@ -142,7 +160,7 @@ def methods_of(args: Palu, cfg) -> list[Method]:
                                 split=args.split if search == "uniform" else (1, 1), **common,
                             ))  # fmt: skip
         return chosen + [Method(kind) for kind in args.rivals]
-    if args.preset == "few" and not args.rivals:
+    if args.preset == "few" and not args.rivals and not args.budget:
         both = lambda keep, bits, **k: named(keep=keep, key_bits=bits, value_bits=bits, **k)
         paper = dict(granularity="J", objective="whitened")
         best = dict(granularity="J", objective="gradient", search="error")
@@ -186,6 +204,11 @@ def paper_grid(args, cfg, named) -> list[Method]:
         mean = dict(granularity="J", objective=objective, mean_split=True)
         found += [both(0.7, bits, **mean) for bits in (4, 2)]
     return found
+
+
+def dense_bytes(cfg) -> int:
+    """Bytes a token of an ordinary bfloat16 cache, all layers."""
+    return 2 * 2 * cfg.layers * cfg.kv_heads * cfg.head_dim
 
 
 class Run:
@@ -332,11 +355,11 @@ class Run:
             dtype=cfg.dtype,
             calibration=self.args.calibration if recipe else None,
             evaluation=self.args.evaluation,
-            **dataclasses.asdict(method),
+            **dataclasses.asdict(method) | _planned(method, recipe),
             rank_kept=rank.kept(recipe.ranks, recipe.groups, cfg.head_dim) if recipe else None,
             key_rank_share=_key_share(recipe),
             result=result,
-            bf16_bytes_per_token=2 * 2 * cfg.layers * cfg.kv_heads * cfg.head_dim,
+            bf16_bytes_per_token=dense_bytes(cfg),
             seconds=seconds,
             device=self.device,
             environment=records.environment(),
@@ -362,6 +385,14 @@ class Run:
             self.console.rule(method.name)
             text = self.tokenizer.decode([t for t in tokens if t not in self.tokenizer.eos])
             self.console.print(text, markup=False, highlight=False)
+
+
+def _planned(method, recipe) -> dict:
+    """What the planner chose, as a record has it."""
+    if method.search != palu_methods.PLANNED:
+        return {}
+    form = recipe.format
+    return dict(key_bits=form.key_bits, value_bits=form.value_bits, group=recipe.groups[0])
 
 
 def _key_share(recipe) -> float | None:

@@ -6,12 +6,14 @@ from typing import Literal
 
 from llm_jax.config import Config
 from llm_jax.params import Params
-from palu_jax import rank
+from palu_jax import planner, rank
 from palu_jax.convert import ConvertError, Recipe, convert_layer, layer_spectra
 from palu_jax.latent import LatentFormat
 from palu_jax.rival import KVFormat, kivi, to_quantized_cache
 
 Search = Literal["uniform", "fisher", "fisher-group", "error"]
+PLANNED = "planned"
+"""The search of a method whose group size, bits and ranks the planner chooses."""
 Granularity = Literal["M", "G", "J"]
 RIVALS = ("int8", "int4", "int3", "int2", "kivi4", "kivi2")
 
@@ -38,11 +40,19 @@ class Method:
     multiple: int = 4
     sinks: int = 0
     window: int = 0
+    budget: float = 0.0
+    """Bytes a token, for a planned one."""
+    slowest: float | None = None
+    """Seconds a step's attention may take over `context` tokens, for a planned one."""
+    context: int = 0
 
     @property
     def name(self) -> str:
         if self.kind != "palu":
             return self.kind
+        if self.search == PLANNED:
+            within = "" if self.slowest is None else f", {self.slowest * 1e6:g} µs a step"
+            return f"palu planned for {self.budget:g} B{within}, {self.objective}"
         bits = str(self.key_bits) if self.key_bits == self.value_bits else (
             f"{self.key_bits}/{self.value_bits}"
         )  # fmt: skip
@@ -80,6 +90,7 @@ class Maker:
         self.progress = progress
         """A function (title, total) to a context manager that gives a function of the count."""
         self.key, self.spectra = None, None
+        self.energies = {}
 
     def make(self, m: Method) -> tuple[Params, Recipe | None]:
         """(the parameters as the method has them, its recipe where it is a conversion)."""
@@ -91,13 +102,17 @@ class Maker:
             form = kivi(bits, short) if m.kind.startswith("kivi") else KVFormat(bits, dtype=short)
             return to_quantized_cache(self.params, self.cfg, form), None
         recipe = self.recipe(m, short)
-        spectra = self.spectra_of(m)
+        spectra = self.spectra_of(m, recipe.groups)
         layers = []
         for layer, ranks, found in zip(self.params.layers, recipe.ranks, spectra, strict=True):
             layers.append(convert_layer(layer, self.cfg, recipe, ranks, found))
         return dataclasses.replace(self.params, layers=tuple(layers)), recipe
 
     def recipe(self, m: Method, short: str | None) -> Recipe:
+        if m.search == PLANNED:
+            plan = self.plan(m)
+            form = LatentFormat(plan.key_bits, plan.value_bits, dtype=short)
+            return Recipe(plan.groups, plan.ranks, m.objective, form, m.rotate)
         cfg, groups = self.cfg, rank.group_sizes(self.cfg.kv_heads, m.group)
         size, rest = cfg.head_dim, (m.keep, m.multiple)
         if m.search == "uniform":
@@ -112,13 +127,30 @@ class Maker:
         )  # fmt: skip
         return Recipe(groups, ranks, m.objective, form, m.rotate, m.mean_split, m.fuse_values)
 
-    def spectra_of(self, m: Method):
-        groups = rank.group_sizes(self.cfg.kv_heads, m.group)
+    def plan(self, m: Method) -> planner.Plan:
+        """The best plan for a budget; energies of every group size are made once."""
+        if m.objective not in self.energies:
+            sizes = [n for n in range(1, self.cfg.kv_heads + 1) if self.cfg.kv_heads % n == 0]
+            self.energies[m.objective] = {}
+            for n in sizes:
+                spectra = self.spectra_of(dataclasses.replace(m, group=n, mean_split=False))
+                self.energies[m.objective][n] = [
+                    tuple([s.energy_F for s in side] for side in (layer.k, layer.v))
+                    for layer in spectra
+                ]
+        found = planner.plan(
+            self.energies[m.objective], self.cfg, m.budget, m.multiple, tokens=m.context,
+            slowest=m.slowest,
+        )  # fmt: skip
+        return found[0]
+
+    def spectra_of(self, m: Method, groups: tuple[int, ...] | None = None):
+        groups = groups or rank.group_sizes(self.cfg.kv_heads, m.group)
         key = groups, m.objective, m.mean_split
         if key != self.key:
             found, layers = [], self.params.layers
             with self.progress(
-                f"Decomposing ({m.granularity}, {m.objective})", len(layers)
+                f"Decomposing (groups of {groups[0]}, {m.objective})", len(layers)
             ) as step:
                 for i, layer in enumerate(layers):
                     of_layer = None if self.statistics is None else self.statistics.layers[i]

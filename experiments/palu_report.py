@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.palu_methods import PLANNED
 from experiments.plots import METHODS, STYLE
 from experiments.records import atomic
 
@@ -18,7 +19,10 @@ def table(rows: Sequence[Record]) -> list[dict]:
     """One dict a configuration, in order: sizes, perplexity, and what else was measured."""
     found: dict[str, dict] = {}
     for r in rows:
-        line = found.setdefault(r["settings"], dict(method=r["method"], kind=r["kind"], record=r))
+        name = r["method"]
+        if r.get("search") == PLANNED:
+            name += f" → groups of {r['group']}, K {r['key_bits']} V {r['value_bits']} bit"
+        line = found.setdefault(r["settings"], dict(method=name, kind=r["kind"], record=r))
         result = r["result"]
         if r["sample"] == "perplexity":
             line |= dict(
@@ -88,7 +92,9 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
     for l in lines:
         r = l["record"]
         if l["kind"] == "palu":
-            label = f"{r['objective']}, {r['granularity']}, {r['keep']:g} kept"
+            planned = r["search"] == PLANNED
+            shape = "" if planned else f", {r['granularity']}, {r['keep']:g} kept"
+            label = r["objective"] + shape
             label += f", {r['search']}" * (r["search"] != "uniform")
             label += ", unrotated" * (not r["rotate"] and r["key_bits"] < 16)
             label += ", mean split" * r["mean_split"]

@@ -118,10 +118,11 @@ def fisher(
     shares = (np.asarray(scores) * weights).reshape(-1)
     caps = np.tile(full, len(scores))
     found = distribute(shares, caps, round(keep * caps.sum()), multiple)
-    return _layers(found, len(groups))
+    return by_layer(found, len(groups))
 
 
-def _layers(flat, groups: int) -> Ranks:
+def by_layer(flat, groups: int) -> Ranks:
+    """`Ranks` from a flat row of them: layer by layer, keys before values, group by group."""
     table = np.asarray(flat).reshape(-1, 2, groups)
     return tuple(tuple(tuple(int(r) for r in part) for part in layer) for layer in table)
 
@@ -185,7 +186,7 @@ def by_error(spectra, groups, head_dim: int, keep: float, multiple: int = 4) -> 
         truncation(s.energy_F) for layer in spectra for part in (layer.k, layer.v) for s in part
     ]
     total = sum(len(c) - 1 for c in curves)
-    return _layers(water_fill(curves, np.ones(len(curves)), keep * total, multiple), len(groups))
+    return by_layer(water_fill(curves, np.ones(len(curves)), keep * total, multiple), len(groups))
 
 
 def kept(ranks: Ranks, groups, head_dim: int) -> float:
