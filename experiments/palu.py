@@ -118,6 +118,12 @@ class Palu:
     retrieval: int = 0
     """Key-value retrieval prompts to answer, of --retrieval-pairs pairs each."""
     retrieval_pairs: int = 12
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks through lm-eval (pip install -e '.[eval]'): arc_easy, arc_challenge, piqa,
+    winogrande, hellaswag, lambada_openai, … from --data-dir, or any that lm-eval knows."""
+    task_limit: int = 0
+    """Documents of each task; 0 for all."""
+    task_batch: int = 8
     generate: str | None = None
     """A prompt to continue with the first configuration, and with the dense model."""
     save: Path | None = None
@@ -289,9 +295,9 @@ class Run:
         return found
 
     def measure(self):
+        asked = self.measurements()
         statistics = self.calibrate()
         maker = Maker(self.params, self.cfg, statistics, self.bar)
-        asked = self.measurements()
         stored = False
         for n, method in enumerate(self.methods):
             saving = self.args.save is not None and method.kind == "palu" and not stored
@@ -329,7 +335,24 @@ class Run:
                     return palu_evaluate.retrieval(params, self.cfg, self.tokenizer, rows, step)
 
             found.append((f"retrieval-{args.retrieval}x{args.retrieval_pairs}", retrieval))
+        for name in args.tasks:
+            found.append((f"task-{name}-{args.task_limit or 'all'}", self.task(name)))
         return found
+
+    def task(self, name: str):
+        from experiments import palu_tasks
+
+        args = self.args
+        palu_tasks.load([name], args.data_dir)  # what cannot be loaded is said at once
+
+        def run(params, title):
+            with self.bar(title, 100) as step:
+                return palu_tasks.run(
+                    params, self.cfg, self.tokenizer, [name], args.data_dir,
+                    args.task_limit or None, args.task_batch, lambda share: step(int(100 * share)),
+                )[name]  # fmt: skip
+
+        return run
 
     def settings(self, method: Method) -> str:
         """A hash of the model, the texts and the method."""

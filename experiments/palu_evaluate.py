@@ -30,8 +30,8 @@ def jit_block(layer, x, cache, step, cfg):
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def token_losses(top, x_BTD, tokens_BT, cfg):
-    """-log p of tokens 1 … T-1 of each window, float32 [B, T-1]."""
+def token_scores(top, x_BTD, tokens_BT, cfg):
+    """Of tokens 1 … T-1 of each window: -log p in float32, and whether it is the likeliest."""
     B, T, D = x_BTD.shape
     count = -(-(T - 1) // ROWS)
     padded = count * ROWS - (T - 1)
@@ -42,13 +42,25 @@ def token_losses(top, x_BTD, tokens_BT, cfg):
         x_RD, label_R = args
         logits_RV = unembed(top, x_RD[None], cfg)[0]
         picked = jnp.take_along_axis(logits_RV, label_R[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits_RV, axis=-1) - picked
+        greedy = jnp.argmax(logits_RV, axis=-1) == label_R
+        return jax.nn.logsumexp(logits_RV, axis=-1) - picked, greedy
 
-    return jax.lax.map(some, (x, label)).reshape(B, -1)[:, : T - 1]
+    return tuple(a.reshape(B, -1)[:, : T - 1] for a in jax.lax.map(some, (x, label)))
 
 
 def losses(params: Params, tokens_BT, cfg: Config):
-    """(losses of tokens 1 … T-1 of each window [B, T-1], bytes of the caches that were filled).
+    """(losses of tokens 1 … T-1 of each window [B, T-1], bytes of the caches that were filled)."""
+    (found, _), held = _pass(params, tokens_BT, cfg)
+    return found, held
+
+
+def token_scores_of(params: Params, tokens_BT, cfg: Config):
+    """(losses, whether it is the likeliest) of tokens 1 … T-1 of each window, both [B, T-1]."""
+    return _pass(params, tokens_BT, cfg)[0]
+
+
+def _pass(params: Params, tokens_BT, cfg: Config):
+    """What `token_scores` gives, and the bytes of the caches that were filled.
 
     One pass over all T tokens: every layer writes its cache and attends to what it holds, packed
     codes and all. A layer's cache is dropped when the next one begins.
@@ -61,7 +73,7 @@ def losses(params: Params, tokens_BT, cfg: Config):
         cache = empty_cache(layer.attn, cfg, B, T)
         x, cache = jit_block(layer, x, cache, step, cfg=cfg)
         held += sum(a.nbytes for a in jax.tree.leaves(cache))
-    return token_losses(top, x, tokens_BT, cfg), held
+    return token_scores(top, x, tokens_BT, cfg), held
 
 
 def perplexity(

@@ -13,6 +13,8 @@ from experiments.plots import METHODS, STYLE
 from experiments.records import atomic
 
 Record = dict[str, Any]
+SHOWN = ("acc", "acc_norm", "perplexity")
+"""Of a task's metrics; the records have all."""
 
 
 def table(rows: Sequence[Record]) -> list[dict]:
@@ -31,6 +33,9 @@ def table(rows: Sequence[Record]) -> list[dict]:
                 saved=1 - result["cache_bytes_per_token"] / r["bf16_bytes_per_token"],
                 kept=r["rank_kept"],
             )
+        elif r["sample"].startswith("task-"):
+            name = r["sample"].removeprefix("task-").rsplit("-", 1)[0]
+            line |= {f"{name}\n{m}": v for m, v in result.items() if m in SHOWN}
         else:
             line |= {"retrieval": result["accuracy"], "answer -log p": result["answer_nll"]}
     return list(found.values())
