@@ -142,15 +142,14 @@ def methods_of(args: Palu, cfg) -> list[Method]:
     chosen = [Method("dense")]
     if args.slowest is not None and not args.budget:
         raise rank.RankError("--slowest limits what --budget chooses; give a budget")
-    for budget in args.budget:
-        if budget <= 0:
-            raise rank.RankError(f"--budget is {budget:g}; expected bytes a token, or a share of 1")
-        size = budget * dense_bytes(cfg) if budget < 1 else budget
-        chosen.append(Method(
-            "palu", objective=args.objective[0], search=palu_methods.PLANNED, budget=size,
-            multiple=args.rank_multiple, rotate=args.rotate, context=args.slowest_at,
-            slowest=None if args.slowest is None else args.slowest * 1e-6,
-        ))  # fmt: skip
+    planned = lambda budget: Method(
+        "palu", objective=args.objective[0], search=palu_methods.PLANNED, rotate=args.rotate,
+        budget=budget * dense_bytes(cfg) if budget < 1 else budget, multiple=args.rank_multiple,
+        slowest=None if args.slowest is None else args.slowest * 1e-6, context=args.slowest_at,
+    )  # fmt: skip
+    if bad := [budget for budget in args.budget if budget <= 0]:
+        raise rank.RankError(f"--budget is {bad[0]:g}; expected bytes a token, or a share below 1")
+    chosen += [planned(budget) for budget in args.budget]
     if args.keep:
         common = dict(rotate=args.rotate, mean_split=args.mean_split, fuse_values=args.fuse_values,
                       sinks=args.sinks, window=args.window)  # fmt: skip
@@ -171,9 +170,8 @@ def methods_of(args: Palu, cfg) -> list[Method]:
         paper = dict(granularity="J", objective="whitened")
         best = dict(granularity="J", objective="gradient", search="error")
         chosen += [both(0.7, bits, **paper) for bits in (16, 4)]
-        chosen += [both(keep, bits, **best) for keep, bits in ((0.7, 16), (0.5, 16), (0.7, 4),
-                                                               (0.5, 4), (0.7, 2))]  # fmt: skip
-        return chosen + [Method(kind) for kind in ("int4", "int2")]
+        chosen += [both(*c, **best) for c in ((0.7, 16), (0.5, 16), (0.7, 4), (0.7, 2))]
+        return chosen + [planned(0.27)] + [Method(kind) for kind in ("int4", "int2")]
     if args.preset == "paper":
         chosen += paper_grid(args, cfg, named)
     rivals = args.rivals or (RIVALS if args.preset == "paper" else ())

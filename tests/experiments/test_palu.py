@@ -15,7 +15,7 @@ from llm_jax.attention import caches_for, causal_step
 from llm_jax.config import ConfigError
 from llm_jax.model import forward
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
-from palu_jax import store
+from palu_jax import rank, store
 from palu_jax.convert import ConvertError, Recipe, to_palu
 from palu_jax.latent import LatentFormat
 
@@ -113,9 +113,28 @@ def test_saving_retrieval_and_generation(folder, tmp_path):
         palu.main(args, quiet())
 
 
+def test_a_budget_is_planned_and_kept(folder, tmp_path, capsys):
+    args = arguments(folder, tmp_path / "out", keep=(), budget=(0.3, 40), rank_multiple=2)
+    assert palu.main(args, Console(width=150)) == 0
+    assert "planned for 40 B, gradient → groups of" in capsys.readouterr().out
+    rows = [json.loads(l) for l in (tmp_path / "out/records.jsonl").read_text().splitlines()]
+    dense, *planned = rows
+    limits = 0.3 * dense["bf16_bytes_per_token"], 40
+    for row, limit in zip(planned, limits, strict=True):
+        assert 0.5 * limit < row["result"]["cache_bytes_per_token"] <= limit
+        assert row["group"] in (1, 2) and row["key_bits"] in (2, 3, 4, 8, 16)
+    again = palu.Run(args, quiet(), tmp_path / "out")
+    again.open()
+    again.measure()
+    assert len(again.records) == 3  # found again, nothing is measured twice
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
+        (dict(keep=(), budget=(-1,)), rank.RankError, "--budget is -1"),
+        (dict(keep=(), budget=(5,)), rank.RankError, "no ranks fit 5 bytes a token"),
+        (dict(slowest=100.0), rank.RankError, "--slowest limits what --budget chooses"),
         (dict(context=4096), ConfigError, "--context is 4096"),
         (dict(granularity=("G",)), ConvertError, "G-LRD with 2 kv heads"),
         (dict(evaluation="nothing"), corpora.CorpusError, "neither a corpus"),
