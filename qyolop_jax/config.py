@@ -1,0 +1,59 @@
+"""What a model is made of: its size, its classes, its anchors; and what mask values mean."""
+
+import dataclasses
+from typing import Literal
+
+DETECTION = ("pedestrian", "vehicle", "scooter", "bicycle")
+AREA = ("background", "main", "alternative")
+LANE = ("background", "single", "double", "dashed")
+IGNORE = 255
+"""Mask value: no loss, no metric."""
+UNKNOWN = 254
+"""Mask value: foreground of a kind that is not known; any class but background is right."""
+ANCHORS = (
+    ((12, 16), (19, 36), (40, 28)),
+    ((36, 75), (76, 55), (72, 146)),
+    ((142, 110), (192, 243), (459, 401)),
+)
+"""YOLOv7's for COCO at 640 pixels, (width, height), which Q-YOLOP keeps."""
+
+Activation = Literal["silu", "relu", "hardswish"]
+
+
+class ConfigError(ValueError):
+    """A model that cannot be; the message says what is possible."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A Q-YOLOP network. Width 1 has the channels of YOLOv7; all counts scale with it."""
+
+    width: float = 1.0
+    activation: Activation = "silu"
+    detection: tuple[str, ...] = DETECTION
+    area: tuple[str, ...] = AREA
+    lane: tuple[str, ...] = LANE
+    anchors: tuple[tuple[tuple[float, float], ...], ...] = ANCHORS
+    """For strides 8, 16 and 32, in pixels of an image 640 wide."""
+    size: tuple[int, int] = (384, 640)
+    """Height and width of the input."""
+
+    def __post_init__(self):
+        if not 0 < self.width <= 4:
+            raise ConfigError(f"width is {self.width}; expected above 0 and at most 4")
+        if self.activation not in ("silu", "relu", "hardswish"):
+            raise ConfigError(
+                f"activation {self.activation!r}; possible are silu, relu and hardswish"
+            )
+        if any(n < 32 or n % 32 for n in self.size):
+            raise ConfigError(f"size is {self.size}; expected multiples of 32 (height, width)")
+        if not self.detection or len(self.area) < 2 or len(self.lane) < 2:
+            raise ConfigError(
+                "expected at least one object class, and a background and one more of each mask"
+            )
+        if len(self.anchors) != 3 or any(len(level) != 3 for level in self.anchors):
+            raise ConfigError("expected three anchors for each of the strides 8, 16 and 32")
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        return (8, 16, 32)

@@ -1,0 +1,144 @@
+"""The network in Flax linen, one submodule a convolution, over the nodes of `graph.build`.
+
+    model, variables = Panoptic(cfg), initial(cfg)  # {"params", "batch_stats"}
+    raw, changed = model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+Images are uint8 RGB [B, H, W, 3]. `raw` has detect.8, detect.16 and detect.32 [B, H/s, W/s,
+3 (5 + classes)] (anchor by anchor: x, y, w, h, objectness, classes) and the logits area and lane
+[B, H, W, classes], float32. Parameters and batch statistics are float32 whatever the dtype.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qyolop_jax.config import ModelConfig
+from qyolop_jax.graph import Node, activate, build, check_size, convolve, normalized, walk
+
+EPSILON, MOMENTUM = 1e-3, 0.97
+"""Of batch norm, as YOLOv7 has them; the running value keeps so much of itself."""
+BACKGROUND = 2.0
+"""First bias of background against every other class of a mask."""
+
+
+class BatchNorm(nn.Module):
+    """Normalizes over batch and pixels; scale and bias; running statistics in "batch_stats"."""
+
+    @nn.compact
+    def __call__(self, x_BHWC, train: bool):
+        C = x_BHWC.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        bias = self.param("bias", nn.initializers.zeros, (C,))
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (C,))
+        var = self.variable("batch_stats", "var", jnp.ones, (C,))
+        if train:
+            wide = x_BHWC.astype(jnp.float32)
+            now = wide.mean((0, 1, 2)), wide.var((0, 1, 2))
+            if not self.is_initializing():
+                mean.value = MOMENTUM * mean.value + (1 - MOMENTUM) * now[0]
+                var.value = MOMENTUM * var.value + (1 - MOMENTUM) * now[1]
+        else:
+            now = mean.value, var.value
+        factor = scale * jax.lax.rsqrt(now[1] + EPSILON)
+        shift = bias - now[0] * factor
+        wide = lambda a: a.astype(x_BHWC.dtype)[None, None, None]
+        return x_BHWC * wide(factor) + wide(shift)
+
+
+class Conv(nn.Module):
+    """One convolution node: what is trained of it."""
+
+    node: Node
+    dtype: jnp.dtype
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        node, inner = self.node, x.shape[-1]
+        x = x.astype(self.dtype)
+        if node.implicit:
+            add = self.param("add", nn.initializers.normal(0.02), (inner,))
+            x = x + add.astype(self.dtype)[None, None, None]
+        y = self.kernel("kernel", node, x)
+        if node.norm:
+            y = BatchNorm(name="norm")(y, train)
+        else:
+            bias = self.param("bias", self.bias_init, (node.channels,))
+            y = y + bias.astype(self.dtype)[None, None, None]
+        if node.rep:
+            small = Node(node.name, "conv", node.inputs, node.channels, 1, node.stride)
+            y += BatchNorm(name="norm1")(self.kernel("kernel1", small, x), train)
+            if inner == node.channels and node.stride == 1:
+                y += BatchNorm(name="norm0")(x, train)
+        if node.implicit:
+            by = self.param(
+                "multiply", lambda *a: 1 + nn.initializers.normal(0.02)(*a), (node.channels,)
+            )
+            y = y * by.astype(self.dtype)[None, None, None]
+        return activate(y, node.act)
+
+    def kernel(self, name, node, x):
+        he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+        shape = (node.kernel, node.kernel, x.shape[-1], node.channels)
+        return convolve(x, self.param(name, he, shape).astype(self.dtype), node)
+
+
+class Panoptic(nn.Module):
+    """The whole network."""
+
+    cfg: ModelConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images_u8, train: bool):
+        check_size(images_u8.shape)
+        cfg, graph = self.cfg, build(self.cfg)
+
+        def conv(node: Node, x):
+            bias = lambda key, shape: jnp.asarray(logit_bias(cfg, node.name, shape))
+            return Conv(node, self.dtype, bias, name=node.name)(x, train)
+
+        raw = walk(graph, normalized(images_u8).astype(self.dtype), conv)
+        return {name: x.astype(jnp.float32) for name, x in raw.items()}
+
+
+def initial(cfg: ModelConfig, seed: int = 0) -> dict:
+    """Random variables as `Panoptic.init` draws them, but by NumPy: in no time, not half a minute.
+
+    (Every shape of a `jax.random` draw is a program of its own to compile.)
+    """
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    abstract = lambda key, x: Panoptic(cfg).init(key, x, train=False)
+    shapes = jax.eval_shape(abstract, jax.random.key(0), images)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, like):
+        node, name = path[1].key, path[-1].key
+        if name in ("kernel", "kernel1"):
+            found = rng.normal(size=like.shape) * math.sqrt(2 / math.prod(like.shape[:3]))
+        elif name in ("add", "multiply"):
+            found = (name == "multiply") + 0.02 * rng.normal(size=like.shape)
+        elif name in ("scale", "var"):
+            found = np.ones(like.shape)
+        elif len(path) == 3 and name == "bias":  # of a convolution that gives logits
+            found = logit_bias(cfg, node, like.shape)
+        else:
+            found = np.zeros(like.shape)
+        return jnp.asarray(found, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def logit_bias(cfg: ModelConfig, name: str, shape) -> np.ndarray:
+    """First biases: few objects, YOLOv7's way; background likely in masks."""
+    bias = np.zeros(shape, np.float32)
+    if name in ("area", "lane"):
+        bias[0] = BACKGROUND
+    elif name.startswith("detect."):  # eight objects in an image, classes equally likely
+        cells, classes = (cfg.size[1] / int(name.split(".")[1])) ** 2, len(cfg.detection)
+        one = [0.0] * 4 + [math.log(8 / cells)] + [math.log(0.6 / (classes - 0.99))] * classes
+        bias[:] = np.tile(one, shape[0] // len(one))
+    return bias

@@ -1,0 +1,164 @@
+"""Raw outputs to what people use: boxes after NMS, masks, and both on the original image.
+
+`predict` is jittable; the way back through a letterbox is NumPy on the host.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+
+from qyolop_jax.boxes import decode, image_size, pairwise_iou
+from qyolop_jax.config import ModelConfig
+
+CANDIDATES = 512  # best-scored predictions of an image that enter NMS
+
+
+class PostprocessError(ValueError):
+    """Arguments or transforms that cannot be; the message says what was expected."""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What was found in a batch of images [B], in pixels of the network's input. N is the limit."""
+
+    boxes: jax.Array
+    """[B, N, 4] xyxy inside the image, best first; zeros where not valid."""
+    scores: jax.Array
+    """[B, N] objectness times class."""
+    classes: jax.Array
+    """[B, N] int32."""
+    valid: jax.Array
+    """[B, N]; true for the first boxes of an image, false for padding."""
+    area: jax.Array
+    """[B, H, W] uint8, index into `ModelConfig.area`."""
+    lane: jax.Array
+    """[B, H, W] uint8, index into `ModelConfig.lane`."""
+    merged: jax.Array
+    """[B, H, W] uint8: background, drivable kinds, then lane kinds, which cover drivable ones."""
+
+
+def nms(boxes_N4, scores_N, classes_N, iou: float, limit: int):
+    """Indices [limit] of the boxes that greedy class-wise NMS keeps, best first, and which exist.
+
+    A box goes if it overlaps a better kept one of its class by more than `iou`. Scores must be in
+    descending order; those of 0 or less are no boxes.
+    """
+    count = len(scores_N)
+    clash_NN = pairwise_iou(boxes_N4, boxes_N4) > iou
+    clash_NN &= classes_N[:, None] == classes_N[None]
+    place = jnp.arange(count)
+
+    def step(i, kept_N):
+        return kept_N & ~(clash_NN[i] & kept_N[i] & (place > i))
+
+    kept_N = jax.lax.fori_loop(0, count, step, scores_N > 0)
+    order = jnp.argsort(~kept_N, stable=True)[:limit]  # kept ones first, in their order
+    order = jnp.pad(order, (0, max(limit - count, 0)))
+    return order, kept_N[order] & (jnp.arange(limit) < count)
+
+
+def predict(
+    raw, cfg: ModelConfig, conf: float = 0.05, iou: float = 0.25, limit: int = 100
+) -> Predictions:
+    """The `Predictions` of a batch from its raw outputs; defaults are the paper's thresholds.
+
+    A prediction has its best class, and counts from a score of `conf` on. The best 512 of them go
+    into NMS, at most `limit` come out. Jittable; `limit` is static.
+    """
+    if limit < 1:
+        raise PostprocessError(f"limit is {limit}; expected at least 1 box an image")
+    height, width = image_size(raw, cfg)
+    found = decode(raw, cfg)
+
+    def one(boxes_P4, obj_P, cls_PC):
+        per_class = jax.nn.sigmoid(obj_P)[:, None] * jax.nn.sigmoid(cls_PC)
+        classes_P, scores_P = jnp.argmax(per_class, -1), jnp.max(per_class, -1)
+        scores_P = jnp.where(scores_P >= conf, scores_P, 0)
+        scores, top = jax.lax.top_k(scores_P, min(CANDIDATES, len(scores_P)))
+        boxes, classes = boxes_P4[top], classes_P[top].astype(jnp.int32)
+        kept, valid = nms(boxes, scores, classes, iou, limit)
+        edge = jnp.array([width, height, width, height], boxes.dtype)[None]
+        boxes = jnp.clip(boxes[kept], 0, edge)
+        of = lambda x: jnp.where(valid, x[kept], 0)
+        return jnp.where(valid[:, None], boxes, 0), of(scores), of(classes), valid
+
+    with jax.named_scope("predict"):
+        detections = jax.vmap(one)(found.boxes_BP4, found.obj_BP, found.cls_BPC)
+        area = jnp.argmax(raw["area"], -1).astype(jnp.uint8)
+        lane = jnp.argmax(raw["lane"], -1).astype(jnp.uint8)
+    return Predictions(*detections, area, lane, merge(area, lane, cfg))
+
+
+def merge(area, lane, cfg: ModelConfig):
+    """One mask of drivable and lane classes, lanes on top; 0 is background in all three."""
+    shift = jnp.uint8(len(cfg.area) - 1)
+    return jnp.where(lane > 0, lane + shift, area)
+
+
+class Transform(NamedTuple):
+    """A letterbox: network = original * scale + (dx, dy); `size` is the original (H, W)."""
+
+    scale: float
+    dx: float
+    dy: float
+    size: tuple[int, int]
+
+
+class Found(NamedTuple):
+    """What was found in one image, in NumPy, in pixels of the original; only boxes that exist."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    area: np.ndarray
+    lane: np.ndarray
+    merged: np.ndarray
+
+
+def _checked(transform) -> Transform:
+    scale, dx, dy, (height, width) = transform
+    if not scale > 0 or height < 1 or width < 1:
+        raise PostprocessError(
+            f"letterbox {transform}; expected (scale, dx, dy, (H, W)), scale and size above 0"
+        )
+    return Transform(scale, dx, dy, (height, width))
+
+
+def boxes_to_original(boxes, transform) -> np.ndarray:
+    """Boxes [n, 4] of the network's input as float32 boxes of the original image, clipped to it."""
+    scale, dx, dy, (height, width) = _checked(transform)
+    back = (np.asarray(boxes, np.float64).reshape(-1, 4) - [dx, dy, dx, dy]) / scale
+    return np.clip(back, 0, [width, height, width, height]).astype(np.float32)
+
+
+def mask_to_original(mask, transform) -> np.ndarray:
+    """A mask [H, W] of the network's input at the original size: the pixel under each centre."""
+    scale, dx, dy, size = _checked(transform)
+    mask = np.asarray(mask)
+    at = [
+        np.clip(np.floor((np.arange(n) + 0.5) * scale + shift).astype(int), 0, limit - 1)
+        for n, shift, limit in zip(size, (dy, dx), mask.shape, strict=True)
+    ]
+    return mask[np.ix_(*at)]
+
+
+def to_original(predictions: Predictions, index: int, transform) -> Found:
+    """`Found` in image `index` of a batch; `transform` is its letterbox (scale, dx, dy, (H, W)).
+
+    Boxes that lie in the padding alone, so have no area left, are dropped.
+    """
+    valid = np.asarray(predictions.valid[index])
+    boxes = boxes_to_original(np.asarray(predictions.boxes[index])[valid], transform)
+    real = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    masks = (predictions.area, predictions.lane, predictions.merged)
+    return Found(
+        boxes[real],
+        np.asarray(predictions.scores[index])[valid][real],
+        np.asarray(predictions.classes[index])[valid][real],
+        *(mask_to_original(m[index], transform) for m in masks),
+    )
