@@ -45,18 +45,9 @@ def print_table(console: Console, rows: Sequence[Record]) -> None:
     """One line a configuration; perplexity also as its distance from the dense model's."""
     lines = table(rows)
     dense = next((l["perplexity"] for l in lines if l["kind"] == "dense"), None)
-    usual = {"method", "kind", "record", "perplexity", "bytes", "saved", "kept"}
-    extra = list(dict.fromkeys(k for l in lines for k in l if k not in usual))
     shown = Table(box=box.SIMPLE_HEAD)
     shown.add_column("configuration")
-    for name in (
-        "rank\nkept",
-        "bytes a\ntoken",
-        "smaller\nthan bf16",
-        "perplexity",
-        "change",
-        *extra,
-    ):
+    for name in ("rank\nkept", "bytes a\ntoken", "smaller\nthan bf16", "perplexity", "change"):
         shown.add_column(name, justify="right")
     for l in lines:
         if "perplexity" not in l:
@@ -70,7 +61,7 @@ def print_table(console: Console, rows: Sequence[Record]) -> None:
             f"{l['perplexity']:.3f}" if l["perplexity"] < 1e4 else f"{l['perplexity']:.3g}",
             "" if l["kind"] == "dense" else change,
         ]
-        shown.add_row(*cells, *(f"{l[k]:.3f}" if k in l else "" for k in extra))
+        shown.add_row(*cells)
     console.print(shown)
     first = next((r for r in rows if r["sample"] == "perplexity"), None)
     if first:
@@ -80,6 +71,15 @@ def print_table(console: Console, rows: Sequence[Record]) -> None:
             "steps and offsets included",
             style="dim", highlight=False,
         )  # fmt: skip
+    usual = {"method", "kind", "record", "perplexity", "bytes", "saved", "kept"}
+    if extra := list(dict.fromkeys(k for l in lines for k in l if k not in usual)):
+        shown = Table(box=box.SIMPLE_HEAD)
+        shown.add_column("configuration", min_width=24)
+        for name in extra:
+            shown.add_column(name.replace(" ", "\n"), justify="right")
+        for l in lines:
+            shown.add_row(l["method"], *(f"{l[k]:.3f}" if k in l else "" for k in extra))
+        console.print(shown)
 
 
 def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
