@@ -1,0 +1,214 @@
+"""Steps against optax by hand, runs that are killed against runs that are not."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qyolop_jax import train
+from qyolop_jax.train import Optimization, Phase, Stage, TrainError, fit
+
+
+class Numbers:
+    """Batches of a regression; every batch follows from the seed and its place."""
+
+    def __init__(self, seed, shift=0.0):
+        self.seed, self.shift, self.at = seed, shift, 0
+
+    def __next__(self):
+        rng = np.random.default_rng([self.seed, self.at])
+        self.at += 1
+        x = rng.normal(size=(4, 3)).astype(np.float32)
+        return dict(x=x, y=(x @ np.float32([1, -2, 3]) + self.shift).astype(np.float32))
+
+    def get_state(self):
+        return self.at
+
+    def set_state(self, state):
+        self.at = state
+
+
+def loss(variables, batch):
+    found = batch["x"] @ variables["params"]["w"][:, 0] + variables["params"]["b"]
+    total = jnp.mean((found - batch["y"]) ** 2)
+    seen = variables["seen"] + 1
+    return total, (dict(seen=seen), dict(parts=total))
+
+
+def begin(variables):
+    start = dict(params=dict(w=jnp.ones((3, 1)), b=jnp.zeros(())), seen=jnp.zeros((), jnp.int32))
+    return start if variables is None else variables
+
+
+def phases():
+    """Two stages, the first with mosaic but for its last epoch."""
+    one = Stage("one", 3, 4, 0.05, 0.01, warmup=1, mosaic=True, calm=1)
+    two = Stage("two", 2, 4, 0.02, 0.0)
+    data = lambda n: lambda mosaic: Numbers(10 * n + mosaic, 0.5 * mosaic)
+    return [
+        Phase(one, loss, begin, data(1), per_epoch=5),
+        Phase(two, loss, begin, data(2), per_epoch=4),
+    ]
+
+
+def test_a_step_is_adam_on_a_clipped_gradient():
+    config = Optimization(momentum=0.9, decay=0.0, clip=0.5, average=0.9)
+    stage = Stage("one", 1, 4, 0.1, 0.1)
+    tx, rate = train.optimizer(stage, 10, 10, config)
+    assert float(rate(0)) == pytest.approx(0.1) and float(rate(9)) == pytest.approx(0.1)
+    variables, batch = begin(None), next(Numbers(0))
+    state = train.new_state(variables, tx)
+    state, parts = train.make_step(loss, tx, config)(state, batch)
+    grads = jax.grad(lambda p: loss(dict(variables, params=p), batch)[0])(variables["params"])
+    norm = float(optax.tree.norm(grads))
+    assert norm > 0.5 and float(parts["gradient"]) == pytest.approx(norm, rel=1e-5)
+    for name, g in grads.items():
+        g = np.float64(g) * 0.5 / norm
+        want = np.float64(variables["params"][name]) - 0.1 * g / (np.abs(g) + 1e-8)  # Adam's first
+        np.testing.assert_allclose(state["variables"]["params"][name], want, rtol=1e-4, atol=1e-6)
+        keep = min(0.9, 2 / 11)
+        mixed = keep * np.float64(variables["params"][name]) + (1 - keep) * want
+        np.testing.assert_allclose(state["average"]["params"][name], mixed, rtol=1e-4, atol=1e-6)
+    assert int(state["variables"]["seen"]) == int(state["average"]["seen"]) == 1
+
+
+def test_decay_is_for_kernels_and_rates_follow_the_stage():
+    stage = Stage("one", 4, 4, 0.1, 0.01, warmup=1)
+    tx, rate = train.optimizer(stage, 40, 10, Optimization(decay=0.5))
+    found = [float(rate(i)) for i in (0, 5, 10, 25, 40)]
+    assert found[0] == 0 and found[1] == pytest.approx(0.05) and found[2] == pytest.approx(0.1)
+    assert found[3] == pytest.approx(0.055) and found[4] == pytest.approx(0.01)
+    params = begin(None)["params"]
+    state = tx.init(params)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(12):
+            updates, state = tx.update(zero, state, params)
+    assert float(jnp.abs(updates["w"]).max()) > 0 and float(updates["b"]) == 0
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def lines(folder):
+    """The log without what the clock says."""
+    found = [json.loads(l) for l in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in found]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", [(0, 3), (0, 10), (0, 12), (1, 1), (1, 7)])
+def test_a_run_that_was_stopped_ends_the_same(where, tmp_path):
+    whole = fit(tmp_path / "whole", phases(), save_every=3, log_every=2)
+
+    def stop(phase, step, steps, parts):
+        if (phase, step) == where:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(tmp_path / "part", phases(), save_every=3, log_every=2, progress=stop)
+    again = fit(tmp_path / "part", phases(), save_every=3, log_every=2)
+    same(whole, again)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "part")
+    same(whole, fit(tmp_path / "part", phases(), save_every=3))  # finished: nothing left to do
+
+
+def test_a_killed_process_loses_nothing(tmp_path):
+    """kill -9 in the middle of a run, as often as it takes."""
+    script = (
+        "import sys, pathlib, time\n"
+        "sys.path[:0] = sys.argv[2:]\n"
+        "import test_train as t\n"
+        "slow = lambda *a: time.sleep(0.05)\n"
+        "t.fit(pathlib.Path(sys.argv[1]), t.phases(), save_every=2, progress=slow)\n"
+        "print('finished')\n"
+    )
+    here = pathlib.Path(__file__).parent
+    command = [sys.executable, "-c", script, str(tmp_path / "run"), str(here), str(here.parents[1])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    saved = tmp_path / "run/checkpoints/4"
+    while process.poll() is None and not saved.exists():
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and saved.exists()
+    again = fit(tmp_path / "run", phases(), save_every=2)
+    same(again, fit(tmp_path / "whole", phases(), save_every=2))
+
+
+def test_validation_at_the_end_of_epochs(tmp_path):
+    asked = []
+    first, second = phases()
+    validate = lambda variables, step: asked.append(step) or dict(score=float(step))
+    first = Phase(first.stage, loss, begin, first.batches, 5, validate)
+    fit(tmp_path, [first, second])
+    assert asked == [5, 10, 15]
+    assert [r["validation"]["score"] for r in lines(tmp_path) if "validation" in r] == [5, 10, 15]
+
+
+def test_it_learns(tmp_path):
+    stage = Stage("one", 40, 4, 0.1, 0.001)
+    found = fit(tmp_path, [Phase(stage, loss, begin, lambda m: Numbers(0), 10)])
+    np.testing.assert_allclose(found["params"]["w"][:, 0], [1, -2, 3], atol=0.1)
+
+
+def test_what_cannot_be_is_said(tmp_path):
+    with pytest.raises(TrainError, match="expected epochs above the warm-up"):
+        Stage("x", 1, 4, 0.1, 0.0, warmup=2)
+    with pytest.raises(TrainError, match="expected it to fall"):
+        Stage("x", 1, 4, 0.1, 0.2)
+    fit(tmp_path / "a", phases()[:1], identity="one")
+    with pytest.raises(TrainError, match="other settings"):
+        fit(tmp_path / "a", phases()[:1], identity="two")
+    stage = Stage("far", 1, 4, 1e30, 1e30)
+    with pytest.raises(TrainError, match="lower its rate"):
+        fit(tmp_path / "b", [Phase(stage, loss, begin, lambda m: Numbers(0), 60)])
+    assert os.path.exists(tmp_path / "b/log.jsonl")
+
+
+def test_batches_are_split_among_all_devices():
+    """On two host devices a step is that of one, and a batch of three is refused."""
+    script = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import jax, numpy as np, test_train as t
+from qyolop_jax import train
+config = train.Optimization()
+mesh = train.devices_for(4)
+assert mesh.size == 2, mesh
+tx, _ = train.optimizer(train.Stage("one", 1, 4, 0.1, 0.1), 10, 10, config)
+step = train.make_step(t.loss, tx, config)
+batch = next(t.Numbers(0))
+two = train.placed(train.new_state(t.begin(None), tx), mesh)
+two, parts = step(two, train.placed(batch, mesh, split=True))
+assert len(two["variables"]["params"]["w"].devices()) == 2
+one, alone = step(train.new_state(t.begin(None), tx), batch)
+for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+try:
+    train.devices_for(3)
+except train.TrainError as error:
+    assert "split among 2 devices" in str(error)
+else:
+    raise SystemExit("accepted")
+"""
+    here = pathlib.Path(__file__).parent
+    env = dict(
+        os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=2", JAX_PLATFORMS="cpu"
+    )
+    command = [sys.executable, "-c", script, str(here), str(here.parents[1])]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
