@@ -34,7 +34,6 @@ from palu_jax.rank import (
     water_fill,
 )
 
-
 TRUNCATION, NOISE = 3.1, 0.27
 """Change of the loss over what the metric says, fitted to seven conversions of SmolLM2 (truncation
 2.5 to 3.7, noise 0.24 to 0.29; docs/decisions.md). What truncation drops is the same subspace in
