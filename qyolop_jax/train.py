@@ -6,6 +6,7 @@ killed ends in the same numbers. Letters: B batch.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -98,8 +99,8 @@ class Phase:
     """By whether mosaic is on."""
     per_epoch: int
     """Steps."""
-    validate: Callable[[State, int], dict] | None = None
-    """(averaged variables, step) -> what to log; at the end of every epoch that is due."""
+    validate: Callable[[State, int, bool], dict] | None = None
+    """(averaged variables, step, whether it is the last) -> what to log; after every epoch."""
 
     @property
     def steps(self) -> int:
@@ -113,6 +114,7 @@ class Phase:
         return max(0, self.steps - round(self.stage.calm * self.per_epoch))
 
 
+@functools.cache
 def float_loss(cfg, loss_cfg, dtype=jnp.float32) -> Loss:
     """Training of the network as it is, with batch statistics."""
     from qyolop_jax.losses import total_loss
@@ -128,22 +130,24 @@ def float_loss(cfg, loss_cfg, dtype=jnp.float32) -> Loss:
     return loss
 
 
-def optimizer(stage: Stage, steps: int, per_epoch: int, config: Optimization):
-    """(the optax transformation of a stage of `steps` steps, its learning rate by step)."""
+def rates(stage: Stage, steps: int, per_epoch: int):
+    """The learning rate of a stage of `steps` steps, as a function of the step."""
     warmup = round(stage.warmup * per_epoch)
     if warmup:
-        rate = optax.warmup_cosine_decay_schedule(
+        return optax.warmup_cosine_decay_schedule(
             0.0, stage.rate, warmup, max(steps, warmup + 1), stage.last_rate
         )
-    else:
-        rate = optax.cosine_decay_schedule(
-            stage.rate, steps, stage.last_rate / max(stage.rate, 1e-30)
-        )
+    return optax.cosine_decay_schedule(stage.rate, steps, stage.last_rate / max(stage.rate, 1e-30))
+
+
+@functools.cache
+def optimizer(config: Optimization):
+    """The optax transformation at a learning rate of 1, the same for all stages."""
     kernels = lambda params: jax.tree.map(lambda a: a.ndim > 1, params)
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(rate, b1=config.momentum, weight_decay=config.decay, mask=kernels),
-    ), rate
+        optax.adamw(1.0, b1=config.momentum, weight_decay=config.decay, mask=kernels),
+    )
 
 
 def new_state(variables: State, tx) -> State:
@@ -157,10 +161,15 @@ def new_state(variables: State, tx) -> State:
     )
 
 
-def make_step(loss: Loss, tx, config: Optimization):
-    """One step as a jitted function (state, batch) -> (state, parts); the state is donated."""
+@functools.cache
+def make_step(loss: Loss, config: Optimization):
+    """One step as a jitted function (state, batch, rate) -> (state, parts); donates the state.
 
-    def step(state, batch):
+    Stages that share a loss share its program.
+    """
+    tx = optimizer(config)
+
+    def step(state, batch, rate):
         variables = state["variables"]
         rest = {k: v for k, v in variables.items() if k != "params"}
 
@@ -172,6 +181,7 @@ def make_step(loss: Loss, tx, config: Optimization):
         )
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its own counters with floats
             updates, opt = tx.update(grads, state["optimizer"], variables["params"])
+        updates = jax.tree.map(lambda a: a * rate, updates)
         new = dict(variables, **changed, params=optax.apply_updates(variables["params"], updates))
         count = state["step"] + 1
         keep = jnp.minimum(config.average, (1 + count) / (10 + count)).astype(jnp.float32)
@@ -296,7 +306,7 @@ def fit(
     total, variables = 0, None
     for n, phase in enumerate(phases):
         per = phase.per_epoch
-        tx, rate = optimizer(phase.stage, phase.steps, per, config)
+        rate = rates(phase.stage, phase.steps, per)
         first = total
         total += phase.steps
         if about is not None and n < about["phase"]:
@@ -304,7 +314,7 @@ def fit(
         mesh = devices_for(phase.stage.batch)
         resumed = about is not None and n == about["phase"]
         variables = phase.begin(None if resumed else variables)
-        state = placed(new_state(variables, tx), mesh)
+        state = placed(new_state(variables, optimizer(config)), mesh)
         at = 0
         if resumed:
             state, at = checkpoints.restore(state), about["step"]
@@ -312,12 +322,13 @@ def fit(
         batches = phase.batches(mosaic)
         if resumed and about["stream"] is not None:
             batches.set_state(about["stream"])
-        step = make_step(phase.loss, tx, config)
+        step = make_step(phase.loss, config)
         began, since = time.perf_counter(), at
         while at < phase.steps:
             if mosaic and at >= phase.calm_from:
                 mosaic, batches = False, phase.batches(False)
-            state, parts = step(state, placed(next(batches), mesh, split=True))
+            now = jnp.asarray(rate(at), jnp.float32)
+            state, parts = step(state, placed(next(batches), mesh, split=True), now)
             at += 1
             shown = {}
             if at % log_every == 0 or at == phase.steps:
@@ -325,7 +336,7 @@ def fit(
                 seconds = time.perf_counter() - began
                 images = (at - since) * phase.stage.batch / seconds
                 began, since = time.perf_counter(), at
-                log(stage=n, name=phase.stage.name, step=at, rate=float(rate(at - 1)),
+                log(stage=n, name=phase.stage.name, step=at, rate=float(now),
                     images_per_second=images, **shown)  # fmt: skip
                 if not np.isfinite(shown["loss"]):
                     raise TrainError(
@@ -333,7 +344,7 @@ def fit(
                         f"its rate ({phase.stage.rate}); the newest checkpoint is from before"
                     )
             if phase.validate is not None and (at % per == 0 or at == phase.steps):
-                found = phase.validate(state["average"], at)
+                found = phase.validate(state["average"], at, at == phase.steps)
                 if found:
                     log(stage=n, name=phase.stage.name, step=at, validation=found)
                 began, since = time.perf_counter(), at

@@ -61,12 +61,9 @@ def phases():
 
 def test_a_step_is_adam_on_a_clipped_gradient():
     config = Optimization(momentum=0.9, decay=0.0, clip=0.5, average=0.9)
-    stage = Stage("one", 1, 4, 0.1, 0.1)
-    tx, rate = train.optimizer(stage, 10, 10, config)
-    assert float(rate(0)) == pytest.approx(0.1) and float(rate(9)) == pytest.approx(0.1)
     variables, batch = begin(None), next(Numbers(0))
-    state = train.new_state(variables, tx)
-    state, parts = train.make_step(loss, tx, config)(state, batch)
+    state = train.new_state(variables, train.optimizer(config))
+    state, parts = train.make_step(loss, config)(state, batch, jnp.float32(0.1))
     grads = jax.grad(lambda p: loss(dict(variables, params=p), batch)[0])(variables["params"])
     norm = float(optax.tree.norm(grads))
     assert norm > 0.5 and float(parts["gradient"]) == pytest.approx(norm, rel=1e-5)
@@ -82,7 +79,7 @@ def test_a_step_is_adam_on_a_clipped_gradient():
 
 def test_decay_is_for_kernels_and_rates_follow_the_stage():
     stage = Stage("one", 4, 4, 0.1, 0.01, warmup=1)
-    tx, rate = train.optimizer(stage, 40, 10, Optimization(decay=0.5))
+    rate, tx = train.rates(stage, 40, 10), train.optimizer(Optimization(decay=0.5))
     found = [float(rate(i)) for i in (0, 5, 10, 25, 40)]
     assert found[0] == 0 and found[1] == pytest.approx(0.05) and found[2] == pytest.approx(0.1)
     assert found[3] == pytest.approx(0.055) and found[4] == pytest.approx(0.01)
@@ -152,10 +149,10 @@ def test_a_killed_process_loses_nothing(tmp_path):
 def test_validation_at_the_end_of_epochs(tmp_path):
     asked = []
     first, second = phases()
-    validate = lambda variables, step: asked.append(step) or dict(score=float(step))
+    validate = lambda variables, step, last: asked.append((step, last)) or dict(score=float(step))
     first = Phase(first.stage, loss, begin, first.batches, 5, validate)
     fit(tmp_path, [first, second])
-    assert asked == [5, 10, 15]
+    assert asked == [(5, False), (10, False), (15, True)]
     assert [r["validation"]["score"] for r in lines(tmp_path) if "validation" in r] == [5, 10, 15]
 
 
@@ -189,13 +186,13 @@ from qyolop_jax import train
 config = train.Optimization()
 mesh = train.devices_for(4)
 assert mesh.size == 2, mesh
-tx, _ = train.optimizer(train.Stage("one", 1, 4, 0.1, 0.1), 10, 10, config)
-step = train.make_step(t.loss, tx, config)
+tx, rate = train.optimizer(config), np.float32(0.1)
+step = train.make_step(t.loss, config)
 batch = next(t.Numbers(0))
 two = train.placed(train.new_state(t.begin(None), tx), mesh)
-two, parts = step(two, train.placed(batch, mesh, split=True))
+two, parts = step(two, train.placed(batch, mesh, split=True), rate)
 assert len(two["variables"]["params"]["w"].devices()) == 2
-one, alone = step(train.new_state(t.begin(None), tx), batch)
+one, alone = step(train.new_state(t.begin(None), tx), batch, rate)
 for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 try:

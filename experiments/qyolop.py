@@ -1,0 +1,372 @@
+"""Panoptic driving perception: train in stages, evaluate, predict.
+
+    python -m experiments.qyolop                                # generated scenes, in minutes
+    python -m experiments.qyolop train --data camvid apollo --data-dir DATA --size 384 640
+    python -m experiments.qyolop evaluate --run FOLDER --data camvid --data-dir DATA
+    python -m experiments.qyolop predict --run FOLDER --input IMAGE, FOLDER or VIDEO
+
+Without flags a network of quarter width learns objects, drivable lanes and typed lines from drawn
+scenes, and leaves panels of labels beside predictions to look at.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from experiments import qyolop_predict, records
+from qyolop_jax import draw, readers, sources, train, weights
+from qyolop_jax.augment import AugmentConfig
+from qyolop_jax.config import ConfigError, ModelConfig
+from qyolop_jax.evaluate import evaluate, float_forward
+from qyolop_jax.formats import ReadError
+from qyolop_jax.graph import build, count
+from qyolop_jax.losses import LossConfig, LossError
+from qyolop_jax.model import initial
+from qyolop_jax.samples import Report, SampleError
+from qyolop_jax.scenes import Scenes
+from qyolop_jax.sources import Cached, Feed, SourceError
+from qyolop_jax.train import Optimization, Phase, Stage, TrainError
+
+USER_ERRORS = (
+    ConfigError, LossError, ReadError, SampleError, SourceError, TrainError, records.RecordError,
+    weights.WeightsError, qyolop_predict.PredictError,
+)  # fmt: skip
+DataName = Literal["scenes", "camvid", "apollo", "tusimple", "bdd100k", "typed-lanes"]
+FOLDERS = {  # below --data-dir; the first that exists
+    "camvid": ("driving/camvid", "camvid"),
+    "apollo": ("driving/apollo_lane100", "apollo_lane100", "apollo"),
+    "tusimple": ("driving/tusimple16/lanenet6", "tusimple"),
+    "bdd100k": ("bdd100k",),
+    "typed-lanes": ("typed-lanes", "ivs"),
+}
+HAS_BOXES = ("scenes", "camvid", "bdd100k", "typed-lanes")
+MODEL = "model.safetensors"
+HELD_OUT = 10**6
+"""Seed of the scenes that are for evaluation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Pretrain, pretrain with mosaic, finetune on everything; continues an --output that exists."""
+
+    data: tuple[DataName, ...] = ("scenes",)
+    """Data sets; those without boxes join in the last stage."""
+    data_dir: Path | None = None
+    scenes: int = 384
+    """Generated scenes to train on."""
+    held_out: int = 64
+    """Other generated scenes, for evaluation."""
+    width: float = 0.25
+    activation: Literal["silu", "relu", "hardswish"] = "relu"
+    """relu is the one that integers do best."""
+    size: tuple[int, int] = (192, 320)
+    """Height and width that images are brought to, multiples of 32."""
+    epochs: tuple[float, float, float] = (6, 6, 8)
+    """Of pretraining, of pretraining with mosaic, of finetuning."""
+    batch: int = 16
+    rate: float = 4e-3
+    """Learning rate of the first stage; half of it in the second, a quarter in the third."""
+    box: Literal["smooth_l1", "ciou"] = "ciou"
+    """Box loss; smooth_l1 is the paper's."""
+    box_weight: float = 0.5
+    """The paper has 0.05, for its own normalization."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU."""
+    seed: int = 0
+    save_every: int = 200
+    output: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Scores of a trained model on labelled data."""
+
+    run: Path
+    """Folder of `train`, or a model.safetensors."""
+    data: tuple[DataName, ...] = ("scenes",)
+    data_dir: Path | None = None
+    split: Literal["val", "train", "test"] = "val"
+    scenes: int = 64
+    """Generated scenes, if that is the data."""
+    batch: int = 8
+    protocol: Literal["pooled", "yolop"] = "pooled"
+    """yolop averages IoU over batches, to compare with its published numbers."""
+    output: Path | None = None
+    """A file of JSON lines to append to."""
+
+
+def bar(console: Console, title: str, total: int):
+    """A context manager that gives a function of (done, what to say)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+
+    @contextlib.contextmanager
+    def run():
+        hidden = not console.is_terminal
+        if hidden:
+            console.print(f"{title} …", style="dim", highlight=False)
+        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+            task = progress.add_task(title, total=total)
+
+            def update(done, say=None):
+                progress.update(
+                    task, completed=done, **({} if say is None else dict(description=say))
+                )
+
+            yield update
+
+    return run()
+
+
+def dataset(name: str, split: str, data_dir: Path | None, scenes: Scenes, report: Report):
+    """A sequence of samples; `scenes` are those of the generator. ReadError without a folder."""
+    if name == "scenes":
+        return scenes
+    if data_dir is None:
+        raise ReadError(f"the data set {name} needs --data-dir, a folder with {FOLDERS[name][0]}")
+    there = [data_dir.expanduser() / f for f in FOLDERS[name]]
+    root = next((f for f in there if f.is_dir()), None)
+    if root is None:
+        raise ReadError(f"{name}: none of {', '.join(map(str, there))} exists")
+    kinds = dict(
+        camvid=readers.CamVid, apollo=readers.ApolloScape, tusimple=readers.TuSimple,
+        bdd100k=readers.Bdd100k,
+    )  # fmt: skip
+    make = kinds.get(name, readers.TypedLanes)
+    if name == "camvid" and split != "train":
+        return make(root, split, lanes=False, report=report)  # derived lanes are no truth
+    return make(root, split, report=report)
+
+
+def model_of(path: Path):
+    """(config, variables) from a run's folder or a file."""
+    path = path.expanduser()
+    return weights.load(path / MODEL if path.is_dir() else path)
+
+
+def stages(args: Train) -> list[Stage]:
+    first = {name: 1.0 for name in args.data if name in HAS_BOXES}
+    if not first:
+        raise TrainError(
+            f"none of {', '.join(args.data)} has boxes; add one of {', '.join(HAS_BOXES)}"
+        )
+    one, two, three = args.epochs
+    rate, b = args.rate, args.batch
+    every = dict.fromkeys(args.data, 1.0)
+    return [
+        Stage("pretrain", one, b, rate, rate / 20, warmup=min(1, one / 4), data=first),
+        Stage("mosaic", two, b, rate / 2, rate / 40, mosaic=True, data=first),
+        Stage("finetune", three, b, rate / 4, rate / 400, mosaic=True, calm=three / 2, data=every),
+    ]  # fmt: skip
+
+
+class Run:
+    """One training run: its data, its folder, and what it says."""
+
+    def __init__(self, args: Train, console: Console, folder: Path):
+        self.args, self.console, self.folder = args, console, folder
+        self.report = Report()
+        self.cfg = ModelConfig(args.width, args.activation, size=args.size)
+        self.dtype = jnp.float32
+        if args.dtype == "bfloat16" or (args.dtype == "auto" and jax.default_backend() == "gpu"):
+            self.dtype = jnp.bfloat16
+        self.loss_cfg = LossConfig(box=args.box, detection=(0.5, 1.0, args.box_weight))
+        load = lambda n, split, *s: dataset(n, split, args.data_dir, Scenes(*s), self.report)
+        drawn = args.scenes, args.size, args.seed
+        self.training = {n: Cached(load(n, "train", *drawn), 2 * max(args.size)) for n in args.data}
+        self.validation = {}
+        for name in args.data:
+            with contextlib.suppress(ReadError):  # TuSimple has no such split
+                found = load(name, "val", args.held_out, args.size, HELD_OUT)
+                self.validation[name] = Cached(found)
+
+    def phases(self) -> list[Phase]:
+        args, found = self.args, []
+        for at, stage in enumerate(stages(args)):
+            used = {n: self.training[n] for n in stage.data}
+
+            def stream(mosaic, at=at, used=used):
+                augment = AugmentConfig(mosaic=1.0 if mosaic else 0.0)
+                seed = 1000 * args.seed + 10 * at + mosaic
+                return sources.batches(
+                    used, Feed(self.cfg.size, args.batch, augment, seed), report=self.report
+                )
+
+            found.append(Phase(
+                stage, train.float_loss(self.cfg, self.loss_cfg, self.dtype), self.begin, stream,
+                sources.per_epoch(used, args.batch), self.validator(stage),
+            ))  # fmt: skip
+        return found
+
+    def begin(self, variables):
+        return initial(self.cfg, self.args.seed) if variables is None else variables
+
+    def validator(self, stage: Stage):
+        """Scores and a panel at the end of a stage."""
+
+        def validate(variables, step, last):
+            if not last:
+                return {}
+            return self.scores(jax.device_get(variables), stage.name)
+
+        return validate
+
+    def scores(self, variables, title: str) -> dict:
+        found = {}
+        for name, data in self.validation.items():
+            rows = []
+
+            def look(batch, p, rows=rows):
+                for b in range(len(batch["image"])):
+                    if len(rows) < 6 and batch["labelled"][b].any():
+                        rows.append(qyolop_predict.pair(batch, p, b, self.cfg))
+
+            with bar(self.console, f"{title}: {name}", len(data)) as step:
+                found[name] = evaluate(
+                    float_forward(self.cfg), variables, data, self.cfg, report=self.report,
+                    progress=step, look=look,
+                )  # fmt: skip
+            draw.save(
+                self.folder / f"panel-{title}-{name}.png",
+                draw.panel(rows, ("labels", "prediction")),
+            )
+        return found
+
+
+def train_command(args: Train, console: Console) -> int:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = args.output or Path("runs") / f"qyolop-{'-'.join(args.data)}-{stamp}"
+    run = Run(args, console, folder)
+    console.print(f"Results go to {folder}", style="dim", highlight=False)
+    counts = count(build(run.cfg), run.cfg.size)
+    parameters, macs = counts.total()
+    console.print(
+        f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.2f} G multiply-adds an image of "
+        f"{run.cfg.size[0]}x{run.cfg.size[1]}",
+        highlight=False,
+    )
+    phases = run.phases()
+    identity = repr(dataclasses.replace(args, output=None, save_every=0))
+    total = sum(p.steps for p in phases)
+    before = np.cumsum([0, *(p.steps for p in phases)])
+    with bar(console, "Training", total) as step:
+
+        def progress(phase, at, steps, parts):
+            loss = f" loss {parts['loss']:.3f}" if parts else ""
+            step(int(before[phase]) + at, f"{phases[phase].stage.name}{loss}")
+            if parts and not console.is_terminal and at % 40 == 0:
+                console.print(
+                    f"  {phases[phase].stage.name} {at}/{steps}{loss}", style="dim", highlight=False
+                )
+
+        variables = train.fit(
+            folder, phases, Optimization(), args.save_every, identity=identity, progress=progress
+        )
+    weights.save(folder / MODEL, run.cfg, variables)
+    scores = run.scores(variables, "final")
+    print_scores(console, {f"{n} val": s for n, s in scores.items()})
+    for name, found in scores.items():
+        records.append(folder / "records.jsonl", dict(
+            model=MODEL, data=name, split="val", result=found, settings=identity,
+            parameters=parameters, macs=macs, environment=records.environment(),
+            device=jax.devices()[0].device_kind,
+        ))  # fmt: skip
+    if run.report:
+        console.print(str(run.report), style="dim", highlight=False)
+    console.print(f"Written: {folder / MODEL} and panels beside it", style="dim", highlight=False)
+    return 0
+
+
+SHOWN = {
+    "mAP50": "detection/AP50", "mAP": "detection/AP", "recall50": "detection/recall50",
+    "drivable mIoU": "area/mIoU", "drivable or not": "area/binary mIoU",
+    "lane IoU": "lane/foreground IoU", "lane mIoU": "lane/mIoU", "lane F1@2": "lane/F1@2 any",
+}  # fmt: skip
+
+
+def print_scores(console: Console, scores: dict[str, dict]) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("data")
+    for name in SHOWN:
+        table.add_column(name.replace(" ", "\n", 1), justify="right")
+    for name, found in scores.items():
+        cells = [found.get(key, float("nan")) for key in SHOWN.values()]
+        table.add_row(name, *("" if np.isnan(v) else f"{v:.3f}" for v in cells))
+    console.print(table)
+
+
+def evaluate_command(args: Evaluate, console: Console) -> int:
+    cfg, variables = model_of(args.run)
+    report, scores = Report(), {}
+    for name in args.data:
+        scenes = Scenes(args.scenes, cfg.size, HELD_OUT if args.split == "val" else 0)
+        data = dataset(name, args.split, args.data_dir, scenes, report)
+        with bar(console, f"Evaluating on {name} {args.split}", len(data)) as step:
+            scores[f"{name} {args.split}"] = evaluate(
+                float_forward(cfg), variables, data, cfg, args.batch, protocol=args.protocol,
+                report=report, progress=step,
+            )  # fmt: skip
+        if args.output:
+            records.append(args.output, dict(
+                model=str(args.run), data=name, split=args.split, protocol=args.protocol,
+                result=scores[f"{name} {args.split}"], environment=records.environment(),
+                device=jax.devices()[0].device_kind,
+            ))  # fmt: skip
+    print_scores(console, scores)
+    if report:
+        console.print(str(report), style="dim", highlight=False)
+    return 0
+
+
+def main(args, console: Console) -> int:
+    if isinstance(args, Train):
+        return train_command(args, console)
+    if isinstance(args, Evaluate):
+        return evaluate_command(args, console)
+    return qyolop_predict.main(args, *model_of(args.run), console)
+
+
+def cli(words: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    words = list(sys.argv[1:] if words is None else words)
+    command = (
+        Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[qyolop_predict.Predict, tyro.conf.subcommand("predict")]
+    )
+    args = tyro.cli(command, args=words or ["train"], description=__doc__)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(110, console.width))
+    try:
+        return main(args, console)
+    except USER_ERRORS as error:
+        Console(stderr=True).print(
+            f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\ninterrupted; the same command with --output resumes")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

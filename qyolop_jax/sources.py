@@ -1,0 +1,249 @@
+"""Streams of batches from one or several data sets: mixed, augmented, resumable, reproducible.
+
+Sample n of a stream depends on the data sets, the settings and n alone, so that the number of
+threads changes nothing and a restored stream goes on with the very batch that would have come next.
+"""
+
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from qyolop_jax.augment import GREY, AugmentConfig, augment, letterbox
+from qyolop_jax.formats import ReadError
+from qyolop_jax.postprocess import Transform
+from qyolop_jax.samples import Batch, Report, Sample, SampleError, check, collate, sample
+from qyolop_jax.scene_clutter import need_cv2
+
+TRIES = 20  # broken samples in a row that are skipped, before it is an error
+
+
+class SourceError(ValueError):
+    """Data sets or settings that give no stream; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What a stream of batches is like."""
+
+    size: tuple[int, int]
+    batch: int
+    augment: AugmentConfig | None = None
+    """None letterboxes alone."""
+    seed: int = 0
+    max_boxes: int = 64
+    threads: int = 4
+    """That load and warp; 0 does it in the caller's."""
+    ahead: int = 2
+    """Batches that are prepared in advance."""
+
+    def __post_init__(self):
+        if self.batch < 1 or self.threads < 0 or self.ahead < 1:
+            raise SourceError(
+                f"batch {self.batch}, threads {self.threads}, ahead {self.ahead}; expected at "
+                "least 1, 0 and 1"
+            )
+        if any(n < 32 or n % 32 for n in self.size):
+            raise SourceError(f"size is {self.size}; expected multiples of 32 (height, width)")
+
+
+def _grain():
+    try:
+        import grain
+    except ImportError as error:
+        raise SourceError(
+            "batches are made with grain, which is not installed; pip install -e '.[vision]'"
+        ) from error
+    return grain
+
+
+def load(dataset: Sequence[Sample], index: int, report: Report) -> Sample:
+    """The sample, or the next good one behind it where it is broken, which `report` counts."""
+    count = len(dataset)
+    for step in range(min(TRIES, count)):
+        at = (index + step) % count
+        try:
+            return check(dataset[at])
+        except (ReadError, SampleError) as error:
+            report.count("broken sample skipped", f"{at}: {error}")
+            last = error
+    raise SourceError(
+        f"{min(TRIES, count)} samples in a row are broken, from {index} on; the last: {last}"
+    )
+
+
+def _mixed(datasets, weights) -> tuple[list[Sequence], np.ndarray]:
+    """The data sets of positive weight and their weights, which sum to 1."""
+    weights = {name: float(len(d)) for name, d in datasets.items()} if weights is None else weights
+    if unknown := sorted(set(weights) - set(datasets)):
+        raise SourceError(f"weights for {unknown}; there are the data sets {sorted(datasets)}")
+    if any(not np.isfinite(w) or w < 0 for w in weights.values()):
+        raise SourceError(f"weights {dict(weights)}; expected finite ones of 0 or more")
+    used = [name for name in datasets if weights.get(name, 0) > 0]
+    if not used:
+        raise SourceError("no data set has a weight above 0")
+    if empty := [name for name in used if not len(datasets[name])]:
+        raise SourceError(f"the data sets {empty} are empty")
+    shares = np.array([weights[name] for name in used])
+    return [datasets[name] for name in used], shares / shares.sum()
+
+
+def per_epoch(datasets: Mapping[str, Sequence], batch: int, weights=None) -> int:
+    """Batches after which about as many samples came as the data sets of the mixture have."""
+    used, _ = _mixed(datasets, weights)
+    return max(sum(map(len, used)) // batch, 1)
+
+
+def batches(
+    datasets: Mapping[str, Sequence[Sample]],
+    feed: Feed,
+    weights: Mapping[str, float] | None = None,
+    start: int = 0,
+    report: Report | None = None,
+):
+    """An endless iterator of `Batch`es, from batch number `start` on, with get_state and set_state.
+
+    Every data set is shuffled anew each time it has been gone through. `weights` are the shares of
+    samples from each, by name; None is in proportion to their sizes. A mosaic takes its four images
+    from one data set, as only those share what is labelled. Broken samples are replaced by the next
+    good one and counted in `report`, as are boxes that do not fit; also those of batches that are
+    prepared ahead.
+    """
+    if start < 0:
+        raise SourceError(f"start is {start}; expected a batch number from 0 on")
+    grain = _grain()
+    report = Report() if report is None else report
+    used, shares = _mixed(datasets, weights)
+    picks = [
+        grain.MapDataset.range(len(d)).shuffle(seed=_seed(feed.seed, 0, k)).repeat().map(_pick(k))
+        for k, d in enumerate(used)
+    ]
+    stream = grain.MapDataset.mix(picks, shares.tolist()) if len(picks) > 1 else picks[0]
+    stream = stream.map_with_index(_Make(used, feed, report))
+    if start:
+        stream = stream.slice(slice(start * feed.batch, len(stream)))
+    options = grain.ReadOptions(
+        num_threads=feed.threads,
+        prefetch_buffer_size=max(feed.threads and feed.ahead, 0) * feed.batch,
+    )
+    joined = lambda samples: collate(samples, feed.max_boxes, report)
+    return iter(stream.to_iter_dataset(options).batch(feed.batch, batch_fn=joined))
+
+
+def _seed(*numbers: int) -> int:
+    """A seed of 32 bits that differs for different numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _pick(k: int):
+    return lambda index: (k, int(index))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Make:
+    """Makes the n-th sample of a stream from its pick (data set, index)."""
+
+    datasets: list[Sequence]
+    feed: Feed
+    report: Report
+
+    def __call__(self, n: int, pick: tuple[int, int]) -> Sample:
+        k, index = pick
+        dataset, cfg = self.datasets[k], self.feed.augment
+        first = load(dataset, index, self.report)
+        if cfg is None:
+            return letterbox(first, self.feed.size)[0]
+        rng = np.random.default_rng([self.feed.seed, 1, int(n)])
+        samples = [first]
+        if rng.random() < cfg.mosaic:
+            others = rng.integers(0, len(dataset), 3)
+            samples += [load(dataset, int(i), self.report) for i in others]
+        return augment(samples, self.feed.size, rng, cfg)
+
+
+def in_order(
+    dataset: Sequence[Sample], feed: Feed, report: Report | None = None
+) -> Iterator[tuple[Batch, list[tuple[Sample, Transform]]]]:
+    """Letterboxed batches of every sample once, with the original samples and their transforms.
+
+    The last batch is filled up with grey, unlabelled images, of which the list says nothing. Broken
+    samples are left out and counted. Nothing is augmented, whatever the settings say.
+    """
+    report = Report() if report is None else report
+    grain = _grain()
+
+    def one(index):
+        try:
+            s = check(dataset[int(index)])
+        except (ReadError, SampleError) as error:
+            report.count("broken sample left out", f"{int(index)}: {error}")
+            return None
+        boxed, transform = letterbox(s, feed.size)
+        return boxed, s, transform
+
+    options = grain.ReadOptions(
+        num_threads=feed.threads,
+        prefetch_buffer_size=max(feed.threads and feed.ahead, 0) * feed.batch,
+    )
+    blank = sample(np.full((*feed.size, 3), GREY, np.uint8))
+    waiting = []
+    wrapped = grain.MapDataset.range(len(dataset)).map(lambda i: (one(i),))
+    for (found,) in wrapped.to_iter_dataset(options):
+        waiting += [] if found is None else [found]
+        if len(waiting) == feed.batch:
+            yield _joined(waiting, blank, feed, report)
+            waiting = []
+    if waiting:
+        yield _joined(waiting, blank, feed, report)
+
+
+def _joined(found, blank, feed, report):
+    boxed = [b for b, _, _ in found] + [blank] * (feed.batch - len(found))
+    return collate(boxed, feed.max_boxes, report), [(s, t) for _, s, t in found]
+
+
+class Cached(Sequence):
+    """A data set that keeps its samples in memory, shrunk to a longer side of `long_side` if given.
+
+    Broken samples are tried again each time. Safe between threads.
+    """
+
+    def __init__(self, dataset: Sequence[Sample], long_side: int | None = None):
+        if long_side is not None and long_side < 32:
+            raise SourceError(f"long_side is {long_side}; expected at least 32 pixels")
+        self.dataset, self.long_side = dataset, long_side
+        self._kept: dict[int, Sample] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        with self._lock:
+            if index in self._kept:
+                return self._kept[index]
+        s = self.dataset[index]
+        if self.long_side is not None:
+            s = shrunk(s, self.long_side)
+        with self._lock:
+            return self._kept.setdefault(index, s)
+
+
+def shrunk(s: Sample, long_side: int) -> Sample:
+    """The sample with its longer side at most this many pixels; boxes below a pixel stay."""
+    cv2 = need_cv2()
+    height, width = s.image.shape[:2]
+    scale = long_side / max(height, width)
+    if scale >= 1:
+        return s
+    to = (max(round(width * scale), 1), max(round(height * scale), 1))
+    scales = np.array([to[0] / width, to[1] / height] * 2, np.float32)
+    nearest = lambda mask: cv2.resize(mask, to, interpolation=cv2.INTER_NEAREST_EXACT)
+    return dataclasses.replace(
+        s,
+        image=cv2.resize(s.image, to, interpolation=cv2.INTER_AREA),
+        boxes=np.minimum(s.boxes * scales, np.array(to * 2, np.float32)),
+        area=nearest(s.area),
+        lane=nearest(s.lane),
+    )

@@ -1,0 +1,69 @@
+"""Trained variables in one safetensors file, with the model's description in its header."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qyolop_jax.config import ModelConfig
+from qyolop_jax.model import Panoptic
+
+KEY = "qyolop"
+
+
+class WeightsError(ValueError):
+    """A file that is not of this model; the message says what it is."""
+
+
+def save(path: Path, cfg: ModelConfig, variables) -> None:
+    """Writes the variables of `Panoptic(cfg)`, whole or not at all."""
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    flat = {_name(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(variables)}
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    save_file(flat, scratch, metadata={KEY: json.dumps(dataclasses.asdict(cfg))})
+    scratch.replace(path)
+
+
+def load(path: Path) -> tuple[ModelConfig, dict]:
+    """(the model's config, its variables). Raises WeightsError for what `save` has not written."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"there is no file {path}; train a model first")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = (file.metadata() or {}).get(KEY)
+            if header is None:
+                raise WeightsError(f"{path} holds no Q-YOLOP model")
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
+    cfg = _config(json.loads(header))
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+    like = jax.eval_shape(
+        lambda key, x: Panoptic(cfg).init(key, x, train=False), jax.random.key(0), images
+    )
+    names = {_name(p): a for p, a in jax.tree_util.tree_leaves_with_path(like)}
+    fits = lambda n: n in flat and n in names and flat[n].shape == names[n].shape
+    if wrong := sorted(n for n in names.keys() | flat.keys() if not fits(n)):
+        raise WeightsError(
+            f"{path}: {len(wrong)} arrays do not fit this version, such as {wrong[0]}"
+        )
+    return cfg, jax.tree_util.tree_map_with_path(lambda p, _: jnp.asarray(flat[_name(p)]), like)
+
+
+def _name(path) -> str:
+    return "/".join(key.key for key in path)
+
+
+def _config(found: dict) -> ModelConfig:
+    whole = lambda x: tuple(map(whole, x)) if isinstance(x, list) else x
+    return ModelConfig(**{k: whole(v) for k, v in found.items()})
