@@ -143,7 +143,9 @@ def test_a_killed_process_loses_nothing(tmp_path):
     process.communicate()
     assert process.returncode == -signal.SIGKILL and saved.exists()
     again = fit(tmp_path / "run", phases(), save_every=2)
-    same(again, fit(tmp_path / "whole", phases(), save_every=2))
+    whole = fit(tmp_path / "whole", phases(), save_every=2)
+    for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)  # another process may add in another order
 
 
 def test_validation_at_the_end_of_epochs(tmp_path):
