@@ -11,6 +11,7 @@ scenes, and leaves panels of labels beside predictions to look at.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import sys
 import time
@@ -28,10 +29,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments import qyolop_predict, records
-from qyolop_jax import draw, readers, sources, train, weights
+from qyolop_jax import draw, integer, quantize, readers, sources, train, weights
 from qyolop_jax.augment import AugmentConfig
 from qyolop_jax.config import ConfigError, ModelConfig
 from qyolop_jax.evaluate import evaluate, float_forward
+from qyolop_jax.fold import fold
 from qyolop_jax.formats import ReadError
 from qyolop_jax.graph import build, count
 from qyolop_jax.losses import LossConfig, LossError
@@ -54,7 +56,9 @@ FOLDERS = {  # below --data-dir; the first that exists
     "typed-lanes": ("typed-lanes", "ivs"),
 }
 HAS_BOXES = ("scenes", "camvid", "bdd100k", "typed-lanes")
-MODEL = "model.safetensors"
+MODEL, INTEGERS = "model.safetensors", "model-int8.safetensors"
+CALIBRATION = 8
+"""Batches of eight images that ranges are taken from."""
 HELD_OUT = 10**6
 """Seed of the scenes that are for evaluation."""
 
@@ -66,20 +70,20 @@ class Train:
     data: tuple[DataName, ...] = ("scenes",)
     """Data sets; those without boxes join in the last stage."""
     data_dir: Path | None = None
-    scenes: int = 384
+    scenes: int = 256
     """Generated scenes to train on."""
     held_out: int = 64
     """Other generated scenes, for evaluation."""
     width: float = 0.25
     activation: Literal["silu", "relu", "hardswish"] = "relu"
     """relu is the one that integers do best."""
-    size: tuple[int, int] = (192, 320)
+    size: tuple[int, int] = (160, 256)
     """Height and width that images are brought to, multiples of 32."""
-    epochs: tuple[float, float, float] = (6, 6, 8)
-    """Of pretraining, of pretraining with mosaic, of finetuning."""
-    batch: int = 16
-    rate: float = 4e-3
-    """Learning rate of the first stage; half of it in the second, a quarter in the third."""
+    epochs: tuple[float, float, float, float] = (5, 4, 6, 1)
+    """Of pretraining, of pretraining with mosaic, of finetuning, of training in eight bits."""
+    batch: int = 8
+    rate: float = 3e-3
+    """Learning rate of the first stage; a half, a quarter and a fiftieth of it in the others."""
     box: Literal["smooth_l1", "ciou"] = "ciou"
     """Box loss; smooth_l1 is the paper's."""
     box_weight: float = 0.5
@@ -168,13 +172,14 @@ def stages(args: Train) -> list[Stage]:
         raise TrainError(
             f"none of {', '.join(args.data)} has boxes; add one of {', '.join(HAS_BOXES)}"
         )
-    one, two, three = args.epochs
+    one, two, three, four = args.epochs
     rate, b = args.rate, args.batch
     every = dict.fromkeys(args.data, 1.0)
     return [
         Stage("pretrain", one, b, rate, rate / 20, warmup=min(1, one / 4), data=first),
         Stage("mosaic", two, b, rate / 2, rate / 40, mosaic=True, data=first),
         Stage("finetune", three, b, rate / 4, rate / 400, mosaic=True, calm=three / 2, data=every),
+        Stage("qat", four, b, rate / 50, rate / 5000, data=every, kind="qat"),
     ]  # fmt: skip
 
 
@@ -211,25 +216,48 @@ class Run:
                 )
 
             found.append(Phase(
-                stage, train.float_loss(self.cfg, self.loss_cfg, self.dtype), self.begin, stream,
-                sources.per_epoch(used, args.batch), self.validator(stage),
+                stage, self.loss(stage), self.begin if stage.kind == "float" else self.quantized,
+                stream, sources.per_epoch(used, args.batch), self.validator(stage),
             ))  # fmt: skip
         return found
+
+    def loss(self, stage: Stage):
+        if stage.kind == "float":
+            return train.float_loss(self.cfg, self.loss_cfg, self.dtype)
+        graph, _ = fold(self.cfg, initial(self.cfg))
+        return train.qat_loss(graph, self.cfg, self.loss_cfg, quantize.DEFAULT)
 
     def begin(self, variables):
         return initial(self.cfg, self.args.seed) if variables is None else variables
 
+    def quantized(self, variables, settings=quantize.DEFAULT):
+        """Folded parameters and ranges calibrated on a few batches; any, where a state follows."""
+        graph, params = fold(self.cfg, self.begin(variables))
+        return dict(params=params, scales=self.calibrated(graph, params, settings))
+
+    def calibrated(self, graph, params, settings):
+        feed = Feed(self.cfg.size, 8, seed=self.args.seed)
+        stream = sources.batches(self.training, feed, report=self.report)
+        few = [next(stream) for _ in range(CALIBRATION)]
+        return quantize.calibrate(graph, params, few, settings)
+
     def validator(self, stage: Stage):
-        """Scores and a panel at the end of a stage."""
+        """Scores and a panel at the end of a stage; the float model is stored after its last."""
 
         def validate(variables, step, last):
             if not last:
                 return {}
-            return self.scores(jax.device_get(variables), stage.name)
+            variables = jax.device_get(variables)
+            if stage.name == "finetune":
+                weights.save(self.folder / MODEL, self.cfg, variables)
+            if stage.kind == "qat":
+                graph, _ = fold(self.cfg, initial(self.cfg))
+                return self.scores(eight_bits(graph, quantize.DEFAULT), variables, stage.name)
+            return self.scores(float_forward(self.cfg), variables, stage.name)
 
         return validate
 
-    def scores(self, variables, title: str) -> dict:
+    def scores(self, forward, variables, title: str) -> dict:
         found = {}
         for name, data in self.validation.items():
             rows = []
@@ -241,7 +269,7 @@ class Run:
 
             with bar(self.console, f"{title}: {name}", len(data)) as step:
                 found[name] = evaluate(
-                    float_forward(self.cfg), variables, data, self.cfg, report=self.report,
+                    forward, variables, data, self.cfg, report=self.report,
                     progress=step, look=look,
                 )  # fmt: skip
             draw.save(
@@ -280,19 +308,60 @@ def train_command(args: Train, console: Console) -> int:
         variables = train.fit(
             folder, phases, Optimization(), args.save_every, identity=identity, progress=progress
         )
-    weights.save(folder / MODEL, run.cfg, variables)
-    scores = run.scores(variables, "final")
-    print_scores(console, {f"{n} val": s for n, s in scores.items()})
-    for name, found in scores.items():
-        records.append(folder / "records.jsonl", dict(
-            model=MODEL, data=name, split="val", result=found, settings=identity,
-            parameters=parameters, macs=macs, environment=records.environment(),
-            device=jax.devices()[0].device_kind,
+    rows, path = compare(run, variables), folder / "records.jsonl"
+    for r in rows:
+        records.append(path, dict(
+            r, settings=identity, parameters=parameters, macs=macs,
+            environment=records.environment(), device=jax.devices()[0].device_kind,
         ))  # fmt: skip
+    print_scores(console, rows)
     if run.report:
         console.print(str(run.report), style="dim", highlight=False)
-    console.print(f"Written: {folder / MODEL} and panels beside it", style="dim", highlight=False)
+    console.print(
+        f"Written: {folder / MODEL}, {INTEGERS} and panels beside it", style="dim", highlight=False
+    )
     return 0
+
+
+@functools.cache
+def eight_bits(graph, settings):
+    """The forward function of a folded graph in simulated eight bits."""
+    return lambda v, images: quantize.forward(graph, v["params"], v["scales"], images, settings)
+
+
+def compare(run: Run, trained) -> list[dict]:
+    """The float model, quantized after training in two ways, trained in eight bits, in integers."""
+    cfg, variables = weights.load(run.folder / MODEL)
+    graph, params = fold(cfg, variables)
+    model = integer.to_integer(graph, trained["params"], trained["scales"])
+    integer.save(model, run.folder / INTEGERS)
+    ways = [("float32", float_forward(cfg), variables, (run.folder / MODEL).stat().st_size)]
+    for name, settings in (("naive PTQ", quantize.NAIVE), ("PTQ", quantize.DEFAULT)):
+        scales = run.calibrated(graph, params, settings)
+        ways.append((name, eight_bits(graph, settings), dict(params=params, scales=scales), None))
+    ways.append(("QAT", eight_bits(graph, quantize.DEFAULT), trained, None))
+    ways.append(("int8", integer.run, model, (run.folder / INTEGERS).stat().st_size))
+    rows = []
+    for name, forward, values, size in ways:
+        seconds = None if size is None else latency(forward, values, cfg)
+        for data, found in run.scores(forward, values, name.replace(" ", "-")).items():
+            rows.append(dict(
+                model=name, data=data, split="val", result=found, bytes=size, seconds=seconds
+            ))  # fmt: skip
+    return rows
+
+
+def latency(forward, values, cfg: ModelConfig, repeats: int = 20) -> float:
+    """Median seconds of raw outputs of one image."""
+    run = jax.jit(forward)
+    image = jnp.zeros((1, *cfg.size, 3), jnp.uint8)
+    jax.block_until_ready(run(values, image))
+    took = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(run(values, image))
+        took.append(time.perf_counter() - began)
+    return float(np.median(took))
 
 
 SHOWN = {
@@ -302,35 +371,42 @@ SHOWN = {
 }  # fmt: skip
 
 
-def print_scores(console: Console, scores: dict[str, dict]) -> None:
+def print_scores(console: Console, rows: Sequence[dict]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("model")
     table.add_column("data")
-    for name in SHOWN:
+    for name in (*SHOWN, "file MB", "ms an image"):
         table.add_column(name.replace(" ", "\n", 1), justify="right")
-    for name, found in scores.items():
-        cells = [found.get(key, float("nan")) for key in SHOWN.values()]
-        table.add_row(name, *("" if np.isnan(v) else f"{v:.3f}" for v in cells))
+    for r in rows:
+        cells = [r["result"].get(key, float("nan")) for key in SHOWN.values()]
+        size, seconds = r.get("bytes"), r.get("seconds")
+        table.add_row(
+            r["model"], f"{r['data']} {r['split']}",
+            *("" if np.isnan(v) else f"{v:.3f}" for v in cells),
+            "" if size is None else f"{size / 1e6:.2f}",
+            "" if seconds is None else f"{seconds * 1e3:.1f}",
+        )  # fmt: skip
     console.print(table)
 
 
 def evaluate_command(args: Evaluate, console: Console) -> int:
     cfg, variables = model_of(args.run)
-    report, scores = Report(), {}
+    report, rows = Report(), []
     for name in args.data:
         scenes = Scenes(args.scenes, cfg.size, HELD_OUT if args.split == "val" else 0)
         data = dataset(name, args.split, args.data_dir, scenes, report)
         with bar(console, f"Evaluating on {name} {args.split}", len(data)) as step:
-            scores[f"{name} {args.split}"] = evaluate(
+            found = evaluate(
                 float_forward(cfg), variables, data, cfg, args.batch, protocol=args.protocol,
                 report=report, progress=step,
             )  # fmt: skip
+        rows.append(dict(model=args.run.name, data=name, split=args.split, result=found))
         if args.output:
             records.append(args.output, dict(
-                model=str(args.run), data=name, split=args.split, protocol=args.protocol,
-                result=scores[f"{name} {args.split}"], environment=records.environment(),
+                rows[-1], protocol=args.protocol, environment=records.environment(),
                 device=jax.devices()[0].device_kind,
             ))  # fmt: skip
-    print_scores(console, scores)
+    print_scores(console, rows)
     if report:
         console.print(str(report), style="dim", highlight=False)
     return 0

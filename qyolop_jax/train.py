@@ -130,6 +130,25 @@ def float_loss(cfg, loss_cfg, dtype=jnp.float32) -> Loss:
     return loss
 
 
+@functools.cache
+def qat_loss(graph, cfg, loss_cfg, settings) -> Loss:
+    """Training of a folded graph as eight bits see it; "scales" follow what the batches show.
+
+    Variables are "params" of `fold.fold` and "scales" of `quantize.calibrate`.
+    """
+    from qyolop_jax.losses import total_loss
+    from qyolop_jax.quantize import follow, qat_forward
+
+    def loss(variables, batch):
+        raw, seen = qat_forward(
+            graph, variables["params"], variables["scales"], batch["image"], settings
+        )
+        total, parts = total_loss(raw, batch, cfg, loss_cfg)
+        return total, (dict(scales=follow(variables["scales"], seen, 0.99)), parts)
+
+    return loss
+
+
 def rates(stage: Stage, steps: int, per_epoch: int):
     """The learning rate of a stage of `steps` steps, as a function of the step."""
     warmup = round(stage.warmup * per_epoch)

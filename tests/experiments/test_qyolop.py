@@ -16,7 +16,7 @@ from qyolop_jax.train import TrainError
 
 def arguments(output, **changes):
     base = dict(
-        scenes=8, held_out=3, width=0.125, size=(64, 96), epochs=(0.5, 0.5, 1), batch=4,
+        scenes=8, held_out=3, width=0.125, size=(64, 96), epochs=(0.5, 0.5, 1, 0.5), batch=4,
         rate=1e-3, save_every=1, output=output,
     )  # fmt: skip
     return qyolop.Train(**(base | changes))
@@ -36,13 +36,17 @@ def lines(path):
 def test_a_run_leaves_a_model_scores_and_panels(run):
     cfg, _ = weights.load(run / "model.safetensors")
     assert cfg.size == (64, 96) and cfg.width == 0.125
-    (record,) = lines(run / "records.jsonl")
+    rows = lines(run / "records.jsonl")
+    assert [r["model"] for r in rows] == ["float32", "naive PTQ", "PTQ", "QAT", "int8"]
+    record = rows[0]
     assert record["data"] == "scenes" and 0 <= record["result"]["area/mIoU"] <= 1
+    assert rows[4]["result"] == rows[3]["result"]  # integers give what was simulated
+    assert rows[4]["bytes"] < 0.4 * rows[0]["bytes"] and rows[4]["seconds"] > 0
     assert {"detection/AP50", "lane/IoU dashed", "lane/F1@2 any"} <= set(record["result"])
     log = lines(run / "log.jsonl")
-    assert {r["name"] for r in log} == {"pretrain", "mosaic", "finetune"}
-    assert [r["stage"] for r in log if "validation" in r] == [0, 1, 2]
-    for stage in ("pretrain", "mosaic", "finetune", "final"):
+    assert {r["name"] for r in log} == {"pretrain", "mosaic", "finetune", "qat"}
+    assert [r["stage"] for r in log if "validation" in r] == [0, 1, 2, 3]
+    for stage in ("pretrain", "mosaic", "finetune", "qat", "int8"):
         panel = cv2.imread(str(run / f"panel-{stage}-scenes.png"))
         assert panel.shape[1] > 1280 and panel.std() > 10
 

@@ -1,0 +1,276 @@
+"""The quantized network in integers: 8-bit tensors, 32-bit sums, no float but one factor a channel.
+
+    model = to_integer(graph, params, scales)
+    raw = jax.jit(run)(model, images)          # the same bits as run_numpy(model, images)
+
+A convolution is s8 x s8 -> s32 (`sums`); its sums times a float32 factor a channel, rounded half to
+even, plus the zero point, cut to s8, are the next tensor; silu and hardswish look that up in a
+table of 256. Padding is the zero point. Letters: B H W C, I channels in, O out.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from qyolop_jax.graph import Graph, Node, activate, check_size, convolve, walk
+from qyolop_jax.scales import (
+    DEFAULT,
+    PRE,
+    Scales,
+    Settings,
+    factor,
+    fixed,
+    has_table,
+    is_free,
+    steps_of,
+    weight_scale,
+)
+
+
+class IntegerError(ValueError):
+    """A file that is not an integer model; the message says what is wrong with it."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IntegerModel:
+    """Arrays by node; takes part in jit as a pytree.
+
+    Of a convolution: kernel s8 [k, k, I, O], bias s32 [O] (with what the input's zero point adds),
+    factor f32 [O], zero_in and zero s8 (of the input and of what is rounded to), low s8 (relu's
+    clamp); table s8 [256] with silu or hardswish. Of one kept in float: kernel and bias f32,
+    step_in f32, zero_in s8, and step f32 and zero s8 unless it ends in float.
+    """
+
+    layers: dict[str, dict[str, jax.Array]]
+    outputs: dict[str, dict[str, jax.Array]]
+    """step f32 [C] or [1] and zero s8 of the outputs that are s8."""
+    graph: Graph = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def bytes(self) -> int:
+        return sum(a.nbytes for a in jax.tree.leaves((self.layers, self.outputs)))
+
+
+def to_integer(graph: Graph, params, scales: Scales, settings: Settings = DEFAULT) -> IntegerModel:
+    """The `IntegerModel` of a folded graph; `settings` are those of the calibration."""
+    return _to_integer(graph, params, scales, settings)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))  # one program, not one an array
+def _to_integer(graph, params, scales, settings):
+    steps = steps_of(graph, scales, settings)
+    layers, floating = {}, set()
+    for node in graph.convs:
+        kernel, bias = (jnp.asarray(params[node.name][k]) for k in ("kernel", "bias"))
+        (step_in, zero_in), (step, zero) = steps(node.inputs[0]), steps(node.name)
+        if node.name in settings.keep:
+            layer = dict(kernel=kernel, bias=bias, step_in=step_in.reshape(()))
+            if is_free(graph, node):
+                floating.add(node.name)
+            else:
+                layer |= dict(step=step.reshape(()), zero=_s8(zero[:1]))
+            layers[node.name] = layer | dict(zero_in=_s8(zero_in))
+            continue
+        by = weight_scale(kernel, bias, step_in, settings.per_channel)
+        unit = fixed(step_in.reshape(()) * by)
+        q = jnp.clip(jnp.round(kernel / by.reshape(1, 1, 1, -1)), -127, 127).astype(jnp.int8)
+        shift = jnp.round(bias / unit).astype(jnp.int32)
+        drift = _s8(zero_in).astype(jnp.int32) * q.astype(jnp.int32).sum((0, 1, 2))
+        layer = dict(kernel=q, bias=shift - drift, zero_in=_s8(zero_in))
+        if has_table(node):
+            step_pre, zero_pre = steps(node.name + PRE)
+            layer["table"] = table(node.act, step_pre, zero_pre, step, zero)
+            step, zero = step_pre, zero_pre
+        low = zero[:1] if node.act == "relu" else jnp.full(1, -128, jnp.float32)
+        layers[node.name] = layer | dict(
+            factor=factor(step_in, by, step), zero=_s8(zero[:1]), low=_s8(low)
+        )
+    outputs = {}
+    for name in graph.outputs:
+        if name not in floating:
+            step, zero = steps(name)
+            outputs[name] = dict(step=step, zero=_s8(zero[:1]))
+    return IntegerModel(layers, outputs, graph)
+
+
+def _s8(one):
+    return one.reshape(()).astype(jnp.int8)
+
+
+def table(act: str, step_pre, zero_pre, step, zero):
+    """s8 [256]: the activation of each s8 value from -128 on."""
+    x = (jnp.arange(-128, 128, dtype=jnp.float32) - zero_pre) * step_pre
+    near = jnp.round(activate(x, act) / step)
+    return (jnp.clip(near, -128 - zero, 127 - zero) + zero).astype(jnp.int8)
+
+
+def sums(x_BHWI, kernel_HWIO, node: Node):
+    """s32 [B, H', W', O] of s8 operands; x is padded already. Each platform has its own way:
+    XLA's s8 convolution is fast on TPUs, and on CPUs but for 3x3 between few channels (10 times
+    slower than patches, measured with 8 to 16 of them); GPUs have none, but a fast s8 dot."""
+    k, _, I, O = kernel_HWIO.shape
+    patches = lambda x, w: _patches_dot(x, w, node.stride)
+    whole = lambda x, w: convolve(x, w, _Unpadded(node.stride), preferred_element_type=jnp.int32)
+    few = k > 1 and I <= 16 and 8 <= O <= 16
+    return jax.lax.platform_dependent(
+        x_BHWI, kernel_HWIO, cuda=patches, cpu=patches if few else whole, default=whole
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unpadded:
+    stride: int
+    padding: int = 0
+
+
+def _patches_dot(x_BHWI, kernel_HWIO, stride: int):
+    """The same by a matrix of patches; channels are padded to what s8 tensor cores take."""
+    k, _, I, O = kernel_HWIO.shape
+    B, H, W, _ = x_BHWI.shape
+    h, w = (H - k) // stride + 1, (W - k) // stride + 1
+    end = lambda i, n: i + stride * (n - 1) + 1
+    slices = [
+        x_BHWI[:, i : end(i, h) : stride, j : end(j, w) : stride]
+        for i in range(k)
+        for j in range(k)
+    ]
+    rows = jnp.concatenate(slices, axis=-1).reshape(B * h * w, k * k * I)
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 16)))
+    columns = kernel_HWIO.reshape(k * k * I, O)
+    columns = jnp.pad(columns, ((0, -columns.shape[0] % 16), (0, -O % 16)))
+    y = jax.lax.dot(rows, columns, preferred_element_type=jnp.int32)
+    return y[:, :O].reshape(B, h, w, O)
+
+
+def run(model: IntegerModel, images_u8) -> dict:
+    """Raw outputs, float32, of uint8 images [B, H, W, 3]; to be jitted."""
+    check_size(images_u8.shape)
+    wide = lambda a: a.reshape(1, 1, 1, -1)
+
+    def conv(node: Node, x):
+        p = model.layers[node.name]
+        if "factor" not in p:
+            real = (x.astype(jnp.float32) - p["zero_in"].astype(jnp.float32)) * p["step_in"]
+            y = activate(convolve(real, p["kernel"], node) + wide(p["bias"]), node.act)
+            if "step" not in p:
+                return y
+            return _to_s8(jnp.round(y / p["step"]), p["zero"])
+        q = node.padding
+        ring = ((0, 0, 0), (q, q, 0), (q, q, 0), (0, 0, 0))
+        x = jax.lax.pad(x, p["zero_in"], ring) if q else x
+        y = sums(x, p["kernel"], node) + wide(p["bias"])
+        y = _to_s8(jnp.round(y.astype(jnp.float32) * wide(p["factor"])), p["zero"])
+        if "table" in p:
+            return p["table"][y.astype(jnp.int32) + 128]
+        return jnp.maximum(y, p["low"])
+
+    raw = walk(model.graph, (images_u8.astype(jnp.int16) - 128).astype(jnp.int8), conv)
+    for name, p in model.outputs.items():
+        steps = raw[name].astype(jnp.float32) - p["zero"].astype(jnp.float32)
+        raw[name] = steps * wide(p["step"])
+    return raw
+
+
+def _to_s8(near, zero):
+    return jnp.clip(near + zero.astype(jnp.float32), -128, 127).astype(jnp.int8)
+
+
+def run_numpy(model: IntegerModel, images_u8) -> dict:
+    """What `run` computes, spelled out in NumPy integers: the reference for every other executor.
+
+    Convolutions kept in float it refuses, since their sums have no order to agree on.
+    """
+    images = np.asarray(images_u8)
+    check_size(images.shape)
+    values: dict[str, np.ndarray] = {}
+    for node in model.graph.nodes:
+        inputs = [values[name] for name in node.inputs]
+        if node.op == "input":
+            y = (images.astype(np.int16) - 128).astype(np.int8)
+        elif node.op == "concat":
+            y = np.concatenate(inputs, -1)
+        elif node.op == "upsample":
+            y = inputs[0].repeat(2, 1).repeat(2, 2)
+        elif node.op == "maxpool":
+            y = _windows(inputs[0], node, np.int8(-128)).max((-2, -1))
+        else:
+            y = _conv_numpy(node, jax.tree.map(np.asarray, model.layers[node.name]), inputs[0])
+        values[node.name] = y
+    raw = {}
+    for name in model.graph.outputs:
+        step, zero = (np.asarray(model.outputs[name][k]) for k in ("step", "zero"))
+        raw[name] = (values[name].astype(np.float32) - np.float32(zero)) * step
+    return raw
+
+
+def _windows(x_BHWC, node: Node, fill):
+    """[B, h, w, C, k, k]."""
+    q, k, s = node.padding, node.kernel, node.stride
+    x = np.pad(x_BHWC, ((0, 0), (q, q), (q, q), (0, 0)), constant_values=fill)
+    return np.lib.stride_tricks.sliding_window_view(x, (k, k), (1, 2))[:, ::s, ::s]
+
+
+def _conv_numpy(node, p, x):
+    if "factor" not in p:
+        raise IntegerError(f"{node.name} is kept in float; the reference is for integers alone")
+    windows = _windows(x, node, p["zero_in"]).astype(np.int32)
+    y = np.tensordot(windows, p["kernel"].astype(np.int32), ([4, 5, 3], [0, 1, 2])) + p["bias"]
+    near = np.rint(y.astype(np.float32) * p["factor"])
+    q = np.clip(near + np.float32(p["zero"]), -128, 127).astype(np.int8)
+    if "table" in p:
+        return p["table"][q.astype(np.int32) + 128]
+    return np.maximum(q, p["low"])
+
+
+FORMAT = "qyolop integer model 1"
+
+
+def save(model: IntegerModel, path) -> None:
+    """Writes a safetensors file, whole or not at all; about a byte a weight."""
+    path = Path(path)
+    flat = {
+        f"{kind}/{name}/{key}": np.ascontiguousarray(a)
+        for kind in ("layers", "outputs")
+        for name, entry in getattr(model, kind).items()
+        for key, a in entry.items()
+    }
+    nodes = [dataclasses.asdict(n) for n in model.graph.nodes]
+    meta = dict(format=FORMAT, nodes=json.dumps(nodes), outputs=json.dumps(model.graph.outputs))
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    os.close(handle)
+    try:
+        save_file(flat, temporary, meta)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path) -> IntegerModel:
+    """The `IntegerModel` of a file of `save`."""
+    try:
+        with safe_open(path, "numpy") as file:
+            meta = file.metadata() or {}
+            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise IntegerError(f"{path} is no safetensors file ({error}); save it anew") from error
+    if meta.get("format") != FORMAT:
+        raise IntegerError(f"{path} has format {meta.get('format')!r}; expected {FORMAT!r}")
+    nodes = [Node(**(n | dict(inputs=tuple(n["inputs"])))) for n in json.loads(meta["nodes"])]
+    parts = dict(layers={}, outputs={})
+    for key, a in flat.items():
+        kind, name, leaf = key.split("/")
+        parts[kind].setdefault(name, {})[leaf] = jnp.asarray(a)
+    return IntegerModel(**parts, graph=Graph(tuple(nodes), tuple(json.loads(meta["outputs"]))))

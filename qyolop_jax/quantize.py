@@ -1,0 +1,242 @@
+"""Eight bits in float: post-training and quantization-aware forward passes, calibration.
+
+    graph, params = fold(cfg, variables)
+    scales = calibrate(graph, params, batches)            # batches of uint8 images
+    raw, seen = qat_forward(graph, params, scales, images)
+    scales = follow(scales, seen, 0.99)
+
+Which tensors are quantized, and how they share scales, `scales` says. Between the nodes values are
+in steps, x / step, which rounding makes whole numbers: float32 adds them without error below
+2**24, in any order, so this is what `integer` computes, and it has gradients: straight through the
+rounding, none from outside the range. relu is the clamp of the rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qyolop_jax.graph import Graph, Node, activate, check_size, convolve, walk
+from qyolop_jax.observe import observer
+from qyolop_jax.scales import (
+    DEFAULT,
+    INPUT_SCALE,
+    PRE,
+    TINY,
+    QuantizeError,
+    Scales,
+    Settings,
+    factor,
+    fixed,
+    has_table,
+    is_free,
+    plan,
+    steps_of,
+    weight_scale,
+)
+
+SAMPLE = 16384
+"""Values of a tensor that percentiles in training are taken of."""
+
+
+@jax.custom_vjp
+def rounded(x, low, high):
+    """round(x) within [low, high]; the gradient passes where nothing was cut off."""
+    return jnp.clip(jnp.round(x), low, high)
+
+
+def _rounded_forward(x, low, high):
+    near = jnp.round(x)
+    return jnp.clip(near, low, high), ((near >= low) & (near <= high), low, high)
+
+
+def _rounded_backward(saved, g):
+    inside, low, high = saved
+    return jnp.where(inside, g, jnp.zeros_like(g)), jnp.zeros_like(low), jnp.zeros_like(high)
+
+
+rounded.defvjp(_rounded_forward, _rounded_backward)
+
+
+def _wide(a):
+    return a.reshape(1, 1, 1, -1)
+
+
+def _forward(graph, params, scales, images_u8, settings, flags):
+    """(raw outputs, {tensor: [values]}); flags [convs] choose what is rounded."""
+    check_size(images_u8.shape)
+    steps = steps_of(graph, scales, settings)
+    order = {n.name: i for i, n in enumerate(graph.convs)}
+    seen: dict[str, list] = {}
+
+    def conv(node: Node, x):
+        p = params[node.name]
+        free = node.name in settings.keep
+        flag = None if flags is None else flags[order[node.name]]
+
+        def round_to(v, low, high):
+            near = rounded(v, jnp.asarray(low), jnp.asarray(high))
+            return near if flag is None else jnp.where(flag, near, v)
+
+        step_in, _ = steps(node.inputs[0])
+        step, zero = map(_wide, steps(node.name))
+        by = weight_scale(p["kernel"], p["bias"], step_in, settings.per_channel)
+        unit = fixed(step_in.reshape(()) * by)
+        kernel, bias = p["kernel"] / _wide(by), p["bias"] / unit
+        if not free:
+            kernel = round_to(kernel, jnp.float32(-127), jnp.float32(127))
+            bias = round_to(bias, jnp.float32(-(2.0**23)), jnp.float32(2.0**23))
+        y = convolve(x, kernel, node) + _wide(bias)  # in steps of step_in * by
+        if has_table(node):
+            step_pre, zero_pre = map(_wide, steps(node.name + PRE))
+            pre = y * _wide(factor(step_in, by, step_pre))
+            seen[node.name + PRE] = [pre * step_pre]
+            if not free:
+                pre = round_to(pre, -128 - zero_pre, 127 - zero_pre)
+            y = activate(pre * step_pre, node.act) / step
+        else:
+            y = activate(y, node.act) * _wide(factor(step_in, by, step))
+        seen[node.name] = [y * step]
+        if free and is_free(graph, node):
+            return y
+        return round_to(y, -128 - zero, 127 - zero)
+
+    raw = walk(graph, images_u8.astype(jnp.float32) - 128, conv)
+    return {name: x * _wide(steps(name)[0]) for name, x in raw.items()}, seen
+
+
+def qat_forward(graph: Graph, params, scales: Scales, images_u8, settings: Settings = DEFAULT):
+    """(raw outputs float32, the ranges this batch has, as `Scales`); gradients reach `params`.
+
+    The ranges are percentiles of a sample of `SAMPLE` values, or extremes where the observer is
+    absmax or ema; where it is mse they are `scales`. They have no gradient.
+    """
+    raw, seen = _forward(graph, params, scales, images_u8, settings, None)
+    if settings.observer == "mse":
+        return raw, scales
+    made = plan(graph, settings)
+    found: dict[str, list] = {}
+    for name, values in seen.items():
+        key = made.groups.get(name, name)
+        limits = [_limits(x, made.parts[key], settings) for x in values]
+        found.setdefault(key, []).extend(limits)
+    hull = lambda a: jnp.stack([a[:, :, 0].min(0), a[:, :, 1].max(0)], axis=-1)
+    return raw, {name: hull(jnp.stack(a)) for name, a in found.items()}
+
+
+def _limits(x_BHWC, part, settings):
+    """float32 [P, 2]."""
+    x, rows = jax.lax.stop_gradient(x_BHWC), []
+    for k in range(int(part.max()) + 1):
+        y = x if len(part) == 1 else x[..., np.flatnonzero(part == k)]
+        C, flat = y.shape[-1], y.ravel()
+        if settings.observer == "percentile":
+            stride = max(1, flat.size // SAMPLE)
+            while math.gcd(stride, C) > 1:  # or some channels are never looked at
+                stride += 1
+            flat = jnp.sort(flat[::stride])
+            last = flat.size - 1
+            far = round(last * settings.percentile / 100)
+            rows.append(jnp.stack([flat[last - far], flat[far]]))
+        else:
+            rows.append(jnp.stack([flat.min(), flat.max()]))
+    return jnp.stack(rows)
+
+
+def follow(scales: Scales, seen: Scales, decay: float) -> Scales:
+    """decay of the old, the rest of the new."""
+    return {name: decay * a + (1 - decay) * seen[name] for name, a in scales.items()}
+
+
+def forward(graph: Graph, params, scales: Scales, images_u8, settings: Settings = DEFAULT):
+    """Raw outputs as 8 bits give them, float32; for evaluation."""
+    return _forward(graph, params, scales, images_u8, settings, None)[0]
+
+
+def tensors(graph: Graph, params, images_u8) -> tuple[dict, dict]:
+    """(raw outputs, {name: values} of all that is quantized) of the float network."""
+    check_size(images_u8.shape)
+    seen = {}
+
+    def conv(node, x):
+        p = params[node.name]
+        y = convolve(x, p["kernel"], node) + _wide(p["bias"])
+        if has_table(node):
+            seen[node.name + PRE] = y
+        seen[node.name] = activate(y, node.act)
+        return seen[node.name]
+
+    raw = walk(graph, (images_u8.astype(jnp.float32) - 128) * INPUT_SCALE, conv)
+    return raw, seen
+
+
+def images_of(batch) -> jax.Array:
+    return batch["image"] if isinstance(batch, dict) else batch
+
+
+def calibrate(graph: Graph, params, batches: Iterable, settings: Settings = DEFAULT) -> Scales:
+    """`Scales` from what the float network does with `batches`: uint8 [B, H, W, 3], or dicts
+    with it as "image"."""
+    made = plan(graph, settings)
+    watch = {
+        name: [
+            observer(settings.observer, settings.percentile, settings.symmetric)
+            for _ in range(int(made.parts[name].max()) + 1)
+        ]
+        for name in made.names(graph)
+    }
+    run = jax.jit(lambda p, x: tensors(graph, p, x)[1])
+    count = 0
+    for batch in batches:
+        count += 1
+        for name, x in run(params, jnp.asarray(images_of(batch))).items():
+            key, x = made.groups.get(name, name), np.asarray(x)
+            for k, one in enumerate(watch[key]):
+                part = made.parts[key]
+                one.add(x if len(part) == 1 else x[..., part == k])
+    if not count:
+        raise QuantizeError("no batch to calibrate with; give at least one")
+    return {
+        name: jnp.asarray([one.range() for one in ones], jnp.float32)
+        for name, ones in watch.items()
+    }
+
+
+def sensitivity(
+    graph: Graph,
+    params,
+    scales: Scales,
+    batches: Iterable,
+    settings: Settings = DEFAULT,
+    loss: Callable | None = None,
+) -> dict[str, float]:
+    """What 8 bits in one convolution alone do, by its name.
+
+    Without `loss`, the lowest signal-to-noise ratio of an output in dB, against the float network;
+    with `loss(raw, batch) -> scalar`, by how much that grows. Means over the batches.
+    """
+    names = [n.name for n in graph.convs]
+    quantized = jax.jit(lambda p, s, x, flags: _forward(graph, p, s, x, settings, flags)[0])
+    found = {name: [] for name in names}
+    for batch in batches:
+        x = jnp.asarray(images_of(batch))
+        run = lambda flags, x=x: quantized(params, scales, x, jnp.asarray(flags))
+        exact = run(np.zeros(len(names), bool))
+        for i, name in enumerate(names):
+            raw = run(np.arange(len(names)) == i)
+            if loss is not None:
+                found[name].append(float(loss(raw, batch)) - float(loss(exact, batch)))
+            else:
+                found[name].append(min(sqnr(exact[k], raw[k]) for k in exact))
+    if not all(found.values()):
+        raise QuantizeError("no batch to measure with; give at least one")
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def sqnr(want, got) -> float:
+    """Signal-to-noise ratio in dB; infinite without noise."""
+    want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
+    noise = ((want - got) ** 2).sum()
+    return math.inf if noise == 0 else 10 * math.log10(max((want**2).sum(), TINY) / noise)

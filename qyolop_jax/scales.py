@@ -1,0 +1,187 @@
+"""Which tensors of a folded graph have 8 bits, which share a scale, and what steps those have.
+
+Weights are s8 in [-127, 127], symmetric, a scale for every output channel. Activations are s8 with
+a zero point for every tensor: real = (q - zero) * step. Tensors that meet in a concatenation, and
+both sides of pooling and upsampling, share theirs, so that those move bytes alone. silu and
+hardswish have an s8 tensor of their own before them. Letters: C channels, O those of an output, P
+parts of the channels that have a range each.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qyolop_jax.graph import Graph, GraphError, Node
+from qyolop_jax.observe import Kind, check_percentile, observer
+
+Scales = dict[str, jax.Array]
+"""float32 [P, 2], lowest and highest value, by the tensor's name: that of the first convolution of
+those that share it; with `PRE` behind it, what goes into a convolution's activation."""
+PRE = ":pre"
+INPUT_SCALE = 1 / 64
+"""The image's; its zero point is 0."""
+TINY = 1e-12
+
+
+class QuantizeError(ValueError):
+    """Settings, scales and graph that do not fit; the message says which and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to quantize. `NAIVE` is how not to."""
+
+    observer: Kind = "percentile"
+    percentile: float = 99.99
+    per_channel: bool = True
+    """A scale for each output channel of a kernel, else one."""
+    per_field: bool = True
+    """A scale each for xy, wh, objectness and classes of a detection output, else one."""
+    symmetric: bool = False
+    """All zero points 0."""
+    keep: tuple[str, ...] = ()
+    """Convolutions that stay in float: only what they pass on has 8 bits."""
+
+    def __post_init__(self):
+        check_percentile(self.percentile)
+        observer(self.observer)
+
+
+DEFAULT = Settings()
+NAIVE = Settings("absmax", per_channel=False, per_field=False, symmetric=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which tensors share a range, and which channels of a tensor have one of their own."""
+
+    groups: dict[str, str]
+    """Node -> the tensor's name in `Scales`; `image` alone is in none."""
+    parts: dict[str, np.ndarray]
+    """Name in `Scales` -> part of each channel, int [C]; of shape [1] if there is one part."""
+
+    def names(self, graph: Graph) -> tuple[str, ...]:
+        """The keys of `Scales`."""
+        pre = [n.name + PRE for n in graph.convs if has_table(n)]
+        return tuple(dict.fromkeys([self.groups[n.name] for n in graph.convs] + pre))
+
+
+def has_table(node: Node) -> bool:
+    return node.act in ("silu", "hardswish")
+
+
+def plan(graph: Graph, settings: Settings) -> Plan:
+    """`Plan`; checks that the graph is folded and that the settings name what is there."""
+    root = {}
+
+    def find(name):
+        while root[name] != name:
+            name = root[name]
+        return name
+
+    for node in graph.nodes:
+        if (node.op == "conv" and node.norm) or node.rep or node.implicit:
+            raise GraphError(f"{node.name} is not folded; quantize what fold.fold returns")
+        root[node.name] = node.name
+        if node.op in ("concat", "maxpool", "upsample"):
+            for other in node.inputs:
+                root[find(node.name)] = find(other)
+    sets: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        sets.setdefault(find(node.name), []).append(node)
+    groups, parts = {}, {}
+    for members in sets.values():
+        convs = [n for n in members if n.op == "conv"]
+        image = [n for n in members if n.op == "input"]
+        if image and convs:
+            raise GraphError(
+                f"{convs[0].name} shares its scale with the image, whose scale is fixed; put a "
+                "convolution behind the image"
+            )
+        name = (convs or image)[0].name
+        groups |= {n.name: name for n in members}
+        if convs:
+            parts[name] = np.zeros(1, int)
+            if settings.per_field and len(members) == 1 and is_detection(graph, members[0]):
+                parts[name] = fields(members[0].channels)
+    parts |= {n.name + PRE: np.zeros(1, int) for n in graph.convs if has_table(n)}
+    known = {n.name for n in graph.convs}
+    for name in settings.keep:
+        if name not in known:
+            raise QuantizeError(f"no convolution {name!r} to keep in float")
+    return Plan(groups, parts)
+
+
+def is_detection(graph: Graph, node: Node) -> bool:
+    return node.name in graph.outputs and node.name.startswith("detect.")
+
+
+def fields(channels: int) -> np.ndarray:
+    """[C] 0 for xy, 1 for wh, 2 for objectness, 3 for classes; three anchors."""
+    each = channels // 3
+    if channels % 3 or each < 6:
+        raise GraphError(f"a detection output of {channels} channels; expected 3 (5 + classes)")
+    return np.tile([0, 0, 1, 1, 2] + [3] * (each - 5), 3)
+
+
+def is_free(graph: Graph, node: Node) -> bool:
+    """Whether nothing in the graph reads it: then it may stay in float."""
+    return not graph.consumers(node.name)
+
+
+def scale_and_zero(limits_P2, symmetric: bool):
+    """(step, zero point) float32 [P] each, from ranges; 0 is always a whole number of steps."""
+    low = jnp.minimum(limits_P2[:, 0], 0.0)
+    high = jnp.maximum(limits_P2[:, 1], 0.0)
+    if symmetric or limits_P2.shape[0] > 1:  # ONNX has one zero point for a convolution's output
+        return jnp.maximum(jnp.maximum(-low, high) / 127, TINY), jnp.zeros_like(low)
+    step = jnp.maximum((high - low) / 255, TINY)
+    return step, jnp.clip(jnp.round(-128 - low / step), -128, 127)
+
+
+def steps_of(graph: Graph, scales: Scales, settings: Settings) -> Callable:
+    """name of a node, or of one with `PRE` -> (step, zero) float32, [C] each or [1]."""
+    made, cache = plan(graph, settings), {}
+
+    def steps(name: str):
+        key = made.groups.get(name, name)
+        if key not in made.parts:  # the image
+            return jnp.full(1, INPUT_SCALE, jnp.float32), jnp.zeros(1, jnp.float32)
+        if key not in cache:
+            count = int(made.parts[key].max()) + 1
+            if key not in scales:
+                raise QuantizeError(f"the scales lack {key}; calibrate with this graph")
+            if np.shape(scales[key]) != (count, 2):
+                raise QuantizeError(
+                    f"the scales of {key} have shape {np.shape(scales[key])}; these settings "
+                    f"expect {(count, 2)}"
+                )
+            pair = scale_and_zero(scales[key], settings.symmetric)
+            cache[key] = tuple(fixed(a[made.parts[key]]) for a in pair)
+        return cache[key]
+
+    return steps
+
+
+def fixed(a):
+    """`a`, rounded to float32 here wherever it goes: or the compiler turns x / (a / b) into
+    x b / a in one program and not in another, and a weight at a tie rounds differently."""
+    return jax.lax.optimization_barrier(a)
+
+
+def weight_scale(kernel_HWIO, bias_O, step_in, per_channel: bool):
+    """float32 [O], such that kernels fit in [-127, 127] and the bias in 23 bits."""
+    step_in = step_in.reshape(())
+    most = jnp.abs(kernel_HWIO).max((0, 1, 2)) / 127
+    most = jnp.maximum(most, jnp.abs(bias_O) / (step_in * 2.0**22))
+    if not per_channel:
+        most = jnp.broadcast_to(most.max(), most.shape)
+    return fixed(jax.lax.stop_gradient(jnp.maximum(most, TINY)))
+
+
+def factor(step_in, by_O, step):
+    """float32 [O] that turns sums into steps of the output."""
+    return fixed(fixed(step_in.reshape(()) * by_O) / step.reshape(-1))
