@@ -39,6 +39,7 @@ from qyolop_jax.graph import build, count
 from qyolop_jax.losses import LossConfig, LossError
 from qyolop_jax.model import initial
 from qyolop_jax.samples import Report, SampleError
+from qyolop_jax.scales import DEFAULT, NAIVE
 from qyolop_jax.scenes import Scenes
 from qyolop_jax.sources import Cached, Feed, SourceError
 from qyolop_jax.train import Optimization, Phase, Stage, TrainError
@@ -225,12 +226,12 @@ class Run:
         if stage.kind == "float":
             return train.float_loss(self.cfg, self.loss_cfg, self.dtype)
         graph, _ = fold(self.cfg, initial(self.cfg))
-        return train.qat_loss(graph, self.cfg, self.loss_cfg, quantize.DEFAULT)
+        return train.qat_loss(graph, self.cfg, self.loss_cfg, DEFAULT)
 
     def begin(self, variables):
         return initial(self.cfg, self.args.seed) if variables is None else variables
 
-    def quantized(self, variables, settings=quantize.DEFAULT):
+    def quantized(self, variables, settings=DEFAULT):
         """Folded parameters and ranges calibrated on a few batches; any, where a state follows."""
         graph, params = fold(self.cfg, self.begin(variables))
         return dict(params=params, scales=self.calibrated(graph, params, settings))
@@ -252,7 +253,7 @@ class Run:
                 weights.save(self.folder / MODEL, self.cfg, variables)
             if stage.kind == "qat":
                 graph, _ = fold(self.cfg, initial(self.cfg))
-                return self.scores(eight_bits(graph, quantize.DEFAULT), variables, stage.name)
+                return self.scores(eight_bits(graph, DEFAULT), variables, stage.name)
             return self.scores(float_forward(self.cfg), variables, stage.name)
 
         return validate
@@ -336,10 +337,10 @@ def compare(run: Run, trained) -> list[dict]:
     model = integer.to_integer(graph, trained["params"], trained["scales"])
     integer.save(model, run.folder / INTEGERS)
     ways = [("float32", float_forward(cfg), variables, (run.folder / MODEL).stat().st_size)]
-    for name, settings in (("naive PTQ", quantize.NAIVE), ("PTQ", quantize.DEFAULT)):
+    for name, settings in (("naive PTQ", NAIVE), ("PTQ", DEFAULT)):
         scales = run.calibrated(graph, params, settings)
         ways.append((name, eight_bits(graph, settings), dict(params=params, scales=scales), None))
-    ways.append(("QAT", eight_bits(graph, quantize.DEFAULT), trained, None))
+    ways.append(("QAT", eight_bits(graph, DEFAULT), trained, None))
     ways.append(("int8", integer.run, model, (run.folder / INTEGERS).stat().st_size))
     rows = []
     for name, forward, values, size in ways:
