@@ -12,12 +12,13 @@ from rich.console import Console
 from qyolop_jax import draw
 from qyolop_jax.augment import letterbox_image
 from qyolop_jax.config import ModelConfig
-from qyolop_jax.evaluate import float_forward, predictor
+from qyolop_jax.evaluate import predictor
 from qyolop_jax.formats import Bdd100kWriter, read_image
 from qyolop_jax.postprocess import to_original
 from qyolop_jax.readers import SUFFIXES
 from qyolop_jax.scene_clutter import need_cv2
 
+ROADS = Path(__file__).parent / "checkpoints" / "roads-int8.safetensors"
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
@@ -29,10 +30,10 @@ class PredictError(ValueError):
 class Predict:
     """Boxes, drivable lanes and lines drawn over images or a video, and as BDD100K labels."""
 
-    run: Path
-    """Folder of `train`, or a model.safetensors."""
     input: Path
     """An image, a folder of images, or a video."""
+    run: Path = ROADS
+    """Folder of `train`, or a file of `train` or `quantize`; default: what comes with this."""
     output: Path | None = None
     """A folder; for a video also a file name that ends in .mp4. Default: beside the run."""
     conf: float = 0.3
@@ -56,12 +57,12 @@ def pair(batch, p, b: int, cfg: ModelConfig):
     return [draw.overlay(image, found_, cfg, width=640) for found_ in (truth, found)]
 
 
-def main(args: Predict, cfg: ModelConfig, variables, console: Console) -> int:
+def main(args: Predict, cfg: ModelConfig, forward, values, console: Console) -> int:
     path = args.input.expanduser()
     if not path.exists():
         raise PredictError(f"there is no {path}")
-    both = predictor(float_forward(cfg), cfg, min(args.conf, 0.05))
-    run = lambda images: both(variables, images)
+    both = predictor(forward, cfg, min(args.conf, 0.05))
+    run = lambda images: both(values, images)
     if path.suffix.lower() in VIDEOS:
         return video(args, path, run, cfg, console)
     files = [path] if path.is_file() else sorted(

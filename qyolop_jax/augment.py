@@ -158,15 +158,11 @@ def compose(
     boxes, classes, crowd = [], [], []
     alone = len(parts) == 1
     for s, matrix in parts:
-        drawn = warp_image(s.image, matrix, size, GREY if alone else None)
-        masks = [warp_mask(mask, matrix, size) for mask in (s.area, s.lane)]
         if alone:
-            image, (area, lane) = drawn, masks
+            image = warp_image(s.image, matrix, size)
+            area, lane = (warp_mask(mask, matrix, size) for mask in (s.area, s.lane))
         else:
-            cv2 = need_cv2()
-            here = warp_mask(np.ones(s.image.shape[:2], np.uint8), matrix, size, 0)
-            for part, whole in zip((drawn, *masks), (image, area, lane), strict=True):
-                cv2.copyTo(part, here, whole)
+            paste(s, matrix, (image, area, lane))
         kept, cut = keep_boxes(map_boxes(matrix, s.boxes), size, cfg)
         boxes.append(cut[kept])
         classes.append(s.classes[kept])
@@ -182,6 +178,27 @@ def compose(
         (detection, *(any(s.labelled[t] for s, _ in parts) for t in (1, 2))),
         "+".join(s.name for s, _ in parts),
     )
+
+
+def paste(s: Sample, matrix, onto) -> None:
+    """Draws a sample through a homography onto (image, area, lane), where it has pixels."""
+    cv2 = need_cv2()
+    size, source = onto[0].shape[:2], s.image.shape[:2]
+    extent = map_boxes(matrix, [[0, 0, source[1], source[0]]])[0]
+    if not np.isfinite(extent).all():  # it crosses the horizon
+        extent = np.array([0, 0, size[1], size[0]])
+    x1, y1 = np.clip(np.floor(extent[:2]), 0, size[::-1]).astype(int)
+    x2, y2 = np.clip(np.ceil(extent[2:]), 0, size[::-1]).astype(int)
+    if x1 >= x2 or y1 >= y2:
+        return
+    matrix, part = moved(-x1, -y1) @ matrix, (y2 - y1, x2 - x1)
+    here = warp_mask(np.ones(source, np.uint8), matrix, part, 0)
+    drawn = (
+        warp_image(s.image, matrix, part, None),
+        *(warp_mask(m, matrix, part) for m in (s.area, s.lane)),
+    )
+    for new, whole in zip(drawn, onto, strict=True):
+        cv2.copyTo(new, here, whole[y1:y2, x1:x2])
 
 
 def keep_boxes(full_n4, size: tuple[int, int], cfg: AugmentConfig | None):

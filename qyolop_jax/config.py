@@ -1,6 +1,7 @@
 """What a model is made of: its size, its classes, its anchors; and what mask values mean."""
 
 import dataclasses
+import json
 from typing import Literal
 
 DETECTION = ("pedestrian", "vehicle", "scooter", "bicycle")
@@ -53,6 +54,14 @@ class ModelConfig:
             )
         if len(self.anchors) != 3 or any(len(level) != 3 for level in self.anchors):
             raise ConfigError("expected three anchors for each of the strides 8, 16 and 32")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelConfig":
+        whole = lambda x: tuple(map(whole, x)) if isinstance(x, list) else x
+        return cls(**{k: whole(v) for k, v in json.loads(text).items()})
 
     @property
     def strides(self) -> tuple[int, int, int]:

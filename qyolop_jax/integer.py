@@ -18,9 +18,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from qyolop_jax.config import ModelConfig
 from qyolop_jax.graph import Graph, Node, activate, check_size, convolve, walk
 from qyolop_jax.scales import (
     DEFAULT,
@@ -55,15 +56,23 @@ class IntegerModel:
     outputs: dict[str, dict[str, jax.Array]]
     """step f32 [C] or [1] and zero s8 of the outputs that are s8."""
     graph: Graph = dataclasses.field(metadata=dict(static=True))
+    config: ModelConfig | None = dataclasses.field(default=None, metadata=dict(static=True))
+    """What the outputs mean; nothing here needs it."""
 
     @property
     def bytes(self) -> int:
         return sum(a.nbytes for a in jax.tree.leaves((self.layers, self.outputs)))
 
 
-def to_integer(graph: Graph, params, scales: Scales, settings: Settings = DEFAULT) -> IntegerModel:
+def to_integer(
+    graph: Graph,
+    params,
+    scales: Scales,
+    settings: Settings = DEFAULT,
+    config: ModelConfig | None = None,
+) -> IntegerModel:
     """The `IntegerModel` of a folded graph; `settings` are those of the calibration."""
-    return _to_integer(graph, params, scales, settings)
+    return dataclasses.replace(_to_integer(graph, params, scales, settings), config=config)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))  # one program, not one an array
@@ -232,20 +241,22 @@ def _conv_numpy(node, p, x):
     return np.maximum(q, p["low"])
 
 
-FORMAT = "qyolop integer model 1"
+FORMAT, CONFIG = "qyolop integer model 1", "config"
 
 
 def save(model: IntegerModel, path) -> None:
     """Writes a safetensors file, whole or not at all; about a byte a weight."""
     path = Path(path)
     flat = {
-        f"{kind}/{name}/{key}": np.ascontiguousarray(a)
+        f"{kind}/{name}/{key}": np.asarray(a, order="C")  # scalars stay scalars
         for kind in ("layers", "outputs")
         for name, entry in getattr(model, kind).items()
         for key, a in entry.items()
     }
     nodes = [dataclasses.asdict(n) for n in model.graph.nodes]
     meta = dict(format=FORMAT, nodes=json.dumps(nodes), outputs=json.dumps(model.graph.outputs))
+    if model.config:
+        meta[CONFIG] = model.config.to_json()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     os.close(handle)
     try:
@@ -273,4 +284,15 @@ def load(path) -> IntegerModel:
     for key, a in flat.items():
         kind, name, leaf = key.split("/")
         parts[kind].setdefault(name, {})[leaf] = jnp.asarray(a)
-    return IntegerModel(**parts, graph=Graph(tuple(nodes), tuple(json.loads(meta["outputs"]))))
+    graph = Graph(tuple(nodes), tuple(json.loads(meta["outputs"])))
+    config = ModelConfig.from_json(meta[CONFIG]) if CONFIG in meta else None
+    return IntegerModel(**parts, graph=graph, config=config)
+
+
+def is_integer(path) -> bool:
+    """Whether `save` wrote this file."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False

@@ -34,9 +34,9 @@ class LossConfig:
     """Of Tversky, focal and Jaccard."""
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
-    tversky_alpha: float = 0.7
-    """Of false positives; `tversky_beta` of false negatives."""
-    tversky_beta: float = 0.3
+    area_tversky: tuple[float, float] = (0.7, 0.3)
+    """Of false positives and of false negatives."""
+    lane_tversky: tuple[float, float] = (0.7, 0.3)
     tversky_gamma: float = 4 / 3
     box: Literal["smooth_l1", "ciou"] = "smooth_l1"
     box_beta: float = 1 / 9
@@ -57,10 +57,11 @@ class LossConfig:
                 f"focal alpha {self.focal_alpha}, gamma {self.focal_gamma}; expected alpha "
                 "between 0 and 1 and gamma 0 or at least 1 (between them its gradient is infinite)"
             )
-        if min(self.tversky_alpha, self.tversky_beta, self.box_beta) <= 0 or self.tversky_gamma < 1:
+        shares = (*self.area_tversky, *self.lane_tversky)
+        if len(shares) != 4 or min(*shares, self.box_beta) <= 0 or self.tversky_gamma < 1:
             raise LossError(
-                "expected Tversky alpha and beta and box_beta above 0, and Tversky gamma of 1 or "
-                f"more; got {self.tversky_alpha}, {self.tversky_beta}, {self.box_beta} and "
+                "expected two Tversky weights of each mask and box_beta above 0, and Tversky gamma "
+                f"of 1 or more; got {self.area_tversky}, {self.lane_tversky}, {self.box_beta} and "
                 f"{self.tversky_gamma}"
             )
 
@@ -250,9 +251,12 @@ def jaccard(shared, predicted, true) -> jax.Array:
     return _over_present(1 - shared / jnp.where(union > 0, union, 1), true)
 
 
-def mask_losses(logits, mask, labelled, loss_cfg: LossConfig) -> dict[str, jax.Array]:
+def mask_losses(
+    logits, mask, labelled, loss_cfg: LossConfig, shares: tuple[float, float]
+) -> dict[str, jax.Array]:
     """Tversky, focal and Jaccard of one mask head before their weights.
 
+    `shares` are Tversky's of false positives and false negatives,
     `logits` [B, H, W, C], `mask` [B, H, W] uint8 class indices, `labelled` [B].
     """
     if logits.ndim != 4 or mask.shape != logits.shape[:3]:
@@ -264,7 +268,7 @@ def mask_losses(logits, mask, labelled, loss_cfg: LossConfig) -> dict[str, jax.A
     masses = overlaps(read)
     l = loss_cfg
     return {
-        "tversky": tversky(*masses, l.tversky_alpha, l.tversky_beta, l.tversky_gamma),
+        "tversky": tversky(*masses, *shares, l.tversky_gamma),
         "focal": mask_focal(read, l.focal_alpha, l.focal_gamma),
         "jaccard": jaccard(*masses),
     }
@@ -284,9 +288,11 @@ def total_loss(raw, batch, cfg: ModelConfig, loss_cfg: LossConfig):
     }
     with jax.named_scope("losses"):
         found = {"detection": detection_losses(raw, batch, cfg, loss_cfg)}
-        for task, at in (("area", 1), ("lane", 2)):
+        for task, at, shares in (
+            ("area", 1, loss_cfg.area_tversky), ("lane", 2, loss_cfg.lane_tversky)
+        ):  # fmt: skip
             labelled = batch["labelled"][:, at]
-            found[task] = mask_losses(raw[task], batch[task], labelled, loss_cfg)
+            found[task] = mask_losses(raw[task], batch[task], labelled, loss_cfg, shares)
     total, parts = jnp.float32(0), {"detection/positives": found["detection"]["positives"]}
     for task, outer in zip(weights, loss_cfg.tasks, strict=True):
         for name, weight in weights[task].items():

@@ -211,15 +211,17 @@ def sensitivity(
     batches: Iterable,
     settings: Settings = DEFAULT,
     loss: Callable | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """What 8 bits in one convolution alone do, by its name.
 
     Without `loss`, the lowest signal-to-noise ratio of an output in dB, against the float network;
-    with `loss(raw, batch) -> scalar`, by how much that grows. Means over the batches.
+    with `loss(raw, batch) -> scalar`, by how much that grows. Means over the batches. `progress` is
+    called with how many convolutions were measured so far, of all in every batch.
     """
     names = [n.name for n in graph.convs]
     quantized = jax.jit(lambda p, s, x, flags: _forward(graph, p, s, x, settings, flags)[0])
-    found = {name: [] for name in names}
+    found, done = {name: [] for name in names}, 0
     for batch in batches:
         x = jnp.asarray(images_of(batch))
         run = lambda flags, x=x: quantized(params, scales, x, jnp.asarray(flags))
@@ -230,6 +232,9 @@ def sensitivity(
                 found[name].append(float(loss(raw, batch)) - float(loss(exact, batch)))
             else:
                 found[name].append(min(sqnr(exact[k], raw[k]) for k in exact))
+            done += 1
+            if progress:
+                progress(done)
     if not all(found.values()):
         raise QuantizeError("no batch to measure with; give at least one")
     return {name: float(np.mean(values)) for name, values in found.items()}

@@ -64,7 +64,8 @@ def load(dataset: Sequence[Sample], index: int, report: Report) -> Sample:
     for step in range(min(TRIES, count)):
         at = (index + step) % count
         try:
-            return check(dataset[at])
+            s = dataset[at]
+            return s if isinstance(dataset, Cached) else check(s)
         except (ReadError, SampleError) as error:
             report.count("broken sample skipped", f"{at}: {error}")
             last = error
@@ -206,7 +207,7 @@ def _joined(found, blank, feed, report):
 class Cached(Sequence):
     """A data set that keeps its samples in memory, shrunk to a longer side of `long_side` if given.
 
-    Broken samples are tried again each time. Safe between threads.
+    They are checked once. Broken samples are tried again each time. Safe between threads.
     """
 
     def __init__(self, dataset: Sequence[Sample], long_side: int | None = None):
@@ -223,7 +224,7 @@ class Cached(Sequence):
         with self._lock:
             if index in self._kept:
                 return self._kept[index]
-        s = self.dataset[index]
+        s = check(self.dataset[index])
         if self.long_side is not None:
             s = shrunk(s, self.long_side)
         with self._lock:

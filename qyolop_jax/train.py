@@ -20,6 +20,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qyolop_jax.packed import pack
+
 State = dict[str, Any]
 Batch = dict[str, Any]
 
@@ -44,8 +46,10 @@ class Stage:
     calm: float = 0.0
     """Last epochs without mosaic."""
     augment: bool = True
-    data: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Data sets by name, with the weight of each in the mixture."""
+    data: tuple[str, ...] = ()
+    """Data sets by name."""
+    shares: tuple[float, ...] = ()
+    """Of each of them in the mixture; by their sizes if empty."""
     kind: Literal["float", "qat"] = "float"
 
     def __post_init__(self):
@@ -53,6 +57,11 @@ class Stage:
             raise TrainError(
                 f"stage {self.name}: epochs {self.epochs}, batch {self.batch}, warm-up "
                 f"{self.warmup}; expected epochs above the warm-up and a batch of 1 or more"
+            )
+        if self.shares and len(self.shares) != len(self.data):
+            raise TrainError(
+                f"stage {self.name}: {len(self.shares)} shares; expected one for each of "
+                f"{', '.join(self.data)}"
             )
         if not 0 <= self.last_rate <= self.rate:
             raise TrainError(
@@ -161,23 +170,37 @@ def rates(stage: Stage, steps: int, per_epoch: int):
 
 @functools.cache
 def optimizer(config: Optimization):
-    """The optax transformation at a learning rate of 1, the same for all stages."""
-    kernels = lambda params: jax.tree.map(lambda a: a.ndim > 1, params)
+    """The optax transformation of `Packed` parameters at a rate of 1, the same for all stages."""
+
+    def decay(updates, params):
+        at = jax.lax.iota(jnp.int32, params.vector.size)
+        kernels = jnp.where(at < params.layout.kernels, params.vector, 0)
+        return dataclasses.replace(updates, vector=updates.vector + config.decay * kernels)
+
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(1.0, b1=config.momentum, weight_decay=config.decay, mask=kernels),
+        optax.scale_by_adam(b1=config.momentum),
+        optax.stateless(decay),
+        optax.scale(-1.0),
     )
 
 
 def new_state(variables: State, tx) -> State:
-    """The state of a stage that begins with these variables."""
-    copy = lambda tree: jax.tree.map(jnp.array, tree)
+    """The state of a stage that begins with these variables; trees are `Packed`."""
+    rest = {k: v for k, v in variables.items() if k != "params"}
+    now = dict(params=pack(variables["params"]), rest=pack(rest))
+    now, average = (jax.tree.map(jnp.array, now) for _ in range(2))  # copies; they get donated
     return dict(
-        variables=copy(variables),
-        average=copy(variables),
-        optimizer=tx.init(variables["params"]),
+        variables=now,
+        average=average,
+        optimizer=tx.init(now["params"]),
         step=jnp.zeros((), jnp.int32),
     )
+
+
+def unpacked(now: dict) -> State:
+    """Variables from the "variables" or the "average" of a state."""
+    return dict(now["rest"].tree, params=now["params"].tree)
 
 
 @functools.cache
@@ -189,28 +212,30 @@ def make_step(loss: Loss, config: Optimization):
     tx = optimizer(config)
 
     def step(state, batch, rate):
-        variables = state["variables"]
-        rest = {k: v for k, v in variables.items() if k != "params"}
+        now = state["variables"]
+        rest = now["rest"].tree
 
         def of_params(params):
-            return loss(dict(rest, params=params), batch)
+            return loss(dict(rest, params=params.tree), batch)
 
         (total, (changed, parts)), grads = jax.value_and_grad(of_params, has_aux=True)(
-            variables["params"]
+            now["params"]
         )
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its own counters with floats
-            updates, opt = tx.update(grads, state["optimizer"], variables["params"])
-        updates = jax.tree.map(lambda a: a * rate, updates)
-        new = dict(variables, **changed, params=optax.apply_updates(variables["params"], updates))
+            updates, opt = tx.update(grads, state["optimizer"], now["params"])
+        moved = now["params"].vector + updates.vector * rate
+        new = dict(
+            params=dataclasses.replace(now["params"], vector=moved), rest=pack(rest | changed)
+        )
         count = state["step"] + 1
         keep = jnp.minimum(config.average, (1 + count) / (10 + count)).astype(jnp.float32)
-        mixed = lambda old, now: (
-            (old * keep + now * (1 - keep)).astype(old.dtype)
-            if jnp.issubdtype(old.dtype, jnp.floating)
-            else now
-        )
-        average = jax.tree.map(mixed, state["average"], new)
-        parts = dict(parts, loss=total, gradient=optax.tree.norm(grads))
+        average = {
+            k: dataclasses.replace(
+                p, vector=state["average"][k].vector * keep + p.vector * (1 - keep)
+            )
+            for k, p in new.items()
+        }
+        parts = dict(parts, loss=total, gradient=jnp.linalg.norm(grads.vector))
         return dict(variables=new, average=average, optimizer=opt, step=count), parts
 
     return jax.jit(step, donate_argnums=0)
@@ -363,7 +388,8 @@ def fit(
                         f"its rate ({phase.stage.rate}); the newest checkpoint is from before"
                     )
             if phase.validate is not None and (at % per == 0 or at == phase.steps):
-                found = phase.validate(state["average"], at, at == phase.steps)
+                averaged = unpacked(state["average"])
+                found = phase.validate(averaged, at, at == phase.steps)
                 if found:
                     log(stage=n, name=phase.stage.name, step=at, validation=found)
                 began, since = time.perf_counter(), at
@@ -377,6 +403,6 @@ def fit(
                     dict(phase=n, step=at, identity=identity,
                          stream=None if turn else batches.get_state()),
                 )  # fmt: skip
-        variables = jax.device_get(state["average"])
+        variables = unpacked(jax.device_get(state["average"]))
     checkpoints.close()
     return variables

@@ -1,7 +1,5 @@
 """Trained variables in one safetensors file, with the model's description in its header."""
 
-import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -27,7 +25,7 @@ def save(path: Path, cfg: ModelConfig, variables) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {_name(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(variables)}
     scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    save_file(flat, scratch, metadata={KEY: json.dumps(dataclasses.asdict(cfg))})
+    save_file(flat, scratch, metadata={KEY: cfg.to_json()})
     scratch.replace(path)
 
 
@@ -46,7 +44,7 @@ def load(path: Path) -> tuple[ModelConfig, dict]:
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise WeightsError(f"{path} is not a whole safetensors file: {error}") from error
-    cfg = _config(json.loads(header))
+    cfg = ModelConfig.from_json(header)
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
     like = jax.eval_shape(
         lambda key, x: Panoptic(cfg).init(key, x, train=False), jax.random.key(0), images
@@ -62,8 +60,3 @@ def load(path: Path) -> tuple[ModelConfig, dict]:
 
 def _name(path) -> str:
     return "/".join(key.key for key in path)
-
-
-def _config(found: dict) -> ModelConfig:
-    whole = lambda x: tuple(map(whole, x)) if isinstance(x, list) else x
-    return ModelConfig(**{k: whole(v) for k, v in found.items()})

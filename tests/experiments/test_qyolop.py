@@ -75,7 +75,7 @@ def test_predict_images_and_labels(run, tmp_path):
     for i in range(3):
         image = scene(i, (90, 170)).image
         cv2.imwrite(str(source / f"{i}.png"), image[..., ::-1])
-    args = qyolop.qyolop_predict.Predict(run, source, tmp_path / "out", conf=0.01, batch=2)
+    args = qyolop.qyolop_predict.Predict(source, run, tmp_path / "out", conf=0.01, batch=2)
     assert qyolop.main(args, Console(quiet=True)) == 0
     for i in range(3):
         drawn = cv2.imread(str(tmp_path / f"out/{i}.png"))
@@ -92,7 +92,9 @@ def test_predict_a_video(run, tmp_path):
     for i in range(5):
         writer.write(np.ascontiguousarray(scene(i, (96, 160)).image[..., ::-1]))
     writer.release()
-    args = qyolop.qyolop_predict.Predict(run, path, tmp_path / "seen.mp4", batch=2)
+    args = qyolop.qyolop_predict.Predict(
+        path, run / "model-int8.safetensors", tmp_path / "seen.mp4", batch=2
+    )
     assert qyolop.main(args, Console(quiet=True)) == 0
     reader = cv2.VideoCapture(str(tmp_path / "seen.mp4"))
     assert reader.get(cv2.CAP_PROP_FRAME_COUNT) == 5

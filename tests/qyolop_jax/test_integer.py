@@ -124,7 +124,10 @@ def test_round_trip_through_a_file(tmp_path):
     assert jax.tree.structure(back) == jax.tree.structure(model)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(a, b)
-        assert a.dtype == b.dtype
+        assert a.dtype == b.dtype and a.shape == b.shape
+    x = images(1)
+    for name, a in run(model, x).items():
+        np.testing.assert_array_equal(run(back, x)[name], a)
     assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
 
 

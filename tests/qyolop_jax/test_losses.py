@@ -60,7 +60,7 @@ def value_and_gradient(raw, batch, loss_cfg):
 
 @jax.jit
 def mask_losses(logits, mask, labelled):
-    return losses.mask_losses(logits, mask, labelled, LOSS)
+    return losses.mask_losses(logits, mask, labelled, LOSS, LOSS.lane_tversky)
 
 
 @jax.jit
@@ -158,7 +158,7 @@ def test_masks(name, head):
     mask = jnp.where(mask == 2, 1, mask) if head == "lane" else mask  # a class that nobody has
     labelled = batch["labelled"][:, 1 if head == "area" else 2]
     reference = reference_masks(mask, labelled, logits.shape[-1], logits, name)
-    ours = lambda x: losses.mask_losses(x, mask, labelled, LOSS)[name]
+    ours = lambda x: mask_losses(x, mask, labelled)[name]
     np.testing.assert_allclose(jax.jit(ours)(logits), reference(logits), rtol=1e-5)
     check_gradient(jax.jit(ours), reference, logits)
 
@@ -372,7 +372,7 @@ def test_descending_on_the_outputs_themselves_finds_every_box_and_mask(box):
         ({"area": (1.0,)}, "2 weights"),
         ({"balance": (1.0, -1.0, 1.0)}, "0 or more"),
         ({"focal_gamma": 0.5}, "gamma 0 or at least 1"),
-        ({"tversky_beta": 0.0}, "above 0"),
+        ({"lane_tversky": (0.3, 0.0)}, "above 0"),
     ],
 )
 def test_impossible_settings(change, words):

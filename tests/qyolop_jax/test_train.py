@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from qyolop_jax import train
+from qyolop_jax.packed import pack
 from qyolop_jax.train import Optimization, Phase, Stage, TrainError, fit
 
 
@@ -65,16 +66,17 @@ def test_a_step_is_adam_on_a_clipped_gradient():
     state = train.new_state(variables, train.optimizer(config))
     state, parts = train.make_step(loss, config)(state, batch, jnp.float32(0.1))
     grads = jax.grad(lambda p: loss(dict(variables, params=p), batch)[0])(variables["params"])
+    now, averaged = (train.unpacked(state[k]) for k in ("variables", "average"))
     norm = float(optax.tree.norm(grads))
     assert norm > 0.5 and float(parts["gradient"]) == pytest.approx(norm, rel=1e-5)
     for name, g in grads.items():
         g = np.float64(g) * 0.5 / norm
         want = np.float64(variables["params"][name]) - 0.1 * g / (np.abs(g) + 1e-8)  # Adam's first
-        np.testing.assert_allclose(state["variables"]["params"][name], want, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(now["params"][name], want, rtol=1e-4, atol=1e-6)
         keep = min(0.9, 2 / 11)
         mixed = keep * np.float64(variables["params"][name]) + (1 - keep) * want
-        np.testing.assert_allclose(state["average"]["params"][name], mixed, rtol=1e-4, atol=1e-6)
-    assert int(state["variables"]["seen"]) == int(state["average"]["seen"]) == 1
+        np.testing.assert_allclose(averaged["params"][name], mixed, rtol=1e-4, atol=1e-6)
+    assert int(now["seen"]) == int(averaged["seen"]) == 1
 
 
 def test_decay_is_for_kernels_and_rates_follow_the_stage():
@@ -83,12 +85,13 @@ def test_decay_is_for_kernels_and_rates_follow_the_stage():
     found = [float(rate(i)) for i in (0, 5, 10, 25, 40)]
     assert found[0] == 0 and found[1] == pytest.approx(0.05) and found[2] == pytest.approx(0.1)
     assert found[3] == pytest.approx(0.055) and found[4] == pytest.approx(0.01)
-    params = begin(None)["params"]
+    params = pack(begin(None)["params"])
     state = tx.init(params)
     zero = jax.tree.map(jnp.zeros_like, params)
     with jax.numpy_dtype_promotion("standard"):
         for _ in range(12):
             updates, state = tx.update(zero, state, params)
+    updates = updates.tree
     assert float(jnp.abs(updates["w"]).max()) > 0 and float(updates["b"]) == 0
 
 
@@ -193,7 +196,7 @@ step = train.make_step(t.loss, config)
 batch = next(t.Numbers(0))
 two = train.placed(train.new_state(t.begin(None), tx), mesh)
 two, parts = step(two, train.placed(batch, mesh, split=True), rate)
-assert len(two["variables"]["params"]["w"].devices()) == 2
+assert len(two["variables"]["params"].vector.devices()) == 2
 one, alone = step(train.new_state(t.begin(None), tx), batch, rate)
 for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
