@@ -11,12 +11,13 @@ from rich.console import Console
 
 from qyolop_jax import draw
 from qyolop_jax.augment import letterbox_image
-from qyolop_jax.config import ModelConfig
+from qyolop_jax.config import IGNORE, ModelConfig
 from qyolop_jax.evaluate import predictor
 from qyolop_jax.formats import Bdd100kWriter, read_image
 from qyolop_jax.postprocess import to_original
 from qyolop_jax.readers import SUFFIXES
 from qyolop_jax.scene_clutter import need_cv2
+from qyolop_jax.tidy import tidy
 
 ROADS = Path(__file__).parent / "checkpoints" / "roads-int8.safetensors"
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
@@ -39,20 +40,26 @@ class Predict:
     conf: float = 0.3
     """Least score of a box."""
     batch: int = 4
+    tidy: bool = True
+    """Draw areas smoothed and every line in one kind; labels stay as predicted."""
     labels: bool = True
     """Write BDD100K-format JSON and masks too (not for videos)."""
 
 
 def pair(batch, p, b: int, cfg: ModelConfig):
-    """(labels drawn over an image, predictions over the same), for a panel."""
+    """(labels drawn over an image, predictions over the same), for a panel.
+
+    Predicted masks are left out where none is labelled, as in the padding.
+    """
     image, real, ours = batch["image"][b], batch["valid"][b], p.valid[b]
+    nothing = (batch["area"][b] == IGNORE) & (batch["lane"][b] == IGNORE)
     truth = SimpleNamespace(
         boxes=batch["boxes"][b][real], classes=batch["classes"][b][real],
         crowd=batch["crowd"][b][real], area=batch["area"][b], lane=batch["lane"][b],
     )  # fmt: skip
     found = SimpleNamespace(
         boxes=p.boxes[b][ours], classes=p.classes[b][ours], scores=p.scores[b][ours],
-        area=p.area[b], lane=p.lane[b],
+        area=np.where(nothing, 0, p.area[b]), lane=np.where(nothing, 0, p.lane[b]),
     )  # fmt: skip
     return [draw.overlay(image, found_, cfg, width=640) for found_ in (truth, found)]
 
@@ -75,10 +82,12 @@ def main(args: Predict, cfg: ModelConfig, forward, values, console: Console) -> 
     folder = args.output or Path("runs") / f"predict-{path.stem}"
     writer = Bdd100kWriter(folder, "val", cfg.detection)
     images = ((f.name, read_image(f)) for f in files)
-    for name, image, found in _found(images, run, cfg, args):
-        draw.save(folder / f"{Path(name).stem}.png", draw.overlay(image, found, cfg, args.conf))
-        if args.labels:
-            writer.add(name, found)
+    with progress(console, len(files)) as step:
+        for n, (name, image, found) in enumerate(_found(images, run, cfg, args), 1):
+            draw.save(folder / f"{Path(name).stem}.png", drawn(image, found, cfg, args))
+            if args.labels:
+                writer.add(name, found)
+            step(n)
     if args.labels:
         writer.close()
     console.print(f"Written: {len(files)} images in {folder}", highlight=False)
@@ -107,19 +116,32 @@ def video(args, path, run, cfg, console) -> int:
             n += 1
 
     writer, count = None, 0
-    for _, image, found in _found(frames(), run, cfg, args):
-        shown = draw.overlay(image, found, cfg, args.conf)
-        if writer is None:
-            size = shown.shape[1], shown.shape[0]
-            writer = cv2.VideoWriter(str(scratch), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
-        writer.write(np.ascontiguousarray(shown[..., ::-1]))
-        count += 1
+    total = int(reader.get(cv2.CAP_PROP_FRAME_COUNT))
+    with progress(console, total) as step:
+        for _, image, found in _found(frames(), run, cfg, args):
+            shown = drawn(image, found, cfg, args)
+            if writer is None:
+                size = shown.shape[1], shown.shape[0]
+                writer = cv2.VideoWriter(str(scratch), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
+            writer.write(np.ascontiguousarray(shown[..., ::-1]))
+            count += 1
+            step(count)
     if writer is None:
         raise PredictError(f"{path} has no frames")
     writer.release()
     scratch.replace(target)
     console.print(f"Written: {count} frames in {target}", highlight=False)
     return 0
+
+
+def progress(console: Console, total: int):
+    from experiments.qyolop import bar
+
+    return bar(console, "Predicting", max(total, 1))
+
+
+def drawn(image, found, cfg: ModelConfig, args: Predict) -> np.ndarray:
+    return draw.overlay(image, tidy(found) if args.tidy else found, cfg, args.conf)
 
 
 def _found(images, run, cfg: ModelConfig, args) -> Iterator:

@@ -91,7 +91,8 @@ class Confusion:
     def result(self) -> dict[str, float]:
         """IoU of each class and "mIoU", "foreground IoU", "foreground recall", "binary mIoU".
 
-        Shares of 1. NaN, left out of means, where a class is neither true nor predicted. YOLOP's
+        Shares of 1. NaN, left out of means, where a class is neither true nor predicted, and for
+        all classes where every foreground pixel is UNKNOWN. YOLOP's
         "lane accuracy" is the foreground recall, its lane IoU the foreground IoU, its drivable
         mIoU the binary mIoU.
         """
@@ -107,6 +108,8 @@ class Confusion:
     def _scores(self, typed, binary, absent: float) -> dict[str, float]:
         per_class, both = _iou(typed, absent), _iou(binary, absent)
         true = binary[1].sum()
+        if true and not typed[1:].sum():  # foreground, but of no known kind
+            per_class = np.full(len(self.names), np.nan)
         return {
             **{f"IoU {n}": float(v) for n, v in zip(self.names, per_class, strict=True)},
             "mIoU": _mean(per_class),
