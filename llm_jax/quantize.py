@@ -57,10 +57,10 @@ def _split(codes_QgF, bits):
     return functools.reduce(jnp.bitwise_or, (part << (i * bits) for i, part in enumerate(parts)))
 
 
-def _join(bytes_QpF, bits):
+def _join(bytes_QpF, bits, xp):
     """The inverse of `_split`."""
     fields = [(bytes_QpF >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
-    return jnp.concatenate(fields, axis=1)
+    return xp.concatenate(fields, axis=1)
 
 
 def pack(codes_QgF: jax.Array, bits: int) -> jax.Array:
@@ -70,12 +70,12 @@ def pack(codes_QgF: jax.Array, bits: int) -> jax.Array:
     return codes_QgF if bits == 8 else _split(codes_QgF, bits)
 
 
-def unpack(w: Quantized) -> jax.Array:
-    """The codes, uint8 [Q, group, F]."""
+def unpack(w: Quantized, xp=jnp) -> jax.Array:
+    """The codes, uint8 [Q, group, F]; with xp=numpy of and as NumPy arrays."""
     if w.bits == 3:
-        low, high = jnp.split(w.codes_QpF, [w.group // 4], axis=1)
-        return _join(low, 2) | (_join(high, 1) << 2)
-    return w.codes_QpF if w.bits == 8 else _join(w.codes_QpF, w.bits)
+        low, high = xp.split(w.codes_QpF, [w.group // 4], axis=1)
+        return _join(low, 2, xp) | (_join(high, 1, xp) << 2)
+    return w.codes_QpF if w.bits == 8 else _join(w.codes_QpF, w.bits, xp)
 
 
 def dequantize(w: Quantized, dtype=jnp.float32) -> jax.Array:

@@ -1,0 +1,161 @@
+"""Converting a checkpoint to substitutes and residuals, once; the next start maps the result."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax.checkpoint import Checkpoint, shapes
+from llm_jax.config import Config
+from llm_jax.quantize import Quantized, check_grouping, quantize
+from subspec_jax import residual_device
+from subspec_jax.residual import CODES, FRACTION, LANES, Residual, pad
+from subspec_jax.residual_encode import encode
+from subspec_jax.residual_file import (
+    LAYER,
+    MANIFEST,
+    TABLES,
+    VERSION,
+    Converted,
+    ResidualError,
+    checksum,
+    read_manifest,
+    write,
+)
+
+
+def identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells one checkpoint from another: names, sizes, first and last MiB of its files."""
+    files = sorted({tensor.file for tensor in checkpoint.contents.tensors.values()})
+    digest, total = hashlib.blake2b(digest_size=16), 0
+    for file in files:
+        size = file.stat().st_size
+        total += size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as f:
+            digest.update(f.read(2**20))
+            f.seek(max(0, size - 2**20))
+            digest.update(f.read())
+    return {"files": [file.name for file in files], "bytes": total, "digest": digest.hexdigest()}
+
+
+def convert(
+    checkpoint: Checkpoint,
+    cfg: Config,
+    path: str | Path,
+    bits: int = 4,
+    group: int = 64,
+    iterations: int = 20,
+    code: str = "levels",
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 2,
+) -> "Converted":
+    """Writes the model of `checkpoint` to the folder `path` and returns it opened.
+
+    Layers that are there already are kept. Every weight is decoded on the device and compared
+    before its layer's file appears. `workers` matrices are done at a time; `progress(done, total)`
+    counts layers. Raises ResidualError for a folder that was begun from another checkpoint or with
+    other settings, and CheckpointError or ValueError for what cannot be converted at all.
+    """
+    path = Path(path)
+    if code not in CODES:
+        raise ValueError(f"code {code!r} is not one of {', '.join(CODES)}")
+    if cfg.dtype not in FRACTION:
+        raise ResidualError(
+            f"the weights are {cfg.dtype}; residuals are of 16-bit weights: choose --dtype bfloat16"
+        )
+    for name, shape in cfg.layer_matrices.items():
+        check_grouping(name, shape[0], bits, group)
+    checkpoint.check(cfg)
+    settings = dict(version=VERSION, code=code, bits=bits, group=group, iterations=iterations)
+    manifest = settings | {"model": dataclasses.asdict(cfg), "source": identity(checkpoint)}
+    _begin(path, json.loads(json.dumps(manifest)))
+
+    fields = shapes(cfg)[0]
+    if not (path / TABLES).exists():
+        tables = {field: _read(checkpoint, field, None, cfg) for field in fields}
+        write(path / TABLES, tables, {name: _entry(a) for name, a in tables.items()})
+    for index in range(cfg.layers):
+        if not (path / LAYER.format(index)).exists():
+            _convert_layer(checkpoint, index, cfg, path, (bits, group, iterations), code, workers)
+        if progress:
+            progress(index + 1, cfg.layers)
+    return Converted(path)
+
+
+def _begin(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, or compares it with the one that is there."""
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / MANIFEST
+    if not file.exists():
+        if any(path.glob("*.safetensors")):
+            raise ResidualError(f"{path} holds other safetensors files; choose an empty folder")
+        scratch = path / f".{MANIFEST}.part"
+        scratch.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, file)
+        return
+    there = read_manifest(file)
+    differences = [
+        f"{key} is {there.get(key)!r}, asked for is {manifest.get(key)!r}"
+        for key in sorted({*there, *manifest})
+        if there.get(key) != manifest.get(key)
+    ]
+    if differences:
+        raise ResidualError(
+            f"{path} was converted otherwise: {'; '.join(differences)}. "
+            "Choose another folder, or delete this one"
+        )
+
+
+def _read(checkpoint: Checkpoint, field: str, index: int | None, cfg: Config) -> np.ndarray:
+    """One tensor of a checkpoint in the model's dtype, matrices turned to [in, out]."""
+    tensor = checkpoint.contents.tensors[checkpoint.names[field].format(index)]
+    array = checkpoint.reader(tensor, field, cfg)(0, tensor.shape[0])
+    turned = array.T if field != "embed_VD" else array
+    return np.ascontiguousarray(turned.astype(np.dtype(cfg.dtype)))
+
+
+def _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers) -> None:
+    def one(field):
+        w, name = _read(checkpoint, field, index, cfg), f"{field} of layer {index}"
+        if w.ndim == 1:
+            return {field: w}, {field: _entry(w)}
+        # A copy, because the host may lend the device an array's own memory.
+        q = jax.tree.map(np.array, jax.block_until_ready(quantize(jax.device_put(w), *quantizer)))
+        r = encode(w, q, code, name)
+        wrong = np.count_nonzero(_decoded(r, q).view(np.uint16) != w.view(np.uint16))
+        if wrong:
+            raise ResidualError(f"{name}: {wrong} of {w.size} weights decode to other bits")
+        arrays = dict(codes=q.codes_QpF, step=q.step_QF, offset=q.offset_QF, words=r.words)
+        arrays |= {} if r.low_DF is None else dict(low=r.low_DF)
+        entry = _entry(w) | dict(shape=list(w.shape), patches=r.patches)
+        return {f"{field}.{part}": a for part, a in arrays.items()}, {field: entry}
+
+    tensors, entries = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for arrays, entry in pool.map(one, shapes(cfg)[1]):
+            tensors |= arrays
+            entries |= entry
+    write(path / LAYER.format(index), tensors, entries)
+
+
+def _entry(array: np.ndarray) -> dict[str, Any]:
+    return {"crc32": checksum(array)}
+
+
+def _decoded(residual: Residual, substitute: Quantized) -> np.ndarray:
+    """The weights by the device's decoder; with room that few programs are compiled for."""
+    raw = residual.shape[0] * residual.shape[1] // (2 * LANES)
+    step, rows = max(32, raw // 32), residual.words.shape[0]
+    padded = pad(residual, rows + -rows % step, 1 << max(10, residual.patches.bit_length()))
+    return np.asarray(_decode(padded, substitute))
+
+
+_decode = jax.jit(residual_device.decode)

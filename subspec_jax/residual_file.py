@@ -1,0 +1,208 @@
+"""Converted models on disk: substitutes and residuals of every layer, in safetensors files.
+
+A folder holds manifest.json (source, settings, model), model.safetensors (embedding, last norm,
+head) and a file for each layer. A file is there whole or not at all. Files are mapped into memory:
+opening a model reads headers alone.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax.checkpoint import shapes
+from llm_jax.config import Config, Llama3Rope
+from llm_jax.params import MLP, Attention, Layer
+from llm_jax.quantize import Quantized
+from subspec_jax.residual import Residual, pad
+
+VERSION = 1
+MANIFEST, TABLES, LAYER = "manifest.json", "model.safetensors", "layer-{:05}.safetensors"
+
+
+class ResidualError(ValueError):
+    """A converted model that cannot be written or used; the message is for the user."""
+
+
+def checksum(array) -> int:
+    """CRC-32 of an array's bytes, row by row."""
+    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8))
+
+
+def write(file: Path, tensors: dict[str, np.ndarray], entries: dict[str, Any]) -> None:
+    """The file, complete on disk before it has its name."""
+    from safetensors.numpy import save_file
+
+    scratch = file.with_name(f".{file.name}.part")
+    save_file(tensors, str(scratch), metadata={"entries": json.dumps(entries)})
+    with scratch.open("rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(scratch, file)
+
+
+def mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(views of a safetensors file's tensors, its entries); nothing but the header is read."""
+    types = dict(U8=np.uint8, U32=np.uint32, BF16="bfloat16", F16=np.float16)
+    try:
+        whole = np.memmap(file, np.uint8, "r")
+        begin = 8 + int(whole[:8].view(np.uint64)[0])
+        header = json.loads(bytes(whole[8:begin]))
+        entries = json.loads(header.pop("__metadata__")["entries"])
+        views = {}
+        for name, tensor in header.items():
+            start, stop = (begin + at for at in tensor["data_offsets"])
+            dtype = np.dtype(jax.numpy.dtype(types[tensor["dtype"]]))
+            views[name] = whole[start:stop].view(dtype).reshape(tensor["shape"])
+        return views, entries
+    except FileNotFoundError:
+        raise ResidualError(
+            f"{file} is missing: the conversion was interrupted; run it again to go on"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResidualError(
+            f"{file} is truncated or damaged ({error}); delete it and convert again"
+        ) from error
+
+
+def read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResidualError(f"{file.parent} is not a converted model: no {file.name}") from None
+    except ValueError as error:
+        raise ResidualError(f"{file} is damaged ({error}); convert again") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A converted model, opened. Raises ResidualError where it is damaged or not complete.
+
+    Residuals are padded to `kinds` sets of shapes, so that as many programs decode all layers. One
+    set for all adds as much as the worst layer asks for: 2.1% to SmolLM2-135M, three add 0.8%.
+    """
+
+    path: Path
+    kinds: int = 3
+
+    def __post_init__(self):
+        _ = self.manifest, self.tables, self._room
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any]:
+        manifest = read_manifest(self.path / MANIFEST)
+        if manifest.get("version") != VERSION:
+            raise ResidualError(
+                f"{self.path} is of version {manifest.get('version')}, this program reads "
+                f"{VERSION}; convert again"
+            )
+        return manifest
+
+    @functools.cached_property
+    def cfg(self) -> Config:
+        model = self.manifest["model"]
+        rope = model["rope_scaling"] and Llama3Rope(**model["rope_scaling"])
+        return Config(**model | {"rope_scaling": rope})
+
+    @functools.cached_property
+    def tables(self) -> dict[str, np.ndarray]:
+        """embed_VD, norm and head_DV (if there is one), mapped."""
+        return mapped(self.path / TABLES)[0]
+
+    @functools.cached_property
+    def _layers(self) -> tuple[tuple[dict, dict], ...]:
+        return tuple(mapped(self.path / LAYER.format(i)) for i in range(self.cfg.layers))
+
+    @functools.cached_property
+    def _room(self) -> tuple[dict[str, tuple[int, int]], ...]:
+        """By layer (rows, patches) of each matrix: the most of any layer of its kind."""
+        names = list(self.cfg.layer_matrices)
+        rows = [[views[f"{n}.words"].shape[0] for n in names] for views, _ in self._layers]
+        patches = [[entries[n]["patches"] for n in names] for _, entries in self._layers]
+        need = np.stack([rows, patches], -1)
+        room = {}
+        for kind in partition(need[..., 0], self.kinds):
+            most = need[kind].max(0).tolist()
+            room |= {i: dict(zip(names, map(tuple, most))) for i in kind}
+        return tuple(room[i] for i in range(self.cfg.layers))
+
+    def substitutes(self, index: int) -> Layer:
+        """A layer with `Quantized` matrices, mapped; norms and biases are as in `residuals`."""
+        views, _ = self._layers[index]
+        bits, group = self.manifest["bits"], self.manifest["group"]
+        part = lambda name: (views[f"{name}.{part}"] for part in ("codes", "step", "offset"))
+        return self._layer(views, lambda name: Quantized(*part(name), bits, group))
+
+    def residuals(self, index: int) -> Layer:
+        """A layer with `Residual` matrices, padded to the shapes of its kind.
+
+        `subspec_jax.offload.offload` keeps it in pinned memory like a layer of plain matrices.
+        """
+        views, entries = self._layers[index]
+
+        def one(name):
+            shape = tuple(entries[name]["shape"])
+            words, low = views[f"{name}.words"], views.get(f"{name}.low")
+            exact = Residual(words, low, shape, self.cfg.dtype, entries[name]["patches"])
+            return pad(exact, *self._room[index][name])
+
+        return self._layer(views, one)
+
+    def _layer(self, views, matrix) -> Layer:
+        names = [n for n in shapes(self.cfg)[1] if n not in self.cfg.layer_matrices]
+        w = {name: views[name] for name in names}
+        w |= {name: matrix(name) for name in self.cfg.layer_matrices}
+        attn = {field.name: w.get(field.name) for field in dataclasses.fields(Attention)}
+        mlp = MLP(w["gate"], w["up"], w["down"])
+        return Layer(w["attn_norm"], Attention(**attn), w["mlp_norm"], mlp)
+
+    def verify(self, index: int, layer: Layer) -> None:
+        """Raises ResidualError, naming them, where arrays of a decoded layer are not the model's.
+
+        `layer` is what `residual_device.decode_layer` made of the two halves, wherever it lies.
+        """
+        entries = self._layers[index][1]
+        found = {path[-1].name: leaf for path, leaf in jax.tree.leaves_with_path(layer)}
+        wrong = [n for n, entry in entries.items() if checksum(found[n]) != entry["crc32"]]
+        if wrong:
+            raise ResidualError(
+                f"{self.path / LAYER.format(index)}: {', '.join(wrong)} differ from the model that "
+                "was converted; delete the file and convert again"
+            )
+
+    def verify_tables(self) -> None:
+        """Like `verify`, of the embedding, the last norm and the head."""
+        views, entries = mapped(self.path / TABLES)
+        wrong = [n for n, entry in entries.items() if checksum(views[n]) != entry["crc32"]]
+        if wrong:
+            raise ResidualError(
+                f"{self.path / TABLES}: {', '.join(wrong)} differ from the model that was "
+                "converted; delete the file and convert again"
+            )
+
+
+def partition(rows: np.ndarray, kinds: int) -> list[list[int]]:
+    """Layers in at most `kinds` groups such that padding within each, to `rows` [layer, matrix] of
+    its largest, costs least. Groups are runs of the layers sorted by size."""
+    order = np.argsort(rows.sum(1), kind="stable")
+    count = len(order)
+
+    def cost(start, stop):
+        return (stop - start) * int(rows[order[start:stop]].max(0).sum())
+
+    # best[stop]: (rows in all, the groups) of the first `stop` layers, with one more group a round.
+    best = [(0, [])] + [(cost(0, stop), [(0, stop)]) for stop in range(1, count + 1)]
+    for _ in range(kinds - 1):
+        best = [
+            min(
+                [best[stop]]
+                + [(best[at][0] + cost(at, stop), [*best[at][1], (at, stop)]) for at in range(stop)]
+            )
+            for stop in range(count + 1)
+        ]
+    return [order[start:stop].tolist() for start, stop in best[count][1]]
