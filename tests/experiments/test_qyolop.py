@@ -3,6 +3,7 @@
 import json
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -84,6 +85,13 @@ def test_predict_images_and_labels(run, tmp_path):
         cv2.imwrite(str(tmp_path / f"out/images/100k/val/{i}.jpg"), drawn)
     back = Bdd100k(tmp_path / "out", "val")
     assert len(back) == 3 and back[0].labelled == (True, True, True)
+
+
+def test_the_checkpoint_that_comes_along_is_whole():
+    cfg, forward, model = qyolop.runnable(qyolop.qyolop_predict.ROADS)
+    assert (cfg.width, cfg.size) == (0.25, (384, 640))
+    raw = jax.eval_shape(forward, model, jax.ShapeDtypeStruct((1, *cfg.size, 3), "uint8"))
+    assert raw["lane"].shape == (1, *cfg.size, 4) and raw["area"].shape == (1, *cfg.size, 3)
 
 
 def test_predict_a_video(run, tmp_path):
