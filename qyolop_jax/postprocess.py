@@ -51,12 +51,18 @@ def nms(boxes_N4, scores_N, classes_N, iou: float, limit: int):
     count = len(scores_N)
     clash_NN = pairwise_iou(boxes_N4, boxes_N4) > iou
     clash_NN &= classes_N[:, None] == classes_N[None]
-    place = jnp.arange(count)
+    clash_NN &= jnp.arange(count)[:, None] < jnp.arange(count)[None]  # [better, worse]
+    real_N = scores_N > 0
 
-    def step(i, kept_N):
-        return kept_N & ~(clash_NN[i] & kept_N[i] & (place > i))
+    # Who is kept follows from who is kept among the better ones: after n rounds the first n are
+    # right, and nothing changes once all are. Chains of boxes are short, so a few rounds do, where
+    # one box after the other takes as many steps as there are boxes.
+    def again(state):
+        kept_N, _ = state
+        now_N = real_N & ~jnp.any(clash_NN & kept_N[:, None], axis=0)
+        return now_N, jnp.any(now_N != kept_N)
 
-    kept_N = jax.lax.fori_loop(0, count, step, scores_N > 0)
+    kept_N, _ = jax.lax.while_loop(lambda state: state[1], again, (real_N, jnp.array(True)))
     order = jnp.argsort(~kept_N, stable=True)[:limit]  # kept ones first, in their order
     order = jnp.pad(order, (0, max(limit - count, 0)))
     return order, kept_N[order] & (jnp.arange(limit) < count)
