@@ -1,7 +1,7 @@
 """A pytree's floats as one vector: what is done to all of them is one kernel, not one an array.
 
 A network of 100 convolutions has 600 arrays. Optimizer and moving average, array by array, were
-half of all fusions of a training step, and half of its time to compile.
+half of all fusions of a training step.
 """
 
 import dataclasses
