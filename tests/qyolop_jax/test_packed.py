@@ -27,7 +27,9 @@ def test_there_and_back_on_host_and_device():
 
 
 def test_gradients_are_those_of_the_tree():
-    weight = jax.tree.map(lambda a: jnp.sin(1.0 + jnp.arange(a.size, dtype=jnp.float32).reshape(a.shape)), tree())
+    weight = jax.tree.map(
+        lambda a: jnp.sin(1.0 + jnp.arange(a.size, dtype=jnp.float32).reshape(a.shape)), tree()
+    )
 
     def loss(t):
         return sum(
