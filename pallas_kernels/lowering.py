@@ -11,9 +11,8 @@ def lower_for(f, *arguments, device: str = "NVIDIA H200") -> str:
     Raises what compiling there would: block sizes that are no powers of two, operations that the
     Triton backend lacks. `arguments` may be shapes.
     """
-    traced = jax.jit(f).trace(*arguments)
     with _abstract(device):
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def _abstract(device: str):

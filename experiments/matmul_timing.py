@@ -1,0 +1,111 @@
+"""Timing of microsecond kernels: many calls in a jitted loop over more weights than a cache holds.
+
+A call waits for the one before through `optimization_barrier`, which costs no kernel. Nothing is
+subtracted: launches are part of what a decoding loop pays.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized_matmul import Packed
+
+
+def random_packed(like: Packed, key) -> Packed:
+    """A matrix of random codes and steps near 0.01 around zero."""
+    bits = lambda a, key: jax.random.bits(key, a.shape, a.dtype)
+    words, top, steps = jax.random.split(key, 3)
+    step = jax.random.uniform(steps, like.scale_QF.shape, jnp.float32, 0.008, 0.012)
+    as_bits = lambda v: jax.lax.bitcast_convert_type(v.astype(jnp.bfloat16), jnp.uint16)
+    offset = as_bits(step * (-(2**like.bits - 1) / 2)).astype(jnp.uint32)
+    return dataclasses.replace(
+        like,
+        words_DS=bits(like.words_DS, words),
+        top_DS=None if like.top_DS is None else bits(like.top_DS, top),
+        scale_QF=as_bits(step).astype(jnp.uint32) | (offset << 16),
+    )
+
+
+def chained(f: Callable, turns: int):
+    """x, copies -> the last results of turns * len(copies) calls of f, one after another."""
+
+    def once(x, copies):
+        results = []
+        for w in copies:  # the next call waits for this one, though no bit of it changes x
+            x, y = jax.lax.optimization_barrier((x, f(x, w)))
+            results.append(y)
+        return x, results
+
+    def run(x, copies):
+        zeros = [jnp.zeros(y.shape, y.dtype) for y in jax.eval_shape(once, x, copies)[1]]
+        return jax.lax.fori_loop(0, turns, lambda _, carry: once(carry[0], copies), (x, zeros))
+
+    return run
+
+
+class Clock:
+    """Times compiled loops; knows how much of the budget is left."""
+
+    def __init__(self, seconds: float, repeats: int, calls: int, threads: int):
+        self.end = time.monotonic() + seconds
+        self.repeats, self.calls, self.threads = repeats, calls, threads
+
+    def over(self) -> bool:
+        return time.monotonic() > self.end
+
+    def turns(self, copies) -> int:
+        return math.ceil(self.calls / len(copies))
+
+    def compiled(self, functions: dict, x, copies) -> dict:
+        """{name: compiled loop, or the error as text}, compiled side by side."""
+
+        def one(f):
+            try:
+                return jax.jit(chained(f, self.turns(copies))).lower(x, copies).compile()
+            except Exception as error:  # whatever a compiler does not like: the next one may do
+                return f"{type(error).__name__}: {str(error)[:300]}"
+
+        with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+            return dict(zip(functions, pool.map(one, functions.values()), strict=True))
+
+    def microseconds(self, functions: dict, x, copies, wanted=None) -> dict:
+        """{name: {"us": median of one call, "error": of the result} or {"failed": why}}."""
+        found, loops = {}, {}
+        for name, loop in self.compiled(functions, x, copies).items():
+            if isinstance(loop, str):
+                found[name] = {"failed": loop}
+                continue
+            try:
+                y = jax.block_until_ready(loop(x, copies))[1][0].astype(jnp.float32)
+            except Exception as error:
+                found[name] = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+                continue
+            loops[name], found[name] = loop, {}
+            if wanted is not None:
+                found[name]["error"] = float(jnp.abs(y - wanted).max() / jnp.abs(wanted).max())
+        times = {name: [] for name in loops}
+        for _ in range(self.repeats):
+            for name, loop in loops.items():
+                start = time.perf_counter()
+                jax.block_until_ready(loop(x, copies))
+                times[name].append(time.perf_counter() - start)
+        calls = self.turns(copies) * len(copies)
+        for name, some in times.items():
+            found[name]["us"] = round(statistics.median(some) / calls * 1e6, 2)
+            found[name]["best_us"] = round(min(some) / calls * 1e6, 2)
+        return found
+
+
+def bandwidth(clock: Clock) -> dict[str, float]:
+    """TB/s of a large read and of a large copy (bytes read and written), timed like the rest."""
+    arrays = [jnp.full((2**28,), i, jnp.float32) for i in range(4)]
+    ways = {"read": lambda x, w: jnp.sum(w * x), "copy": lambda x, w: w + x}
+    found = clock.microseconds(ways, jnp.ones((), jnp.float32), arrays)
+    moved = {"read": arrays[0].nbytes, "copy": 2 * arrays[0].nbytes}
+    return {name: round(moved[name] / found[name]["us"] / 1e6, 3) for name in ways}

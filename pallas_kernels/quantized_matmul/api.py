@@ -1,0 +1,83 @@
+"""The public function: one specification, and the choice of what computes it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized_matmul.packing import Packed
+from pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
+from pallas_kernels.quantized_matmul.tiling import Tiling, choose, why_not_tiling
+from pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
+
+IMPLEMENTATIONS = ("xla", "triton")
+LARGEST = 512
+"""Rows from which on dequantizing once into memory, as XLA does, costs less than it saves."""
+
+
+def why_not(x, w: Packed) -> str | None:
+    """Why Triton kernels cannot do this product; None where they can.
+
+    Whether there is a GPU is not looked at.
+    """
+    rows = math.prod(x.shape[:-1])
+    if x.dtype != jnp.bfloat16:
+        return f"{x.dtype} rows; the kernels multiply bfloat16"
+    if rows > LARGEST:
+        return f"{rows} rows; the kernels are for at most {LARGEST}"
+    if w.group < 16 or w.group & (w.group - 1) or w.group > 256:
+        return f"group {w.group} is no power of two from 16 to 256"
+    if w.words_DS.size >= 2**29:
+        return f"{w.words_DS.size} words of 4 bytes, which 32-bit offsets do not reach"
+    return None
+
+
+def on_gpu() -> bool:
+    """Whether the default device runs Triton kernels (compute capability 8.0 or newer)."""
+    if jax.default_backend() != "gpu":
+        return False
+    return float(getattr(jax.devices()[0], "compute_capability", "0")) >= 8
+
+
+def _check(x, w: Packed):
+    if x.ndim < 1 or x.shape[-1] != w.shape[0]:
+        raise ValueError(f"x {x.shape} does not fit a matrix {w.shape}")
+    if not x.size:
+        raise ValueError(f"x {x.shape} is empty")
+
+
+def quantized_matmul(
+    x: jax.Array,
+    w: Packed,
+    *,
+    implementation: str | None = None,
+    tiling: Tiling | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """x[..., D] @ (code * step + offset), [..., F] in x's dtype; sums in float32.
+
+    `implementation` None takes Triton where `why_not` gives no reason and the device is a GPU, else
+    XLA; "triton" raises NotImplementedError with the reason. `tiling` overrides the tuned tile
+    sizes. `interpret` runs the kernel on a CPU. Where x is infinite the kernels may give NaN for an
+    infinity, because they take a common part off the codes after the sum; NaN stays in its row.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
+    _check(x, w)
+    x_MD = x.reshape(-1, x.shape[-1])
+    y = None
+    if implementation != "xla" and (implementation or interpret or on_gpu()):
+        reason = why_not(x, w)
+        if reason is None:
+            rows, columns = x_MD.shape[0], w.words_DS.shape[1]
+            groups = w.shape[0] // w.group
+            if tiling is None:
+                tiling = choose(rows, w, jax.devices()[0].device_kind)
+            elif wrong := why_not_tiling(tiling, rows, columns, groups, w.bits):
+                raise ValueError(wrong)
+            y = quantized_matmul_triton(x_MD, w, tiling, interpret)
+        elif implementation == "triton":
+            raise NotImplementedError(reason)
+    if y is None:
+        y = quantized_matmul_reference(x_MD, w)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

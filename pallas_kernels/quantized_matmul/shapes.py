@@ -1,0 +1,55 @@
+"""Named matrices that tests lower and benchmarks time."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized_matmul.packing import Packed, fields_of, padded
+
+
+@dataclasses.dataclass(frozen=True)
+class MatmulShape:
+    """A matrix [inputs, outputs]."""
+
+    inputs: int
+    outputs: int
+
+    def packed(self, bits: int = 4, group: int = 64) -> Packed:
+        """Packed, as shapes."""
+        F = padded(self.outputs, bits)
+        size = self.inputs, F // fields_of(bits)
+        array = jax.ShapeDtypeStruct
+        top = array(size, jnp.uint16) if bits == 3 else None
+        scale = array((self.inputs // group, F), jnp.uint32)
+        return Packed(array(size, jnp.uint32), top, scale, self.outputs, bits, group)
+
+    def rows(self, count: int) -> jax.ShapeDtypeStruct:
+        """Rows to multiply, bfloat16."""
+        return jax.ShapeDtypeStruct((count, self.inputs), jnp.bfloat16)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the 16-bit matrix."""
+        return 2 * self.inputs * self.outputs
+
+
+def _model(name: str, D: int, F: int, heads: int, kv_heads: int, H: int, V: int):
+    q, kv = heads * H, kv_heads * H
+    sizes = {
+        "gate": (D, F),
+        "down": (F, D),
+        "o": (q, D),
+        "kv": (D, kv),
+        "qkv": (D, q + 2 * kv),
+        "gate-up": (D, 2 * F),
+        "head": (D, V),
+    }
+    return {f"{name}/{key}": MatmulShape(*size) for key, size in sizes.items()}
+
+
+MATMUL = {
+    **_model("qwen2.5-7b", 3584, 18944, 28, 4, 128, 152064),
+    **_model("qwen2.5-32b", 5120, 27648, 40, 8, 128, 152064),
+}
+"""`qkv` and `gate-up` are matrices joined along their outputs when they are packed."""

@@ -1,0 +1,49 @@
+"""Every named matrix becomes Triton IR, without a GPU."""
+
+import pytest
+
+from pallas_kernels.lowering import lower_for
+from pallas_kernels.quantized_matmul import quantized_matmul, why_not
+from pallas_kernels.quantized_matmul.shapes import MATMUL
+from pallas_kernels.quantized_matmul.tiling import Tiling
+
+
+def lowered(name, rows, bits, group=64, cfg=None):
+    shape = MATMUL[name]
+    x, w = shape.rows(rows), shape.packed(bits, group)
+    assert why_not(x, w) is None
+    f = lambda x, w: quantized_matmul(x, w, implementation="triton", tiling=cfg)
+    return lower_for(f, x, w)
+
+
+@pytest.mark.parametrize("name", MATMUL)
+def test_four_bits_lower_to_one_kernel(name):
+    program = lowered(name, 6, 4)
+    assert program.count("__gpu$xla.gpu.triton") == 1 and "quantized_matmul_group" in program
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 289, 512])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_all_bits_and_rows(bits, rows):
+    program = lowered("qwen2.5-7b/gate", rows, bits)
+    assert f"quantized_matmul_{'group' if rows <= 16 else 'dense'}" in program
+
+
+@pytest.mark.parametrize("bits, rows", [(4, 1), (4, 4), (8, 2), (3, 1), (2, 1)])
+def test_multiply_adds(bits, rows):
+    cfg = Tiling("vector", 32, splits=7, warps=4, stages=1, together=4)
+    assert "quantized_matmul_vector" in lowered("qwen2.5-7b/gate", rows, bits, cfg=cfg)
+
+
+@pytest.mark.parametrize("group", [16, 32, 128, 256])
+def test_groups(group):
+    assert "quantized_matmul_group" in lowered("qwen2.5-7b/gate", 6, 4, group)
+
+
+def test_one_split_needs_no_second_kernel():
+    """The kernel writes bfloat16 itself, and nothing is summed, cut or converted after it."""
+    program = lowered("qwen2.5-7b/gate", 6, 4, cfg=Tiling(splits=1))
+    after = program[program.index("__gpu$xla.gpu.triton") :]
+    assert "stablehlo.reduce(" not in after and "stablehlo.convert" not in after
+    split = lowered("qwen2.5-7b/gate", 6, 4, cfg=Tiling(splits=4))
+    assert "stablehlo.reduce(" in split[split.index("__gpu$xla.gpu.triton") :]
