@@ -88,10 +88,10 @@ class Train:
     """relu is the one that integers do best."""
     size: tuple[int, int] = (160, 256)
     """Height and width that images are brought to, multiples of 32."""
-    epochs: tuple[float, float, float, float] = (5, 4, 6, 1)
+    epochs: tuple[float, float, float, float] = (7, 3, 7, 1)
     """Of pretraining, of pretraining with mosaic, of finetuning, of training in eight bits."""
-    batch: int = 8
-    rate: float = 3e-3
+    batch: int = 4
+    rate: float = 2e-3
     """Learning rate of the first stage; a half, a quarter and a fiftieth of it in the others."""
     mix: tuple[float, ...] = ()
     """Share of each of the data in the batches of the last two stages; by their sizes if none."""
@@ -468,7 +468,7 @@ def cli(words: Sequence[str] | None = None) -> int:
     args = tyro.cli(command, args=words or ["train"], description=__doc__)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(110, console.width))
+        console = Console(width=max(130, console.width))
     try:
         return main(args, console)
     except USER_ERRORS as error:

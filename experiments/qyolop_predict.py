@@ -61,7 +61,7 @@ def pair(batch, p, b: int, cfg: ModelConfig):
         boxes=p.boxes[b][ours], classes=p.classes[b][ours], scores=p.scores[b][ours],
         area=np.where(nothing, 0, p.area[b]), lane=np.where(nothing, 0, p.lane[b]),
     )  # fmt: skip
-    return [draw.overlay(image, found_, cfg, width=640) for found_ in (truth, found)]
+    return [draw.overlay(image, found_, cfg, conf=0.2, width=640) for found_ in (truth, found)]
 
 
 def main(args: Predict, cfg: ModelConfig, forward, values, console: Console) -> int:
