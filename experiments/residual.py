@@ -38,6 +38,7 @@ from rich.table import Table
 
 from experiments import records
 from llm_jax.checkpoint import open_checkpoint
+from llm_jax.packed import packed
 from llm_jax.quantize import Quantized, quantize, quantized_bytes, unpack
 from subspec_jax import residual_device
 from subspec_jax.residual import CODES, differ, predict
@@ -99,8 +100,7 @@ def matrices(model: str) -> Iterator[Matrix]:
     for layer in range(cfg.layers):
         for field in cfg.layer_matrices:
             tensor = checkpoint.contents.tensors[checkpoint.names[field].format(layer)]
-            rows = checkpoint.reader(tensor, field, cfg)(0, tensor.shape[0])
-            w = np.ascontiguousarray(rows.T.astype(ml_dtypes.bfloat16))
+            w = checkpoint.read(field, cfg, layer)
             yield Matrix(field, layer, str(tensor.dtype), w)
 
 
@@ -155,7 +155,7 @@ def one(matrix: Matrix, args: Measure) -> dict:
 
 def _compiled_seconds(r, q) -> float:
     """Of the second call."""
-    run, arrays = jax.jit(residual_device.decode), jax.device_put((r, q))
+    run, arrays = jax.jit(residual_device.decode), jax.device_put((r, packed(q)))
     jax.block_until_ready(run(*arrays))
     began = time.perf_counter()
     jax.block_until_ready(run(*arrays))

@@ -18,7 +18,7 @@ from llm_jax.cache import KV
 from llm_jax.config import DTYPES
 from llm_jax.params import init_layer
 from llm_jax.registry import lookup
-from subspec_jax.offload import fetch, host_bytes, offload, settled
+from subspec_jax.offload import fetch, offload, settled, streamed_bytes
 from subspec_jax.verify import jit_block
 
 
@@ -64,7 +64,7 @@ def main(args: Transfers, console: Console) -> None:
     cfg = dataclasses.replace(lookup(args.model).config, dtype=args.dtype)
     make = jax.jit(init_layer, static_argnames="cfg")
     host = [offload(make(jax.random.key(i), cfg)) for i in range(args.layers)]
-    size = sum(map(host_bytes, host))
+    size = sum(map(streamed_bytes, host))
     step = settled(causal_step(0, args.tokens, args.slots))
     ways = {
         "jax.memory.Space.Device": lambda layer: jax.device_put(layer, jax.memory.Space.Device),

@@ -16,7 +16,7 @@ from jax.tree_util import register_dataclass
 from llm_jax.cache import KV, write
 from llm_jax.config import Config
 from llm_jax.linear import linear, precision
-from llm_jax.params import Attention
+from llm_jax.params import Attention, JoinedAttention
 
 
 @register_dataclass
@@ -136,9 +136,19 @@ def projected(w, bias, x_BTD, head_dim: int):
 
 @attention.register
 def _(p: Attention, x_BTD, cache: KV, step: Step, cfg: Config):
-    q = projected(p.q, p.q_bias, x_BTD, cfg.head_dim)
-    k = projected(p.k, p.k_bias, x_BTD, cfg.head_dim)
-    v = projected(p.v, p.v_bias, x_BTD, cfg.head_dim)
+    pairs = ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias))
+    heads = (projected(w, bias, x_BTD, cfg.head_dim) for w, bias in pairs)
+    return _over_cache(p, *heads, cache, step, cfg)
+
+
+@attention.register
+def _(p: JoinedAttention, x_BTD, cache: KV, step: Step, cfg: Config):
+    heads = projected(p.qkv, p.qkv_bias, x_BTD, cfg.head_dim)
+    parts = jnp.split(heads, (cfg.heads, cfg.heads + cfg.kv_heads), axis=2)
+    return _over_cache(p, *parts, cache, step, cfg)
+
+
+def _over_cache(p, q, k, v, cache: KV, step: Step, cfg: Config):
     if p.q_norm is not None:
         q, k = rms_norm(q, p.q_norm, cfg.norm_eps), rms_norm(k, p.k_norm, cfg.norm_eps)
     q, k = rope(q, step.position_BT, cfg), rope(k, step.position_BT, cfg)

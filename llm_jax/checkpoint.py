@@ -167,19 +167,25 @@ class Checkpoint(abc.ABC):
         self.check(cfg)
         place_layer = place_layer or (lambda index, layer: jax.device_put(layer))
         place = place or (lambda name, array: jax.device_put(array))
-        model, layer = shapes(cfg)
-
-        def read(field, index=None):
-            tensor = self.contents.tensors[self.names[field].format(index)]
-            return _array(tensor, self.reader(tensor, field, cfg), field != "embed_VD", cfg.dtype)
-
-        tables = {name: place(name, read(name)) for name in model}
+        tables = {name: place(name, self.read(name, cfg)) for name in shapes(cfg)[0]}
         layers = []
         for index in range(cfg.layers):
-            layers.append(place_layer(index, _layer({f: read(f, index) for f in layer})))
+            layers.append(place_layer(index, self.layer(index, cfg)))
             if progress:
                 progress(index + 1, cfg.layers)
         return Params(layers=tuple(layers), **tables)
+
+    def read(self, field: str, cfg: Config, index: int | None = None) -> np.ndarray:
+        """One tensor in `cfg.dtype`, of a layer where `index` is given; matrices are [in, out]."""
+        tensor = self.contents.tensors[self.names[field].format(index)]
+        return _array(tensor, self.reader(tensor, field, cfg), field != "embed_VD", cfg.dtype)
+
+    def layer(self, index: int, cfg: Config) -> Layer:
+        """One layer as NumPy arrays in `cfg.dtype`."""
+        w = {field: self.read(field, cfg, index) for field in shapes(cfg)[1]}
+        attn = {field.name: w.get(field.name) for field in dataclasses.fields(Attention)}
+        mlp = MLP(w["gate"], w["up"], w["down"])
+        return Layer(w["attn_norm"], Attention(**attn), w["mlp_norm"], mlp)
 
 
 def _array(tensor: Stored, rows: Callable, transpose: bool, dtype: str) -> np.ndarray:
@@ -191,12 +197,6 @@ def _array(tensor: Stored, rows: Callable, transpose: bool, dtype: str) -> np.nd
         stop = min(start + ROWS, tensor.shape[0])
         view[start:stop] = rows(start, stop)
     return out
-
-
-def _layer(w: dict[str, np.ndarray]) -> Layer:
-    attn = {field.name: w.get(field.name) for field in dataclasses.fields(Attention)}
-    mlp = MLP(w["gate"], w["up"], w["down"])
-    return Layer(w["attn_norm"], Attention(**attn), w["mlp_norm"], mlp)
 
 
 INDEX = "model.safetensors.index.json"

@@ -69,6 +69,13 @@ class Config:
         return dict(q=(d, n), k=(d, k), v=(d, k), o=(n, d), gate=(d, f), up=(d, f), down=(f, d))
 
     @property
+    def joined_matrices(self) -> dict[str, tuple[int, int]]:
+        """Shape [in, out] of the four matrices of a joined layer (`llm_jax.params.joined`)."""
+        m = self.layer_matrices
+        side = lambda *names: (m[names[0]][0], sum(m[n][1] for n in names))
+        return dict(qkv=side(*"qkv"), o=m["o"], gate_up=side("gate", "up"), down=m["down"])
+
+    @property
     def layer_vector_elements(self) -> int:
         """How many numbers of a layer are not in a matrix: norms and biases."""
         vectors = 2 * self.d_model

@@ -12,9 +12,13 @@ def precision(dtype) -> jax.lax.Precision | None:
 
 
 @functools.singledispatch
-def linear(w_DF, x):
-    """x[..., D] times a weight of any kind, [..., F]. The default kind is a plain array [D, F]."""
-    return jnp.matmul(x, w_DF, precision=precision(x.dtype))
+def linear(w_DF, x, out_dtype=None):
+    """x[..., D] times a weight of any kind, [..., F]. The default kind is a plain array [D, F].
+
+    The result has x's dtype, or `out_dtype` without being rounded to x's before.
+    """
+    options = dict(precision=precision(x.dtype), preferred_element_type=out_dtype)
+    return jnp.matmul(x, w_DF, **options)
 
 
 @functools.singledispatch

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from llm_jax.attention import Step, attention, rms_norm
 from llm_jax.config import Config
 from llm_jax.linear import linear, lookup, precision
-from llm_jax.params import Layer, Params
+from llm_jax.params import MLP, JoinedMLP, Layer, Params
 
 
 def embed(params: Params, tokens_BT, cfg: Config):
@@ -22,19 +22,24 @@ def block(layer: Layer, x_BTD, cache, step: Step, cfg: Config):
         x_BTD = x_BTD + y
     with jax.named_scope("mlp"):
         h = rms_norm(x_BTD, layer.mlp_norm, cfg.norm_eps)
-        gated = jax.nn.silu(linear(layer.mlp.gate, h)) * linear(layer.mlp.up, h)
-        return x_BTD + linear(layer.mlp.down, gated), cache
+        return x_BTD + mlp(layer.mlp, h), cache
+
+
+def mlp(p: MLP | JoinedMLP, x_BTD):
+    """down(silu(gate(x)) * up(x))."""
+    if isinstance(p, JoinedMLP):
+        gate, up = jnp.split(linear(p.gate_up, x_BTD), 2, axis=-1)
+    else:
+        gate, up = linear(p.gate, x_BTD), linear(p.up, x_BTD)
+    return linear(p.down, jax.nn.silu(gate) * up)
 
 
 def unembed(params: Params, x_BTD, cfg: Config):
     """Logits in float32, [B, T, V]; a tied head reads the embedding table."""
     with jax.named_scope("head"):
         h = rms_norm(x_BTD, params.norm, cfg.norm_eps)
-        if params.head_DV is not None:
-            if isinstance(params.head_DV, jax.Array):  # logits rounded to 16 bits would tie
-                wide = dict(precision=precision(h.dtype), preferred_element_type=jnp.float32)
-                return jnp.matmul(h, params.head_DV, **wide)
-            return linear(params.head_DV, h).astype(jnp.float32)
+        if params.head_DV is not None:  # logits rounded to 16 bits would tie
+            return linear(params.head_DV, h, jnp.float32)
         return jnp.einsum(
             "BTD,VD->BTV",
             h,

@@ -4,6 +4,7 @@ Letters: V vocabulary, D model, N query heads x head size, K kv heads x head siz
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,13 +45,56 @@ class MLP:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
+class JoinedAttention:
+    """`Attention` whose q, k and v are one matrix: one product in place of three."""
+
+    qkv: Weight
+    o: Weight
+    qkv_bias: jax.Array | None = None
+    q_norm: jax.Array | None = None
+    k_norm: jax.Array | None = None
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class JoinedMLP:
+    """`MLP` whose gate and up are one matrix."""
+
+    gate_up: Weight
+    down: Weight
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """One pre-norm decoder layer."""
 
     attn_norm: jax.Array
     attn: Any
     mlp_norm: jax.Array
-    mlp: MLP
+    mlp: Any
+
+
+def joined(layer: Layer, join: Callable[..., Weight]) -> Layer:
+    """A plain layer with four matrices: `join(q, k, v)`, `join(o)`, `join(gate, up)`, `join(down)`.
+
+    `join` puts matrices side by side along their outputs.
+    """
+    a, m = layer.attn, layer.mlp
+    bias = None if a.q_bias is None else jnp.concatenate((a.q_bias, a.k_bias, a.v_bias))
+    attn = JoinedAttention(join(a.q, a.k, a.v), join(a.o), bias, a.q_norm, a.k_norm)
+    return Layer(layer.attn_norm, attn, layer.mlp_norm, JoinedMLP(join(m.gate, m.up), join(m.down)))
+
+
+def unjoined(layer: Layer, cfg: Config) -> Layer:
+    """The plain layer that `joined` made this one of; all matrices are arrays."""
+    a, heads = layer.attn, cfg.heads * cfg.head_dim
+    cut = (heads, heads + cfg.kv_heads * cfg.head_dim)
+    q, k, v = jnp.split(a.qkv, cut, axis=-1)
+    biases = (None,) * 3 if a.qkv_bias is None else jnp.split(a.qkv_bias, cut)
+    attn = Attention(q, k, v, a.o, *biases, a.q_norm, a.k_norm)
+    mlp = MLP(*jnp.split(layer.mlp.gate_up, 2, axis=-1), layer.mlp.down)
+    return Layer(layer.attn_norm, attn, layer.mlp_norm, mlp)
 
 
 @register_dataclass

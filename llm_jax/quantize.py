@@ -87,11 +87,11 @@ def dequantize(w: Quantized, dtype=jnp.float32) -> jax.Array:
 
 
 @linear.register
-def _(w: Quantized, x):
+def _(w: Quantized, x, out_dtype=None):
     # The barrier ties the codes to x, which changes in a loop: without it a compiler may move the
     # dequantization out of the loop and keep every dense matrix alive.
     codes, x = jax.lax.optimization_barrier((w.codes_QpF, x))
-    return linear(dequantize(dataclasses.replace(w, codes_QpF=codes), x.dtype), x)
+    return linear(dequantize(dataclasses.replace(w, codes_QpF=codes), x.dtype), x, out_dtype)
 
 
 @register_dataclass

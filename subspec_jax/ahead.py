@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from llm_jax.attention import caches_for, causal_step
 from llm_jax.generate import chunk_sizes
+from llm_jax.packed import packed
 from llm_jax.params import Params
 from llm_jax.quantize import QuantizedTable, quantize
 from llm_jax.sample import Sampler
@@ -21,6 +22,7 @@ from subspec_jax.accept import Gate
 from subspec_jax.draft import extend_once, grow
 from subspec_jax.offload import home
 from subspec_jax.plan import Plan
+from subspec_jax.substitute import substitute_shapes
 from subspec_jax.tree import cache_slots, seedling
 from subspec_jax.verify import jit_block, last_logits, lay_out, settle
 
@@ -71,14 +73,17 @@ def compile_ahead(plan: Plan, sampler: Sampler, gate: Gate | None = None, replay
 
     if plan.draft.bits is None or plan.draft.own_cache:
         return
-    bits, group = plan.draft.bits, plan.draft.group
-    low = lambda w: quantize(w, bits, group, 0) if w.ndim == 2 else w
-    substitute = lambda layer: shapes(lambda l: jax.tree.map(low, l), layer)
-    shared = plan.resident if plan.draft.share_resident else 0
+    bits, group, head_bits = plan.draft.bits, plan.draft.group, plan.draft.head_bits
+    shared = plan.resident if plan.draft.share_resident and not plan.residual else 0
     if plan.table_on_host:
         table = shapes(lambda t: QuantizedTable(quantize(t.T, bits, group, 0)), table)
-    layers = layers[:shared] + tuple(map(substitute, layers[shared:]))
-    draft = dataclasses.replace(params, embed_VD=table, layers=layers)
+    if head_bits is not None:
+        head = array(cfg.d_model, cfg.vocab)
+        head = shapes(lambda w: packed(quantize(w, head_bits, group, 0)), head)
+    low = (placed(substitute_shapes(layer, bits, group)) for layer in layers[shared:])
+    draft = dataclasses.replace(
+        params, embed_VD=table, layers=(*layers[:shared], *low), head_DV=head
+    )
     gain = jax.ShapeDtypeStruct((), jnp.float32, sharding=device)
     grow.lower(draft, tree, caches, at, key, gain, cfg, spec, sampler).compile()
     if spec.extra:

@@ -1,5 +1,6 @@
 """Putting a model where a plan says: target on device and host, draft on the device."""
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable
 
@@ -7,19 +8,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.params import Params, init_layer
+from llm_jax.packed import packed
+from llm_jax.params import Layer, Params, init_layer, joined, unjoined
+from llm_jax.quantize import quantize
 from subspec_jax.offload import fetch, offload, place, settled
 from subspec_jax.plan import Plan
+from subspec_jax.residual import pad
+from subspec_jax.residual_device import Split, decode_layer, is_split
+from subspec_jax.residual_encode import encode
+from subspec_jax.residual_file import Converted
 from subspec_jax.substitute import substitute
 from subspec_jax.verify import Target
 
 Progress = Callable[[int], None]
 
 
-def load_target(checkpoint, plan: Plan, progress: Progress | None = None) -> Target:
-    """The checkpoint's weights, each layer placed as it is read: at most one layer waits.
+def load_target(
+    source, plan: Plan, progress: Progress | None = None, verify: bool = False
+) -> Target:
+    """A model's weights, each layer placed as it is read: at most one layer waits.
 
-    `checkpoint` is what `llm_jax.checkpoint.open_checkpoint` returns.
+    `source` is what `llm_jax.checkpoint.open_checkpoint` returns, or a `residual_file.Converted`:
+    then layers are residuals and substitutes, or, where the plan has plain layers, put together on
+    the device before they are placed. `verify` compares a converted model's weights with their
+    checksums, which takes some seconds a layer, and raises ResidualError.
     """
 
     def place_layer(i, layer):
@@ -27,21 +39,53 @@ def load_target(checkpoint, plan: Plan, progress: Progress | None = None) -> Tar
 
     def place_table(name, array):
         on_host = name == "embed_VD" and plan.table_on_host
-        return array if on_host else settled(array)
+        return np.array(array) if on_host else settled(array)
 
+    if isinstance(source, Converted):
+        return _load_converted(source, plan, place_layer, place_table, progress, verify)
+    if plan.residual:
+        raise ValueError("this plan streams residuals; convert the checkpoint first")
     report = (lambda done, total: progress(done)) if progress else None
-    params = checkpoint.load(plan.cfg, place_layer, place_table, report)
+    params = source.load(plan.cfg, place_layer, place_table, report)
     return Target(params, plan.cfg, plan.ahead)
 
 
+_decode_layer = jax.jit(decode_layer)
+
+
+def _load_converted(source, plan, place_layer, place_table, progress, verify) -> Target:
+    if verify:
+        source.verify_tables()
+    tables = {name: place_table(name, array) for name, array in source.tables.items()}
+    layers = []
+    for i in range(plan.cfg.layers):
+        split = source.layer(i)
+        if verify or not plan.residual:
+            whole = _decode_layer(settled(split))
+            if verify:
+                source.verify(i, whole)
+        layers.append(place_layer(i, split if plan.residual else unjoined(whole, plan.cfg)))
+        if progress:
+            progress(i + 1)
+    return Target(Params(layers=tuple(layers), **tables), plan.cfg, plan.ahead)
+
+
 def random_target(plan: Plan, seed: int = 0, progress: Progress | None = None) -> Target:
-    """Random weights of the plan's architecture, made on the device layer by layer; for timing."""
+    """Random weights of the plan's architecture, made on the device layer by layer; for timing.
+
+    Where the plan streams residuals, one layer is encoded, on the host, and all are its copies.
+    """
     cfg = plan.cfg
     make = jax.jit(init_layer, static_argnames="cfg")
     normal = jax.jit(_normal, static_argnames=("shape", "dtype"))
     key, layers = jax.random.key(seed), []
     for i in range(cfg.layers):
-        layer = make(jax.random.fold_in(key, i), cfg)
+        if not plan.residual:
+            layer = make(jax.random.fold_in(key, i), cfg)
+        elif i == 0:
+            layer = split_layer(make(key, cfg), plan.model.layers[0])
+        else:
+            layer = jax.tree.map(jnp.copy, layers[0])
         layers.append(jax.block_until_ready(fetch(layer) if i < plan.resident else offload(layer)))
         if progress:
             progress(i + 1)
@@ -52,6 +96,28 @@ def random_target(plan: Plan, seed: int = 0, progress: Progress | None = None) -
     norm = jnp.ones(cfg.d_model, cfg.dtype)
     head, norm = settled((head, norm))
     return Target(Params(table, tuple(layers), norm, head), cfg, plan.ahead)
+
+
+def split_layer(layer: Layer, like: Layer, iterations: int = 0) -> Layer:
+    """A plain layer as substitutes and residuals of the shapes of `like`.
+
+    Raises ValueError if a residual needs more room than `like` has.
+    """
+    whole = joined(layer, lambda *w: jnp.concatenate(w, axis=-1))
+
+    def split(w, shapes):
+        if not isinstance(shapes, Split):
+            return w
+        bits, group = shapes.substitute.bits, shapes.substitute.group
+        q = quantize(w, bits, group, iterations)
+        residual = encode(np.asarray(w), jax.tree.map(np.asarray, q), shapes.residual.code)
+        room = shapes.residual.words.shape[0], shapes.residual.patches
+        return Split(packed(q), pad(residual, *room))
+
+    pairs = jax.tree.leaves(whole), jax.tree.leaves(like, is_leaf=is_split)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(split, *pairs))
+    return jax.tree.unflatten(jax.tree.structure(whole), found)
 
 
 def _normal(key, shape, dtype):
@@ -78,7 +144,10 @@ def make_draft(
     if draft.bits is None:
         raise ValueError("this plan has no substitutes")
     chosen = range(plan.resident if draft.share_resident else 0, plan.cfg.layers)
-    return substitute(target.params, draft.bits, draft.group, iterations, chosen, progress)
+    if plan.residual:
+        chosen = None
+    options = (draft.bits, draft.group, iterations, chosen, progress, draft.head_bits)
+    return substitute(target.params, *options)
 
 
 def fetched(params: Params) -> Params:

@@ -1,8 +1,8 @@
 """Layers in pinned host memory, and the stream that brings them to the device one after another.
 
 Only matrices move; norms and biases of an offloaded layer stay on the device, where the draft uses
-them too. The same code runs on CPU and GPU; mixing host and device arrays in a computation is an
-error when it is traced.
+them too. Of a matrix in two parts (`residual_device.Split`) only the residual moves. The same code
+runs on CPU and GPU; mixing host and device arrays in a computation is an error when it is traced.
 """
 
 import collections
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from llm_jax.params import Layer
+from subspec_jax.residual_device import Split, is_split
 
 Host = jax.memory.Space.Host
 
@@ -35,10 +36,23 @@ def settled(tree):
     return jax.device_put(tree, home())
 
 
+def moving(layer: Layer) -> Layer:
+    """The layer with True in place of every array that moves when it is streamed, else False."""
+    every = lambda value, tree: jax.tree.map(lambda _: value, tree)
+    split = lambda w: Split(every(False, w.substitute), every(True, w.residual))
+    return jax.tree.map(lambda w: split(w) if is_split(w) else w.ndim > 1, layer, is_leaf=is_split)
+
+
+def streamed_bytes(layer: Layer) -> int:
+    """Bytes that move when the layer is streamed, wherever it lies; arrays or their shapes."""
+    pairs = zip(*map(jax.tree.leaves, (layer, moving(layer))), strict=True)
+    return sum(a.size * a.dtype.itemsize for a, moves in pairs if moves)
+
+
 def offload(layer: Layer) -> Layer:
-    """The layer with its matrices in pinned host memory and its vectors on the device."""
+    """The layer with all that is streamed in pinned host memory and the rest on the device."""
     device, host = home(), home("pinned_host")
-    return jax.device_put(layer, jax.tree.map(lambda a: host if a.ndim > 1 else device, layer))
+    return jax.device_put(layer, jax.tree.map(lambda m: host if m else device, moving(layer)))
 
 
 fetch = settled
@@ -51,11 +65,6 @@ def _on_host(array) -> bool:
 
 def is_offloaded(layer: Layer) -> bool:
     return any(_on_host(a) for a in jax.tree.leaves(layer))
-
-
-def host_bytes(layer: Layer) -> int:
-    """Bytes of the layer that a pass has to stream."""
-    return sum(a.nbytes for a in jax.tree.leaves(layer) if _on_host(a))
 
 
 def place(layers: Sequence[Layer], resident: int) -> tuple[Layer, ...]:
@@ -95,7 +104,7 @@ class Stream:
             layer = self._layers[self._sent]
             self._sent += 1
             if is_offloaded(layer):
-                self.bytes += host_bytes(layer)
+                self.bytes += streamed_bytes(layer)
                 self._ready.append(fetch(layer))
                 return
 
@@ -116,8 +125,8 @@ class Stream:
 
     def arrived_bytes(self) -> int:
         """Bytes of the copies that are complete and not yet handed out."""
-        done = [l for l in self._ready if all(a.is_ready() for a in jax.tree.leaves(l))]
-        return sum(a.nbytes for l in done for a in jax.tree.leaves(l) if a.ndim > 1)
+        done = (l for l in self._ready if all(a.is_ready() for a in jax.tree.leaves(l)))
+        return sum(map(streamed_bytes, done))
 
 
 def device_bytes() -> int:

@@ -13,6 +13,10 @@ from llm_jax.attention import caches_for
 from llm_jax.config import DTYPES, Config
 from llm_jax.params import Attention, Params, abstract
 from llm_jax.quantize import check_grouping, quantized_bytes
+from pallas_kernels.quantized_matmul.packing import packed_bytes
+from subspec_jax.offload import streamed_bytes
+from subspec_jax.residual_device import SLAB, Split, has_split, is_split
+from subspec_jax.substitute import substitute_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
 from subspec_jax.verify import ROWS
 
@@ -54,6 +58,8 @@ class Draft:
 
     bits: int | None = 4
     group: int = 64
+    head_bits: int | None = None
+    """Bits of an output head of the draft's own; None shares the target's."""
     share_resident: bool = True
     """Resident layers serve the draft as they are; otherwise it has substitutes of them too."""
     own_cache: bool = False
@@ -95,21 +101,23 @@ class Plan:
         return sum(self.device.values())
 
     @property
-    def draft_step_bytes(self) -> int:
-        """Bytes of weights that move for a draft step through XLA.
+    def residual(self) -> bool:
+        """Layers stream as residuals of their substitutes and not as they are."""
+        return has_split(self.model.layers)
 
-        A substitute is read, written dense, and read again; a fused kernel would only read it.
-        """
+    @property
+    def draft_step_bytes(self) -> int:
+        """Bytes of weights that a draft step reads."""
         cfg, d = self.cfg, self.draft
         if d.model is not None:
             return d.model.parameter_count * DTYPES[d.model.dtype]
         if d.bits is None:
             return 0
-        shared = self.resident if d.share_resident else 0
-        layers = self.model.layers
-        head = cfg.vocab * cfg.d_model * DTYPES[cfg.dtype]
-        drafted = sum(_substitute_bytes(l, d) + 2 * matrix_bytes(l) for l in layers[shared:])
-        return sum(map(matrix_bytes, layers[:shared])) + drafted + head
+        drafted = _drafted(self.model, d, self.resident)
+        own = sum(_substitute_bytes(layer, d) for layer in drafted)
+        shared = self.model.layers[: self.cfg.layers - len(drafted)]
+        head = self.device.get("draft head", cfg.vocab * cfg.d_model * DTYPES[cfg.dtype])
+        return sum(map(streamed_bytes, shared)) + own + head
 
     def pass_seconds(self, link: float) -> float:
         """A streamed pass at `link` bytes a second, with nothing else in the way."""
@@ -133,20 +141,31 @@ def published_tau(depth: int, hazard: float = 0.9749) -> float:
     return (1 - hazard ** (depth + 1)) / (1 - hazard)
 
 
+def _splits(model: Params) -> list[Split]:
+    return [w for w in jax.tree.leaves(model.layers, is_leaf=is_split) if is_split(w)]
+
+
 def _bytes(leaf) -> int:
     return leaf.size * leaf.dtype.itemsize
 
 
-def matrix_bytes(layer) -> int:
-    """Bytes of a layer that move when it is streamed: all but its vectors."""
-    return sum(_bytes(leaf) for leaf in jax.tree.leaves(layer) if leaf.ndim > 1)
+def _drafted(model: Params, draft: Draft, resident: int) -> tuple:
+    """The layers of which the draft has substitutes."""
+    shares = draft.share_resident and not has_split(model.layers)
+    return model.layers[resident if shares else 0 :]
 
 
 def _substitute_bytes(layer, draft: Draft) -> int:
-    """Bytes of what `subspec_jax.substitute` makes of the layer, its vectors left out."""
-    low = lambda leaf: quantized_bytes(*leaf.shape, draft.bits, draft.group)
-    matrices = [leaf for leaf in jax.tree.leaves(layer) if leaf.ndim > 1]
-    return sum(low(leaf) if leaf.ndim == 2 else _bytes(leaf) for leaf in matrices)
+    """Bytes of the matrices that `subspec_jax.substitute` makes of the layer."""
+    leaves, structure = jax.tree.flatten(layer)
+    alike = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves)
+    return _low_bytes(structure, tuple(alike), draft.bits, draft.group)
+
+
+@functools.cache
+def _low_bytes(structure, leaves, bits: int, group: int) -> int:
+    low = substitute_shapes(jax.tree.unflatten(structure, leaves), bits, group)
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(low) if leaf.ndim > 1)
 
 
 def cache_bytes(model: Params, cfg: Config, slots: int, scratch: int) -> int:
@@ -156,12 +175,18 @@ def cache_bytes(model: Params, cfg: Config, slots: int, scratch: int) -> int:
 
 
 def work_bytes(
-    cfg: Config, spec: TreeSpec, draft: Draft, slots: int, chunk: int, plain: bool = True
+    cfg: Config,
+    spec: TreeSpec,
+    draft: Draft,
+    slots: int,
+    chunk: int,
+    plain: bool = True,
+    residual: bool = False,
 ) -> int:
     """Scratch of the largest program: a prefill or verify block, the head, or a draft step.
 
     Where the cache does not hold keys and values as they are (`plain` is False), one layer's are
-    rebuilt.
+    rebuilt. Where layers are residuals, one matrix is put together at a time.
     """
     size = DTYPES[cfg.dtype]
     rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
@@ -169,24 +194,30 @@ def work_bytes(
     def block(tokens):
         scores = cfg.heads * tokens * slots * (4 + size)  # logits in float32, weights in the dtype
         wide = tokens * (3 * cfg.d_ff + 6 * cfg.d_model) * size
-        return scores + wide + tokens * slots + rebuilt
+        decoded = largest * size + DECODE_BYTES * min(SLAB, largest) if residual else 0
+        return max(scores, decoded) + wide + tokens * slots + rebuilt
 
     head = 2 * min(ROWS, spec.nodes) * cfg.vocab * 4
-    largest = max(rows * columns for rows, columns in cfg.layer_matrices.values())
+    largest = max(rows * columns for rows, columns in cfg.joined_matrices.values())
     step = spec.width * cfg.vocab * 4 * 3 + block(spec.width)
     if draft.bits is not None:
-        step += 2 * largest * size  # two dense matrices: gate and up are ready together
+        step += largest * size  # where no kernel multiplies codes, a matrix is made dense
     return max(block(max(chunk, spec.nodes)), head, step)
+
+
+DECODE_BYTES = 20
+"""Work space a weight of a slab that is put together (`residual_device.SLAB`)."""
 
 
 def _lay_out(model, cfg, spec, draft, max_length, chunk, ahead, resident, table_on_host, cache):
     """(device items, host items) of one way to place things."""
     size = DTYPES[cfg.dtype]
-    matrices = [matrix_bytes(layer) for layer in model.layers]
+    matrices = [streamed_bytes(layer) for layer in model.layers]
     table = cfg.vocab * cfg.d_model * size
     streamed = cfg.layers - resident
     slots = cache_slots(max_length, spec)
-    vectors = sum(map(_bytes, jax.tree.leaves(model.layers))) - sum(matrices)
+    kept = sum(_bytes(leaf) for w in _splits(model) for leaf in jax.tree.leaves(w.substitute))
+    vectors = sum(map(_bytes, jax.tree.leaves(model.layers))) - sum(matrices) - kept
     plain = all(type(layer.attn) is Attention for layer in model.layers)
     device = {
         "embedding": 0 if table_on_host else table,
@@ -195,10 +226,15 @@ def _lay_out(model, cfg, spec, draft, max_length, chunk, ahead, resident, table_
         "resident layers": sum(matrices[:resident]),
         "streaming ring": min(ahead + 1, streamed) * max(matrices[resident:], default=0),
         "KV cache": cache,
+        "substitutes": kept,
     }
     if draft.bits is not None:
-        drafted = model.layers[resident if draft.share_resident else 0 :]
-        device["substitutes"] = sum(_substitute_bytes(layer, draft) for layer in drafted)
+        if not kept:
+            drafted = _drafted(model, draft, resident)
+            device["substitutes"] = sum(_substitute_bytes(layer, draft) for layer in drafted)
+        if draft.head_bits is not None:
+            low = packed_bytes(cfg.d_model, cfg.vocab, draft.head_bits, draft.group)
+            device["draft head"] = low
         if table_on_host:
             table_copy = quantized_bytes(cfg.d_model, cfg.vocab, draft.bits, draft.group)
             device["substitute embedding"] = table_copy
@@ -208,7 +244,7 @@ def _lay_out(model, cfg, spec, draft, max_length, chunk, ahead, resident, table_
         device["draft KV cache"] = cache_bytes(small, draft.model, slots, spec.places)
     elif draft.own_cache:
         device["draft KV cache"] = cache
-    device["work space"] = work_bytes(cfg, spec, draft, slots, chunk, plain)
+    device["work space"] = work_bytes(cfg, spec, draft, slots, chunk, plain, kept > 0)
     host = {"streamed layers": sum(matrices[resident:]), "embedding": table if table_on_host else 0}
     return device, host
 
@@ -241,7 +277,7 @@ def make_plan(
         raise PlanError(f"{resident} resident layers were asked for; the model has {cfg.layers}")
     if table_on_host and cfg.tied:
         raise PlanError("this model's head is its embedding table, which must be on the device")
-    if draft.bits is not None:
+    if draft.bits is not None and not has_split(model):
         try:
             for path, leaf in jax.tree.leaves_with_path((model or abstract(cfg)).layers):
                 if leaf.ndim == 2:
@@ -284,6 +320,6 @@ def make_plan(
         ahead=ahead,
         device={name: count for name, count in device.items() if count},
         host={name: count for name, count in host.items() if count},
-        streamed_bytes=sum(map(matrix_bytes, model.layers[r:])),
+        streamed_bytes=sum(map(streamed_bytes, model.layers[r:])),
         model=model,
     )

@@ -138,7 +138,7 @@ def _round(size, dtype: str, xp):
     return xp.minimum(bits, 0x7C00) if dtype == "float16" else bits
 
 
-def restore(prediction: Prediction, difference, xp):
+def complete(prediction: Prediction, difference, xp):
     """The bit patterns, int32, of weights that lie `difference` numbers further from zero."""
     place = prediction.ordered + difference
     turned = place < 0
@@ -148,7 +148,7 @@ def restore(prediction: Prediction, difference, xp):
 
 
 def differ(prediction: Prediction, pattern):
-    """(difference, whether there is one) of NumPy bit patterns, int32: the inverse of `restore`."""
+    """(difference, whether there is one) of NumPy bit patterns, int32; `complete` undoes it."""
     size = pattern & 0x7FFF
     place = np.where(size >= prediction.floor, size - prediction.floor + 1, 0)
     place = np.where((pattern >> 15 > 0) != prediction.negative, ~place, place)

@@ -14,7 +14,10 @@ import numpy as np
 
 from llm_jax.checkpoint import Checkpoint, shapes
 from llm_jax.config import Config
-from llm_jax.quantize import Quantized, check_grouping, quantize
+from llm_jax.packed import packed
+from llm_jax.params import joined
+from llm_jax.quantize import check_grouping, quantize
+from pallas_kernels.quantized_matmul import Packed
 from subspec_jax import residual_device
 from subspec_jax.residual import CODES, FRACTION, LANES, Residual, pad
 from subspec_jax.residual_encode import encode
@@ -78,9 +81,8 @@ def convert(
     manifest = settings | {"model": dataclasses.asdict(cfg), "source": identity(checkpoint)}
     _begin(path, json.loads(json.dumps(manifest)))
 
-    fields = shapes(cfg)[0]
     if not (path / TABLES).exists():
-        tables = {field: _read(checkpoint, field, None, cfg) for field in fields}
+        tables = {field: checkpoint.read(field, cfg) for field in shapes(cfg)[0]}
         write(path / TABLES, tables, {name: _entry(a) for name, a in tables.items()})
     for index in range(cfg.layers):
         if not (path / LAYER.format(index)).exists():
@@ -114,33 +116,28 @@ def _begin(path: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _read(checkpoint: Checkpoint, field: str, index: int | None, cfg: Config) -> np.ndarray:
-    """One tensor of a checkpoint in the model's dtype, matrices turned to [in, out]."""
-    tensor = checkpoint.contents.tensors[checkpoint.names[field].format(index)]
-    array = checkpoint.reader(tensor, field, cfg)(0, tensor.shape[0])
-    turned = array.T if field != "embed_VD" else array
-    return np.ascontiguousarray(turned.astype(np.dtype(cfg.dtype)))
-
-
 def _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers) -> None:
-    def one(field):
-        w, name = _read(checkpoint, field, index, cfg), f"{field} of layer {index}"
+    def one(field, w):
+        w, name = np.asarray(w), f"{field} of layer {index}"
         if w.ndim == 1:
             return {field: w}, {field: _entry(w)}
         # A copy, because the host may lend the device an array's own memory.
         q = jax.tree.map(np.array, jax.block_until_ready(quantize(jax.device_put(w), *quantizer)))
-        r = encode(w, q, code, name)
-        wrong = np.count_nonzero(_decoded(r, q).view(np.uint16) != w.view(np.uint16))
+        r, substitute = encode(w, q, code, name), packed(q)
+        wrong = np.count_nonzero(_decoded(r, substitute).view(np.uint16) != w.view(np.uint16))
         if wrong:
             raise ResidualError(f"{name}: {wrong} of {w.size} weights decode to other bits")
-        arrays = dict(codes=q.codes_QpF, step=q.step_QF, offset=q.offset_QF, words=r.words)
-        arrays |= {} if r.low_DF is None else dict(low=r.low_DF)
+        parts = dict(codes=substitute.words_DS, top=substitute.top_DS, scale=substitute.scale_QF)
+        parts |= dict(residual=r.words, low=r.low_DF)
         entry = _entry(w) | dict(shape=list(w.shape), patches=r.patches)
-        return {f"{field}.{part}": a for part, a in arrays.items()}, {field: entry}
+        arrays = {f"{field}.{part}": np.asarray(a) for part, a in parts.items() if a is not None}
+        return arrays, {field: entry}
 
+    layer = joined(checkpoint.layer(index, cfg), lambda *w: np.concatenate(w, axis=-1))
+    named = [(path[-1].name, leaf) for path, leaf in jax.tree.leaves_with_path(layer)]
     tensors, entries = {}, {}
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for arrays, entry in pool.map(one, shapes(cfg)[1]):
+        for arrays, entry in pool.map(one, *zip(*named, strict=True)):
             tensors |= arrays
             entries |= entry
     write(path / LAYER.format(index), tensors, entries)
@@ -150,7 +147,7 @@ def _entry(array: np.ndarray) -> dict[str, Any]:
     return {"crc32": checksum(array)}
 
 
-def _decoded(residual: Residual, substitute: Quantized) -> np.ndarray:
+def _decoded(residual: Residual, substitute: Packed) -> np.ndarray:
     """The weights by the device's decoder; with room that few programs are compiled for."""
     raw = residual.shape[0] * residual.shape[1] // (2 * LANES)
     step, rows = max(32, raw // 32), residual.words.shape[0]

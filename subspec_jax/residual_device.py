@@ -1,10 +1,18 @@
 """Residuals on the device: the same decoder as one jittable function of XLA's own operations."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.tree_util import register_dataclass
 
-from llm_jax.params import Layer
-from llm_jax.quantize import Quantized, unpack
+from llm_jax.config import Config
+from llm_jax.linear import linear
+from llm_jax.packed import packed
+from llm_jax.params import Layer, abstract, joined
+from llm_jax.quantize import quantize
+from pallas_kernels.quantized_matmul import Packed, restore
 from subspec_jax.residual import (
     BIAS,
     COLUMNS,
@@ -14,8 +22,8 @@ from subspec_jax.residual import (
     OCTAVES,
     Residual,
     check_pair,
+    complete,
     predict,
-    restore,
     tiles,
 )
 
@@ -23,7 +31,82 @@ SLAB = 2**23
 """Weights decoded at a time: some 20 bytes of work space each."""
 
 
-def decode(residual: Residual, substitute: Quantized) -> jax.Array:
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """An exact matrix [D, F] in two parts: what the draft computes with, and what that lacks.
+
+    The substitute is on the device at all times; the residual may be in host memory.
+    """
+
+    substitute: Packed
+    residual: Residual
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.residual.shape
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+
+def is_split(w) -> bool:
+    return isinstance(w, Split)
+
+
+def has_split(tree) -> bool:
+    return any(map(is_split, jax.tree.leaves(tree, is_leaf=is_split)))
+
+
+def split_shapes(
+    cfg: Config, bits: int, group: int, room: dict[str, tuple[int, int]], code: str = "levels"
+) -> Layer:
+    """A layer of `Split` matrices as shapes; `room` gives (rows of words, patches) of each."""
+    names = iter(cfg.joined_matrices)
+
+    def split(*matrices):
+        substitute = packed(*(quantize(w, bits, group, 0) for w in matrices))
+        rows, patches = room[next(names)]
+        low = jnp.zeros(substitute.shape, jnp.uint8) if code == "planes" else None
+        words = jnp.zeros((rows, LANES), jnp.uint32)
+        return Split(substitute, Residual(words, low, substitute.shape, cfg.dtype, patches))
+
+    plain = abstract(dataclasses.replace(cfg, layers=1)).layers[0]
+    return jax.eval_shape(lambda layer: joined(layer, split), plain)
+
+
+def gaussian_room(cfg: Config, bits: int, group: int) -> dict[str, tuple[int, int]]:
+    """Room that residuals of normally distributed weights fit into, coded by "levels"."""
+    room = {}
+    for name, (D, F) in cfg.joined_matrices.items():
+        Q, T = tiles((D, F), group)
+        stream, patched = GAUSSIAN[bits]
+        words = D * F * stream / 32 + 2 * Q * T
+        room[name] = 32 + math.ceil(words / LANES), 1024 + math.ceil(D * F * patched)
+    return room
+
+
+GAUSSIAN = {2: (10.15, 0.012), 3: (8.75, 0.007), 4: (7.6, 0.0035), 8: (3.8, 0.008)}
+"""By bits of the substitute: bits a weight, patches included, and patches a weight."""
+
+
+@linear.register
+def _(w: Split, x, out_dtype=None):
+    # The barrier ties the words to x: otherwise a compiler may decode all matrices of a layer
+    # before it uses the first.
+    words, x = jax.lax.optimization_barrier((w.residual.words, x))
+    residual = dataclasses.replace(w.residual, words=words)
+    return linear(decode(residual, w.substitute), x, out_dtype)
+
+
+def decode_layer(layer: Layer) -> Layer:
+    """The layer with every `Split` put together and all else as it is."""
+    whole = lambda w: decode(w.residual, w.substitute) if is_split(w) else w
+    return jax.tree.map(whole, layer, is_leaf=is_split)
+
+
+def decode(residual: Residual, substitute: Packed) -> jax.Array:
     """The matrix [D, F], bit by bit what was encoded. Slabs of groups are done one after another.
 
     Shapes depend on the shapes of the arguments and on `residual.patches` alone, so one compiled
@@ -31,39 +114,30 @@ def decode(residual: Residual, substitute: Quantized) -> jax.Array:
     """
     check_pair("the residual", substitute, residual.shape, residual.dtype)
     with jax.named_scope("residual_decode"):
-        Q, T = tiles(substitute.shape, substitute.group)
-        fitting = max(1, SLAB // (substitute.group * substitute.shape[1]))
+        (_, F), group = substitute.shape, substitute.group
+        Q, T = tiles(substitute.shape, group)
+        fitting = max(1, SLAB // (group * F))
         count = max(c for c in range(1, min(Q, fitting) + 1) if Q % c == 0)
         offsets = residual.words.reshape(-1)[LANES : LANES + Q * T].reshape(Q, T)
         low = residual.low_DF
         if low is not None:
-            low = low.reshape(Q, substitute.group, -1)
+            low = low.reshape(Q, group, F)
         parts = (substitute, offsets.astype(jnp.int32), low)
         if count == Q:
             pattern = _slab(residual, *parts)
         else:
-            split = lambda a: a.reshape(Q // count, count, *a.shape[1:])
+            split = lambda a: a.reshape(Q // count, -1, *a.shape[1:])
             pattern = jax.lax.map(lambda part: _slab(residual, *part), jax.tree.map(split, parts))
-        pattern = _patched(pattern.reshape(Q, substitute.group, -1), residual)
+        pattern = _patched(pattern.reshape(Q, group, F), residual)
         return jax.lax.bitcast_convert_type(pattern, residual.dtype).reshape(residual.shape)
 
 
-def decode_layer(residuals: Layer, substitutes: Layer) -> Layer:
-    """The layer with every `Residual` completed by its substitute and all else as it is."""
-    return jax.tree.map(
-        lambda r, q: decode(r, q) if isinstance(r, Residual) else r,
-        residuals,
-        substitutes,
-        is_leaf=lambda r: isinstance(r, Residual),
-    )
-
-
-def _slab(residual: Residual, q: Quantized, offset_QT, low_QgF) -> jax.Array:
+def _slab(residual: Residual, substitute: Packed, offset_QT, low_QgF) -> jax.Array:
     """Bit patterns [Q, g, F], uint16, of some groups, without patches."""
     words = residual.words.reshape(-1)
     take = lambda index: words.at[index].get(mode="promise_in_bounds")
     octaves = words[OCTAVES].astype(jnp.int32)
-    p = predict(unpack(q), q.step_QF, q.offset_QF, octaves, residual.dtype, jnp)
+    p = predict(*restore(substitute), octaves, residual.dtype, jnp)
     entry = words[:LEVELS].astype(jnp.int32).at[p.level].get(mode="promise_in_bounds")
     length, first = entry & 255, (entry >> 8) - BIAS
     start = jnp.repeat(offset_QT, COLUMNS, axis=1)[:, None, : length.shape[-1]]
@@ -77,7 +151,7 @@ def _slab(residual: Residual, q: Quantized, offset_QT, low_QgF) -> jax.Array:
         at = start + _before(more)
         high = take(at >> 2) >> (8 * (at & 3)).astype(jnp.uint32)
         x = low_QgF.astype(jnp.int32) | ((high.astype(jnp.int32) & 255) * more) << 8
-    return restore(p, x + first, jnp).astype(jnp.uint16)
+    return complete(p, x + first, jnp).astype(jnp.uint16)
 
 
 def _before(length_QgF) -> jax.Array:

@@ -20,9 +20,9 @@ from subspec_jax.residual import (
     OCTAVES,
     Residual,
     check_pair,
+    complete,
     differ,
     predict,
-    restore,
     tiles,
 )
 
@@ -160,7 +160,7 @@ def encode(
         length = table.lengths[p.level]
         x = difference - table.firsts[p.level]
         x[(x >> length != 0) | ~possible] = 0
-        wrong = np.nonzero(restore(p, x + table.firsts[p.level], np) != bits)
+        wrong = np.nonzero(complete(p, x + table.firsts[p.level], np) != bits)
         found, each = _patches(wrong, bits[wrong], count, across)
         patches.append(found)
         patched.append(each)
@@ -255,7 +255,7 @@ def decode(residual: Residual, substitute: Quantized) -> np.ndarray:
         if planes:
             low = residual.low_DF[start * q.group : (start + count) * q.group]
             x = (x << 8) | np.asarray(low).reshape(x.shape).astype(np.int32)
-        out[start : start + count] = restore(p, x + table.firsts[p.level], np)
+        out[start : start + count] = complete(p, x + table.firsts[p.level], np)
     count, first = rows * across, int(words[FIRST_PATCH])
     patched = words[LANES + count : LANES + 2 * count + 1].astype(np.int64)
     patch = words[first : first + patched[-1]].astype(np.int64)

@@ -16,13 +16,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax.checkpoint import shapes
 from llm_jax.config import Config, Llama3Rope
-from llm_jax.params import MLP, Attention, Layer
-from llm_jax.quantize import Quantized
+from llm_jax.params import JoinedAttention, JoinedMLP, Layer, Params, abstract
+from pallas_kernels.quantized_matmul import Packed
 from subspec_jax.residual import Residual, pad
+from subspec_jax.residual_device import Split, split_shapes
 
-VERSION = 1
+VERSION = 2
 MANIFEST, TABLES, LAYER = "manifest.json", "model.safetensors", "layer-{:05}.safetensors"
 
 
@@ -48,7 +48,7 @@ def write(file: Path, tensors: dict[str, np.ndarray], entries: dict[str, Any]) -
 
 def mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(views of a safetensors file's tensors, its entries); nothing but the header is read."""
-    types = dict(U8=np.uint8, U32=np.uint32, BF16="bfloat16", F16=np.float16)
+    types = dict(U8=np.uint8, U16=np.uint16, U32=np.uint32, BF16="bfloat16", F16=np.float16)
     try:
         whole = np.memmap(file, np.uint8, "r")
         begin = 8 + int(whole[:8].view(np.uint64)[0])
@@ -121,8 +121,8 @@ class Converted:
     @functools.cached_property
     def _room(self) -> tuple[dict[str, tuple[int, int]], ...]:
         """By layer (rows, patches) of each matrix: the most of any layer of its kind."""
-        names = list(self.cfg.layer_matrices)
-        rows = [[views[f"{n}.words"].shape[0] for n in names] for views, _ in self._layers]
+        names = list(self.cfg.joined_matrices)
+        rows = [[views[f"{n}.residual"].shape[0] for n in names] for views, _ in self._layers]
         patches = [[entries[n]["patches"] for n in names] for _, entries in self._layers]
         need = np.stack([rows, patches], -1)
         room = {}
@@ -131,40 +131,40 @@ class Converted:
             room |= {i: dict(zip(names, map(tuple, most))) for i in kind}
         return tuple(room[i] for i in range(self.cfg.layers))
 
-    def substitutes(self, index: int) -> Layer:
-        """A layer with `Quantized` matrices, mapped; norms and biases are as in `residuals`."""
-        views, _ = self._layers[index]
-        bits, group = self.manifest["bits"], self.manifest["group"]
-        part = lambda name: (views[f"{name}.{part}"] for part in ("codes", "step", "offset"))
-        return self._layer(views, lambda name: Quantized(*part(name), bits, group))
+    @functools.cached_property
+    def model(self) -> Params:
+        """The model that `load_target` makes of this, as shapes and dtypes."""
+        code, bits, group = (self.manifest[key] for key in ("code", "bits", "group"))
+        split = functools.partial(split_shapes, self.cfg, bits, group, code=code)
+        layers = tuple(split(dict(self._room[i])) for i in range(self.cfg.layers))
+        return dataclasses.replace(abstract(self.cfg), layers=layers)
 
-    def residuals(self, index: int) -> Layer:
-        """A layer with `Residual` matrices, padded to the shapes of its kind.
+    def layer(self, index: int) -> Layer:
+        """A joined layer of `Split` matrices; all but the padded streams is mapped.
 
-        `subspec_jax.offload.offload` keeps it in pinned memory like a layer of plain matrices.
+        `subspec_jax.offload.offload` keeps its residuals in pinned memory.
         """
         views, entries = self._layers[index]
+        bits, group = self.manifest["bits"], self.manifest["group"]
 
-        def one(name):
+        def matrix(name):
             shape = tuple(entries[name]["shape"])
-            words, low = views[f"{name}.words"], views.get(f"{name}.low")
+            parts = (views.get(f"{name}.{part}") for part in ("codes", "top", "scale"))
+            words, low = views[f"{name}.residual"], views.get(f"{name}.low")
             exact = Residual(words, low, shape, self.cfg.dtype, entries[name]["patches"])
-            return pad(exact, *self._room[index][name])
+            substitute = Packed(*parts, shape[1], bits, group)
+            return Split(substitute, pad(exact, *self._room[index][name]))
 
-        return self._layer(views, one)
-
-    def _layer(self, views, matrix) -> Layer:
-        names = [n for n in shapes(self.cfg)[1] if n not in self.cfg.layer_matrices]
-        w = {name: views[name] for name in names}
-        w |= {name: matrix(name) for name in self.cfg.layer_matrices}
-        attn = {field.name: w.get(field.name) for field in dataclasses.fields(Attention)}
-        mlp = MLP(w["gate"], w["up"], w["down"])
-        return Layer(w["attn_norm"], Attention(**attn), w["mlp_norm"], mlp)
+        w = {name: matrix(name) for name in self.cfg.joined_matrices}
+        biases = (views.get(name) for name in ("qkv_bias", "q_norm", "k_norm"))
+        attn = JoinedAttention(w["qkv"], w["o"], *biases)
+        mlp = JoinedMLP(w["gate_up"], w["down"])
+        return Layer(views["attn_norm"], attn, views["mlp_norm"], mlp)
 
     def verify(self, index: int, layer: Layer) -> None:
         """Raises ResidualError, naming them, where arrays of a decoded layer are not the model's.
 
-        `layer` is what `residual_device.decode_layer` made of the two halves, wherever it lies.
+        `layer` is what `residual_device.decode_layer` made of `self.layer`, wherever it lies.
         """
         entries = self._layers[index][1]
         found = {path[-1].name: leaf for path, leaf in jax.tree.leaves_with_path(layer)}

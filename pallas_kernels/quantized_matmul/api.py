@@ -50,11 +50,12 @@ def quantized_matmul(
     x: jax.Array,
     w: Packed,
     *,
+    out_dtype=None,
     implementation: str | None = None,
     tiling: Tiling | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """x[..., D] @ (code * step + offset), [..., F] in x's dtype; sums in float32.
+    """x[..., D] @ (code * step + offset), [..., F]; sums in float32, rounded to `out_dtype` (x's).
 
     `implementation` None takes Triton where `why_not` gives no reason and the device is a GPU, else
     XLA; "triton" raises NotImplementedError with the reason. `tiling` overrides the tuned tile
@@ -64,7 +65,7 @@ def quantized_matmul(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
     _check(x, w)
-    x_MD = x.reshape(-1, x.shape[-1])
+    x_MD, out_dtype = x.reshape(-1, x.shape[-1]), out_dtype or x.dtype
     y = None
     if implementation != "xla" and (implementation or interpret or on_gpu()):
         reason = why_not(x, w)
@@ -75,9 +76,9 @@ def quantized_matmul(
                 tiling = choose(rows, w, jax.devices()[0].device_kind)
             elif wrong := why_not_tiling(tiling, rows, columns, groups, w.bits):
                 raise ValueError(wrong)
-            y = quantized_matmul_triton(x_MD, w, tiling, interpret)
+            y = quantized_matmul_triton(x_MD, w, tiling, interpret, out_dtype)
         elif implementation == "triton":
             raise NotImplementedError(reason)
     if y is None:
-        y = quantized_matmul_reference(x_MD, w)
+        y = quantized_matmul_reference(x_MD, w, out_dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])

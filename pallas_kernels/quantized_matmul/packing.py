@@ -69,6 +69,12 @@ def padded(columns: int, bits: int) -> int:
     return -(-columns // whole) * whole
 
 
+def packed_bytes(rows: int, columns: int, bits: int, group: int) -> int:
+    """Bytes of a matrix [rows, columns] as `Packed`."""
+    F = padded(columns, bits)
+    return rows * F * bits // 8 + 4 * (rows // group) * F
+
+
 def _words(codes_DF, fields: int, width: int, dtype):
     parts = jnp.split(codes_DF, fields, axis=1)
     shifted = (part.astype(dtype) << (i * width) for i, part in enumerate(parts))

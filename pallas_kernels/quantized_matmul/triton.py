@@ -159,8 +159,10 @@ def _multiply_adds(*refs, cfg, rows, groups, bits, fields, interpret):
             y_ref[x, m, i, tile] = jnp.sum(sums[m][i], axis=0).astype(y_ref.dtype)
 
 
-def quantized_matmul_triton(x_MD, w: Packed, cfg: Tiling, interpret: bool = False) -> jax.Array:
-    """[M, F] in x's dtype. With splits the sum over them is left to XLA, float32 until then."""
+def quantized_matmul_triton(
+    x_MD, w: Packed, cfg: Tiling, interpret: bool = False, out_dtype=None
+) -> jax.Array:
+    """[M, F] in `out_dtype` (x's). With splits XLA sums over them, in float32 until then."""
     M, (D, F), S = x_MD.shape[0], w.shape, w.words_DS.shape[1]
     Q, fields = D // w.group, w.fields
     words = [a.reshape(Q, w.group, S) for a in (w.words_DS, w.top_DS) if a is not None]
@@ -175,7 +177,8 @@ def quantized_matmul_triton(x_MD, w: Packed, cfg: Tiling, interpret: bool = Fals
         if interpret:  # masked rows have to exist
             out = blocks * cfg.rows
             x = jnp.pad(x, ((0, out - M), (0, 0)))
-    dtype = x_MD.dtype if cfg.splits == 1 else jnp.float32
+    out_dtype = out_dtype or x_MD.dtype
+    dtype = out_dtype if cfg.splits == 1 else jnp.float32
     y_XMiS = pl.pallas_call(
         functools.partial(kernel, **known),
         out_shape=jax.ShapeDtypeStruct((cfg.splits, out, fields, S), dtype),
@@ -185,4 +188,4 @@ def quantized_matmul_triton(x_MD, w: Packed, cfg: Tiling, interpret: bool = Fals
         name=f"quantized_matmul_{cfg.way}",
     )(x, *words, scale)
     y_MF = jnp.sum(y_XMiS, axis=0) if cfg.splits > 1 else y_XMiS[0]
-    return y_MF.reshape(out, fields * S)[:M, :F].astype(x_MD.dtype)
+    return y_MF.reshape(out, fields * S)[:M, :F].astype(out_dtype)

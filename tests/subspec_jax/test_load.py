@@ -1,6 +1,7 @@
 """Weights lie where the plan wants them, stay the same bits on the way, and are all committed."""
 
 import dataclasses
+import shutil
 
 import chex
 import jax
@@ -10,11 +11,17 @@ import pytest
 
 from llm_jax.checkpoint import open_checkpoint
 from llm_jax.linear import linear
-from llm_jax.params import abstract
-from llm_jax.quantize import Quantized, QuantizedTable
+from llm_jax.params import abstract, unjoined
+from llm_jax.quantize import QuantizedTable
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
+from pallas_kernels.quantized_matmul import Packed
 from subspec_jax.load import arrange, fetched, load_target, make_draft, random_target
+from subspec_jax.offload import fetch, is_offloaded
 from subspec_jax.plan import NO_DRAFT, Draft, make_plan
+from subspec_jax.residual_convert import convert
+from subspec_jax.residual_device import decode_layer
+from subspec_jax.residual_file import Converted, ResidualError
+from subspec_jax.substitute import substitutes
 from subspec_jax.tree import TreeSpec
 
 CFG = tiny_config("qwen2", layers=4)
@@ -149,9 +156,10 @@ def test_a_draft_shares_all_but_the_layers_it_replaces(on_host, share):
             continue
         for name in ("attn_norm", "mlp_norm"):
             assert getattr(own, name) is getattr(exact, name)
-        assert own.attn.q_bias is exact.attn.q_bias
-        matrices = (*(getattr(own.attn, n) for n in "qkvo"), *vars(own.mlp).values())
-        assert all(type(w) is Quantized and (w.bits, w.group) == (4, 32) for w in matrices)
+        biases = (exact.attn.q_bias, exact.attn.k_bias, exact.attn.v_bias)
+        np.testing.assert_array_equal(own.attn.qkv_bias, np.concatenate(biases))
+        matrices = (own.attn.qkv, own.attn.o, *vars(own.mlp).values())
+        assert all(type(w) is Packed and (w.bits, w.group) == (4, 32) for w in matrices)
     assert draft.norm is target.params.norm and draft.head_DV is target.params.head_DV
     if on_host:
         assert type(draft.embed_VD) is QuantizedTable
@@ -164,9 +172,12 @@ def test_more_iterations_bring_substitutes_nearer():
     plan = plan_for(resident=0, draft=Draft(3, 32))
     target = random_target(plan)
     eye = jnp.eye(CFG.d_model)
-    w = np.asarray(target.params.layers[0].mlp.up)
+    mlp = target.params.layers[0].mlp
+    w = np.concatenate((np.asarray(mlp.gate), np.asarray(mlp.up)), axis=-1)
     errors = [
-        np.abs(np.asarray(linear(make_draft(target, plan, n).layers[0].mlp.up, eye)) - w).mean()
+        np.abs(
+            np.asarray(linear(make_draft(target, plan, n).layers[0].mlp.gate_up, eye)) - w
+        ).mean()
         for n in (0, 20)
     ]
     assert errors[1] < errors[0]
@@ -183,3 +194,61 @@ def test_fetched_parameters_run_without_a_stream(checkpoints):
     params = fetched(target.params)
     assert {a.sharding.memory_kind for a in jax.tree.leaves(params)} == {"device"}
     assert all(a.committed for a in jax.tree.leaves(params))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """(the checkpoint, the same model as substitutes and residuals)."""
+    folder, cfg = tmp_path_factory.mktemp("converted"), dataclasses.replace(CFG, dtype="bfloat16")
+    source = open_checkpoint(write_safetensors(folder / "source", tiny_params(cfg), cfg))
+    return source, convert(source, cfg, folder / "out", group=32)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize(("resident", "on_host"), [(0, False), (3, True), (4, False)])
+def test_a_converted_model_is_placed_as_planned(converted, resident, on_host, verify):
+    source, model = converted
+    options = dict(max_length=64, chunk=16, resident=resident, table_on_host=on_host)
+    plan = make_plan(model.cfg, 2**30, SPEC, Draft(4, 32), model=model.model, **options)
+    seen = []
+    target = load_target(model, plan, seen.append, verify)
+    assert seen == [1, 2, 3, 4]
+    assert isinstance(target.params.embed_VD, np.ndarray) == on_host
+    draft = make_draft(target, plan)
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(draft)} == {"device"}
+    leaves = [a for a in jax.tree.leaves((target.params, draft)) if isinstance(a, jax.Array)]
+    assert all(a.committed for a in leaves)
+    for i, layer in enumerate(target.params.layers):
+        assert is_offloaded(layer) == (i >= resident)
+        assert pointers(draft.layers[i]) == pointers(substitutes(layer))
+        whole = unjoined(jax.jit(decode_layer)(fetch(layer)), model.cfg)
+        chex.assert_trees_all_equal(whole, source.load(model.cfg).layers[i])
+
+
+def test_a_converted_model_is_put_together_where_the_plan_has_plain_layers(converted):
+    source, model = converted
+    plan = plan_for(model.cfg, resident=2, table_on_host=True)
+    target = load_target(model, plan)
+    check_places(target.params, plan)
+    chex.assert_trees_all_equal(fetched(target.params), source.load(model.cfg))
+
+
+def test_a_plan_of_residuals_needs_a_converted_model(converted):
+    source, model = converted
+    plan = make_plan(model.cfg, 2**30, SPEC, Draft(4, 32), max_length=64, model=model.model)
+    with pytest.raises(ValueError, match="convert the checkpoint first"):
+        load_target(source, plan)
+
+
+def test_damage_is_found_where_it_is_asked_for(converted, tmp_path):
+    _, model = converted
+    shutil.copytree(model.path, tmp_path / "copy")
+    file = tmp_path / "copy" / "layer-00002.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    damaged = Converted(tmp_path / "copy")
+    plan = make_plan(model.cfg, 2**30, SPEC, Draft(4, 32), max_length=64, model=damaged.model)
+    load_target(damaged, plan)
+    with pytest.raises(ResidualError, match=r"layer-00002.safetensors: \w+ differ from the model"):
+        load_target(damaged, plan, verify=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.tree_util import register_dataclass
 
 from llm_jax.cache import empty_caches
 from llm_jax.params import abstract
-from llm_jax.quantize import quantized_bytes
 from llm_jax.registry import MODELS
 from llm_jax.testing import tiny_config, tiny_params
+from pallas_kernels.quantized_matmul.packing import packed_bytes
 from subspec_jax.load import make_draft, random_target
-from subspec_jax.offload import host_bytes
+from subspec_jax.offload import is_offloaded, streamed_bytes
 from subspec_jax.plan import (
     NO_DRAFT,
     Draft,
@@ -27,6 +29,7 @@ from subspec_jax.plan import (
     published_tau,
     show_bytes,
 )
+from subspec_jax.residual_device import gaussian_room, split_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
 
 SPEC, DRAFT = TreeSpec("beam", 3, 2), Draft(group=32)
@@ -62,14 +65,14 @@ def test_items_of_the_target_are_the_bytes_of_what_is_placed(resident, table_on_
     layers = params.layers
     item = lambda name: plan.device.get(name, 0)
     assert item("resident layers") == sum(matrices(l) for l in layers[:resident])
-    assert item("streaming ring") == sum(host_bytes(l) for l in layers[resident:][:2])
+    assert item("streaming ring") == sum(streamed_bytes(l) for l in layers[resident:][:2])
     vectors = nbytes(params.norm) + sum(nbytes(l) - matrices(l) for l in layers)
     assert item("norms and biases") == vectors
     assert item("output head") == params.head_DV.nbytes
     table = params.embed_VD.nbytes
     where = (0, table) if table_on_host else (table, 0)
     assert (item("embedding"), plan.host.get("embedding", 0)) == where
-    streamed = sum(host_bytes(l) for l in layers)
+    streamed = sum(streamed_bytes(l) for l in layers[resident:])
     assert plan.host.get("streamed layers", 0) == plan.streamed_bytes == streamed
     assert plan.streamed == 4 - resident
     caches = empty_caches(plan.cfg, 1, cache_slots(64, SPEC))
@@ -86,15 +89,40 @@ def test_items_of_the_draft_are_the_bytes_of_the_substitutes(bits, table_on_host
     plan = plan_for(tiny(), draft=draft, resident=1, table_on_host=table_on_host)
     target = random_target(plan)
     made = make_draft(target, plan, iterations=0)
-    own = [
-        nbytes(a) - (nbytes(b) - matrices(b))  # norms and biases are the target's
-        for a, b in zip(made.layers, target.params.layers, strict=True)
-        if a is not b
-    ]
+    pairs = zip(made.layers, target.params.layers, strict=True)
+    own = [matrices(a) for a, b in pairs if a is not b]
     assert len(own) == (3 if share else 4)
     assert plan.device["substitutes"] == sum(own)
     expected = nbytes(made.embed_VD) if table_on_host else None
     assert plan.device.get("substitute embedding") == expected
+
+
+@pytest.mark.parametrize("head_bits", [None, 3, 8])
+@pytest.mark.parametrize("resident", [0, 2, 4])
+def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits):
+    """Substitutes of all layers are kept; a resident layer is one whose residual stays too."""
+    cfg = tiny(dtype="bfloat16", d_model=128)
+    draft = Draft(4, 32, head_bits)
+    layer = split_shapes(cfg, 4, 32, gaussian_room(cfg, 4, 32))
+    model = dataclasses.replace(abstract(cfg), layers=(layer,) * 4)
+    plan = plan_for(cfg, draft=draft, model=model, resident=resident)
+    assert plan.residual and not plan_for(cfg).residual
+    target = random_target(plan)
+    layers = target.params.layers
+    assert [is_offloaded(l) for l in layers] == [i >= resident for i in range(4)]
+    item = lambda name: plan.device.get(name, 0)
+    assert item("resident layers") == sum(streamed_bytes(l) for l in layers[:resident])
+    assert item("streaming ring") == sum(streamed_bytes(l) for l in layers[resident:][:2])
+    assert plan.streamed_bytes == sum(streamed_bytes(l) for l in layers[resident:])
+    made = make_draft(target, plan)
+    assert item("substitutes") == sum(matrices(l) for l in made.layers)
+    assert item("draft head") == (0 if head_bits is None else nbytes(made.head_DV))
+    kept = nbytes(target.params.norm) + sum(nbytes(l) for l in layers)
+    vectors = kept - item("substitutes") - sum(map(streamed_bytes, layers))
+    assert item("norms and biases") == vectors
+    assert plan.draft_step_bytes == item("substitutes") + (
+        item("draft head") or target.params.head_DV.nbytes
+    )
 
 
 def test_items_of_a_draft_model_and_of_an_own_cache():
@@ -113,20 +141,32 @@ def test_a_model_of_other_layers_is_counted_as_it_is():
     """Arrays of three axes stream and stay in the draft as they are; every layer is looked at."""
     cfg = tiny()
     model = abstract(cfg)
-    wide = jax.ShapeDtypeStruct((2, 8, 64), jnp.float32)
-    odd = dataclasses.replace(model.layers[2].mlp, up=wide)
-    layers = (*model.layers[:2], dataclasses.replace(model.layers[2], mlp=odd), model.layers[3])
-    other = dataclasses.replace(model, layers=layers)
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    swap = lambda **fields: dataclasses.replace(
+        model,
+        layers=(*model.layers[:2], dataclasses.replace(model.layers[2], **fields), model.layers[3]),
+    )
+    other = swap(attn=Odd(array(64, 96), array(2, 8, 64)))
     plain, plan = (plan_for(cfg, model=m, resident=0) for m in (None, other))
-    size, before = 2 * 8 * 64 * 4, 64 * 96 * 4
-    assert plan.streamed_bytes == plain.streamed_bytes - before + size
-    low = quantized_bytes(64, 96, 4, 32)
-    assert plan.device["substitutes"] == plain.device["substitutes"] - low + size
+    size, dense = 2 * 8 * 64 * 4, 64 * 96 * 4
+    before = sum(a * b for a, b in (cfg.layer_matrices[n] for n in "qkvo")) * 4
+    assert plan.streamed_bytes == plain.streamed_bytes - before + size + dense
+    low = lambda *shape: packed_bytes(*shape, 4, 32)
+    own = low(64, 96) + size - low(64, 64 + 2 * 32) - low(64, 64)
+    assert plan.device["substitutes"] == plain.device["substitutes"] + own
     assert plan.device["KV cache"] == plain.device["KV cache"]
-    rows = dataclasses.replace(odd, up=jax.ShapeDtypeStruct((70, 96), jnp.float32))
-    layers = (*layers[:2], dataclasses.replace(layers[2], mlp=rows), layers[3])
+    rows = dataclasses.replace(model.layers[2].mlp, up=array(70, 96))
     with pytest.raises(PlanError, match=r"substitutes of 4 bits in groups of 32: .*up"):
-        plan_for(cfg, model=dataclasses.replace(model, layers=layers))
+        plan_for(cfg, model=swap(mlp=rows))
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Odd:
+    """Attention of another kind: a matrix and factors; its cache is the ordinary one."""
+
+    w: Any
+    factors: Any
 
 
 def test_a_draft_step_reads_substitutes_resident_layers_and_the_head():
@@ -134,10 +174,11 @@ def test_a_draft_step_reads_substitutes_resident_layers_and_the_head():
     layer = matrices(tiny_params(cfg).layers[0])
     plan = plan_for(cfg, resident=1)
     head = cfg.vocab * cfg.d_model * 4
-    dense = 2 * layer  # what a substitute is written to, and read from again
-    assert plan.draft_step_bytes == layer + plan.device["substitutes"] + 3 * dense + head
+    assert plan.draft_step_bytes == layer + plan.device["substitutes"] + head
     alone = plan_for(cfg, resident=1, draft=Draft(4, 32, share_resident=False))
-    assert alone.draft_step_bytes == alone.device["substitutes"] + 4 * dense + head
+    assert alone.draft_step_bytes == alone.device["substitutes"] + head
+    low = plan_for(cfg, resident=1, draft=Draft(4, 32, head_bits=8))
+    assert low.draft_step_bytes == plan.draft_step_bytes - head + low.device["draft head"]
     assert plan_for(cfg, draft=NO_DRAFT).draft_step_bytes == 0
     small = tiny_config("llama", layers=1, d_model=32)
     other = plan_for(cfg, draft=Draft(None, own_cache=True, model=small))

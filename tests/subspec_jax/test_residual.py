@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.quantize import Quantized, pack, quantize, unpack
-from subspec_jax.residual import COLUMNS, LANES, Residual, differ, pad, predict, restore
+from subspec_jax.residual import COLUMNS, LANES, Residual, complete, differ, pad, predict
 from subspec_jax.residual_encode import Table, choose, decode, encode, sample
 
 CODES = ("planes", "levels")
@@ -200,7 +200,7 @@ def test_differences_and_patterns_are_inverse(dtype, octaves):
     p = predict(unpack(q, np), q.step_QF, q.offset_QF, octaves, dtype, np)
     pattern = bits(every_pattern(dtype)).astype(np.int32).reshape(p.level.shape)
     difference, possible = differ(p, pattern)
-    np.testing.assert_array_equal(restore(p, difference, np)[possible], pattern[possible])
+    np.testing.assert_array_equal(complete(p, difference, np)[possible], pattern[possible])
     size = pattern & 0x7FFF
     np.testing.assert_array_equal(possible, (size >= p.floor) | (size == 0))
     assert possible.mean() > (0.9 if octaves == 300 else 0.1)

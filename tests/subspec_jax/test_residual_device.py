@@ -2,18 +2,26 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from llm_jax.params import MLP, Attention, Layer
+from llm_jax.linear import linear
+from llm_jax.packed import packed
+from llm_jax.params import JoinedAttention, JoinedMLP, Layer, init_layer
 from llm_jax.quantize import Quantized, pack, quantize, unpack
+from llm_jax.testing import tiny_config
+from pallas_kernels.quantized_matmul import restore
 from subspec_jax import residual_device
-from subspec_jax.offload import fetch, host_bytes, is_offloaded, offload
+from subspec_jax.load import split_layer as split_random
+from subspec_jax.offload import fetch, is_offloaded, offload, streamed_bytes
 from subspec_jax.residual import pad, predict
+from subspec_jax.residual_device import Split, gaussian_room, is_split, split_shapes
 from subspec_jax.residual_encode import encode
+from subspec_jax.substitute import substitutes
 
 CODES = ("planes", "levels")
 
@@ -36,7 +44,7 @@ def pair(D, F, code, dtype="bfloat16", seed=0, group=64):
     w = (rng.standard_normal((D, F), np.float32) * 0.02).astype(jnp.dtype(dtype))
     w.reshape(-1)[:5] = [np.nan, np.inf, -0.0, 1e-7, 0.0]
     q = quantize(jnp.asarray(w), 4, group)
-    return w, encode(w, q, code), q
+    return w, encode(w, q, code), packed(q)
 
 
 def decoded(r, q):
@@ -70,7 +78,7 @@ def test_every_pattern(code, compiler):
     q = Quantized(pack(jnp.asarray(codes), 4), draw(64, 1024), draw(64, 1024), 4, 8)
     w = np.tile(draw(64, 1024), (8, 1))
     r = encode(w, q, code)
-    np.testing.assert_array_equal(bits(decoded(r, q)), bits(w))
+    np.testing.assert_array_equal(bits(decoded(r, packed(q))), bits(w))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -111,24 +119,64 @@ def test_damage_changes_weights_and_nothing_else(code):
             assert run(dataclasses.replace(r, words=words), q).shape == w.shape
 
 
-def test_a_layer_streams_as_its_residuals():
-    """`offload` and `fetch` keep it like any layer: matrices move, vectors stay."""
-    shapes = dict(q=(64, 64), k=(64, 32), v=(64, 32), o=(64, 64), gate=(64, 96), up=(64, 96))
+def split_layer():
+    """(a joined layer of `Split` matrices, the same layer with plain ones)."""
+    shapes = dict(qkv=(64, 128), o=(64, 64), gate_up=(64, 192), down=(128, 64))
     made = {n: pair(*s, "levels", seed=i) for i, (n, s) in enumerate(shapes.items())}
     made["down"] = pair(128, 64, "planes")
     norm = jnp.ones(64, jnp.bfloat16)
 
-    def layer(i):
-        part = {n: m[i] for n, m in made.items()}
-        attn = Attention(**{n: part[n] for n in "qkvo"}, q_bias=norm)
-        return Layer(norm, attn, norm, MLP(part["gate"], part["up"], part["down"]))
+    def layer(one):
+        part = {n: one(*m) for n, m in made.items()}
+        attn = JoinedAttention(part["qkv"], part["o"], jnp.ones(128, jnp.bfloat16))
+        return Layer(norm, attn, norm, JoinedMLP(part["gate_up"], part["down"]))
 
-    kept = offload(layer(1))
-    assert is_offloaded(kept) and host_bytes(kept) == sum(r.nbytes for _, r, _ in made.values())
-    got = jax.jit(residual_device.decode_layer)(fetch(kept), layer(2))
-    assert jax.tree.structure(got) == jax.tree.structure(layer(0))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(layer(0)), strict=True):
+    return layer(lambda w, r, q: Split(q, r)), layer(lambda w, r, q: jnp.asarray(w))
+
+
+def test_a_layer_streams_as_its_residuals():
+    """`offload` and `fetch` keep it like any layer; substitutes and vectors stay on the device."""
+    split, want = split_layer()
+    kept = offload(split)
+    residuals = [w.residual for w in jax.tree.leaves(split, is_leaf=is_split) if is_split(w)]
+    assert len(residuals) == 4 and is_offloaded(kept)
+    assert streamed_bytes(kept) == sum(r.nbytes for r in residuals)
+    stay = jax.tree.leaves(substitutes(kept))
+    assert {a.sharding.memory_kind for a in stay} == {"device"}
+    fetched = fetch(kept)
+    there = lambda tree: [a.unsafe_buffer_pointer() for a in jax.tree.leaves(substitutes(tree))]
+    assert there(fetched) == there(kept)
+    got = jax.jit(residual_device.decode_layer)(fetched)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("out_dtype", [None, jnp.float32])
+def test_a_product_is_that_of_the_exact_matrix(out_dtype):
+    split, want = split_layer()
+    w, dense = split.mlp.down, want.mlp.down.at[:1, :5].set(1)  # no NaN
+    w = dataclasses.replace(w, residual=encode(np.asarray(dense), unpacked(w.substitute), "levels"))
+    x = jax.random.normal(jax.random.key(0), (1, 5, 128), jnp.bfloat16)
+    run = jax.jit(lambda w: linear(w, x, out_dtype))
+    got, expected = run(w), run(dense)
+    assert got.dtype == expected.dtype == (out_dtype or jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
+
+
+def unpacked(w):
+    """The `Quantized` of a `Packed`, in NumPy."""
+    codes, step, offset = restore(w)
+    return jax.tree.map(np.asarray, Quantized(pack(codes, w.bits), step, offset, w.bits, w.group))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_normal_weights_fit_into_the_room_planned_for_them(bits):
+    cfg = tiny_config("qwen2", dtype="bfloat16", d_model=256, d_ff=512)
+    room = gaussian_room(cfg, bits, 64)
+    shapes = split_shapes(cfg, bits, 64, room)
+    made = split_random(init_layer(jax.random.key(bits), cfg), shapes)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, made)
 
 
 def test_codes_unpack_alike_in_numpy():

@@ -5,18 +5,21 @@ import itertools
 import json
 import shutil
 
+import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llm_jax.checkpoint import CheckpointError, open_checkpoint
+from llm_jax.packed import packed
+from llm_jax.params import unjoined
 from llm_jax.quantize import quantize
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 from subspec_jax import residual_convert, residual_device, residual_file
-from subspec_jax.offload import fetch, offload
+from subspec_jax.offload import fetch, offload, streamed_bytes
 from subspec_jax.residual_convert import convert
 from subspec_jax.residual_file import Converted, ResidualError, partition
+from subspec_jax.substitute import substitute_layer, substitutes
 
 CFG = tiny_config("qwen2", layers=3, dtype="bfloat16", d_ff=128)
 GROUP = 32
@@ -24,7 +27,11 @@ decode_layer = jax.jit(residual_device.decode_layer)
 
 
 def bits(a):
-    return np.asarray(a).view(np.uint16)
+    return np.ascontiguousarray(a).view(np.uint16)
+
+
+def low(w, iterations=20):
+    return packed(quantize(w, 4, GROUP, iterations))
 
 
 def assert_same(got, want):
@@ -52,7 +59,11 @@ def converted(original, tmp_path):
 
 
 def decoded(model, index):
-    return decode_layer(model.residuals(index), model.substitutes(index))
+    return decode_layer(model.layer(index))
+
+
+def plain(layer):
+    return unjoined(layer, CFG)
 
 
 @pytest.mark.parametrize("code, dtype", [("levels", "bfloat16"), ("planes", "float16")])
@@ -67,12 +78,9 @@ def test_a_converted_model_is_the_model(source, tmp_path, code, dtype):
     want = source.load(cfg)
     for index, layer in enumerate(want.layers):
         got = decoded(model, index)
-        assert_same(got, layer)
+        assert_same(plain(got), layer)
         model.verify(index, got)
-        assert_same(
-            jax.tree.leaves(model.substitutes(index).mlp.up.step_QF),
-            jax.tree.leaves(quantize(layer.mlp.up, 4, GROUP, 5).step_QF),
-        )
+        assert_same(model.layer(index).mlp.down.substitute, low(layer.mlp.down, 5))
     for name, table in model.tables.items():
         np.testing.assert_array_equal(bits(table), bits(getattr(want, name)))
     assert set(model.tables) == {"embed_VD", "norm", "head_DV"}
@@ -86,7 +94,7 @@ def test_gguf_and_scaled_ropes(tmp_path):
     cfg = source.config("bfloat16")
     model = convert(source, cfg, tmp_path / "out", group=GROUP)
     assert Converted(tmp_path / "out").cfg == cfg
-    assert_same(decoded(model, 0), source.load(cfg).layers[0])
+    assert_same(unjoined(decoded(model, 0), cfg), source.load(cfg).layers[0])
     assert set(model.tables) == {"embed_VD", "norm"}
 
 
@@ -94,22 +102,29 @@ def test_layers_stream_from_pinned_memory(source, original):
     """What is loaded is what `subspec_jax.offload` keeps; layers of a kind share their shapes."""
     want = source.load(CFG)
     one = Converted(original.path, kinds=1)
-    shapes = {tuple(a.shape for a in jax.tree.leaves(one.residuals(i))) for i in range(3)}
+    shapes = {tuple(a.shape for a in jax.tree.leaves(one.layer(i))) for i in range(3)}
     assert len(shapes) == 1
     for index in range(3):
-        kept = offload(one.residuals(index))
-        assert_same(decode_layer(fetch(kept), fetch(one.substitutes(index))), want.layers[index])
+        kept = offload(one.layer(index))
+        assert_same(plain(decode_layer(fetch(kept))), want.layers[index])
     own = [
-        sum(r.nbytes for r in jax.tree.leaves(Converted(original.path, kinds).residuals(i)))
+        streamed_bytes(Converted(original.path, kinds).layer(i))
         for kinds in (1, 3)
         for i in range(3)
     ]
     assert sum(own[3:]) <= sum(own[:3])
 
 
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_shapes_are_known_from_the_headers(original, kinds):
+    model = Converted(original.path, kinds)
+    for index, shapes in enumerate(model.model.layers):
+        chex.assert_trees_all_equal_shapes_and_dtypes(shapes, model.layer(index))
+
+
 def test_files_are_mapped(original):
     """Views into the files, read when they are used."""
-    arrays = jax.tree.leaves(original.substitutes(0)) + list(original.tables.values())
+    arrays = jax.tree.leaves(substitutes(original.layer(0))) + list(original.tables.values())
     for array in arrays:
         while not isinstance(array, np.memmap):
             array = array.base
@@ -194,7 +209,7 @@ def test_a_decoder_that_errs_is_caught(source, tmp_path, monkeypatch):
 
     def wrong(r, q):
         w = right(r, q)
-        return w.at[0, 0].set(7) if r.shape == CFG.layer_matrices["down"] else w
+        return w.at[0, 0].set(7) if r.shape == CFG.joined_matrices["down"] else w
 
     monkeypatch.setattr(residual_convert, "_decode", wrong)
     expected = "down of layer 0: 1 of 8192 weights decode to other bits"
@@ -218,13 +233,13 @@ def damage(file, name, at=None, flip=0x10):
 @pytest.mark.parametrize(
     "tensor, at, field",
     [
-        ("gate.words", None, "gate"),  # the stream
-        ("gate.words", 4 * 128 + 1, "gate"),  # the offset of the first tile
-        ("gate.words", 4 * 32, "gate"),  # octaves
-        ("k.codes", None, "k"),
-        ("o.step", None, "o"),
-        ("down.offset", None, "down"),
-        ("q_bias", None, "q_bias"),
+        ("gate_up.residual", None, "gate_up"),  # the stream
+        ("gate_up.residual", 4 * 128 + 1, "gate_up"),  # the offset of the first tile
+        ("gate_up.residual", 4 * 32, "gate_up"),  # octaves
+        ("qkv.codes", 0, "qkv"),
+        ("o.scale", 0, "o"),  # a step
+        ("down.scale", 2, "down"),  # an offset
+        ("qkv_bias", None, "qkv_bias"),
         ("mlp_norm", 0, "mlp_norm"),
     ],
 )
@@ -255,7 +270,7 @@ def test_broken_folders(converted, tmp_path):
     file.write_bytes(whole)
     manifest = json.loads((converted.path / "manifest.json").read_text())
     (converted.path / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
-    with pytest.raises(ResidualError, match="is of version 0, this program reads 1; convert again"):
+    with pytest.raises(ResidualError, match="is of version 0, this program reads 2; convert again"):
         Converted(converted.path)
     (converted.path / "manifest.json").write_text("{")
     with pytest.raises(ResidualError, match=r"manifest.json is damaged"):
@@ -277,8 +292,16 @@ def test_partition_costs_least(kinds):
     assert cost(got) == min(map(cost, groups))
 
 
-def test_scales_are_those_of_the_device(original):
+def test_substitutes_are_those_of_the_draft(source, original):
     """What the draft computes with is what the residuals were made against."""
-    q = original.substitutes(0).attn.q
-    assert q.codes_QpF.dtype == np.uint8 and q.step_QF.dtype == jnp.bfloat16
-    assert (q.bits, q.group, q.shape) == (4, GROUP, CFG.layer_matrices["q"])
+    want = substitute_layer(source.load(CFG).layers[0], 4, GROUP, 20)
+    got = substitutes(original.layer(0))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_substitutes(source, tmp_path, bits):
+    model = convert(source, CFG, tmp_path, bits, GROUP, 0)
+    assert_same(plain(decoded(model, 0)), source.load(CFG).layers[0])

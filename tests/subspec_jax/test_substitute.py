@@ -11,16 +11,26 @@ import pytest
 from llm_jax.attention import causal_step
 from llm_jax.cache import KV
 from llm_jax.config import Config
-from llm_jax.linear import lookup
-from llm_jax.model import block
-from llm_jax.quantize import Quantized, QuantizedTable, dequantize, quantize, quantized_bytes
+from llm_jax.linear import linear, lookup
+from llm_jax.model import block, unembed
+from llm_jax.packed import packed
+from llm_jax.quantize import QuantizedTable, dequantize, quantize
 from llm_jax.testing import tiny_params
+from pallas_kernels.quantized_matmul import Packed
+from pallas_kernels.quantized_matmul.packing import packed_bytes
+from pallas_kernels.quantized_matmul.reference import dequantized
 from subspec_jax.offload import is_offloaded, place
-from subspec_jax.substitute import substitute, substitute_layer, substitute_table
+from subspec_jax.substitute import (
+    substitute,
+    substitute_layer,
+    substitute_shapes,
+    substitute_table,
+)
 
 CFG = Config(4, 32, 4, 2, 8, 48, 30, dtype="float32", qkv_bias=True, qk_norm=True)
 RESIDENT = 2
-MATRICES = {"q", "k", "v", "o", "gate", "up", "down"}
+MATRICES = {"qkv", "o", "gate_up", "down"}
+JOINED = {"qkv": "qkv", "o": "o", "gate_up": ("gate", "up"), "down": ("down",)}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +66,12 @@ def test_everything_that_is_not_a_chosen_matrix_is_the_very_same_buffer(params, 
             assert all(same_buffer(a, b) for a, b in pairs)
             continue
         ours, theirs = parts(ours), parts(theirs)
-        assert len(ours) == 7 + 2 + 3 + 2
+        assert len(ours) == 4 + 2 + 1 + 2
+        biases = [theirs[name] for name in ("q_bias", "k_bias", "v_bias")]
+        np.testing.assert_array_equal(ours.pop("qkv_bias"), np.concatenate(biases))
         for name in ours:
             if name in MATRICES:
-                assert isinstance(ours[name], Quantized)
+                assert isinstance(ours[name], Packed)
             else:
                 assert same_buffer(ours[name], theirs[name]), name
 
@@ -68,13 +80,15 @@ def test_chosen_layers_are_quantized_on_the_device(params, draft):
     layer = draft.layers[RESIDENT]
     assert is_offloaded(params.layers[RESIDENT]) and not is_offloaded(layer)
     assert {a.sharding.memory_kind for a in jax.tree.leaves(layer)} == {"device"}
-    for name, shape in CFG.layer_matrices.items():
+    dense = jax.tree.map(np.asarray, parts(params.layers[RESIDENT]))
+    for name, shape in CFG.joined_matrices.items():
         w = parts(layer)[name]
         assert w.shape == shape and (w.bits, w.group) == (4, 16)
-        dense = jnp.asarray(np.asarray(parts(params.layers[RESIDENT])[name]))
-        chex.assert_trees_all_equal(w, quantize(dense, 4, 16, 20))
-    held = sum(a.nbytes for m in MATRICES for a in jax.tree.leaves(parts(layer)[m]))
-    assert held == sum(quantized_bytes(*shape, 4, 16) for shape in CFG.layer_matrices.values())
+        low = [quantize(jnp.asarray(dense[part]), 4, 16, 20) for part in JOINED[name]]
+        chex.assert_trees_all_equal(w, packed(*low))
+        exact = np.concatenate([np.asarray(dequantize(q)) for q in low], axis=-1)
+        np.testing.assert_array_equal(dequantized(w), exact)
+        assert w.size_bytes == packed_bytes(*shape, 4, 16)
 
 
 def test_no_data_is_needed_and_the_result_is_always_the_same(params, draft):
@@ -88,7 +102,7 @@ def test_no_data_is_needed_and_the_result_is_always_the_same(params, draft):
 def test_only_the_chosen_layers_change(params, layers, chosen):
     heard = []
     draft = substitute(params, 8, 16, 0, layers, heard.append)
-    kinds = [isinstance(l.attn.q, Quantized) for l in draft.layers]
+    kinds = [isinstance(l.mlp.down, Packed) for l in draft.layers]
     assert kinds == [i in chosen for i in range(CFG.layers)]
     for i, layer in enumerate(draft.layers):
         assert (layer is params.layers[i]) == (i not in chosen)
@@ -98,7 +112,7 @@ def test_only_the_chosen_layers_change(params, layers, chosen):
 def test_iterations_are_passed_on(params):
     layer = params.layers[0]
     nearest, better = (substitute_layer(layer, 2, 16, n) for n in (0, 20))
-    error = lambda l: float(jnp.abs(dequantize(l.mlp.up) - layer.mlp.up).mean())
+    error = lambda l: float(jnp.abs(dequantized(l.mlp.down) - layer.mlp.down).mean())
     assert error(better) < 0.99 * error(nearest)
 
 
@@ -130,6 +144,37 @@ def test_tables_are_made_in_blocks_of_rows(rows):
     got = substitute_table(table, 4, 8)
     assert got.shape == (rows, 16)
     chex.assert_trees_all_equal(got.rows_DV, quantize(jnp.asarray(table.T), 4, 8, 0))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_low_bit_head_of_its_own(params, tied):
+    if tied:
+        params = dataclasses.replace(params, head_DV=None)
+    draft = substitute(params, 4, 16, layers=(), head_bits=8)
+    dense = params.embed_VD.T if tied else params.head_DV
+    assert draft.head_DV.bits == 8 and draft.embed_VD is params.embed_VD
+    np.testing.assert_allclose(dequantized(draft.head_DV), dense, atol=0.02)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, CFG.d_model)), jnp.float32)
+    exact = unembed(dataclasses.replace(params, head_DV=dense), x, CFG)
+    assert float(jnp.abs(unembed(draft, x, CFG) - exact).max()) < 0.1
+
+
+def test_logits_of_a_low_bit_head_are_not_rounded_to_16_bits(params):
+    """They would tie."""
+    head = substitute(params, 4, 16, layers=(), head_bits=8).head_DV
+    h = jnp.asarray(np.random.default_rng(0).normal(size=(3, CFG.d_model)), jnp.bfloat16)
+    logits = np.asarray(linear(head, h, jnp.float32))
+    want = np.asarray(h, np.float32) @ np.asarray(dequantized(head, jnp.bfloat16), np.float32)
+    np.testing.assert_allclose(logits, want, atol=1e-5)
+    assert (logits != logits.astype(jnp.bfloat16).astype(np.float32)).any()
+
+
+@pytest.mark.parametrize("layer", range(CFG.layers))
+def test_shapes_are_those_of_the_substitutes(params, layer):
+    exact = params.layers[layer]
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        substitute_shapes(exact, 3, 16), substitute_layer(exact, 3, 16)
+    )
 
 
 def test_groups_that_do_not_fit_raise(params):
