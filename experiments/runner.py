@@ -37,8 +37,9 @@ class Run:
 
     # ------------------------------------------------------------------ model
 
-    def open(self, checkpoint, limit, pool):
+    def open(self, checkpoint, converted, limit, pool):
         device, args = jax.devices()[0], self.args
+        self.checkpoint, self.converted = checkpoint, converted
         self.tokenizer = ByteTokenizer() if checkpoint is None else checkpoint.tokenizer()
         if checkpoint is not None and self.tokenizer.chat_fallback:
             self.console.print(self.tokenizer.chat_fallback, style="yellow", highlight=False)
@@ -63,13 +64,18 @@ class Run:
                     ahead.compile_ahead(self.plans[method.name], self.sampler, method.gate, replays)
         first = self.plans[self.setups[0].name]
         began = time.perf_counter()
-        with self.bar("Loading layers", first.cfg.layers) as step:
-            if checkpoint is None:
-                self.target = random_target(first, args.seed, step)
-            else:
-                self.target = load_target(checkpoint, first, step)
+        self.target = self.load(first)
         self.load_s = time.perf_counter() - began
         self.eos = () if checkpoint is None or args.replay_acceptance else self.tokenizer.eos
+
+    def load(self, p):
+        """The target where the plan wants it."""
+        source = self.converted if p.residual else self.checkpoint
+        self.residual = p.residual
+        with self.bar("Loading layers", p.cfg.layers) as step:
+            if source is None:
+                return random_target(p, self.args.seed, step)
+            return load_target(source, p, step, p.residual and self.args.verify_weights)
 
     def show_plan(self):
         p = self.plans[self.args.method]
@@ -89,8 +95,9 @@ class Run:
         self.console.print(table)
         tau = plan.published_tau(p.spec.depth)
         plain = settings.make_plan(self.args, self.cfg, methods.VANILLA, self.limit)
+        what = "residuals" if p.residual else "layers"
         lines = [
-            f"{p.resident} of {self.cfg.layers} layers resident, {p.streamed} streamed: "
+            f"{p.resident} of {self.cfg.layers} {what} resident, {p.streamed} streamed: "
             f"{plan.show_bytes(p.streamed_bytes)} a pass over a link measured at "
             f"{self.link / 1e9:.1f} GB/s (device memory {self.memory / 1e9:.0f} GB/s)",
             "predicted, if bytes were all that counts: at most "
@@ -123,6 +130,9 @@ class Run:
         key = (p.resident, p.draft, p.table_on_host)
         if key != self.draft_key:
             self.draft = None  # frees it before layers move in
+            if p.residual != self.residual:
+                self.target = None
+                self.target = self.load(p)
             self.target = arrange(self.target, p)
             if method.draft.model is not None:
                 self.draft = self.draft_model(method.draft.model)
@@ -166,7 +176,7 @@ class Run:
                 continue
             decoder = self.settle_on(method)
             self.warm_up(decoder, method, missing[0][0])
-            aloud = self.args.stream and method.name == self.args.method
+            aloud = self.args.show and method.name == self.args.method
             total = len(missing) * self.args.max_new_tokens
             with contextlib.ExitStack() as stack:
                 step = (
@@ -280,9 +290,9 @@ class Run:
     def settings(self, method) -> str:
         """A hash of all that decides what a method decodes and how fast."""
         args = dataclasses.asdict(self.args)
-        for name in ("output", "stream", "compare", "method", "samples"):
+        for name in ("output", "show", "compare", "method", "samples", "verify_weights"):
             args.pop(name)
-        for name in ("checkpoint", "draft_checkpoint", "data_dir", "palu"):
+        for name in ("checkpoint", "draft_checkpoint", "data_dir", "palu", "converted"):
             args[name] = args[name] and args[name].expanduser().resolve()
         described = [args, self.cfg, method, self.plans[method.name]]
         return hashlib.sha256(repr(described).encode()).hexdigest()[:16]

@@ -3,17 +3,22 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
+import subprocess
+import sys
 
-from experiments import methods
+from experiments import convert, methods
 from llm_jax import registry
 from llm_jax.checkpoint import open_checkpoint
 from llm_jax.params import abstract
 from llm_jax.sample import Sampler
 from palu_jax import store
-from subspec_jax import offload, plan
+from subspec_jax import offload, plan, residual_convert
 from subspec_jax.accept import Gate
 from subspec_jax.decode import LengthError
+from subspec_jax.residual_device import gaussian_room, split_shapes
+from subspec_jax.residual_file import Converted
 from subspec_jax.tree import TreeSpec
 
 
@@ -44,6 +49,17 @@ def check_settings(args) -> None:
         raise methods.MethodError("a replayed run's text means nothing; it cannot be checked")
     if args.replay_acceptance and args.method == "ngram":
         raise methods.MethodError("a replayed run's text means nothing; ngram drafts from the text")
+    if args.stream == "residual":
+        if args.palu is not None:
+            raise methods.MethodError(
+                "residuals are of plain layers; drop --palu or take --stream raw"
+            )
+        if args.dtype == "float32":
+            raise methods.MethodError(
+                "residuals are of 16-bit weights; drop --dtype float32 or take --stream raw"
+            )
+    elif args.converted is not None or args.verify_weights:
+        raise methods.MethodError("--converted and --verify-weights need --stream residual")
     with refusals():
         sampler(args), tree(args), gate(args), stop_gain(args)
 
@@ -82,7 +98,8 @@ def model_config(args, console):
     card = offload.card_bytes()
     wanted = args.dtype
     if wanted == "auto":
-        wanted = "float32" if card is None else offload.card_dtype()
+        on_cpu = "bfloat16" if args.stream == "residual" else "float32"
+        wanted = on_cpu if card is None else offload.card_dtype()
     if args.weights == "random":
         if args.checkpoint is not None:
             raise methods.MethodError("--weights random needs no --checkpoint; drop one of them")
@@ -110,7 +127,7 @@ def chosen_methods(args, cfg, checkpoint) -> list[methods.Method]:
     draft_model = None
     if args.draft_model is not None or args.draft_checkpoint is not None:
         draft_model = draft_config(args, cfg, checkpoint)
-    draft = plan.Draft(args.draft_bits, args.draft_group)
+    draft = plan.Draft(args.draft_bits, args.draft_group, args.draft_head_bits)
     names = list(dict.fromkeys((args.method, *args.compare)))
     if args.replay_acceptance:
         names = [n for n in names if n != "ngram"]
@@ -153,14 +170,66 @@ def draft_config(args, cfg, checkpoint):
     return found
 
 
+def converted(args, cfg, checkpoint, console) -> Converted | None:
+    """The model as substitutes and residuals, converted first if need be; None if it is not wanted.
+
+    Another process converts: this one must not touch the device before its limit is set.
+    """
+    if args.stream != "residual" or checkpoint is None:
+        return None
+    kind = f"{args.draft_bits}x{args.draft_group}-{args.quantizer}-{cfg.dtype}"
+    folder = args.converted or registry.cache_folder() / "converted" / f"{args.model}-{kind}"
+    folder = folder.expanduser()
+    if args.converted is None and args.checkpoint is not None:
+        raise methods.MethodError(
+            "--stream residual with --checkpoint needs --converted FOLDER: where the converted "
+            "model is, or is to be written"
+        )
+    iterations = convert.ITERATIONS[args.quantizer]
+    quantizer = args.draft_bits, args.draft_group, iterations
+    if not residual_convert.is_complete(folder, cfg):
+        console.print(f"Converting to {folder}, once …", style="dim", highlight=False)
+        flags = dict(
+            to=folder,
+            model=args.model,
+            checkpoint=args.checkpoint,
+            dtype=cfg.dtype,
+            draft_bits=args.draft_bits,
+            draft_group=args.draft_group,
+            quantizer=args.quantizer,
+        )
+        given = [(f"--{k.replace('_', '-')}", str(v)) for k, v in flags.items() if v is not None]
+        command = [sys.executable, "-m", "experiments.convert", *itertools.chain(*given)]
+        if subprocess.run(command).returncode:
+            raise methods.MethodError("the conversion failed; its message is above")
+    return residual_convert.convert(checkpoint, cfg, folder, *quantizer)
+
+
+def target_shapes(args, cfg, method, source: Converted | None):
+    """The target as shapes and dtypes: plain layers, low-rank ones, or residuals."""
+    if args.stream == "residual" and method.draft.bits is not None:
+        return residual_shapes(cfg, method.draft) if source is None else source.model
+    return plain_shapes(args.palu, cfg)
+
+
 @functools.cache
-def target_shapes(palu, cfg):
-    """The target as shapes and dtypes; `palu` is the folder of a stored conversion or None."""
+def plain_shapes(palu, cfg):
+    """`palu` is the folder of a stored conversion or None."""
     plain = abstract(cfg)
     return plain if palu is None else store.abstract_layers(store.describe(palu), plain, cfg)
 
 
-def make_plan(args, cfg, method, limit, resident=None, table_on_host=None) -> plan.Plan:
+@functools.cache
+def residual_shapes(cfg, draft):
+    """Of random weights, whose residuals are known to take so much."""
+    room = gaussian_room(cfg, draft.bits, draft.group)
+    layer = split_shapes(cfg, draft.bits, draft.group, room)
+    return dataclasses.replace(abstract(cfg), layers=(layer,) * cfg.layers)
+
+
+def make_plan(
+    args, cfg, method, limit, resident=None, table_on_host=None, source=None
+) -> plan.Plan:
     return plan.make_plan(
         cfg,
         limit,
@@ -171,7 +240,7 @@ def make_plan(args, cfg, method, limit, resident=None, table_on_host=None) -> pl
         ahead=args.ahead,
         resident=args.resident if resident is None else resident,
         table_on_host=args.table_on_host if table_on_host is None else table_on_host,
-        model=target_shapes(args.palu, cfg),
+        model=target_shapes(args, cfg, method, source),
     )
 
 
@@ -180,7 +249,7 @@ TRIALS = 2**29
 own, which for a model as small as SmolLM2 outweigh the model."""
 
 
-def memory_limit(args, cfg, setups, console) -> tuple[int, int | None]:
+def memory_limit(args, cfg, setups, console, source=None) -> tuple[int, int | None]:
     """(bytes to plan with, bytes of the pool enforced on a GPU or None). Before JAX starts."""
     card = offload.card_bytes()
     if offload.card_is_idle():
@@ -197,11 +266,11 @@ def memory_limit(args, cfg, setups, console) -> tuple[int, int | None]:
     else:
         limit = whole
         with contextlib.suppress(plan.PlanError):
-            fits = all(make_plan(args, cfg, s, whole).streamed == 0 for s in setups)
+            fits = all(make_plan(args, cfg, s, whole, source=source).streamed == 0 for s in setups)
             if fits and args.resident is None:
                 # An untied table may go to the host, which a plan would use for more layers.
                 rest = (2**60, cfg.layers // 4, None if cfg.tied else True)
-                quarter = (make_plan(args, cfg, s, *rest) for s in setups)
+                quarter = (make_plan(args, cfg, s, *rest, source) for s in setups)
                 limit = round(max(part.total for part in quarter) / 0.975)
                 console.print(
                     f"The whole model fits here. A limit of {plan.show_bytes(limit)} is emulated, "

@@ -28,6 +28,7 @@ from llm_jax.config import ConfigError
 from palu_jax.store import StoreError
 from subspec_jax.decode import LengthError
 from subspec_jax.plan import PlanError
+from subspec_jax.residual_file import ResidualError
 
 USER_ERRORS = (
     benchmarks.BenchmarkError,
@@ -37,6 +38,7 @@ USER_ERRORS = (
     ConfigError,
     LengthError,
     PlanError,
+    ResidualError,
     StoreError,
 )
 
@@ -56,6 +58,14 @@ class Speculative:
     Its own tokens are decoded, exactly."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""
+    stream: Literal["raw", "residual"] = "raw"
+    """residual: of a streamed layer only what its substitute lacks is moved, about half the bytes,
+    and the exact weights are put together on the device. Resident layers keep their residuals."""
+    converted: Path | None = None
+    """Folder of the converted model for --stream residual (see experiments.convert); made there if
+    it is missing."""
+    verify_weights: bool = False
+    """Compare the converted model's weights with their checksums when they are loaded."""
     memory_limit: str = "auto"
     """Device memory, such as 8GB (1 GB is 2**30 bytes); enforced on a GPU, planned for on a CPU.
     auto: the card's; where the whole model fits, a limit that holds a quarter of its layers.
@@ -68,6 +78,8 @@ class Speculative:
     """Bits a weight of the substitutes."""
     draft_group: int = 64
     """Weights that share a step and an offset."""
+    draft_head_bits: Literal[2, 3, 4, 8] | None = None
+    """Bits of an output head of the draft's own; the target's is shared if not given."""
     quantizer: Literal["hqq", "nearest"] = "hqq"
     draft_model: str | None = None
     """The small model of the method classic."""
@@ -119,7 +131,7 @@ class Speculative:
     published, or a records.jsonl of an earlier run."""
     output: Path | None = None
     """Folder for records, table and plots; the same folder resumes an interrupted run."""
-    stream: bool = True
+    show: bool = True
     """Show the text as it is generated."""
 
 
@@ -127,11 +139,12 @@ def main(args: Speculative, console: Console) -> int:
     settings.check_settings(args)  # before a checkpoint is fetched
     checkpoint, cfg = settings.model_config(args, console)
     setups = settings.chosen_methods(args, cfg, checkpoint)
-    limit, pool = settings.memory_limit(args, cfg, setups, console)
-    plans = {s.name: settings.make_plan(args, cfg, s, limit) for s in setups}
+    source = settings.converted(args, cfg, checkpoint, console)
+    limit, pool = settings.memory_limit(args, cfg, setups, console, source)
+    plans = {s.name: settings.make_plan(args, cfg, s, limit, source=source) for s in setups}
     samples = benchmarks.load(args.benchmark, args.data_dir, args.samples, args.seed)
     run = Run(args, console, cfg, setups, plans, output_folder(args))
-    run.open(checkpoint, limit, pool)
+    run.open(checkpoint, source, limit, pool)
     run.decode(samples)
     run.report()
     return 0

@@ -92,6 +92,12 @@ def convert(
     return Converted(path)
 
 
+def is_complete(path: Path, cfg: Config) -> bool:
+    """Whether all files of a model of that many layers are there; what is in them is not read."""
+    names = [MANIFEST, TABLES, *map(LAYER.format, range(cfg.layers))]
+    return all((path / name).exists() for name in names)
+
+
 def _begin(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, or compares it with the one that is there."""
     path.mkdir(parents=True, exist_ok=True)

@@ -83,7 +83,7 @@ def gaussian_room(cfg: Config, bits: int, group: int) -> dict[str, tuple[int, in
         Q, T = tiles((D, F), group)
         stream, patched = GAUSSIAN[bits]
         words = D * F * stream / 32 + 2 * Q * T
-        room[name] = 32 + math.ceil(words / LANES), 1024 + math.ceil(D * F * patched)
+        room[name] = 8 + math.ceil(words / LANES), 1024 + math.ceil(D * F * patched)
     return room
 
 

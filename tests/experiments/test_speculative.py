@@ -13,7 +13,7 @@ import jax
 import matplotlib.image
 import pytest
 
-from experiments import benchmarks, report, speculative
+from experiments import benchmarks, convert, report, settings, speculative
 from experiments.methods import NAMES
 from llm_jax import registry
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
@@ -62,14 +62,14 @@ def models(tmp_path_factory):
     return found
 
 
-def call(flags: str) -> SimpleNamespace:
+def call(flags: str, cli=speculative.cli) -> SimpleNamespace:
     """The command run in this process: its exit code and what it wrote."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["speculative", *shlex.split(flags)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                code = speculative.cli()
+                code = cli()
             except SystemExit as stopped:  # the flags themselves could not be read
                 code = stopped.code
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
@@ -167,7 +167,7 @@ def test_the_answer_is_streamed_unless_told_otherwise(run, everything, tmp_path)
     text = everything.by_method["subspec"]["text"]
     shown = everything.out[everything.out.index("Keep it under 200 words.") :]
     assert text.strip()[:3] in shown
-    silent = run("--no-stream --method vanilla --compare", tmp_path)
+    silent = run("--no-show --method vanilla --compare", tmp_path)
     assert "Keep it under" not in silent.out and silent.records[0]["text"] == text
 
 
@@ -242,7 +242,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(run, pair, models, tmp_path,
 
 
 def test_other_settings_are_decoded_anew_and_fewer_methods_are_not(run, pair, appended):
-    run("--method chain --compare --samples 2 --no-stream", pair.folder)
+    run("--method chain --compare --samples 2 --no-show", pair.folder)
     assert not appended
     run("--method vanilla --compare --seed 5", pair.folder)
     assert turns(appended) == [("vanilla", "writing-1")]
@@ -275,7 +275,7 @@ def test_sampling_is_lossless_too(run, tmp_path):
 
 @pytest.mark.parametrize("flags", ["--stop-gain auto", "--post-speculation 2", "--depth 0"])
 def test_variants_are_lossless(run, everything, tmp_path, flags):
-    found = run(f"{flags} --compare --no-stream", tmp_path)
+    found = run(f"{flags} --compare --no-show", tmp_path)
     assert [r["method"] for r in found.records] == ["subspec"]
     assert found.records[0]["token_ids"] == everything.by_method["vanilla"]["token_ids"]
 
@@ -296,6 +296,47 @@ def test_random_weights_are_timed_with_the_published_acceptance(run, monkeypatch
     again = run(f"{flags} --replay-acceptance {trace} --compare", tmp_path / "two", None)
     first = next(r for r in published.records if r["method"] == "subspec")
     assert again.records[0]["rounds"]["accepted"] == first["rounds"]["accepted"]
+
+
+@pytest.fixture(scope="module")
+def residual(run, tmp_path_factory):
+    """A run that converts the model in another process, and streams its residuals."""
+    root = tmp_path_factory.mktemp("residual")
+    flags = f"--stream residual --converted {root / 'model'} --check-lossless"
+    found = run(f"{flags} --compare chain subspec-post vanilla ngram", root / "run")
+    return SimpleNamespace(root=root, flags=flags, **vars(found))
+
+
+def test_residuals_stream_and_the_text_is_that_of_plain_layers(residual):
+    """vanilla and ngram have no substitutes: their layers stream as they are."""
+    plain = residual.by_method["vanilla"]
+    for name in ("subspec", "chain", "subspec-post"):
+        record = residual.by_method[name]
+        assert record["lossless"]["identical"] and record["token_ids"] == plain["token_ids"]
+        moved = record["rounds"]["streamed_bytes"][0]
+        assert 0 < moved < 0.75 * plain["rounds"]["streamed_bytes"][0]
+    assert residual.by_method["ngram"]["token_ids"] == plain["token_ids"]
+    assert "Converting to" in residual.out and "residuals resident, 2 streamed" in residual.out
+    meta = json.loads((residual.folder / "run.json").read_text())
+    assert {"substitutes", "streaming ring"} <= set(meta["plans"]["subspec"]["device"])
+    assert "substitutes" not in meta["plans"]["vanilla"]["device"]
+
+
+def test_a_converted_model_is_used_again(run, residual, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "subprocess", None)  # which would convert
+    again = run(f"{residual.flags} --verify-weights --compare", tmp_path)
+    tokens = residual.by_method["subspec"]["token_ids"]
+    assert again.by_method["subspec"]["token_ids"] == tokens
+    assert "Converting" not in again.out
+
+
+def test_random_residuals_are_timed_with_the_published_acceptance(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "lookup", lambda name: SimpleNamespace(config=CFG))
+    flags = "--weights random --stream residual --replay-acceptance published --compare vanilla"
+    found = run(f"{flags} --draft-head-bits 4", tmp_path, None)
+    assert found.by_method["subspec"]["replayed"]
+    bytes_of = lambda name: found.by_method[name]["rounds"]["streamed_bytes"][0]
+    assert 0 < bytes_of("subspec") < bytes_of("vanilla")
 
 
 def test_without_a_limit_one_is_emulated_that_every_method_can_keep(run, tmp_path):
@@ -364,6 +405,17 @@ ERRORS = {
     "no benchmark": ("{} --benchmark mt-bench --data-dir {empty}", "no data for benchmark"),
     "no data": ("{} --benchmark mt-bench --data-dir /absent", "is not a directory"),
     "output": ("{} --output {gguf}", "cannot be made"),
+    "residuals where": ("{} --stream residual", "needs --converted FOLDER"),
+    "converted for nothing": ("{} --converted {empty}", "need --stream residual"),
+    "verified for nothing": ("{} --verify-weights", "need --stream residual"),
+    "wide residuals": (
+        "{} --stream residual --converted x --dtype float32",
+        "residuals are of 16-bit weights",
+    ),
+    "low-rank residuals": (
+        "{} --stream residual --converted x --palu {empty}",
+        "residuals are of plain layers",
+    ),
 }
 
 
@@ -402,7 +454,7 @@ def test_the_least_memory_that_is_named_is_enough(run, models, tmp_path):
     small = f"{BASE} --checkpoint {models['target']} --memory-limit 100KB"
     least = call(small).err.split("the least that works is ")[1].split()[0]
     assert parse_bytes(least) > 100 * 2**10
-    found = run(f"--memory-limit {least} --compare --no-stream", tmp_path)
+    found = run(f"--memory-limit {least} --compare --no-show", tmp_path)
     assert [r["method"] for r in found.records] == ["subspec"]
 
 
@@ -411,3 +463,37 @@ def test_a_prompt_that_does_not_fit_is_skipped_with_a_word(run, tmp_path):
     assert "skipped writing-1 turn 0: 125 prompt tokens and 90 new ones exceed" in found.out
     assert found.records == []
     assert json.loads((tmp_path / "run.json").read_text())["summaries"] == []
+
+
+# --- experiments.convert -----------------------------------------------------------------------
+
+
+def converting(flags: str) -> SimpleNamespace:
+    return call(flags, convert.cli)
+
+
+def test_what_was_begun_otherwise_is_not_touched(models, residual):
+    folder = residual.root / "model"
+    before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+    flags = f"--checkpoint {models['target']} --to {folder}"
+    found = converting(f"{flags} --draft-group 32")
+    assert found.code == 2 and "was converted otherwise: group is 16" in found.err
+    found = converting(f"{flags} --draft-group 16")
+    assert found.code == 0 and "bits a weight to stream" in found.out
+    assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
+    found = call(f"{BASE} --checkpoint {models['gguf']} {residual.flags} --output {folder}-run")
+    assert found.code == 2 and "was converted otherwise: source is" in found.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--checkpoint {truncated} --to {to} --draft-group 16", "truncated"),
+        ("--checkpoint {target} --to {to} --draft-group 40", "not a multiple of group 40"),
+        ("--checkpoint {target} --to {gguf} --draft-group 16", "File exists"),
+    ],
+)
+def test_what_cannot_be_converted_gets_one_line(models, tmp_path, flags, message):
+    found = converting(flags.format(to=tmp_path / "out", **models))
+    assert found.code == 2 and found.err.startswith("error: ") and message in found.err
+    assert "Traceback" not in found.err

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -16,15 +17,17 @@ from llm_jax.cache import empty_caches
 from llm_jax.config import Config
 from llm_jax.generate import generate, prefill
 from llm_jax.model import forward, hidden
-from llm_jax.params import init
+from llm_jax.params import init, unjoined
 from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_params
 from subspec_jax import decode, draft, propose, verify
 from subspec_jax.accept import Gate
 from subspec_jax.decode import Decoder, LengthError
 from subspec_jax.draft import extend, grow
-from subspec_jax.offload import place
+from subspec_jax.load import split_layer
+from subspec_jax.offload import place, streamed_bytes
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
+from subspec_jax.residual_device import decode_layer, split_shapes
 from subspec_jax.substitute import substitute
 from subspec_jax.tree import TreeSpec, seedling
 from subspec_jax.verify import Target, lay_out, settle
@@ -119,6 +122,55 @@ def test_tokens_are_those_of_plain_decoding(tiny, target, plain, name, how):
         assert accepted > len(rounds)  # so that something was speculated at all
     if name == "vanilla":
         assert accepted == 0 and len(rounds) == STEPS
+
+
+RESIDUAL = {
+    "vanilla": lambda draft, cfg: Vanilla(),
+    "beam": lambda draft, cfg: ModelDraft(draft, cfg, BEAM),
+    "auto": lambda draft, cfg: ModelDraft(draft, cfg, BEAM, stop_gain="auto"),
+    "own cache": lambda draft, cfg: ModelDraft(draft, cfg, BEAM, own_cache=True),
+    "post beam": lambda draft, cfg: ModelDraft(draft, cfg, TreeSpec("beam", 2, 3, extra=2)),
+    "post best-first": lambda draft, cfg: ModelDraft(
+        draft, cfg, TreeSpec("best-first", 5, 2, budget=6, extra=4)
+    ),
+    "lookup": lambda draft, cfg: PromptLookup(BEAM),
+}
+
+
+@pytest.fixture(scope="module")
+def residual(tiny):
+    """f(resident): a bfloat16 model whose layers are residuals; its plain parameters."""
+    cfg = dataclasses.replace(tiny.cfg, dtype="bfloat16")
+    params = tiny_params(cfg, 4)
+    room = {name: (64, 4096) for name in cfg.joined_matrices}
+    like = split_shapes(cfg, 4, 16, room)
+    layers = tuple(split_layer(layer, like, 20) for layer in params.layers)
+    whole = [unjoined(jax.jit(decode_layer)(layer), cfg) for layer in layers]
+    chex.assert_trees_all_equal(tuple(whole), params.layers)
+
+    @functools.cache
+    def target(resident):
+        return Target(dataclasses.replace(params, layers=place(layers, resident)), cfg)
+
+    return SimpleNamespace(cfg=cfg, params=params, target=target)
+
+
+@pytest.mark.parametrize("resident", [0, 1])
+@pytest.mark.parametrize("how", SAMPLERS)
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_tokens_are_those_of_plain_decoding_where_residuals_stream(residual, name, how, resident):
+    """The stream's bytes are counted; the draft is what the residuals were made against."""
+    cfg, target, sampler = residual.cfg, residual.target(resident), SAMPLERS[how]
+    proposer = RESIDUAL[name](substitute(target.params), cfg)
+    decoder = Decoder(target, proposer, sampler, max_length=LENGTH)
+    rounds = list(decoder.rounds(PROMPT, STEPS, seed=3))
+    got = [t for r in rounds for t in r.tokens]
+    assert got == generate(residual.params, PROMPT, cfg, STEPS, sampler, 3)
+    assert len(set(got)) > 5
+    if name in ("beam", "own cache"):
+        assert sum(r.accepted for r in rounds) > len(rounds) // 2
+    moved = sum(map(streamed_bytes, target.params.layers[resident:]))
+    assert {r.streamed_bytes for r in rounds[1:]} == {moved}
 
 
 def test_a_draft_that_is_the_target_is_accepted_whole(tiny, target):
