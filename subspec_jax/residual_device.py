@@ -13,6 +13,8 @@ from llm_jax.packed import packed
 from llm_jax.params import Layer, abstract, joined
 from llm_jax.quantize import quantize
 from pallas_kernels.quantized_matmul import Packed, restore
+from pallas_kernels.quantized_matmul.api import on_gpu
+from subspec_jax import residual_triton
 from subspec_jax.residual import (
     BIAS,
     COLUMNS,
@@ -106,30 +108,45 @@ def decode_layer(layer: Layer) -> Layer:
     return jax.tree.map(whole, layer, is_leaf=is_split)
 
 
-def decode(residual: Residual, substitute: Packed) -> jax.Array:
-    """The matrix [D, F], bit by bit what was encoded. Slabs of groups are done one after another.
+def decode(residual: Residual, substitute: Packed, implementation: str | None = None) -> jax.Array:
+    """The matrix [D, F], bit by bit what was encoded.
 
     Shapes depend on the shapes of the arguments and on `residual.patches` alone, so one compiled
-    program serves every layer whose residuals were padded alike.
+    program serves every layer whose residuals were padded alike. `implementation` None takes the
+    Triton kernel on a GPU where `residual_triton.why_not` gives no reason, else XLA, which decodes
+    slabs of groups one after another; "triton" raises NotImplementedError with the reason.
     """
+    if implementation not in (None, "xla", "triton"):
+        raise ValueError(f"implementation is {implementation!r}; one of 'xla', 'triton' or None")
     check_pair("the residual", substitute, residual.shape, residual.dtype)
+    reason = residual_triton.why_not(residual, substitute)
+    if implementation == "triton" and reason:
+        raise NotImplementedError(reason)
     with jax.named_scope("residual_decode"):
-        (_, F), group = substitute.shape, substitute.group
-        Q, T = tiles(substitute.shape, group)
-        fitting = max(1, SLAB // (group * F))
-        count = max(c for c in range(1, min(Q, fitting) + 1) if Q % c == 0)
-        offsets = residual.words.reshape(-1)[LANES : LANES + Q * T].reshape(Q, T)
-        low = residual.low_DF
-        if low is not None:
-            low = low.reshape(Q, group, F)
-        parts = (substitute, offsets.astype(jnp.int32), low)
-        if count == Q:
-            pattern = _slab(residual, *parts)
+        if implementation == "triton" or (implementation is None and on_gpu() and not reason):
+            pattern = residual_triton.decode_triton(residual, substitute)
         else:
-            split = lambda a: a.reshape(Q // count, -1, *a.shape[1:])
-            pattern = jax.lax.map(lambda part: _slab(residual, *part), jax.tree.map(split, parts))
-        pattern = _patched(pattern.reshape(Q, group, F), residual)
-        return jax.lax.bitcast_convert_type(pattern, residual.dtype).reshape(residual.shape)
+            pattern = _decode_xla(residual, substitute)
+        return jax.lax.bitcast_convert_type(pattern, residual.dtype)
+
+
+def _decode_xla(residual: Residual, substitute: Packed) -> jax.Array:
+    """The bit patterns [D, F], uint16."""
+    (_, F), group = substitute.shape, substitute.group
+    Q, T = tiles(substitute.shape, group)
+    fitting = max(1, SLAB // (group * F))
+    count = max(c for c in range(1, min(Q, fitting) + 1) if Q % c == 0)
+    offsets = residual.words.reshape(-1)[LANES : LANES + Q * T].reshape(Q, T)
+    low = residual.low_DF
+    if low is not None:
+        low = low.reshape(Q, group, F)
+    parts = (substitute, offsets.astype(jnp.int32), low)
+    if count == Q:
+        pattern = _slab(residual, *parts)
+    else:
+        split = lambda a: a.reshape(Q // count, -1, *a.shape[1:])
+        pattern = jax.lax.map(lambda part: _slab(residual, *part), jax.tree.map(split, parts))
+    return _patched(pattern.reshape(Q, group, F), residual).reshape(residual.shape)
 
 
 def _slab(residual: Residual, substitute: Packed, offset_QT, low_QgF) -> jax.Array:

@@ -1,0 +1,107 @@
+"""Residuals decoded by one Triton kernel: each weight's bits are read once and written once.
+
+A program takes one group of inputs and 64 columns of the substitute's words, which are as many
+tiles of the residual as a word has fields. A tile is a prefix sum of lengths, two reads from the
+stream, and the same integer arithmetic as everywhere; its patches overwrite what it stored.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.quantized_matmul import Packed
+from pallas_kernels.quantized_matmul.unpack import step_offset
+from subspec_jax.residual import (
+    BIAS,
+    COLUMNS,
+    FIRST_PATCH,
+    LANES,
+    OCTAVES,
+    Residual,
+    complete,
+    predict,
+    tiles,
+)
+
+WARPS = 8
+AT_ONCE = 32
+"""Patches of a tile that are stored together."""
+
+
+def why_not(residual: Residual, substitute: Packed) -> str | None:
+    """Why the kernel cannot decode this; None where it can. Whether there is a GPU is not asked."""
+    if residual.code != "levels":
+        return f"code {residual.code}; the kernel decodes levels"
+    if substitute.bits == 3:
+        return "3 bits, of which the third are apart"
+    group, columns = substitute.group, substitute.words_DS.shape[1]
+    if group & (group - 1) or not 16 <= group <= 64:
+        return f"group {group} is no power of two from 16 to 64"
+    if columns % COLUMNS or substitute.columns != columns * substitute.fields:
+        return f"{substitute.columns} columns are no multiple of {COLUMNS * substitute.fields}"
+    return None
+
+
+def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, T, dtype, interpret):
+    """One group of inputs, `COLUMNS` words wide; `words_ref` is the residual's, flat."""
+    S, width = codes_ref.shape[1], bits
+    q, s = pl.program_id(0), pl.program_id(1) * COLUMNS
+    rows, last = pl.ds(q * group, group), words_ref.shape[0] - 2
+    packed = codes_ref[rows, pl.ds(s, COLUMNS)]
+    octaves = words_ref[OCTAVES].astype(jnp.int32)
+    patches = words_ref[FIRST_PATCH].astype(jnp.int32)
+    counts = LANES + (codes_ref.shape[0] // group) * T  # where the counts of patches begin
+
+    def one(i, _):
+        f = i * S + s
+        tile, columns = q * T + f // COLUMNS, pl.ds(f, COLUMNS)
+        codes = (packed >> (i * width).astype(jnp.uint32)) & jnp.uint32(2**width - 1)
+        step, offset = (v[None] for v in step_offset(scale_ref[q, columns]))
+        p = predict(codes.astype(jnp.int32)[None], step, offset, octaves, dtype, jnp)
+        entry = words_ref[p.level].astype(jnp.int32)
+        length, first = entry & 255, (entry >> 8) - BIAS
+        row = jnp.sum(length, axis=2)
+        before = (jnp.cumsum(row, axis=1) - row)[..., None] + jnp.cumsum(length, axis=2) - length
+        word = words_ref[LANES + tile].astype(jnp.int32) + (before >> 5)
+        word, shift = jnp.clip(word, 0, last), (before & 31).astype(jnp.uint32)
+        high = words_ref[word + 1] << jnp.uint32(1) << (jnp.uint32(31) - shift)
+        two = (words_ref[word] >> shift) | high
+        x = two.astype(jnp.int32) & ((1 << length) - 1)
+        pattern = complete(p, x + first, jnp).reshape(group, COLUMNS)
+        out_ref[rows, columns] = pattern.astype(jnp.uint16)
+        if not interpret:
+            plgpu.debug_barrier()  # patches come after what they overwrite
+
+        begin = words_ref[counts + tile].astype(jnp.int32)
+        count = words_ref[counts + tile + 1].astype(jnp.int32) - begin
+
+        def patch(n, _):  # behind the last one it is stored again
+            entry = n * AT_ONCE + jax.lax.broadcasted_iota(jnp.int32, (AT_ONCE,), 0)
+            at = jnp.clip(patches + begin + jnp.minimum(entry, count - 1), 0, last)
+            found = words_ref[at]
+            place = jnp.minimum((found >> jnp.uint32(16)).astype(jnp.int32), group * COLUMNS - 1)
+            row, column = q * group + place // COLUMNS, f + place % COLUMNS
+            out_ref[row, column] = found.astype(jnp.uint16)
+
+        turns = pl.cdiv(jnp.clip(count, 0, group * COLUMNS), AT_ONCE)
+        jax.lax.fori_loop(0, turns, patch, None)
+
+    jax.lax.fori_loop(0, 32 // bits, one, None)
+
+
+def decode_triton(residual: Residual, substitute: Packed, interpret: bool = False) -> jax.Array:
+    """The bit patterns [D, F], uint16."""
+    group, (D, F) = substitute.group, residual.shape
+    Q, T = tiles(residual.shape, group)
+    known = dict(group=group, bits=substitute.bits, T=T, dtype=residual.dtype, interpret=interpret)
+    return pl.pallas_call(
+        functools.partial(_kernel, **known),
+        out_shape=jax.ShapeDtypeStruct((D, F), jnp.uint16),
+        grid=(Q, substitute.words_DS.shape[1] // COLUMNS),
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+        interpret=interpret,
+        name="residual_decode",
+    )(residual.words.reshape(-1), substitute.words_DS, substitute.scale_QF)
