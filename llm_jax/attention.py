@@ -29,7 +29,8 @@ class Step:
     position_BT: jax.Array
     """Rotary position of each; in a tree it is the depth that counts, not the slot."""
     mask_BTS: jax.Array
-    """True where a query may look at a slot; B may be 1. Every row needs one True."""
+    """True where a query may look at a slot; B may be 1. Every row needs one True. For plain caches
+    it may be of the first slots only: then nothing behind them is read."""
     slot_BS: jax.Array | None = None
     """Rotary position of every slot, for caches whose keys are not rotated yet; B may be 1.
     None: a slot's position is its number."""
@@ -153,5 +154,6 @@ def _over_cache(p, q, k, v, cache: KV, step: Step, cfg: Config):
         q, k = rms_norm(q, p.q_norm, cfg.norm_eps), rms_norm(k, p.k_norm, cfg.norm_eps)
     q, k = rope(q, step.position_BT, cfg), rope(k, step.position_BT, cfg)
     cache = KV(write(cache.k_BSKH, k, step.at), write(cache.v_BSKH, v, step.at))
-    y_BTNH = attend(q, cache.k_BSKH, cache.v_BSKH, step.mask_BTS)
+    live = step.mask_BTS.shape[-1]
+    y_BTNH = attend(q, cache.k_BSKH[:, :live], cache.v_BSKH[:, :live], step.mask_BTS)
     return linear(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cache

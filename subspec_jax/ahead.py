@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.attention import caches_for, causal_step
+from llm_jax.cache import KV
 from llm_jax.generate import chunk_sizes
 from llm_jax.packed import packed
 from llm_jax.params import Params
@@ -23,7 +24,7 @@ from subspec_jax.draft import extend_once, grow
 from subspec_jax.offload import home
 from subspec_jax.plan import Plan
 from subspec_jax.substitute import substitute_shapes
-from subspec_jax.tree import cache_slots, seedling
+from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import jit_block, last_logits, lay_out, settle
 
 
@@ -57,10 +58,13 @@ def compile_ahead(plan: Plan, sampler: Sampler, gate: Gate | None = None, replay
     kinds = {str(jax.tree.structure(l)) + str(jax.tree.leaves(l)): i for i, l in enumerate(layers)}
 
     tree = shapes(lambda: seedling(jnp.int32(0), spec))
-    cut, _, step = shapes(lambda t: lay_out(t, jnp.int32(0), spec, slots), tree)
+    plain = all(isinstance(cache, KV) for cache in caches)
+    sizes = live_sizes(slots) if plain else [slots]
     for i in kinds.values():
         tokens = array(1, spec.nodes, cfg.d_model)
-        jit_block.lower(layers[i], tokens, caches[i], step, cfg).compile()
+        for live in sizes:
+            cut, _, step = shapes(lambda t: lay_out(t, jnp.int32(0), spec, live), tree)  # noqa: B023
+            jit_block.lower(layers[i], tokens, caches[i], step, cfg).compile()
         for length in chunk_sizes(plan.chunk):
             causal = jax.eval_shape(functools.partial(causal_step, 0, length, slots, 0))
             rows = array(1, length, cfg.d_model)
@@ -85,6 +89,8 @@ def compile_ahead(plan: Plan, sampler: Sampler, gate: Gate | None = None, replay
         params, embed_VD=table, layers=(*layers[:shared], *low), head_DV=head
     )
     gain = jax.ShapeDtypeStruct((), jnp.float32, sharding=device)
-    grow.lower(draft, tree, caches, at, key, gain, cfg, spec, sampler).compile()
-    if spec.extra:
-        extend_once.lower(draft, tree, caches, at, key, cfg, spec, sampler).compile()
+    for live in sizes:
+        how = cfg, spec, sampler, live
+        grow.lower(draft, tree, caches, at, key, gain, *how).compile()
+        if spec.extra:
+            extend_once.lower(draft, tree, caches, at, key, *how).compile()

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.attention import caches_for
+from llm_jax.cache import KV
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate
 from subspec_jax.offload import settled
 from subspec_jax.propose import Proposer, Round, State
-from subspec_jax.tree import cache_slots, seedling
+from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Target, lay_out, prefill, run_pass, settle
 
 jit_seedling = jax.jit(seedling, static_argnames="spec")
@@ -49,6 +50,8 @@ class Decoder:
         target = self.target
         caches = caches_for(target.params, target.cfg, 1, self.slots, spec.places + 1)
         self.caches = list(settled(caches))
+        plain = all(isinstance(cache, KV) for cache in caches)
+        self.sizes = live_sizes(self.slots) if plain else [self.slots]
         self.watch: Callable[[], None] | None = None
         """Called between the layers of a pass, to look at memory."""
 
@@ -99,12 +102,14 @@ class Decoder:
             if accept is None:
                 raise LengthError("the acceptance trace is too short for the tokens asked for")
             accept = settled(jnp.int32(accept))
+            needed = len(state.tokens) - 1 + spec.places
+            state.live = next(size for size in self.sizes if size >= needed)
             if self.proposer.on_host:
                 self.proposer.propose(state)
             stream = self.target.stream()
             if not self.proposer.on_host:
                 self.proposer.propose(state)
-            tree, tokens_1E, step = lay_out(state.tree, state.at, spec, self.slots)
+            tree, tokens_1E, step = lay_out(state.tree, state.at, spec, state.live)
             jax.block_until_ready(tokens_1E)
             t1 = time.perf_counter()
             arrived = stream.arrived_bytes()

@@ -25,16 +25,19 @@ from subspec_jax.tree import (
 )
 
 
-def extend(draft, tree: Tree, caches, at, key, cfg: Config, spec: TreeSpec, sampler: Sampler):
+def extend(
+    draft, tree: Tree, caches, at, key, cfg: Config, spec: TreeSpec, sampler: Sampler, live=None
+):
     """(tree, caches) one step further: the best candidates become nodes and are forwarded.
 
-    `at` [] counts the committed tokens; node i stands in slot at + i, at position at + depth.
+    `at` [] counts the committed tokens; node i stands in slot at + i, at position at + depth. Only
+    the first `live` slots are looked at, all if None.
     """
     first = tree.size
     tree = commit(tree, spec)
     rows_w = first + jnp.arange(spec.width)
     position_w = at + tree.depth_E[rows_w]
-    slots = caches[0].slots
+    slots = live or caches[0].slots
     mask, positions = node_mask(tree, rows_w, at, slots), node_positions(tree, at, slots)
     step = Step(at + first, position_w[None], mask, positions)
     logits, caches = forward(draft, tree.token_E[rows_w][None], caches, step, cfg)
@@ -46,15 +49,28 @@ def extend(draft, tree: Tree, caches, at, key, cfg: Config, spec: TreeSpec, samp
 
 
 extend_once = jax.jit(
-    extend, static_argnames=("cfg", "spec", "sampler"), donate_argnames=("tree", "caches")
+    extend,
+    static_argnames=("cfg", "spec", "sampler", "live"),
+    donate_argnames=("tree", "caches"),
 )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("cfg", "spec", "sampler"), donate_argnames=("tree", "caches")
+    jax.jit,
+    static_argnames=("cfg", "spec", "sampler", "live"),
+    donate_argnames=("tree", "caches"),
 )
 def grow(
-    draft, tree: Tree, caches, at, key, log_gain, cfg: Config, spec: TreeSpec, sampler: Sampler
+    draft,
+    tree: Tree,
+    caches,
+    at,
+    key,
+    log_gain,
+    cfg: Config,
+    spec: TreeSpec,
+    sampler: Sampler,
+    live: int | None = None,
 ):
     """(tree, caches) with the tree grown to `spec.nodes` places, or until it stops paying.
 
@@ -69,7 +85,7 @@ def grow(
         tree, _ = carry
         return (tree.size == 0) | ((tree.size + spec.width + last <= spec.nodes) & pays(tree))
 
-    body = lambda carry: extend(draft, *carry, at, key, cfg, spec, sampler)
+    body = lambda carry: extend(draft, *carry, at, key, cfg, spec, sampler, live)
     tree, caches = jax.lax.while_loop(unfinished, body, (tree, caches))
     if not spec.extra:
         more = (tree.size + spec.width <= spec.nodes) & pays(tree)

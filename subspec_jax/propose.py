@@ -35,6 +35,8 @@ class State:
     because a number sent from the host would wait behind the layers that are on their way."""
     key: jax.Array
     sampler: Sampler
+    live: int | None = None
+    """The first slots that hold all of the text and the tree; None: look at all slots."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +153,7 @@ class ModelDraft(Proposer):
             self.cfg,
             self.spec,
             state.sampler,
+            state.live,
         )
         if self.own_cache:
             self._caches = caches
@@ -170,6 +173,7 @@ class ModelDraft(Proposer):
                 self.cfg,
                 self.spec,
                 state.sampler,
+                state.live,
             )
             state.caches[:] = caches
             self._extended += 1

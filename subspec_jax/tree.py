@@ -97,6 +97,18 @@ def cache_slots(max_length: int, spec: TreeSpec) -> int:
     return -(-(max_length + spec.places) // 64) * 64
 
 
+SHORTEST = 512
+"""The fewest slots that attention is compiled for."""
+
+
+def live_sizes(slots: int) -> list[int]:
+    """Numbers of slots that attention is compiled for: 512, 1024, 2048 … and all."""
+    sizes = []
+    while SHORTEST << len(sizes) < slots:
+        sizes.append(SHORTEST << len(sizes))
+    return [*sizes, slots]
+
+
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tree:

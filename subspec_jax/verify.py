@@ -107,7 +107,10 @@ def prefill(target: Target, prompt, caches: list, chunk: int, progress: Callable
 
 @functools.partial(jax.jit, static_argnames=("spec", "slots"))
 def lay_out(tree: Tree, at, spec: TreeSpec, slots: int):
-    """(the places to verify as a `Tree`, their tokens [1, E], the `Step` of the pass)."""
+    """(the places to verify as a `Tree`, their tokens [1, E], the `Step` of the pass).
+
+    The step looks at the first `slots` slots.
+    """
     n = spec.nodes
     cut = dataclasses.replace(
         tree,

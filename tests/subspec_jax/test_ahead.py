@@ -1,17 +1,22 @@
 """What is compiled ahead is what decoding then asks for: no large program is compiled twice."""
 
+import dataclasses
+
 import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from llm_jax.config import Config
+from llm_jax.params import abstract
 from llm_jax.sample import Sampler
+from subspec_jax import tree
 from subspec_jax.accept import Gate
 from subspec_jax.ahead import compile_ahead, use_cache
 from subspec_jax.decode import Decoder
 from subspec_jax.load import make_draft, random_target
 from subspec_jax.plan import NO_DRAFT, Draft, make_plan
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
+from subspec_jax.residual_device import gaussian_room, split_shapes
 from subspec_jax.tree import TreeSpec
 
 OPTIONS = (
@@ -59,6 +64,8 @@ CASES = {
     "gate": (dict(dtype="bfloat16"), BEAM, {}, Sampler(), Gate("entropy", 0.5, 1), False),
     "replay": ({}, BEAM, dict(draft=Draft(4, 16, share_resident=False)), Sampler(), None, True),
     "extra": ({}, TreeSpec("beam", 2, 2, extra=2), {}, Sampler(), None, False),
+    "own head": ({}, BEAM, dict(draft=Draft(4, 16, head_bits=8)), Sampler(), None, False),
+    "residual": (dict(dtype="bfloat16"), BEAM, {}, Sampler(), None, False),
     "sampling": (
         dict(qk_norm=True),
         TreeSpec("best-first", 4, 2, budget=4),
@@ -76,9 +83,14 @@ def plan_for(cfg, spec, **changes):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_decoding_compiles_no_large_program_again(compiled, name):
+def test_decoding_compiles_no_large_program_again(compiled, name, monkeypatch):
+    monkeypatch.setattr(tree, "SHORTEST", 64)  # the texts below end before and behind it
     sizes, spec, changes, sampler, gate, replay = CASES[name]
     cfg = model(list(CASES).index(name), **sizes)
+    if name == "residual":
+        room = gaussian_room(cfg, 4, 16)
+        layers = (split_shapes(cfg, 4, 16, room),) * cfg.layers
+        changes = dict(model=dataclasses.replace(abstract(cfg), layers=layers))
     plan = plan_for(cfg, spec, **changes)
     compile_ahead(plan, sampler, gate, replay)
     assert LARGE & compiled() == (LARGE if spec.extra else LARGE - {"extend"})

@@ -21,6 +21,7 @@ from llm_jax.params import init, unjoined
 from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_params
 from subspec_jax import decode, draft, propose, verify
+from subspec_jax import tree as tree_module
 from subspec_jax.accept import Gate
 from subspec_jax.decode import Decoder, LengthError
 from subspec_jax.draft import extend, grow
@@ -456,3 +457,21 @@ def test_nothing_is_compiled_after_the_first_rounds(tiny, target, name):
         assert compiled  # the listener does hear compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "post best-first"])
+def test_only_the_live_slots_are_looked_at(tiny, target, plain, monkeypatch, name):
+    """NaN behind them is never read; 0 x NaN of a slot that is only masked would be seen."""
+    monkeypatch.setattr(tree_module, "SHORTEST", 8)
+    seen = []
+    exact = decode.lay_out
+    monkeypatch.setattr(decode, "lay_out", lambda *a: (seen.append(a[-1]), exact(*a))[1])
+    decoder = Decoder(target, PROPOSERS[name](tiny), max_length=LENGTH)
+    assert decoder.slots == 128
+    rounds = decoder.rounds(PROMPT, STEPS)
+    got = list(next(rounds).tokens)  # the prompt's pass looks at all slots
+    dead = lambda a: a.at[:, 64:].set(jnp.nan)
+    decoder.caches[:] = [jax.tree.map(dead, cache) for cache in decoder.caches]
+    got += [token for r in rounds for token in r.tokens]
+    assert got == plain(PROMPT, SAMPLERS["greedy"])
+    assert seen == sorted(seen) and len(set(seen)) > 1 and max(seen) <= 64
