@@ -241,6 +241,7 @@ def make_plan(
         resident=args.resident if resident is None else resident,
         table_on_host=args.table_on_host if table_on_host is None else table_on_host,
         model=target_shapes(args, cfg, method, source),
+        kernels=offload.card_has_kernels() and cfg.dtype == "bfloat16",
     )
 
 

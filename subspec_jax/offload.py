@@ -162,9 +162,15 @@ def card_is_idle() -> bool:
     return not jax_for_cuda() and _ask_card("memory.total") is not None
 
 
+def card_has_kernels() -> bool:
+    """Whether JAX will use an NVIDIA card of compute capability 8.0 or more: it has bfloat16 and
+    runs Triton kernels."""
+    return jax_for_cuda() and float(_ask_card("compute_cap") or 0) >= 8
+
+
 def card_dtype() -> str:
-    """bfloat16 if the first visible NVIDIA card has it (compute capability 8.0), else float16."""
-    return "bfloat16" if float(_ask_card("compute_cap") or 0) >= 8 else "float16"
+    """What 16-bit weights the card multiplies: bfloat16, or float16 on older ones."""
+    return "bfloat16" if card_has_kernels() else "float16"
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from llm_jax.quantize import check_grouping, quantized_bytes
 from pallas_kernels.quantized_matmul.packing import packed_bytes
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual_device import SLAB, Split, has_split, is_split
+from subspec_jax.residual_triton import why_not
 from subspec_jax.substitute import substitute_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
 from subspec_jax.verify import ROWS
@@ -182,11 +183,13 @@ def work_bytes(
     chunk: int,
     plain: bool = True,
     residual: bool = False,
+    kernels: bool = False,
 ) -> int:
     """Scratch of the largest program: a prefill or verify block, the head, or a draft step.
 
     Where the cache does not hold keys and values as they are (`plain` is False), one layer's are
-    rebuilt. Where layers are residuals, one matrix is put together at a time.
+    rebuilt. Where layers are residuals, one matrix is put together at a time. `kernels`: low-bit
+    matrices are multiplied, and residuals decoded, without work space.
     """
     size = DTYPES[cfg.dtype]
     rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
@@ -194,14 +197,15 @@ def work_bytes(
     def block(tokens):
         scores = cfg.heads * tokens * slots * (4 + size)  # logits in float32, weights in the dtype
         wide = tokens * (3 * cfg.d_ff + 6 * cfg.d_model) * size
-        decoded = largest * size + DECODE_BYTES * min(SLAB, largest) if residual else 0
+        slab = 0 if kernels else DECODE_BYTES * min(SLAB, largest)
+        decoded = largest * size + slab if residual else 0
         return max(scores, decoded) + wide + tokens * slots + rebuilt
 
     head = 2 * min(ROWS, spec.nodes) * cfg.vocab * 4
     largest = max(rows * columns for rows, columns in cfg.joined_matrices.values())
     step = spec.width * cfg.vocab * 4 * 3 + block(spec.width)
-    if draft.bits is not None:
-        step += largest * size  # where no kernel multiplies codes, a matrix is made dense
+    if draft.bits is not None and not kernels:
+        step += largest * size  # a matrix is made dense
     return max(block(max(chunk, spec.nodes)), head, step)
 
 
@@ -209,7 +213,9 @@ DECODE_BYTES = 20
 """Work space a weight of a slab that is put together (`residual_device.SLAB`)."""
 
 
-def _lay_out(model, cfg, spec, draft, max_length, chunk, ahead, resident, table_on_host, cache):
+def _lay_out(
+    model, cfg, spec, draft, max_length, chunk, ahead, resident, table_on_host, cache, kernels
+):
     """(device items, host items) of one way to place things."""
     size = DTYPES[cfg.dtype]
     matrices = [streamed_bytes(layer) for layer in model.layers]
@@ -244,7 +250,7 @@ def _lay_out(model, cfg, spec, draft, max_length, chunk, ahead, resident, table_
         device["draft KV cache"] = cache_bytes(small, draft.model, slots, spec.places)
     elif draft.own_cache:
         device["draft KV cache"] = cache
-    device["work space"] = work_bytes(cfg, spec, draft, slots, chunk, plain, kept > 0)
+    device["work space"] = work_bytes(cfg, spec, draft, slots, chunk, plain, kept > 0, kernels)
     host = {"streamed layers": sum(matrices[resident:]), "embedding": table if table_on_host else 0}
     return device, host
 
@@ -261,10 +267,12 @@ def make_plan(
     table_on_host: bool | None = None,
     spare: float = 0.02,
     model: Params | None = None,
+    kernels: bool = False,
 ) -> Plan:
     """The plan that streams least: as many resident layers as the limit holds.
 
     `model` is a tree of shapes and dtypes, where the layers are not the plain ones of `cfg`.
+    `kernels`: the device runs the package's Triton kernels (see `offload.card_has_kernels`).
     `resident` and `table_on_host` fix a choice that is otherwise made here; a tied table is the
     head and stays on the device. `spare` of the limit is left to the allocator's rounding. Raises
     PlanError, with the least limit that would work, if even streaming everything does not fit.
@@ -289,12 +297,14 @@ def make_plan(
 
     usable = int(limit * (1 - spare))
     model = model or abstract(cfg)
+    kernels = kernels and not any(why_not(w.residual, w.substitute) for w in _splits(model))
     cache = cache_bytes(model, cfg, cache_slots(max_length, spec), spec.places + 1)
     tables = [False] if cfg.tied else [False, True] if table_on_host is None else [table_on_host]
     found, least = None, None
     for on_host in tables:
         for r in range(cfg.layers + 1) if resident is None else [resident]:
-            items = _lay_out(model, cfg, spec, draft, max_length, chunk, ahead, r, on_host, cache)
+            fixed = model, cfg, spec, draft, max_length, chunk, ahead
+            items = _lay_out(*fixed, r, on_host, cache, kernels)
             total = sum(items[0].values())
             least = total if least is None else min(least, total)
             # Ties go to the table on the device, which is the simpler arrangement.

@@ -21,7 +21,7 @@ def test_normal_numbers(tmp_path, capsys):
     assert whole["floor"] < whole["levels"] < whole["planes"] < whole["entropy"] < whole["raw"]
     assert whole["levels"] < 7.7 and whole["planes"] < 9.2
     assert whole["weights"] == "full-precision weights" and whole["environment"]["commit"]
-    assert set(one["levels_seconds"]) == {"encode", "decode", "compiled"}
+    assert set(one["levels_seconds"]) == {"encode", "decode", "copy", "xla"}
     assert "full-precision weights" in capsys.readouterr().out
 
 

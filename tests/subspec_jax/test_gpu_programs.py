@@ -1,0 +1,84 @@
+"""The programs that a GPU will run, as Triton IR and StableHLO, made without one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llm_jax.attention import caches_for
+from llm_jax.packed import packed
+from llm_jax.params import Params, abstract
+from llm_jax.quantize import QuantizedTable, quantize
+from llm_jax.registry import MODELS
+from llm_jax.sample import Sampler
+from pallas_kernels.lowering import lower_for
+from pallas_kernels.quantized_matmul import api
+from subspec_jax import residual_device
+from subspec_jax.draft import grow
+from subspec_jax.residual_device import gaussian_room, split_shapes
+from subspec_jax.substitute import substitutes
+from subspec_jax.tree import TreeSpec, cache_slots, seedling
+from subspec_jax.verify import jit_block, lay_out
+
+LAYERS = 2
+SPEC = TreeSpec("beam", 48, 6)
+SLOTS = cache_slots(2048, SPEC)
+KERNEL = "__gpu$xla.gpu.triton"
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(api, "on_gpu", lambda: True)
+    monkeypatch.setattr(residual_device, "on_gpu", lambda: True)
+
+
+def target(name) -> tuple:
+    """(sizes with few layers, the model as shapes, its layers residuals)."""
+    cfg = dataclasses.replace(MODELS[name].config, layers=LAYERS, dtype="bfloat16")
+    layer = split_shapes(cfg, 4, 64, gaussian_room(cfg, 4, 64))
+    return cfg, dataclasses.replace(abstract(cfg), layers=(layer,) * LAYERS)
+
+
+def drafting(name) -> tuple:
+    """(sizes, the draft as shapes: low-bit layers, table and head)."""
+    cfg, model = target(name)
+    low = lambda w: packed(quantize(w, 4, 64, 0))
+    head = jax.eval_shape(low, jax.ShapeDtypeStruct((cfg.d_model, cfg.vocab), cfg.dtype))
+    table = jax.eval_shape(lambda t: QuantizedTable(quantize(t.T, 4, 64, 0)), model.embed_VD)
+    return cfg, Params(table, tuple(map(substitutes, model.layers)), model.norm, head)
+
+
+def caches(cfg, model):
+    return jax.eval_shape(functools.partial(caches_for, model, cfg, 1, SLOTS, SPEC.places + 1))
+
+
+NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-32b", "llama-3.1-8b"])
+def test_a_draft_step_multiplies_codes_by_kernels_alone(name):
+    """Four a layer and the head; no dense copy of a matrix; the whole tree is one program."""
+    cfg, draft = drafting(name)
+    tree = jax.eval_shape(lambda: seedling(jnp.int32(0), SPEC))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    gain = jax.ShapeDtypeStruct((), jnp.float32)
+    run = lambda *a: grow(*a, cfg, SPEC, Sampler(), 1024)
+    program = lower_for(run, draft, tree, caches(cfg, draft), NUMBER, key, gain)
+    assert program.count(KERNEL) == 4 * LAYERS + 1
+    for rows, columns in (*cfg.joined_matrices.values(), (cfg.d_model, cfg.vocab)):
+        assert f"tensor<{rows}x{columns}xbf16>" not in program
+    assert f"x{SLOTS}xf32" not in program  # scores of the live slots alone
+    assert "x1024xf32" in program
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "llama-3.1-8b"])
+def test_a_block_of_the_target_decodes_each_matrix_by_one_kernel(name):
+    cfg, model = target(name)
+    tree = jax.eval_shape(lambda: seedling(jnp.int32(0), SPEC))
+    _, tokens, step = jax.eval_shape(lambda t: lay_out(t, jnp.int32(0), SPEC, 512), tree)
+    x = jax.ShapeDtypeStruct((*tokens.shape, cfg.d_model), cfg.dtype)
+    run = lambda *a: jit_block(*a, cfg)
+    program = lower_for(run, model.layers[0], x, caches(cfg, model)[0], step)
+    assert program.count(KERNEL) == 4 and "residual_decode" in program
