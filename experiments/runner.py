@@ -15,11 +15,20 @@ from rich.table import Table
 from experiments import methods, report, settings
 from llm_jax import registry
 from llm_jax.checkpoint import open_checkpoint
+from llm_jax.params import init_layer
 from llm_jax.tokenizer import ByteTokenizer, StreamDecoder
 from subspec_jax import ahead, offload, plan, probe
 from subspec_jax.check import compare_with_plain
 from subspec_jax.decode import Decoder, Round
-from subspec_jax.load import arrange, fetched, load_target, make_draft, random_target
+from subspec_jax.load import (
+    arrange,
+    fetched,
+    load_target,
+    make_draft,
+    random_target,
+    split_layer,
+)
+from subspec_jax.predict import measure, round_seconds
 from subspec_jax.tree import TreeSpec, cache_slots
 
 
@@ -62,11 +71,40 @@ class Run:
                 with self.console.status(f"Compiling for {method.name} …"):
                     replays = args.replay_acceptance is not None
                     ahead.compile_ahead(self.plans[method.name], self.sampler, method.gate, replays)
+        wanted = args.predict == "yes" or (args.predict == "auto" and device.platform == "gpu")
+        self.predicted = self.predict() if wanted else {}
         first = self.plans[self.setups[0].name]
         began = time.perf_counter()
         self.target = self.load(first)
         self.load_s = time.perf_counter() - began
         self.eos = () if checkpoint is None or args.replay_acceptance else self.tokenizer.eos
+
+    def predict(self) -> dict[str, dict[str, float]]:
+        """What a round of each method takes, in seconds, from one layer of each kind."""
+        found, layers = {}, {}
+        for method in self.setups:
+            p = self.plans[method.name]
+            if p.draft.model is not None or self.args.palu is not None:
+                continue
+            with self.console.status(f"Timing a layer for {method.name} …"):
+                if p.residual not in layers:
+                    layers[p.residual] = self.one_layer(p)
+                costs = measure(p, layers[p.residual], self.sampler)
+            seconds = round_seconds(p, costs, self.link)
+            found[method.name] = dataclasses.asdict(costs) | {"round": seconds}
+            self.console.print(
+                f"{method.name}: predicted {1e3 * seconds:.1f} ms a round, "
+                f"{1e3 * costs.draft:.1f} of them drafting",
+                style="dim", highlight=False,
+            )  # fmt: skip
+        return found
+
+    def one_layer(self, p):
+        """A layer of the kind that the plan's target has."""
+        if p.residual and self.converted is not None:
+            return self.converted.layer(0)
+        layer = init_layer(jax.random.key(0), self.cfg)
+        return split_layer(layer, p.model.layers[0]) if p.residual else layer
 
     def load(self, p):
         """The target where the plan wants it."""
@@ -290,7 +328,7 @@ class Run:
     def settings(self, method) -> str:
         """A hash of all that decides what a method decodes and how fast."""
         args = dataclasses.asdict(self.args)
-        for name in ("output", "show", "compare", "method", "samples", "verify_weights"):
+        for name in ("output", "show", "compare", "method", "samples", "verify_weights", "predict"):
             args.pop(name)
         for name in ("checkpoint", "draft_checkpoint", "data_dir", "palu", "converted"):
             args[name] = args[name] and args[name].expanduser().resolve()
@@ -320,6 +358,14 @@ class Run:
         records = [r for r in self.records if r.get("settings") in wanted]
         summaries = report.summarize(records)
         report.print_table(self.console, summaries)
+        for s in summaries:
+            if (predicted := self.predicted.get(s["method"])) and s["passes"]:
+                parts = (s["draft_s"], s["verify_s"], s["other_s"])
+                s["predicted_over_measured"] = predicted["round"] * s["passes"] / sum(parts)
+                self.console.print(
+                    f"{s['method']}: {1e3 * predicted['round']:.1f} ms a round were predicted, "
+                    f"{1e3 * sum(parts) / s['passes']:.1f} measured", style="dim", highlight=False,
+                )  # fmt: skip
         meta = {
             "arguments": dataclasses.asdict(self.args),
             "device": self.device,
@@ -329,6 +375,7 @@ class Run:
             "memory_bytes_per_s": self.memory,
             "load_s": self.load_s,
             "quantize_s": self.quantize_s,
+            "predicted_s": self.predicted,
             "environment": report.environment(),
             "plans": {
                 name: {"resident": p.resident, "table_on_host": p.table_on_host, "device": p.device,

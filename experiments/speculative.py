@@ -129,6 +129,9 @@ class Speculative:
     replay_acceptance: str | None = None
     """Accept draft tokens as a trace says, right or wrong, to time the engine on random weights:
     published, or a records.jsonl of an earlier run."""
+    predict: Literal["auto", "yes", "no"] = "auto"
+    """Time one layer of each kind before the model is loaded, and predict what a round takes; auto:
+    on a GPU."""
     output: Path | None = None
     """Folder for records, table and plots; the same folder resumes an interrupted run."""
     show: bool = True

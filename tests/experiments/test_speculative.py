@@ -333,7 +333,13 @@ def test_a_converted_model_is_used_again(run, residual, tmp_path, monkeypatch):
 def test_random_residuals_are_timed_with_the_published_acceptance(run, monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "lookup", lambda name: SimpleNamespace(config=CFG))
     flags = "--weights random --stream residual --replay-acceptance published --compare vanilla"
-    found = run(f"{flags} --draft-head-bits 4", tmp_path, None)
+    found = run(f"{flags} --draft-head-bits 4 --predict yes", tmp_path, None)
+    predicted = json.loads((tmp_path / "run.json").read_text())["predicted_s"]
+    assert set(predicted) == {"subspec", "vanilla"}
+    for name, parts in predicted.items():
+        assert parts["round"] > 3 * parts["block"] > 0
+        assert (parts["draft"] > 0) != (name == "vanilla")
+        assert f"{name}: {1e3 * parts['round']:.1f} ms a round were predicted" in found.out
     assert found.by_method["subspec"]["replayed"]
     bytes_of = lambda name: found.by_method[name]["rounds"]["streamed_bytes"][0]
     assert 0 < bytes_of("subspec") < bytes_of("vanilla")

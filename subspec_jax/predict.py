@@ -1,0 +1,203 @@
+"""Seconds of a round before a model is loaded: a layer of each kind is timed, the rest computed.
+
+Weights are random; times do not depend on them. What is measured: a block of the verify pass, the
+draft's whole tree with two and with four layers, and a round's end. What is computed: the pipeline
+of copies and blocks, as `offload.Stream` runs it, and the draft with all its layers.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.attention import caches_for
+from llm_jax.params import Layer, Params
+from llm_jax.sample import Sampler
+from subspec_jax.draft import grow
+from subspec_jax.offload import settled, streamed_bytes
+from subspec_jax.plan import Plan
+from subspec_jax.substitute import substitute_head, substitute_layer, substitute_table
+from subspec_jax.tree import cache_slots, live_sizes, seedling
+from subspec_jax.verify import jit_block, lay_out, settle
+
+FEW, MORE = 2, 4
+"""Layers of the drafts that are timed: their difference is the time of a layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds."""
+
+    draft: float
+    """A whole tree."""
+    block: float
+    """A layer of the verify pass, its weights being there."""
+    rest: float
+    """The round's end: logits, walk, moving cache rows; and sending the tree's first inputs."""
+
+
+def pass_seconds(
+    sizes: Sequence[int], block: float, link: float, ahead: int, early: float = 0.0
+) -> float:
+    """Seconds of a streamed pass: `sizes` are the bytes each layer streams, 0 for resident ones.
+
+    The first `ahead` copies start `early` seconds before the pass. Another starts when the link is
+    free and all blocks before the layer that is `ahead` streamed layers earlier are complete.
+    """
+    streamed = [i for i, size in enumerate(sizes) if size]
+    arrival, done, free = {}, [0.0], -early
+
+    def send(k: int, not_before: float):
+        nonlocal free
+        if k < len(streamed):
+            free = max(free, not_before) + sizes[streamed[k]] / link
+            arrival[streamed[k]] = free
+
+    for k in range(ahead):
+        send(k, -early)
+    for i, size in enumerate(sizes):
+        if size:
+            send(streamed.index(i) + ahead, done[-1])
+        done.append(max(done[-1], arrival.get(i, 0.0)) + block)
+    return done[-1]
+
+
+def round_seconds(plan: Plan, costs: Costs, link: float) -> float:
+    """Draft, pass and end of one round of the plan, over a link of so many bytes a second."""
+    layers = plan.model.layers
+    sizes = [0] * plan.resident + [streamed_bytes(layer) for layer in layers[plan.resident :]]
+    verify = pass_seconds(sizes, costs.block, link, plan.ahead, costs.draft)
+    return costs.draft + verify + costs.rest
+
+
+def measure(
+    plan: Plan, exact: Layer, sampler: Sampler = Sampler(), length: int | None = None
+) -> Costs:
+    """Times the plan's parts on the device, which should hold nothing else.
+
+    `exact` is a layer of the target, anywhere; `length` how long the text is meant to be, a quarter
+    of the plan's longest if None. Raises ValueError for a draft that is another model.
+    """
+    if plan.draft.model is not None:
+        raise ValueError("a draft that is another model is not predicted")
+    cfg, spec = plan.cfg, plan.spec
+    length = length or max(1, plan.max_length // 4)
+    slots = cache_slots(plan.max_length, spec)
+    live = next(size for size in live_sizes(slots) if size >= length + spec.places)
+    at, key = settled(jnp.int32(length)), jax.random.key(0)
+    exact = settled(exact)
+    model = _model(plan, (exact,))
+    caches = lambda n: settled(
+        caches_for(_model(plan, (exact,) * n), cfg, 1, slots, spec.places + 1)
+    )
+
+    tree = settled(seedling(jnp.int32(0), spec))
+    _, tokens, step = lay_out(tree, at, spec, live)
+    state = [settled(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype)), caches(1)[0]]
+
+    def block():
+        state[0], state[1], done = jit_block(exact, state[0], state[1], step, cfg)
+        return done
+
+    times = {"block": _seconds(block, 8)}
+    drafted = {}
+    if plan.draft.bits is not None:
+        kinds = _draft_kinds(plan, exact)
+        own = _draft_model(plan, model)
+        for name, layer in kinds.items():
+            for n in (FEW, MORE):
+                layers = tuple(jax.tree.map(jnp.copy, layer) for _ in range(n))
+                drafted[name, n] = _tree_seconds(
+                    dataclasses.replace(own, layers=layers), caches(n), at, key, plan, sampler, live
+                )
+    x, top = state[0], dataclasses.replace(model, layers=())
+    if plan.table_on_host:
+        top = dataclasses.replace(top, embed_VD=None)
+    few = [caches(1)]
+
+    def end():
+        cut, *_ = lay_out(tree, at, spec, live)
+        grown = jax.tree.map(jnp.copy, tree)
+        accepted = settled(jnp.int32(0))
+        *found, kept = settle(
+            top, x, cut, grown, tuple(few[0]), at, key, accepted, cfg, spec, sampler, None, True
+        )
+        few[0] = kept
+        return jax.device_get(found[:3])
+
+    times["rest"] = _seconds(end, 1)
+    return Costs(_draft_seconds(plan, drafted), times["block"], times["rest"])
+
+
+def _draft_seconds(plan: Plan, drafted: dict) -> float:
+    """The time of all layers from that of few and of more; with two kinds, layer by layer."""
+    if not drafted:
+        return 0.0
+    slope = lambda name: (drafted[name, MORE] - drafted[name, FEW]) / (MORE - FEW)
+    names = dict.fromkeys(name for name, _ in drafted)
+    shared = plan.resident if "shared" in names else 0
+    counts = {"shared": shared, "low": plan.cfg.layers - shared}
+    first = next(iter(names))
+    base = drafted[first, FEW] - FEW * slope(first)
+    return base + sum(counts[name] * slope(name) for name in names)
+
+
+def _draft_kinds(plan: Plan, exact: Layer) -> dict[str, Layer]:
+    """A layer of each kind that the draft has."""
+    draft, kinds = plan.draft, {}
+    if plan.resident < plan.cfg.layers or not draft.share_resident or plan.residual:
+        kinds["low"] = settled(substitute_layer(exact, draft.bits, draft.group, 0))
+    if plan.resident and draft.share_resident and not plan.residual:
+        kinds["shared"] = exact
+    return kinds
+
+
+def _draft_model(plan: Plan, model: Params) -> Params:
+    """Table and head of the draft."""
+    draft, table, head = plan.draft, model.embed_VD, model.head_DV
+    if draft.head_bits is not None:
+        head = substitute_head(model, draft.head_bits, draft.group)
+    if plan.table_on_host:
+        table = substitute_table(table, draft.bits, draft.group)
+    return dataclasses.replace(model, embed_VD=table, head_DV=head)
+
+
+def _tree_seconds(params, caches, at, key, plan, sampler, live) -> float:
+    state = [caches]
+    never = settled(jnp.float32(-jnp.inf))
+    fresh = settled(seedling(jnp.int32(0), plan.spec))
+
+    def run():
+        tree = jax.tree.map(jnp.copy, fresh)
+        tree, state[0] = grow(
+            params, tree, state[0], at, key, never, plan.cfg, plan.spec, sampler, live
+        )
+        return tree.size
+
+    return _seconds(run, 1)
+
+
+def _seconds(f: Callable, calls: int, repeats: int = 5) -> float:
+    """Median seconds of a call, behind the first ones; each returns something to wait for."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        for _ in range(calls):
+            last = f()
+        jax.block_until_ready(last)
+        times.append((time.perf_counter() - began) / calls)
+    return statistics.median(times[1:])
+
+
+def _model(plan: Plan, layers: tuple) -> Params:
+    """Tables of zeros around the layers; zeros are as quick as anything."""
+    cfg = plan.cfg
+    zeros = lambda *shape: settled(jnp.zeros(shape, cfg.dtype))
+    size = cfg.vocab, cfg.d_model
+    table = np.zeros(size, cfg.dtype) if plan.table_on_host else zeros(*size)
+    head = None if cfg.tied else zeros(*size[::-1])
+    return Params(table, layers, zeros(cfg.d_model), head)
