@@ -79,13 +79,14 @@ def random_target(plan: Plan, seed: int = 0, progress: Progress | None = None) -
     make = jax.jit(init_layer, static_argnames="cfg")
     normal = jax.jit(_normal, static_argnames=("shape", "dtype"))
     key, layers = jax.random.key(seed), []
+    if plan.residual:
+        split = split_layer(make(key, cfg), plan.model.layers[0])
+        copied = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a.copy()
     for i in range(cfg.layers):
-        if not plan.residual:
-            layer = make(jax.random.fold_in(key, i), cfg)
-        elif i == 0:
-            layer = split_layer(make(key, cfg), plan.model.layers[0])
+        if plan.residual:
+            layer = jax.tree.map(copied, split)
         else:
-            layer = jax.tree.map(jnp.copy, layers[0])
+            layer = make(jax.random.fold_in(key, i), cfg)
         layers.append(jax.block_until_ready(fetch(layer) if i < plan.resident else offload(layer)))
         if progress:
             progress(i + 1)
@@ -99,7 +100,7 @@ def random_target(plan: Plan, seed: int = 0, progress: Progress | None = None) -
 
 
 def split_layer(layer: Layer, like: Layer, iterations: int = 0) -> Layer:
-    """A plain layer as substitutes and residuals of the shapes of `like`.
+    """A plain layer as substitutes on the device and residuals, NumPy arrays, shaped as in `like`.
 
     Raises ValueError if a residual needs more room than `like` has.
     """
