@@ -40,7 +40,7 @@ from experiments import records
 from llm_jax.checkpoint import open_checkpoint
 from llm_jax.packed import packed
 from llm_jax.quantize import Quantized, quantize, quantized_bytes, unpack
-from pallas_kernels.quantized_matmul.api import on_gpu
+from pallas_kernels.device import on_gpu
 from subspec_jax import residual_device
 from subspec_jax.offload import home, settled
 from subspec_jax.residual import CODES, differ, predict

@@ -15,8 +15,9 @@ from jax.tree_util import register_dataclass
 
 from llm_jax.cache import KV, write
 from llm_jax.config import Config
-from llm_jax.linear import linear, precision
+from llm_jax.linear import linear
 from llm_jax.params import Attention, JoinedAttention
+from pallas_kernels.tree_attention import tree_attention
 
 
 @register_dataclass
@@ -93,15 +94,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, width of v]; softmax in
     float32."""
     with jax.named_scope("attend"):
-        B, T, N, H = q_BTNH.shape
-        q_BTKGH = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H)
-        product = functools.partial(
-            jnp.einsum, precision=precision(q_BTNH.dtype), preferred_element_type=jnp.float32
-        )
-        logits = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) * (H**-0.5)
-        weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], logits, -1e30), axis=-1)
-        y_BTKGH = product("BKGTS,BSKH->BTKGH", weights.astype(v_BSKH.dtype), v_BSKH)
-        return y_BTKGH.astype(q_BTNH.dtype).reshape(B, T, N, -1)
+        return tree_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
 def caches_for(params, cfg: Config, batch: int, slots: int, scratch: int = 0) -> tuple:

@@ -12,8 +12,8 @@ from llm_jax.linear import linear
 from llm_jax.packed import packed
 from llm_jax.params import Layer, abstract, joined
 from llm_jax.quantize import quantize
+from pallas_kernels.device import on_gpu
 from pallas_kernels.quantized_matmul import Packed, restore
-from pallas_kernels.quantized_matmul.api import on_gpu
 from subspec_jax import residual_triton
 from subspec_jax.residual import (
     BIAS,

@@ -7,6 +7,7 @@ head size, R rank, g groups.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.device import on_gpu
 from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.reference import (
     finish,
@@ -46,13 +47,6 @@ def why_not(
     """
     ranks, heads = _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads)
     return why_not_triton(q_BTNH, k, v, up_k_gRKH, ranks, heads)
-
-
-def on_gpu() -> bool:
-    """Whether the default device runs Triton kernels (compute capability 8.0 or newer)."""
-    if jax.default_backend() != "gpu":
-        return False
-    return float(getattr(jax.devices()[0], "compute_capability", "0")) >= 8
 
 
 def lowrank_attention(

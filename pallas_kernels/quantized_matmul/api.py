@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.device import on_gpu
 from pallas_kernels.quantized_matmul.packing import Packed
 from pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
 from pallas_kernels.quantized_matmul.tiling import Tiling, choose, why_not_tiling
@@ -30,13 +31,6 @@ def why_not(x, w: Packed) -> str | None:
     if w.words_DS.size >= 2**29:
         return f"{w.words_DS.size} words of 4 bytes, which 32-bit offsets do not reach"
     return None
-
-
-def on_gpu() -> bool:
-    """Whether the default device runs Triton kernels (compute capability 8.0 or newer)."""
-    if jax.default_backend() != "gpu":
-        return False
-    return float(getattr(jax.devices()[0], "compute_capability", "0")) >= 8
 
 
 def _check(x, w: Packed):

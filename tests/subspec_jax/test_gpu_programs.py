@@ -15,6 +15,7 @@ from llm_jax.registry import MODELS
 from llm_jax.sample import Sampler
 from pallas_kernels.lowering import lower_for
 from pallas_kernels.quantized_matmul import api
+from pallas_kernels.tree_attention import api as attention_api
 from subspec_jax import residual_device
 from subspec_jax.draft import grow
 from subspec_jax.residual_device import gaussian_room, split_shapes
@@ -31,6 +32,7 @@ KERNEL = "__gpu$xla.gpu.triton"
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(api, "on_gpu", lambda: True)
+    monkeypatch.setattr(attention_api, "on_gpu", lambda: True)
     monkeypatch.setattr(residual_device, "on_gpu", lambda: True)
 
 
@@ -58,19 +60,19 @@ NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-32b", "llama-3.1-8b"])
-def test_a_draft_step_multiplies_codes_by_kernels_alone(name):
-    """Four a layer and the head; no dense copy of a matrix; the whole tree is one program."""
+def test_a_draft_step_is_kernels(name):
+    """Four products and the attention a layer, and the head; no matrix is made dense, no scores of
+    all slots are written; the whole tree is one program."""
     cfg, draft = drafting(name)
     tree = jax.eval_shape(lambda: seedling(jnp.int32(0), SPEC))
     key = jax.eval_shape(lambda: jax.random.key(0))
     gain = jax.ShapeDtypeStruct((), jnp.float32)
     run = lambda *a: grow(*a, cfg, SPEC, Sampler(), 1024)
     program = lower_for(run, draft, tree, caches(cfg, draft), NUMBER, key, gain)
-    assert program.count(KERNEL) == 4 * LAYERS + 1
+    assert program.count(KERNEL) == 5 * LAYERS + 1
     for rows, columns in (*cfg.joined_matrices.values(), (cfg.d_model, cfg.vocab)):
         assert f"tensor<{rows}x{columns}xbf16>" not in program
-    assert f"x{SLOTS}xf32" not in program  # scores of the live slots alone
-    assert "x1024xf32" in program
+    assert f"x{SLOTS}xf32" not in program and "x1024xf32" not in program
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "llama-3.1-8b"])

@@ -1,0 +1,64 @@
+"""The public function: one specification, and the choice of what computes it."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.device import on_gpu
+from pallas_kernels.tree_attention.reference import tree_attention_reference
+from pallas_kernels.tree_attention.triton import TILE, tree_attention_triton
+
+IMPLEMENTATIONS = ("xla", "triton")
+LARGEST = 64
+"""Rows, a token's heads of one kv head, up to which the kernel is taken unasked: one block."""
+
+
+def why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS) -> str | None:
+    """Why the Triton kernel cannot do this attention; None where it can.
+
+    Whether there is a GPU is not looked at.
+    """
+    B, S, _, H = k_BSKH.shape
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or k_BSKH.dtype != q_BTNH.dtype:
+        return f"{q_BTNH.dtype} queries and {k_BSKH.dtype} keys; the kernel takes 16 bits"
+    if B != 1 or mask_BTS.shape[0] != 1:
+        return f"a batch of {B}; the kernel takes one sequence"
+    if v_BSKX.shape != k_BSKH.shape:
+        return f"values {v_BSKX.shape} unlike keys {k_BSKH.shape}"
+    if H not in (32, 64, 128):
+        return f"heads of {H}; the kernel takes 32, 64 and 128"
+    if S % TILE:
+        return f"{S} slots, no multiple of {TILE}"
+    return None
+
+
+def tree_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKX: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, X], in q's dtype.
+
+    Query head n reads kv head n // (N / K). Every row of the mask needs one True; B of the mask may
+    be 1. Scores and sums are float32. `implementation` None takes Triton on a GPU for more than one
+    token in at most `LARGEST` rows (a draft's step) where `why_not` gives no reason, else XLA;
+    "triton" raises NotImplementedError with the reason. `interpret` runs the kernel on a CPU.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
+    (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+    if N % K or k_BSKH.shape[-1] != H or mask_BTS.shape[1:] != (T, S):
+        raise ValueError(
+            f"queries {q_BTNH.shape}, keys {k_BSKH.shape} and mask {mask_BTS.shape} do not fit"
+        )
+    few = T > 1 and T * N // K <= LARGEST
+    if implementation != "xla" and (implementation or interpret or (few and on_gpu())):
+        reason = why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS)
+        if reason is None:
+            return tree_attention_triton(q_BTNH, k_BSKH, v_BSKX, mask_BTS, interpret)
+        if implementation == "triton":
+            raise NotImplementedError(reason)
+    return tree_attention_reference(q_BTNH, k_BSKH, v_BSKX, mask_BTS)

@@ -1,0 +1,18 @@
+"""The attention in plain jnp: the specification."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def tree_attention_reference(q_BTNH, k_BSKH, v_BSKX, mask_BTS):
+    """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, X], in q's dtype."""
+    B, T, N, H = q_BTNH.shape
+    q_BTKGH = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H)
+    exact = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    logits = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) * (H**-0.5)
+    weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], logits, -1e30), axis=-1)
+    y_BTKGX = product("BKGTS,BSKX->BTKGX", weights.astype(v_BSKX.dtype), v_BSKX)
+    return y_BTKGX.astype(q_BTNH.dtype).reshape(B, T, N, -1)

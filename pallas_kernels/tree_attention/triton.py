@@ -1,0 +1,98 @@
+"""One Triton kernel: a block of query rows of one kv head against a part of the slots.
+
+Rows are (token, head of the group) pairs, so that all heads of a group share what is read of the
+cache. Softmax is taken as it goes, in powers of two. Where slots are split among programs, each
+leaves its highest score, its sum and its average, and XLA puts them together.
+
+Letters: T query tokens, G query heads of a kv head, M = T * G rows, S slots, K kv heads, H head
+size, X splits.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+TILE = 64
+"""Slots a turn of the loop takes."""
+PROGRAMS = 264
+"""Two a multiprocessor of an H200; slots are split until there are about as many."""
+LOWEST = -1e30
+
+
+def _kernel(q_ref, k_ref, v_ref, mask_ref, y_ref, top_ref, sum_ref, *, rows, G, splits):
+    T, S = mask_ref.shape
+    head, x = pl.program_id(1), pl.program_id(2)
+    own = pl.ds(pl.program_id(0) * rows, rows)
+    q = q_ref[head, own]
+    row = pl.program_id(0) * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, TILE), 0)
+    token = jnp.minimum(row // G, T - 1)
+    each = pl.cdiv(S // TILE, splits)
+    scale = math.log2(math.e) * q.shape[-1] ** -0.5
+
+    def turn(n, carry):
+        top, total, y = carry
+        slots = pl.ds(n * TILE, TILE)
+        slot = n * TILE + jax.lax.broadcasted_iota(jnp.int32, (rows, TILE), 1)
+        score = plgpu.dot(q, k_ref[slots, head].T) * scale
+        score = jnp.where(mask_ref[token, slot] != 0, score, LOWEST)
+        higher = jnp.maximum(top, jnp.max(score, axis=1))
+        weight = jnp.exp2(score - higher[:, None])
+        less = jnp.exp2(top - higher)
+        total = total * less + jnp.sum(weight, axis=1)
+        y = y * less[:, None] + plgpu.dot(weight.astype(q.dtype), v_ref[slots, head])
+        return higher, total, y
+
+    start = (
+        jnp.full((rows,), LOWEST, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+    )
+    last = jnp.minimum((x + 1) * each, S // TILE)
+    top, total, y = jax.lax.fori_loop(x * each, last, turn, start)
+    y_ref[x, head, own] = (y / total[:, None]).astype(y_ref.dtype)
+    top_ref[x, head, own] = top
+    sum_ref[x, head, own] = total
+
+
+def cut(M: int, kv_heads: int, slots: int) -> tuple[int, int, int]:
+    """(rows of a block, blocks, splits)."""
+    rows = min(64, max(16, pl.next_power_of_2(M)))
+    blocks, turns = pl.cdiv(M, rows), slots // TILE
+    wanted = min(turns, max(1, PROGRAMS // (blocks * kv_heads)))
+    each = pl.cdiv(turns, wanted)
+    return rows, blocks, pl.cdiv(turns, each)
+
+
+def tree_attention_triton(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret: bool = False):
+    """[1, T, N, H] in q's dtype."""
+    _, T, N, H = q_BTNH.shape
+    _, S, K, _ = k_BSKH.shape
+    G = N // K
+    rows, blocks, X = cut(T * G, K, S)
+    M = rows * blocks
+    q_KMH = q_BTNH.reshape(T, K, G, H).swapaxes(0, 1).reshape(K, T * G, H)
+    q_KMH = jnp.pad(q_KMH, ((0, 0), (0, M - T * G), (0, 0)))
+    array = jax.ShapeDtypeStruct
+    y_XKMH, top_XKM, sum_XKM = pl.pallas_call(
+        functools.partial(_kernel, rows=rows, G=G, splits=X),
+        out_shape=(
+            array((X, K, M, H), q_BTNH.dtype if X == 1 else jnp.float32),
+            array((X, K, M), jnp.float32),
+            array((X, K, M), jnp.float32),
+        ),
+        grid=(blocks, K, X),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="tree_attention",
+    )(q_KMH, k_BSKH[0], v_BSKH[0], mask_BTS[0].astype(jnp.int8))
+    y_KMH = y_XKMH[0]
+    if X > 1:
+        weight = sum_XKM * jnp.exp2(top_XKM - jnp.max(top_XKM, axis=0, keepdims=True))
+        weight = weight / jnp.sum(weight, axis=0, keepdims=True)
+        y_KMH = jnp.sum(y_XKMH * weight[..., None], axis=0).astype(q_BTNH.dtype)
+    y_KTGH = y_KMH[:, : T * G].reshape(K, T, G, H)
+    return y_KTGH.swapaxes(0, 1).reshape(1, T, N, H)

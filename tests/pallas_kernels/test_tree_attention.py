@@ -1,0 +1,122 @@
+"""Tree attention: the kernel in the interpreter and the reference against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.lowering import lower_for
+from pallas_kernels.tree_attention import api, tree_attention, why_not
+from pallas_kernels.tree_attention.triton import TILE, cut
+
+# tokens, query heads, kv heads, head size, slots
+SHAPES = [
+    (6, 28, 4, 128, 512),  # Qwen2.5-7B's draft step
+    (1, 8, 8, 64, 64),
+    (6, 40, 8, 128, 128),
+    (37, 8, 2, 32, 192),  # blocks of rows with a part behind the last
+    (5, 3, 1, 64, 1088),  # splits that do not divide the tiles
+]
+
+
+def inputs(T, N, K, H, S, dtype=jnp.bfloat16, seed=0, seen=0.3):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32) * 2, dtype)
+    mask = rng.random((1, T, S)) < seen
+    mask[:, np.arange(T), rng.integers(0, S, T)] = True
+    return draw(1, T, N, H), draw(1, S, K, H), draw(1, S, K, H), jnp.asarray(mask)
+
+
+def expected(q, k, v, mask):
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    k, v = (np.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
+    score = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
+    score = np.where(np.asarray(mask)[:, None], score, -np.inf)
+    weight = np.exp(score - score.max(-1, keepdims=True))
+    return np.einsum("bnts,bsnh->btnh", weight / weight.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("interpret", [False, True], ids=["reference", "kernel"])
+def test_it_is_the_attention(shape, dtype, interpret):
+    arguments = inputs(*shape, dtype)
+    y = tree_attention(*arguments, interpret=interpret)
+    assert y.dtype == dtype and y.shape == arguments[0].shape
+    step = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-11
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected(*arguments), atol=8 * step)
+
+
+@pytest.mark.parametrize("alone", [0, 70, 511])
+def test_a_row_may_see_one_slot_alone(alone):
+    """Whole tiles and whole splits then hold nothing for it."""
+    q, k, v, mask = inputs(6, 28, 4, 128, 512)
+    mask = mask.at[:, 2].set(False).at[:, 2, alone].set(True)
+    y = tree_attention(q, k, v, mask, interpret=True)
+    want = np.repeat(np.asarray(v[0, alone], np.float32), 7, axis=0)
+    np.testing.assert_array_equal(np.asarray(y[0, 2], np.float32), want)
+
+
+@pytest.mark.parametrize("M", [1, 16, 42, 64, 65, 2023])
+@pytest.mark.parametrize("K, S", [(1, 64), (4, 1024), (8, 2368), (2, 192)])
+def test_every_row_and_every_tile_is_taken(M, K, S):
+    rows, blocks, splits = cut(M, K, S)
+    assert rows * blocks >= M > rows * (blocks - 1) and rows & (rows - 1) == 0
+    tiles = S // TILE
+    each = -(-tiles // splits)
+    assert (splits - 1) * each < tiles <= splits * each
+
+
+@pytest.mark.parametrize("T", [1, 6, 64, 289, 512])
+@pytest.mark.parametrize("N, K", [(28, 4), (40, 8), (32, 8), (32, 32)])
+def test_it_lowers_to_one_kernel(T, N, K):
+    array = jax.ShapeDtypeStruct
+    cache = array((1, 1024, K, 128), jnp.bfloat16)
+    arguments = array((1, T, N, 128), jnp.bfloat16), cache, cache, array((1, T, 1024), jnp.bool_)
+    assert why_not(*arguments) is None
+    program = lower_for(lambda *a: tree_attention(*a, implementation="triton"), *arguments)
+    assert program.count("__gpu$xla.gpu.triton") == 1 and "tree_attention" in program
+
+
+@pytest.mark.parametrize("T, taken", [(1, False), (6, True), (9, True), (10, False)])
+def test_a_gpu_takes_it_for_a_drafts_step(monkeypatch, T, taken):
+    """Other shapes stay with XLA until they have been timed; the target's numbers stay the same."""
+    monkeypatch.setattr(api, "on_gpu", lambda: True)
+    program = lower_for(tree_attention, *inputs(T, 28, 4, 128, 512))
+    assert program.count("__gpu$xla.gpu.triton") == taken
+
+
+@pytest.mark.parametrize(
+    "shape, change, reason",
+    [
+        ((6, 4, 2, 64, 64), dict(dtype=jnp.float32), "float32 queries"),
+        ((6, 4, 2, 48, 64), {}, "heads of 48"),
+        ((6, 4, 2, 64, 100), {}, "100 slots, no multiple of 64"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_said(shape, change, reason):
+    arguments = inputs(*shape, **change)
+    assert reason in why_not(*arguments)
+    with pytest.raises(NotImplementedError, match=reason):
+        tree_attention(*arguments, implementation="triton")
+    y = tree_attention(*arguments, interpret=True)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected(*arguments), atol=0.04)
+
+
+def test_batches_and_narrow_values_go_through_xla():
+    q, k, v, mask = inputs(6, 4, 2, 64, 64)
+    two = [jnp.concatenate([a, a]) for a in (q, k, v, mask)]
+    assert "a batch of 2" in why_not(*two)
+    y = tree_attention(*two)
+    np.testing.assert_array_equal(np.asarray(y[0], np.float32), np.asarray(y[1], np.float32))
+    assert "unlike keys" in why_not(q, k, v[..., :16], mask)
+    assert tree_attention(q, k, v[..., :16], mask).shape == (1, 6, 4, 16)
+
+
+def test_what_does_not_fit_raises():
+    q, k, v, mask = inputs(6, 4, 2, 64, 64)
+    for wrong in ((q[:, :, :3], k, v, mask), (q, k, v, mask[:, :5]), (q[..., :32], k, v, mask)):
+        with pytest.raises(ValueError, match="do not fit"):
+            tree_attention(*wrong)
+    with pytest.raises(ValueError, match="one of"):
+        tree_attention(q, k, v, mask, implementation="cuda")
