@@ -26,7 +26,10 @@ from subspec_jax.residual import (
     tiles,
 )
 
-WARPS = 8
+WARPS = 4
+ROWS = 16
+"""Rows of a tile that are decoded together: 95 registers a thread and some 80 instructions a weight
+(Triton 3.9 for sm_90, compiled without a GPU); the whole tile at once took 162."""
 AT_ONCE = 32
 """Patches of a tile that are stored together."""
 
@@ -49,8 +52,7 @@ def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, T, dtype, 
     """One group of inputs, `COLUMNS` words wide; `words_ref` is the residual's, flat."""
     S, width = codes_ref.shape[1], bits
     q, s = pl.program_id(0), pl.program_id(1) * COLUMNS
-    rows, last = pl.ds(q * group, group), words_ref.shape[0] - 2
-    packed = codes_ref[rows, pl.ds(s, COLUMNS)]
+    last = words_ref.shape[0] - 2
     octaves = words_ref[OCTAVES].astype(jnp.int32)
     patches = words_ref[FIRST_PATCH].astype(jnp.int32)
     counts = LANES + (codes_ref.shape[0] // group) * T  # where the counts of patches begin
@@ -58,20 +60,29 @@ def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, T, dtype, 
     def one(i, _):
         f = i * S + s
         tile, columns = q * T + f // COLUMNS, pl.ds(f, COLUMNS)
-        codes = (packed >> (i * width).astype(jnp.uint32)) & jnp.uint32(2**width - 1)
         step, offset = (v[None] for v in step_offset(scale_ref[q, columns]))
-        p = predict(codes.astype(jnp.int32)[None], step, offset, octaves, dtype, jnp)
-        entry = words_ref[p.level].astype(jnp.int32)
-        length, first = entry & 255, (entry >> 8) - BIAS
-        row = jnp.sum(length, axis=2)
-        before = (jnp.cumsum(row, axis=1) - row)[..., None] + jnp.cumsum(length, axis=2) - length
-        word = words_ref[LANES + tile].astype(jnp.int32) + (before >> 5)
-        word, shift = jnp.clip(word, 0, last), (before & 31).astype(jnp.uint32)
-        high = words_ref[word + 1] << jnp.uint32(1) << (jnp.uint32(31) - shift)
-        two = (words_ref[word] >> shift) | high
-        x = two.astype(jnp.int32) & ((1 << length) - 1)
-        pattern = complete(p, x + first, jnp).reshape(group, COLUMNS)
-        out_ref[rows, columns] = pattern.astype(jnp.uint16)
+        start = words_ref[LANES + tile].astype(jnp.int32)
+
+        def some(n, begun):  # rows n * ROWS …, in front of which lie `begun` bits of the tile
+            rows = pl.ds(q * group + n * ROWS, ROWS)
+            codes = codes_ref[rows, pl.ds(s, COLUMNS)] >> (i * width).astype(jnp.uint32)
+            codes = (codes & jnp.uint32(2**width - 1)).astype(jnp.int32)
+            p = predict(codes[None], step, offset, octaves, dtype, jnp)
+            entry = words_ref[p.level].astype(jnp.int32)
+            length, first = entry & 255, (entry >> 8) - BIAS
+            row = jnp.sum(length, axis=2)
+            above = jnp.cumsum(row, axis=1) - row
+            before = begun + above[..., None] + jnp.cumsum(length, axis=2) - length
+            word = jnp.clip(start + (before >> 5), 0, last)
+            shift = (before & 31).astype(jnp.uint32)
+            high = words_ref[word + 1] << jnp.uint32(1) << (jnp.uint32(31) - shift)
+            two = (words_ref[word] >> shift) | high
+            x = two.astype(jnp.int32) & ((1 << length) - 1)
+            pattern = complete(p, x + first, jnp).reshape(ROWS, COLUMNS)
+            out_ref[rows, columns] = pattern.astype(jnp.uint16)
+            return begun + jnp.sum(row)
+
+        jax.lax.fori_loop(0, group // ROWS, some, jnp.int32(0))
         if not interpret:
             plgpu.debug_barrier()  # patches come after what they overwrite
 
