@@ -27,6 +27,7 @@ Name = Literal[
     "classic",
     "subspec-lossy",
     "subspec-post",
+    "subspec-lookup",
     "subspec-own-cache",
     "subspec-unsharpened",
     "subspec-unshared-layers",
@@ -61,7 +62,8 @@ class Method:
         if self.name == "ngram":
             return PromptLookup(self.spec, self.longest)
         draft_cfg = self.draft.model or cfg
-        return ModelDraft(params, draft_cfg, self.spec, self.draft.own_cache, self.stop_gain)
+        own = self.draft.own_cache
+        return ModelDraft(params, draft_cfg, self.spec, own, self.stop_gain, self.longest)
 
 
 VANILLA = Method("vanilla", Vanilla.spec)
@@ -79,7 +81,7 @@ def make_method(
 ) -> Method:
     """The method of that name, from the tree and substitutes the user chose for `subspec`."""
     change = dataclasses.replace
-    substitutes = Method(name, spec, draft, stop_gain=stop_gain)
+    substitutes = Method(name, spec, draft, stop_gain=stop_gain, longest=longest)
     chain = change(spec, kind="chain", width=1, budget=None)
     match name:
         case "subspec":
@@ -92,7 +94,7 @@ def make_method(
             budget = spec.budget or spec.depth * spec.width
             return change(substitutes, spec=change(spec, kind="best-first", budget=budget))
         case "ngram":
-            plain = change(spec, kind="beam", budget=None, extra=0)
+            plain = change(spec, kind="beam", budget=None, extra=0, lookup=0)
             return Method(name, plain, longest=longest)
         case "classic":
             if draft_model is None:
@@ -101,11 +103,14 @@ def make_method(
                     "name it with --draft-model (for qwen2.5-7b: qwen2.5-0.5b or qwen2.5-1.5b)"
                 )
             own = Draft(bits=None, own_cache=True, model=draft_model)
-            return Method(name, change(spec, sharpen=1.0, extra=0), own, stop_gain=stop_gain)
+            alone = change(spec, sharpen=1.0, extra=0)
+            return Method(name, alone, own, stop_gain=stop_gain, longest=longest)
         case "subspec-lossy":
             return change(substitutes, gate=gate)
         case "subspec-post":
-            return change(substitutes, spec=change(spec, extra=spec.extra or post_steps))
+            return change(substitutes, spec=change(spec, extra=spec.extra or post_steps, lookup=0))
+        case "subspec-lookup":
+            return change(substitutes, spec=change(spec, lookup=spec.lookup or 16, extra=0))
         case "subspec-own-cache":
             own = change(draft, own_cache=True)
             return change(substitutes, spec=change(spec, extra=0), draft=own)

@@ -70,7 +70,8 @@ class Run:
             for method in self.setups:
                 with self.console.status(f"Compiling for {method.name} …"):
                     replays = args.replay_acceptance is not None
-                    ahead.compile_ahead(self.plans[method.name], self.sampler, method.gate, replays)
+                    chosen = (self.sampler, method.gate, replays, method.longest)
+                    ahead.compile_ahead(self.plans[method.name], *chosen)
         wanted = args.predict == "yes" or (args.predict == "auto" and device.platform == "gpu")
         self.predicted = self.predict() if wanted else {}
         first = self.plans[self.setups[0].name]
@@ -395,6 +396,8 @@ def round_columns(rounds: list[Round]) -> dict[str, list]:
         "accepted",
         "drafted",
         "depth",
+        "steps",
+        "copied",
         "draft_s",
         "verify_s",
         "other_s",

@@ -21,6 +21,9 @@ from subspec_jax.residual_device import gaussian_room, split_shapes
 from subspec_jax.residual_file import Converted
 from subspec_jax.tree import TreeSpec
 
+FROM_TEXT = ("ngram", "subspec-lookup")
+"""Methods whose drafts depend on the text, so that they cannot be replayed."""
+
 
 @contextlib.contextmanager
 def refusals():
@@ -47,8 +50,11 @@ def check_settings(args) -> None:
             )
     if args.replay_acceptance and args.check_lossless:
         raise methods.MethodError("a replayed run's text means nothing; it cannot be checked")
-    if args.replay_acceptance and args.method == "ngram":
-        raise methods.MethodError("a replayed run's text means nothing; ngram drafts from the text")
+    if args.replay_acceptance and (args.method in FROM_TEXT or args.lookup):
+        which = args.method if args.method in FROM_TEXT else "--lookup"
+        raise methods.MethodError(
+            f"a replayed run's text means nothing; {which} drafts from the text"
+        )
     if args.stream == "residual":
         if args.palu is not None:
             raise methods.MethodError(
@@ -77,6 +83,7 @@ def tree(args) -> TreeSpec:
         budget=args.budget,
         sharpen=args.sharpen,
         extra=args.post_speculation,
+        lookup=args.lookup,
     )
 
 
@@ -130,7 +137,7 @@ def chosen_methods(args, cfg, checkpoint) -> list[methods.Method]:
     draft = plan.Draft(args.draft_bits, args.draft_group, args.draft_head_bits)
     names = list(dict.fromkeys((args.method, *args.compare)))
     if args.replay_acceptance:
-        names = [n for n in names if n != "ngram"]
+        names = [n for n in names if n not in FROM_TEXT]
     if args.check_lossless:
         names = ["vanilla"] + [n for n in names if n != "vanilla"]
     post_steps = args.post_speculation or 8

@@ -100,6 +100,9 @@ class Speculative:
     """Steps drafted below the tree while it is being verified (subspec-post: 8 if 0 here)."""
     ngram: int = 3
     """Longest n-gram that prompt lookup matches."""
+    lookup: int = 0
+    """Most tokens, copied from where the last n-gram stood before, that a step of the draft tries
+    below its best node (subspec-lookup: 16 if 0 here)."""
     resident: int | None = None
     """Layers to keep on the device; as many as fit if not given."""
     ahead: int = 1

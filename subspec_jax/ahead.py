@@ -20,7 +20,7 @@ from llm_jax.params import Params
 from llm_jax.quantize import QuantizedTable, quantize
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate
-from subspec_jax.draft import extend_once, grow
+from subspec_jax.draft import extend_once, grow, grow_along
 from subspec_jax.offload import home
 from subspec_jax.plan import Plan
 from subspec_jax.substitute import substitute_shapes
@@ -35,7 +35,9 @@ def use_cache(folder) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def compile_ahead(plan: Plan, sampler: Sampler, gate: Gate | None = None, replay: bool = False):
+def compile_ahead(
+    plan: Plan, sampler: Sampler, gate: Gate | None = None, replay: bool = False, longest: int = 3
+):
     """Compiles the plan's programs: the block for a tree and for prefill, the head, the draft."""
     cfg, spec = plan.cfg, plan.spec
     device = home()
@@ -92,5 +94,9 @@ def compile_ahead(plan: Plan, sampler: Sampler, gate: Gate | None = None, replay
     for live in sizes:
         how = cfg, spec, sampler, live
         grow.lower(draft, tree, caches, at, key, gain, *how).compile()
+        if spec.lookup:
+            text = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=device)
+            given = draft, tree, caches, at, key, gain, text, longest
+            grow_along.lower(*given, *how).compile()
         if spec.extra:
             extend_once.lower(draft, tree, caches, at, key, *how).compile()

@@ -88,7 +88,8 @@ class Decoder:
         first = self.sampler.draw(logits, key, jnp.array([len(prompt)], jnp.int32))
         tokens = [*map(int, prompt), int(first[0])]
         at = settled(jnp.int32(len(prompt)))
-        state = State(tokens, self.caches, jit_seedling(first[0], spec), at, key, self.sampler)
+        tree, live = jit_seedling(first[0], spec), self._live(tokens)
+        state = State(tokens, self.caches, tree, at, key, self.sampler, live)
         self.proposer.start(state, self.slots, self.chunk)
         jax.block_until_ready(state.caches)
         seconds = time.perf_counter() - began
@@ -102,8 +103,8 @@ class Decoder:
             if accept is None:
                 raise LengthError("the acceptance trace is too short for the tokens asked for")
             accept = settled(jnp.int32(accept))
-            needed = len(state.tokens) - 1 + spec.places
-            state.live = next(size for size in self.sizes if size >= needed)
+            state.live = self._live(state.tokens)
+            self.proposer.prepare(state)
             if self.proposer.on_host:
                 self.proposer.propose(state)
             stream = self.target.stream()
@@ -145,11 +146,13 @@ class Decoder:
             state.tokens.extend(emitted)
             state.at = next_at
             left -= len(kept)
+            drafted = int((parent_E >= 0).sum())
             result = Round(
                 tokens=kept,
                 accepted=int(length) - 1,
-                drafted=int((parent_E >= 0).sum()),
+                drafted=drafted,
                 depth=int(np.max(np.where(parent_E >= 0, depth_E, 0))),
+                **self.proposer.effort(drafted),
                 draft_s=t1 - t0,
                 verify_s=t2 - t1,
                 other_s=time.perf_counter() - t2,
@@ -158,6 +161,11 @@ class Decoder:
             )
             self.proposer.learn(result)
             yield result
+
+    def _live(self, tokens) -> int:
+        """The slots that attention has to look at: the committed tokens' and a tree's."""
+        needed = len(tokens) - 1 + self.proposer.spec.places
+        return next(size for size in self.sizes if size >= needed)
 
     def _between(self, state):
         def between(layer):

@@ -129,8 +129,7 @@ class Plan:
     ) -> float:
         """At most tau / (pass + draft steps + overhead): every byte at the measured bandwidths,
         arithmetic free. Bytes a second; seconds."""
-        steps = (self.spec.nodes - 1) // self.spec.width
-        draft = steps * self.draft_step_bytes / memory
+        draft = self.spec.steps * self.draft_step_bytes / memory
         return tau / (self.pass_seconds(link) + draft + overhead)
 
 
@@ -203,7 +202,8 @@ def work_bytes(
 
     head = 2 * min(ROWS, spec.nodes) * cfg.vocab * 4
     largest = max(rows * columns for rows, columns in cfg.joined_matrices.values())
-    step = spec.width * cfg.vocab * 4 * 3 + block(spec.width)
+    rows = spec.width + spec.lookup
+    step = rows * cfg.vocab * 4 * 3 + block(rows)
     if draft.bits is not None and not kernels:
         step += largest * size  # a matrix is made dense
     return max(block(max(chunk, spec.nodes)), head, step)

@@ -16,7 +16,8 @@ from llm_jax.generate import prefill
 from llm_jax.model import hidden
 from llm_jax.params import Params
 from llm_jax.sample import Sampler
-from subspec_jax.draft import extend_once, grow
+from subspec_jax.draft import extend_once, grow, grow_along
+from subspec_jax.lookup import Payoff, check_longest, padded
 from subspec_jax.offload import settled
 from subspec_jax.tree import Tree, TreeSpec, commit
 
@@ -50,6 +51,10 @@ class Round:
     """Nodes behind the root that were verified."""
     depth: int = 0
     """Deepest level of the tree."""
+    steps: int = 0
+    """Forward passes of the draft."""
+    copied: int = 0
+    """Looked-up tokens among the nodes."""
     draft_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0
@@ -74,6 +79,9 @@ class Proposer:
     def start(self, state: State, slots: int, chunk: int) -> None:
         """Called when the prompt is in the target's cache and the first token is drawn."""
 
+    def prepare(self, state: State) -> None:
+        """Called before the layers of a round's pass are on their way, to send what is needed."""
+
     def propose(self, state: State) -> None:
         """Fills `state.tree`, whose only candidate is the root (unless it was drafted ahead)."""
         state.tree = _only_root(state.tree, self.spec)
@@ -87,6 +95,10 @@ class Proposer:
         `last` is the accepted path's last node and `forwarded` the places the draft had forwarded;
         `state.tokens` does not hold the emitted tokens yet.
         """
+
+    def effort(self, drafted: int) -> dict[str, int]:
+        """`steps` and `copied` of a round with so many nodes behind the root; asked once."""
+        return {}
 
     def learn(self, result: Round) -> None:
         """Called with every finished round."""
@@ -107,6 +119,9 @@ class ModelDraft(Proposer):
     never stops; "auto" is the break-even point, the tokens that an average round yields in the time
     of one draft step, from the measured times (the renewal argument: go on while the marginal
     tokens per second exceed the average).
+
+    With `spec.lookup` the draft is shown what followed the last tokens of its best guess (n-grams
+    of at most `longest`) earlier in the text, unless that has spared few steps lately.
     """
 
     def __init__(
@@ -116,7 +131,9 @@ class ModelDraft(Proposer):
         spec: TreeSpec,
         own_cache: bool = False,
         stop_gain: float | str = 0.0,
+        longest: int = 3,
     ):
+        check_longest(longest)
         if own_cache and spec.extra:
             raise ValueError(
                 "drafting during verification needs the shared cache; set extra to 0 or share it"
@@ -124,8 +141,10 @@ class ModelDraft(Proposer):
         if stop_gain != "auto" and not float(stop_gain) >= 0:
             raise ValueError(f"stop_gain is {stop_gain}; expected 'auto' or a number from 0 on")
         self.params, self.cfg, self.spec = params, cfg, spec
-        self.own_cache, self.stop_gain = own_cache, stop_gain
-        self._caches = None
+        self.own_cache, self.stop_gain, self.longest = own_cache, stop_gain, longest
+        self._caches, self._slots = None, 0
+        self._payoff, self._text, self._counts = Payoff(), None, None
+        self._compiled = set()  # (live slots, sampler) of both ways to grow
         self._extended = 0
         self._average = None  # (seconds, tokens, draft seconds, draft steps) a round, decaying
         self._log_gain = settled(jnp.float32(self.log_gain()))
@@ -140,26 +159,36 @@ class ModelDraft(Proposer):
             # Compiled here and not in some later round; the root's own step overwrites the slot.
             root = jnp.array([state.tokens[-1:]], jnp.int32)
             self._caches = _remember(self.params, root, self._caches, state.at, self.cfg)
+        self._slots, self._payoff = slots, Payoff()
+        if self.spec.lookup and (state.live, state.sampler) not in self._compiled:
+            planted, never = state.tree, settled(jnp.float32(math.inf))
+            for self._text in (None, settled(padded(state.tokens, slots))):
+                state.tree = jax.tree.map(jnp.copy, planted)
+                self._grow(state, never)  # the root's step alone, which the first round repeats
+            state.tree = planted
+            self._compiled.add((state.live, state.sampler))
+
+    def prepare(self, state):
+        looks = self.spec.lookup and self._payoff.due()
+        self._text = settled(padded(state.tokens, self._slots)) if looks else None
 
     def propose(self, state):
+        self._grow(state, self._log_gain)
+        self._extended = 0
+
+    def _grow(self, state, log_gain):
         caches = self._caches if self.own_cache else tuple(state.caches)
-        state.tree, caches = grow(
-            self.params,
-            state.tree,
-            caches,
-            state.at,
-            state.key,
-            self._log_gain,
-            self.cfg,
-            self.spec,
-            state.sampler,
-            state.live,
-        )
+        given = (self.params, state.tree, caches, state.at, state.key, log_gain)
+        fixed = (self.cfg, self.spec, state.sampler, state.live)
+        self._counts = None
+        if self._text is None:
+            state.tree, caches = grow(*given, *fixed)
+        else:
+            state.tree, caches, self._counts = grow_along(*given, self._text, self.longest, *fixed)
         if self.own_cache:
             self._caches = caches
         else:
             state.caches[:] = caches
-        self._extended = 0
 
     def between(self, state, layer):
         due = self.spec.extra * (layer + 1) // self.cfg.layers
@@ -187,8 +216,15 @@ class ModelDraft(Proposer):
             at = state.at + jnp.int32(len(emitted) - 1)
             self._caches = _remember(self.params, token, self._caches, at, self.cfg)
 
+    def effort(self, drafted):
+        if self._counts is None:
+            return {"steps": 1 + max(0, drafted - 1) // self.spec.width}
+        steps, copied, spared = jax.device_get(self._counts).tolist()
+        self._payoff.learn(spared / steps)
+        return {"steps": steps, "copied": copied}
+
     def learn(self, result):
-        steps = 1 + max(0, result.drafted - 1) // self.spec.width
+        steps = result.steps or 1 + max(0, result.drafted - 1) // self.spec.width
         new = np.array([result.seconds, len(result.tokens), result.draft_s, steps])
         self._average = new if self._average is None else 0.8 * self._average + 0.2 * new
         if self.stop_gain == "auto":
@@ -225,9 +261,8 @@ class PromptLookup(Proposer):
     on_host = True
 
     def __init__(self, spec: TreeSpec, longest: int = 3):
-        if longest < 1:
-            raise ValueError(f"the longest n-gram is {longest}; it must be at least 1")
-        self.spec = dataclasses.replace(spec, kind="beam", extra=0, budget=None)
+        check_longest(longest)
+        self.spec = dataclasses.replace(spec, kind="beam", extra=0, budget=None, lookup=0)
         self.longest = longest
 
     def propose(self, state):

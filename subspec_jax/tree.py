@@ -36,6 +36,8 @@ class TreeSpec:
     """Temperature of the draft's probabilities when nodes are scored; it changes proposals only."""
     extra: int = 0
     """Steps the draft may go on below the tree while the tree is being verified."""
+    lookup: int = 0
+    """Most tokens copied from earlier text that a step forwards below its best node."""
     coupled: bool = True
     """When sampling, the draft adds the position's noise to its logits: it guesses the draw."""
 
@@ -44,11 +46,15 @@ class TreeSpec:
             raise ValueError(f"tree kind {self.kind!r} is not one of beam, best-first, chain")
         if self.kind == "chain" and self.width != 1:
             object.__setattr__(self, "width", 1)
-        for name, least in (("depth", 0), ("width", 1), ("extra", 0)):
+        for name, least in (("depth", 0), ("width", 1), ("extra", 0), ("lookup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"tree {name} is {getattr(self, name)}; it must be at least {least}"
                 )
+        if self.lookup and self.extra:
+            raise ValueError(
+                "steps drafted during verification do not look up text; set lookup or extra to 0"
+            )
         if not self.sharpen > 0:
             raise ValueError(
                 f"sharpen is {self.sharpen}; it must be above 0 (1 leaves the draft as is)"
@@ -61,15 +67,20 @@ class TreeSpec:
             raise ValueError(f"budget {self.budget} is less than one step of {self.width} nodes")
 
     @property
+    def steps(self) -> int:
+        """Times that `width` nodes are added."""
+        return self.depth if self.budget is None else self.budget // self.width
+
+    @property
     def nodes(self) -> int:
         """Places the target verifies: the root and whole steps of `width`."""
-        steps = self.depth if self.budget is None else self.budget // self.width
-        return 1 + steps * self.width
+        return 1 + self.steps * self.width
 
     @property
     def places(self) -> int:
-        """All places, with those for drafting below the tree under verification."""
-        return self.nodes + self.extra * self.width
+        """All places, with those for drafting below the tree under verification, and for a step's
+        looked-up tokens while they are forwarded."""
+        return self.nodes + self.extra * self.width + self.lookup
 
     @property
     def deepest(self) -> int:
@@ -197,23 +208,32 @@ def commit(tree: Tree, spec: TreeSpec) -> Tree:
     )
 
 
-def add_candidates(tree: Tree, first, logits_wV, spec: TreeSpec) -> Tree:
+def sharpened(logits_XV, spec: TreeSpec):
+    """The log-probabilities that nodes are scored by, float32."""
+    return jax.nn.log_softmax(logits_XV.astype(jnp.float32) / spec.sharpen, axis=-1)
+
+
+def add_candidates(tree: Tree, first, logits_wV, spec: TreeSpec, taken_w=None) -> Tree:
     """The tree with the best children of nodes first … first+w-1 in its pool.
 
     `logits_wV` are the draft's (perturbed, when sampling); they are sharpened and normalized here,
     in float32 sums of logs, which do not underflow. Each node offers its best tokens: in a
-    beam `width`, among which the best `width` of the flattened [w, V] scores are.
+    beam `width`, among which the best `width` of the flattened [w, V] scores are. A node does not
+    offer `taken_w` (-1: nothing), which stands below it already; w may then be any number.
     """
-    ids_w = first + jnp.arange(spec.width)
+    ids_w = first + jnp.arange(logits_wV.shape[0])
     score_w = jnp.where(ids_w < tree.size, tree.score_E[ids_w], -jnp.inf)
     if not spec.extra:  # otherwise the tree may get a root further down
         score_w = jnp.where(tree.depth_E[ids_w] < spec.deepest, score_w, -jnp.inf)
-    logp_wV = jax.nn.log_softmax(logits_wV.astype(jnp.float32) / spec.sharpen, axis=-1)
+    logp_wV = sharpened(logits_wV, spec)
+    if taken_w is not None:
+        other_wV = jnp.arange(logp_wV.shape[1])[None] != taken_w[:, None]
+        logp_wV = jnp.where(other_wV, logp_wV, -jnp.inf)
     logp_wb, token_wb = jax.lax.top_k(logp_wV, min(spec.offers, logp_wV.shape[-1]))
     score = (score_w[:, None] + logp_wb).reshape(-1)
     parent = jnp.broadcast_to(ids_w[:, None], token_wb.shape).reshape(-1)
     token = token_wb.astype(jnp.int32).reshape(-1)
-    if spec.kind == "best-first":
+    if spec.kind == "best-first" or taken_w is not None:
         score, kept = jax.lax.top_k(jnp.concatenate([tree.pool_score_C, score]), spec.pool)
         parent = jnp.concatenate([tree.pool_parent_C, parent])[kept]
         token = jnp.concatenate([tree.pool_token_C, token])[kept]

@@ -34,6 +34,7 @@ PROMISED = {
     "classic": (changed(SPEC, sharpen=1.0), Draft(None, own_cache=True, model=SMALL)),
     "subspec-lossy": (SPEC, DRAFT),
     "subspec-post": (changed(SPEC, extra=8), DRAFT),
+    "subspec-lookup": (changed(SPEC, lookup=16), DRAFT),
     "subspec-own-cache": (SPEC, changed(DRAFT, own_cache=True)),
     "subspec-unsharpened": (changed(SPEC, sharpen=1.0), DRAFT),
     "subspec-unshared-layers": (SPEC, changed(DRAFT, share_resident=False)),
@@ -65,7 +66,7 @@ def test_a_methods_proposer_is_of_the_same_tree(name):
         assert type(proposer) is ModelDraft and proposer.params is params
         assert proposer.cfg == (SMALL if name == "classic" else CFG)
         assert proposer.own_cache == (name in ("classic", "subspec-own-cache"))
-        assert proposer.stop_gain == 0.25
+        assert proposer.stop_gain == 0.25 and proposer.longest == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,17 +76,22 @@ def test_a_methods_proposer_is_of_the_same_tree(name):
         TreeSpec("best-first", 5, 3, budget=7, extra=2),
         TreeSpec("chain", 4),
         TreeSpec("beam", 4, 2, extra=3),
+        TreeSpec("beam", 4, 2, lookup=5),
     ],
-    ids=["best-first", "chain", "drafting ahead"],
+    ids=["best-first", "chain", "drafting ahead", "looking up"],
 )
 def test_every_method_can_be_made_of_every_tree(name, spec):
     method = make(name, spec, stop_gain="auto")
     assert method.proposer(CFG, None).spec == method.spec
     assert method.spec.depth == (0 if name == "vanilla" else spec.depth)
-    if name in ("ngram", "classic", "subspec-own-cache"):  # these cannot draft ahead
-        assert method.spec.extra == 0
+    if name in ("ngram", "classic", "subspec-own-cache", "subspec-lookup"):
+        assert method.spec.extra == 0  # these cannot draft ahead
     elif name == "subspec-post":
         assert method.spec.extra == (spec.extra or 8)
+    if name in ("vanilla", "ngram", "subspec-post"):
+        assert method.spec.lookup == 0
+    else:
+        assert method.spec.lookup == (spec.lookup or (16 if name == "subspec-lookup" else 0))
     if name == "best-first":
         assert method.spec.budget == (7 if spec.budget else spec.depth * spec.width)
 

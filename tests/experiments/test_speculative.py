@@ -273,7 +273,9 @@ def test_sampling_is_lossless_too(run, tmp_path):
     assert greedy[1]["lossless"]["identical"]
 
 
-@pytest.mark.parametrize("flags", ["--stop-gain auto", "--post-speculation 2", "--depth 0"])
+@pytest.mark.parametrize(
+    "flags", ["--stop-gain auto", "--post-speculation 2", "--depth 0", "--lookup 4"]
+)
 def test_variants_are_lossless(run, everything, tmp_path, flags):
     found = run(f"{flags} --compare --no-show", tmp_path)
     assert [r["method"] for r in found.records] == ["subspec"]
@@ -377,6 +379,8 @@ ERRORS = {
     "tree step": ("{} --tree best-first --budget 1", "budget 1 is less than one step"),
     "no tree": ("{} --depth 0 --compare best-first", "budget 0 is less than one step"),
     "below the tree": ("{} --post-speculation -1", "tree extra is -1"),
+    "lookup": ("{} --lookup -1", "tree lookup is -1"),
+    "lookup ahead": ("{} --lookup 4 --post-speculation 2", "set lookup or extra to 0"),
     "stop gain": ("{} --stop-gain abc", "--stop-gain is 'abc'; expected auto or a number"),
     "negative gain": ("{} --stop-gain -0.5", "--stop-gain is '-0.5'"),
     "n-gram": ("{} --ngram 0", "--ngram is 0"),
@@ -403,6 +407,7 @@ ERRORS = {
     ),
     "replay checked": ("{} --replay-acceptance published --check-lossless", "cannot be checked"),
     "replay text": ("{} --replay-acceptance published --method ngram", "drafts from the text"),
+    "replay lookup": ("{} --replay-acceptance published --lookup 4", "--lookup drafts from the"),
     "no trace": ("{} --replay-acceptance /absent.jsonl", "/absent.jsonl is no acceptance trace"),
     "no published": (
         "{} --replay-acceptance published --compare best-first",

@@ -24,7 +24,7 @@ OPTIONS = (
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
 )
-LARGE = {"jit_block", "last_logits", "settle", "grow", "extend"}
+LARGE = {"jit_block", "last_logits", "settle", "grow", "grow_along", "extend"}
 """The programs that hold a layer, the head or the draft."""
 
 BEAM = TreeSpec("beam", 2, 2)
@@ -66,6 +66,7 @@ CASES = {
     "extra": ({}, TreeSpec("beam", 2, 2, extra=2), {}, Sampler(), None, False),
     "own head": ({}, BEAM, dict(draft=Draft(4, 16, head_bits=8)), Sampler(), None, False),
     "residual": (dict(dtype="bfloat16"), BEAM, {}, Sampler(), None, False),
+    "lookup": ({}, TreeSpec("beam", 2, 2, lookup=4), {}, Sampler(), None, False),
     "sampling": (
         dict(qk_norm=True),
         TreeSpec("best-first", 4, 2, budget=4),
@@ -93,7 +94,8 @@ def test_decoding_compiles_no_large_program_again(compiled, name, monkeypatch):
         changes = dict(model=dataclasses.replace(abstract(cfg), layers=layers))
     plan = plan_for(cfg, spec, **changes)
     compile_ahead(plan, sampler, gate, replay)
-    assert LARGE & compiled() == (LARGE if spec.extra else LARGE - {"extend"})
+    unused = {"extend": not spec.extra, "grow_along": not spec.lookup}
+    assert LARGE & compiled() == LARGE - {name for name, none in unused.items() if none}
 
     target = random_target(plan)
     proposer = ModelDraft(make_draft(target, plan, 0), cfg, spec)

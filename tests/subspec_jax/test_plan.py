@@ -33,6 +33,7 @@ from subspec_jax.residual_device import gaussian_room, split_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
 
 SPEC, DRAFT = TreeSpec("beam", 3, 2), Draft(group=32)
+LOOKUP = TreeSpec("beam", 3, 2, lookup=32)
 ROOM = 2**30
 MB = 2**20
 
@@ -203,13 +204,16 @@ def scratch(cfg, spec, draft, slots, chunk):
         return logits + weights + mask + hidden
 
     dense = 2 * cfg.d_model * cfg.d_ff * size if draft.bits else 0
-    drafting = 3 * spec.width * cfg.vocab * 4 + dense + block(spec.width)
+    rows = spec.width + spec.lookup
+    drafting = 3 * rows * cfg.vocab * 4 + dense + block(rows)
     judging = 2 * min(64, spec.nodes) * cfg.vocab * 4
     return max(block(chunk), block(spec.nodes), drafting, judging)
 
 
 @pytest.mark.parametrize("cfg", [tiny(), tiny(vocab=2**15), tiny(d_ff=2048, dtype="bfloat16")])
-@pytest.mark.parametrize(("spec", "chunk"), [(SPEC, 16), (SPEC, 128), (TreeSpec(depth=24), 16)])
+@pytest.mark.parametrize(
+    ("spec", "chunk"), [(SPEC, 16), (SPEC, 128), (TreeSpec(depth=24), 16), (LOOKUP, 4)]
+)
 @pytest.mark.parametrize("draft", [DRAFT, NO_DRAFT])
 def test_work_space_is_that_of_the_largest_program(cfg, spec, chunk, draft):
     plan = plan_for(cfg, spec=spec, chunk=chunk, draft=draft)

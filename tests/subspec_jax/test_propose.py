@@ -168,6 +168,10 @@ def test_extra_steps_are_spread_over_the_layers(tiny, monkeypatch, layers, extra
             "stop_gain is nan",
         ),
         (
+            lambda t: ModelDraft(t.params, t.cfg, TreeSpec(lookup=4), longest=0),
+            "the longest n-gram is 0; it must be at least 1",
+        ),
+        (
             lambda t: PromptLookup(TreeSpec(), longest=0),
             "the longest n-gram is 0; it must be at least 1",
         ),

@@ -380,6 +380,9 @@ def test_nodes_that_were_not_forwarded_are_not_kept():
         (TreeSpec("best-first", 6, 3), 19, 19, 6, 19),
         (TreeSpec("best-first", 6, 3, budget=13), 13, 13, 6, 13),  # whole steps: 4 of 3
         (TreeSpec("best-first", 6, 4, budget=4, extra=1), 5, 9, 7, 16),
+        (TreeSpec(lookup=16), 289, 305, 48, 36),
+        (TreeSpec("chain", 5, lookup=9), 6, 15, 5, 1),
+        (TreeSpec("best-first", 6, 3, budget=13, lookup=2), 13, 15, 6, 15),
     ],
 )
 def test_arithmetic_of_places(spec, nodes, places, deepest, pool):
@@ -401,6 +404,8 @@ def test_a_chain_has_width_one_whatever_is_asked():
         (dict(depth=-1), "tree depth is -1; it must be at least 0"),
         (dict(width=0), "tree width is 0; it must be at least 1"),
         (dict(extra=-2), "tree extra is -2"),
+        (dict(lookup=-1), "tree lookup is -1; it must be at least 0"),
+        (dict(extra=1, lookup=4), "set lookup or extra to 0"),
         (dict(sharpen=0.0), "sharpen is 0.0; it must be above 0"),
         (dict(sharpen=float("nan")), "sharpen is nan"),
         (dict(budget=12), "a node budget is for best-first trees; a beam has depth x width"),
