@@ -4,11 +4,12 @@ A record is one decoded turn, written by `append`, with these fields (seconds, b
 
     method benchmark sample turn category settings   which turn, decoded how
     prompt_tokens prefill_s prefill_bytes            the prompt's pass
-    token_ids text decode_s peak_bytes predicted_peak_bytes replayed
+    token_ids text decode_s peak_bytes predicted_peak_bytes replayed tree (its depth and width)
     rounds    lists, an entry per target pass after the prompt's: emitted (tokens kept, the bonus
               token included) accepted drafted depth steps (the draft's forward passes) copied
               (looked-up tokens in the tree) draft_s verify_s other_s streamed_bytes pass_bytes
-              (of the streamed bytes, those that moved during verify_s)
+              (of the streamed bytes, those that moved during verify_s), and lists of their own for
+              each pass: path (places of accepted nodes) gains (a drafted step each)
     lossless  null, or identical first_difference logit_gap tolerance, against plain decoding
 """
 

@@ -12,7 +12,7 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from experiments import methods, report, settings
+from experiments import methods, report, settings, shaping
 from llm_jax import registry
 from llm_jax.checkpoint import open_checkpoint
 from llm_jax.params import init_layer
@@ -215,6 +215,11 @@ class Run:
                 continue
             decoder = self.settle_on(method)
             self.warm_up(decoder, method, missing[0][0])
+            if shaping.is_free(self.args, method):
+                del decoder
+                method = self.shaped(method, missing[0][0])
+                decoder = self.settle_on(method)
+                self.warm_up(decoder, method, missing[0][0])
             aloud = self.args.show and method.name == self.args.method
             total = len(missing) * self.args.max_new_tokens
             with contextlib.ExitStack() as stack:
@@ -251,6 +256,16 @@ class Run:
             )
             for _ in rounds:
                 continue
+
+    def shaped(self, method, sample):
+        """The method with the tree that its first rounds, on this sample, promise most of."""
+        with self.console.status(f"Choosing a tree for {method.name} …"):
+            prompt = self.prompt(sample, 0)[: self.args.max_length // 2]
+            method, rate = shaping.choose(self, method, prompt)
+        promise = "nothing to choose from" if rate is None else f"{rate:.1f} tokens/s predicted"
+        shape = f"depth {method.spec.depth}, width {method.spec.width}"
+        self.console.print(f"{method.name}: {shape}, {promise}", highlight=False)
+        return method
 
     def trace(self, method):
         """A new iterator over accepted lengths, or None where nothing is replayed."""
@@ -311,6 +326,7 @@ class Run:
             "peak_bytes": peak.bytes(),
             "predicted_peak_bytes": self.plans[method.name].total,
             "replayed": replay is not None,
+            "tree": {"depth": method.spec.depth, "width": method.spec.width},
             "rounds": round_columns(rounds[1:]),
             "lossless": lossless,
         }
@@ -403,6 +419,8 @@ def round_columns(rounds: list[Round]) -> dict[str, list]:
         "other_s",
         "streamed_bytes",
         "pass_bytes",
+        "path",
+        "gains",
     )
     columns = {name: [getattr(r, name) for r in rounds] for name in names}
     return columns | {"emitted": [len(r.tokens) for r in rounds]}

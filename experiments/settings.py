@@ -66,6 +66,11 @@ def check_settings(args) -> None:
             )
     elif args.converted is not None or args.verify_weights:
         raise methods.MethodError("--converted and --verify-weights need --stream residual")
+    if args.replay_acceptance and "auto" in (args.depth, args.width):
+        raise methods.MethodError(
+            "a replayed run accepts what its trace says, whatever the tree: give --depth and "
+            "--width numbers"
+        )
     with refusals():
         sampler(args), tree(args), gate(args), stop_gain(args)
 
@@ -78,8 +83,8 @@ def tree(args) -> TreeSpec:
     depth, width = (8, 2) if offload.card_bytes() is None else (48, 6)
     return TreeSpec(
         kind=args.tree,
-        depth=depth if args.depth is None else args.depth,
-        width=width if args.width is None else args.width,
+        depth=depth if args.depth in (None, "auto") else args.depth,
+        width=width if args.width in (None, "auto") else args.width,
         budget=args.budget,
         sharpen=args.sharpen,
         extra=args.post_speculation,

@@ -85,17 +85,18 @@ class Speculative:
     """The small model of the method classic."""
     draft_checkpoint: Path | None = None
     tree: Literal["beam", "best-first", "chain"] = "beam"
-    depth: int | None = None
-    """Levels of the tree; 48 on a GPU, 8 on a CPU, where verifying many tokens takes long."""
-    width: int | None = None
-    """Nodes added a step; 6 on a GPU, 2 on a CPU."""
+    depth: int | Literal["auto"] | None = None
+    """Levels of the tree; 48 on a GPU, 8 on a CPU, where verifying many tokens takes long. auto:
+    the number up to that which the first rounds' times and acceptance promise most of."""
+    width: int | Literal["auto"] | None = None
+    """Nodes added a step; 6 on a GPU, 2 on a CPU. auto: chosen like the depth."""
     budget: int | None = None
     """Nodes of a best-first tree; depth x width if not given."""
     sharpen: float = 0.2
     """Temperature of the draft's probabilities when nodes are ranked."""
     stop_gain: str = "0"
-    """Stop drafting where a step is expected to add no more accepted tokens than this; auto: the
-    break-even point from the measured times."""
+    """Stop drafting where the chance of another accepted token, learned from the draft's scores in
+    finished rounds, falls below this; auto: the break-even point from the measured times."""
     post_speculation: int = 0
     """Steps drafted below the tree while it is being verified (subspec-post: 8 if 0 here)."""
     ngram: int = 3

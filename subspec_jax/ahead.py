@@ -90,13 +90,13 @@ def compile_ahead(
     draft = dataclasses.replace(
         params, embed_VD=table, layers=(*layers[:shared], *low), head_DV=head
     )
-    gain = jax.ShapeDtypeStruct((), jnp.float32, sharding=device)
+    least = jax.ShapeDtypeStruct((max(spec.steps, 1),), jnp.float32, sharding=device)
     for live in sizes:
         how = cfg, spec, sampler, live
-        grow.lower(draft, tree, caches, at, key, gain, *how).compile()
+        grow.lower(draft, tree, caches, at, key, least, *how).compile()
         if spec.lookup:
             text = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=device)
-            given = draft, tree, caches, at, key, gain, text, longest
+            given = draft, tree, caches, at, key, least, text, longest
             grow_along.lower(*given, *how).compile()
         if spec.extra:
             extend_once.lower(draft, tree, caches, at, key, *how).compile()

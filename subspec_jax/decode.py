@@ -17,7 +17,7 @@ from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate
 from subspec_jax.offload import settled
 from subspec_jax.propose import Proposer, Round, State
-from subspec_jax.tree import cache_slots, live_sizes, seedling
+from subspec_jax.tree import cache_slots, live_sizes, path_to, seedling, step_gains
 from subspec_jax.verify import Target, lay_out, prefill, run_pass, settle
 
 jit_seedling = jax.jit(seedling, static_argnames="spec")
@@ -133,10 +133,9 @@ class Decoder:
                 lengths is not None,
             )
             state.caches[:] = caches
-            host = jax.device_get(
-                (emitted_P, length, last, tree.parent_E, tree.depth_E, tree.forwarded)
-            )
-            emitted_P, length, last, parent_E, depth_E, forwarded = host
+            grown = (tree.parent_E, tree.depth_E, tree.score_E, tree.size, tree.forwarded)
+            host = jax.device_get((emitted_P, length, last, *grown))
+            emitted_P, length, last, parent_E, depth_E, score_E, size, forwarded = host
             emitted = emitted_P[:length].tolist()
             state.tree = planted
             self.proposer.advance(state, source, int(last), int(forwarded), emitted)
@@ -147,12 +146,15 @@ class Decoder:
             state.at = next_at
             left -= len(kept)
             drafted = int((parent_E >= 0).sum())
+            effort = self.proposer.effort(drafted)
             result = Round(
                 tokens=kept,
                 accepted=int(length) - 1,
                 drafted=drafted,
                 depth=int(np.max(np.where(parent_E >= 0, depth_E, 0))),
-                **self.proposer.effort(drafted),
+                path=path_to(last, parent_E),
+                gains=() if effort.get("copied") else step_gains(score_E[:size], spec.width),
+                **effort,
                 draft_s=t1 - t0,
                 verify_s=t2 - t1,
                 other_s=time.perf_counter() - t2,

@@ -21,7 +21,7 @@ from subspec_jax.tree import (
     TreeSpec,
     add_candidates,
     commit,
-    expected_gain,
+    gain,
     node_mask,
     node_positions,
 )
@@ -72,7 +72,7 @@ def grow(
     caches,
     at,
     key,
-    log_gain,
+    least_L,
     cfg: Config,
     spec: TreeSpec,
     sampler: Sampler,
@@ -80,12 +80,12 @@ def grow(
 ):
     """(tree, caches) with the tree grown by `spec.steps` steps, or until it stops paying.
 
-    Growing stops where the next step is expected to add no more than exp(log_gain) accepted tokens
-    (-inf: never). Nodes of the last step are not forwarded, their children being of no use, unless
-    the draft goes on below them during verification (`spec.extra`). Caches and tree are donated.
+    Step l is not forwarded if its gain is at most least_L[l-1] (-inf: it always is). Nodes of the
+    last step are not forwarded, their children being of no use, and so cost nothing; unless the
+    draft goes on below them during verification (`spec.extra`). Caches and tree are donated.
     """
     last = 0 if spec.extra else spec.width
-    pays = lambda tree: expected_gain(tree, spec) > log_gain
+    pays = lambda tree: gain(tree, spec) > least_L[(tree.size - 1) // spec.width]
 
     def unfinished(carry):
         tree, _ = carry
@@ -93,11 +93,11 @@ def grow(
 
     body = lambda carry: extend(draft, *carry, at, key, cfg, spec, sampler, live)
     tree, caches = jax.lax.while_loop(unfinished, body, (tree, caches))
-    return (tree if spec.extra else _last_level(tree, pays(tree), spec)), caches
+    return (tree if spec.extra else _last_level(tree, spec)), caches
 
 
-def _last_level(tree, pays, spec):
-    more = (tree.size + spec.width <= spec.nodes) & pays
+def _last_level(tree, spec):
+    more = (tree.size + spec.width <= spec.nodes) & jnp.isfinite(gain(tree, spec))
     return jax.tree.map(lambda a, b: jnp.where(more, a, b), commit(tree, spec), tree)
 
 
@@ -125,7 +125,7 @@ def grow_along(
     caches,
     at,
     key,
-    log_gain,
+    least_L,
     text_S,
     longest: int,
     cfg: Config,
@@ -138,7 +138,7 @@ def grow_along(
     `text_S` are the committed tokens and the root, text_S[at]. The tree gets as deep as without
     the text, in fewer steps where the draft agrees with what it reads there.
     """
-    pays = lambda tree: expected_gain(tree, spec) > log_gain
+    pays = lambda tree: gain(tree, spec) > least_L[(tree.size - 1) // spec.width]
 
     def unfinished(carry):
         tree, _, _, kept, spared = carry
@@ -156,4 +156,4 @@ def grow_along(
     start = (tree, caches, jnp.int32(0), jnp.int32(0), jnp.float32(0))
     tree, caches, steps, kept, spared = jax.lax.while_loop(unfinished, body, start)
     counts = jnp.stack([steps, kept, spared.astype(jnp.int32)])
-    return _last_level(tree, pays(tree), spec), caches, counts
+    return _last_level(tree, spec), caches, counts

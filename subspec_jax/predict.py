@@ -168,7 +168,7 @@ def _draft_model(plan: Plan, model: Params) -> Params:
 
 def _tree_seconds(params, caches, at, key, plan, sampler, live) -> float:
     state = [caches]
-    never = settled(jnp.float32(-jnp.inf))
+    never = settled(jnp.full(max(plan.spec.steps, 1), -jnp.inf, jnp.float32))
     fresh = settled(seedling(jnp.int32(0), plan.spec))
 
     def run():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -19,6 +18,7 @@ from llm_jax.sample import Sampler
 from subspec_jax.draft import extend_once, grow, grow_along
 from subspec_jax.lookup import Payoff, check_longest, padded
 from subspec_jax.offload import settled
+from subspec_jax.stop import Stop
 from subspec_jax.tree import Tree, TreeSpec, commit
 
 
@@ -55,6 +55,10 @@ class Round:
     """Forward passes of the draft."""
     copied: int = 0
     """Looked-up tokens among the nodes."""
+    path: tuple[int, ...] = ()
+    """Places of the accepted nodes behind the root; rank (place - 1) % width in a beam's level."""
+    gains: tuple[float, ...] = ()
+    """Of each drafted step: log of the sum of its nodes' sharpened path probabilities."""
     draft_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0
@@ -116,9 +120,7 @@ class ModelDraft(Proposer):
     SubSpec without sharing): it prefills the prompt and follows what the target accepts.
 
     `stop_gain`: growing stops where a step is expected to add no more accepted tokens than this; 0
-    never stops; "auto" is the break-even point, the tokens that an average round yields in the time
-    of one draft step, from the measured times (the renewal argument: go on while the marginal
-    tokens per second exceed the average).
+    never stops; "auto" is the break-even point (`subspec_jax.stop.Stop`).
 
     With `spec.lookup` the draft is shown what followed the last tokens of its best guess (n-grams
     of at most `longest`) earlier in the text, unless that has spared few steps lately.
@@ -138,16 +140,14 @@ class ModelDraft(Proposer):
             raise ValueError(
                 "drafting during verification needs the shared cache; set extra to 0 or share it"
             )
-        if stop_gain != "auto" and not float(stop_gain) >= 0:
-            raise ValueError(f"stop_gain is {stop_gain}; expected 'auto' or a number from 0 on")
         self.params, self.cfg, self.spec = params, cfg, spec
         self.own_cache, self.stop_gain, self.longest = own_cache, stop_gain, longest
         self._caches, self._slots = None, 0
         self._payoff, self._text, self._counts = Payoff(), None, None
         self._compiled = set()  # (live slots, sampler) of both ways to grow
         self._extended = 0
-        self._average = None  # (seconds, tokens, draft seconds, draft steps) a round, decaying
-        self._log_gain = settled(jnp.float32(self.log_gain()))
+        self.stop = Stop(stop_gain, spec.steps, bool(spec.extra))
+        self._least_L = settled(self.stop.least_gain_L())
 
     def start(self, state, slots, chunk):
         if self.own_cache:
@@ -161,7 +161,7 @@ class ModelDraft(Proposer):
             self._caches = _remember(self.params, root, self._caches, state.at, self.cfg)
         self._slots, self._payoff = slots, Payoff()
         if self.spec.lookup and (state.live, state.sampler) not in self._compiled:
-            planted, never = state.tree, settled(jnp.float32(math.inf))
+            planted, never = state.tree, jnp.full_like(self._least_L, jnp.inf)
             for self._text in (None, settled(padded(state.tokens, slots))):
                 state.tree = jax.tree.map(jnp.copy, planted)
                 self._grow(state, never)  # the root's step alone, which the first round repeats
@@ -173,12 +173,12 @@ class ModelDraft(Proposer):
         self._text = settled(padded(state.tokens, self._slots)) if looks else None
 
     def propose(self, state):
-        self._grow(state, self._log_gain)
+        self._grow(state, self._least_L)
         self._extended = 0
 
-    def _grow(self, state, log_gain):
+    def _grow(self, state, least_L):
         caches = self._caches if self.own_cache else tuple(state.caches)
-        given = (self.params, state.tree, caches, state.at, state.key, log_gain)
+        given = (self.params, state.tree, caches, state.at, state.key, least_L)
         fixed = (self.cfg, self.spec, state.sampler, state.live)
         self._counts = None
         if self._text is None:
@@ -224,20 +224,17 @@ class ModelDraft(Proposer):
         return {"steps": steps, "copied": copied}
 
     def learn(self, result):
-        steps = result.steps or 1 + max(0, result.drafted - 1) // self.spec.width
-        new = np.array([result.seconds, len(result.tokens), result.draft_s, steps])
-        self._average = new if self._average is None else 0.8 * self._average + 0.2 * new
-        if self.stop_gain == "auto":
-            self._log_gain = settled(jnp.float32(self.log_gain()))
-
-    def log_gain(self) -> float:
-        """Log of the least gain worth a step; -inf while nothing has been measured."""
-        if self.stop_gain != "auto":
-            return math.log(self.stop_gain) if self.stop_gain else -math.inf
-        if self._average is None:
-            return -math.inf
-        seconds, tokens, draft_s, steps = self._average
-        return math.log(max(draft_s / steps * tokens / seconds, 1e-30))
+        if self.stop.chance == 0:
+            return
+        gains, hits = result.gains, ()
+        if gains:
+            first = 1 + result.drafted % self.spec.width  # 1 but behind nodes of an earlier round
+            steps = [(place - first) // self.spec.width for place in result.path]
+            hits = np.isin(np.arange(len(gains)), steps)
+        self.stop.learn(
+            gains, hits, result.seconds, len(result.tokens), result.draft_s, result.steps
+        )
+        self._least_L = settled(self.stop.least_gain_L())
 
 
 @functools.partial(jax.jit, donate_argnames="caches")

@@ -13,6 +13,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 
 Kind = Literal["beam", "best-first", "chain"]
@@ -169,11 +170,11 @@ def best(tree: Tree, spec: TreeSpec):
     return jax.lax.top_k(score_C, spec.width)
 
 
-def expected_gain(tree: Tree, spec: TreeSpec):
-    """Log of how many more tokens the next step is expected to get accepted.
+def gain(tree: Tree, spec: TreeSpec):
+    """Log of the sum of the next step's sharpened path probabilities; -inf: no candidate.
 
-    A node is accepted if its whole path is, so the gain of a step is the sum of its nodes' path
-    probabilities. -inf: there is no candidate.
+    At most one of a step's nodes is accepted, so it would be the log of the chance that one is,
+    were the probabilities right: `subspec_jax.stop` learns what they mean.
     """
     return jax.nn.logsumexp(best(tree, spec)[0])
 
@@ -302,3 +303,24 @@ def replant(tree: Tree, verified, last, token, spec: TreeSpec):
     )
     chosen = jax.tree.map(lambda a, b: jnp.where(hit, a, b), kept, fresh)
     return chosen, jnp.where(hit, old_X, -1)
+
+
+def path_to(last, parent_E) -> tuple[int, ...]:
+    """Places from below the root down to node `last`; NumPy, on the host."""
+    path = []
+    while last > 0:
+        path.append(int(last))
+        last = parent_E[last]
+    return tuple(path[::-1])
+
+
+def step_gains(score_E, width: int) -> tuple[float, ...]:
+    """What `gain` was before each of the tree's steps; NumPy, on the host.
+
+    `score_E` are the filled places. Steps are whole groups of `width` from the end: what is left
+    at the front are the root and what an earlier round drafted. Ends at a step of no candidates.
+    """
+    steps = (len(score_E) - 1) // width
+    score_LW = np.asarray(score_E, np.float64)[len(score_E) - steps * width :].reshape(steps, width)
+    gain_L = np.logaddexp.reduce(score_LW, axis=1)
+    return tuple(np.round(gain_L[np.cumprod(np.isfinite(gain_L)) > 0], 6).tolist())

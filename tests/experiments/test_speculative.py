@@ -135,7 +135,13 @@ def test_records_are_in_order_and_complete(everything):
         rounds = r["rounds"]
         assert len({len(column) for column in rounds.values()}) == 1
         assert sum(rounds["emitted"]) == len(r["token_ids"]) - 1  # the first is the prefill's
-        assert all(n >= 0 for column in rounds.values() for n in column)
+        paths, gains = rounds["path"], rounds["gains"]
+        assert [len(path) for path in paths] == rounds["accepted"]
+        assert all(path == sorted(path) and 0 not in path for path in paths)
+        if r["method"] != "subspec-post":  # whose steps may hold parents and children
+            assert all(gain < 1e-5 for steps in gains for gain in steps), r["method"]
+        numbers = [c for name, c in rounds.items() if name not in ("path", "gains")]
+        assert all(n >= 0 for column in numbers for n in column)
         assert max(rounds["depth"]) <= (11 if r["method"] == "subspec-post" else 3)
         assert r["peak_bytes"] > 0
     layer = CFG.layer_matrix_elements * 4
@@ -282,6 +288,20 @@ def test_variants_are_lossless(run, everything, tmp_path, flags):
     assert found.records[0]["token_ids"] == everything.by_method["vanilla"]["token_ids"]
 
 
+def test_a_tree_is_chosen_from_the_first_rounds(run, everything, tmp_path):
+    """Only the shape is chosen: the text is the same. Methods that draft from text have none."""
+    found = run("--depth auto --width auto --compare ngram vanilla --no-stream", tmp_path)
+    for r in found.records:
+        assert r["token_ids"] == everything.by_method["vanilla"]["token_ids"]
+    tree = found.by_method["subspec"]["tree"]
+    assert 1 <= tree["depth"] <= 8 and 1 <= tree["width"] <= 2  # the largest on a CPU
+    assert f"subspec: depth {tree['depth']}, width {tree['width']}, " in found.out
+    assert "tokens/s predicted" in found.out and "ngram: depth" not in found.out
+    assert found.by_method["ngram"]["tree"] == {"depth": 8, "width": 2}
+    fixed = run("--depth 3 --width auto --compare --no-stream", tmp_path / "width")
+    assert fixed.records[0]["tree"]["depth"] == 3
+
+
 def test_random_weights_are_timed_with_the_published_acceptance(run, monkeypatch, tmp_path):
     known = registry.Model("tiny-random", "nobody/tiny", CFG)
     monkeypatch.setitem(registry.MODELS, "tiny-random", known)
@@ -372,6 +392,7 @@ ERRORS = {
     "resident": ("{} --resident 7", "7 resident layers were asked for; the model has 3"),
     "ahead": ("{} --ahead 0", "at least one layer must be on its way"),
     "chunk": ("{} --chunk 0", "must be at least 1"),
+    "tree of a replay": ("{} --depth auto --replay-acceptance x", "whatever the tree"),
     "tree sharpen": ("{} --sharpen 0", "sharpen is 0.0"),
     "tree depth": ("{} --depth -1", "tree depth is -1"),
     "tree width": ("{} --width 0", "tree width is 0"),

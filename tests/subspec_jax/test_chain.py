@@ -240,7 +240,7 @@ def test_a_tree_is_as_deep_as_without_looking_up(size, kept, spared, deep):
 
 # ------------------------------------------------------------------------ growing with a real draft
 
-START, SLOTS, KEY, NEVER = [1, 2, 3, 5, 7], 64, jax.random.key(11), jnp.float32(-jnp.inf)
+START, SLOTS, KEY, NEVER = [1, 2, 3, 5, 7], 64, jax.random.key(11), jnp.full(16, -jnp.inf)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_without_a_match_the_tree_is_the_ordinary_one(looping, filled, spec):
 def test_growing_stops_where_it_does_not_pay(looping, filled, text):
     spec, sizes = dataclasses.replace(BEAM, sharpen=1.0), []
     for gain in (-jnp.inf, -9.0, -6.0, -3.0, jnp.inf):
-        tree, _, _ = along(looping, filled(text), text, spec, gain=jnp.float32(gain))
+        tree, _, _ = along(looping, filled(text), text, spec, gain=jnp.full(16, gain))
         sizes.append(int(tree.size))
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
-    assert sizes[0] == spec.nodes and sizes[-1] == 1
+    assert sizes[0] == spec.nodes and sizes[-1] == 1 + spec.width  # unforwarded, so free

@@ -97,6 +97,7 @@ def plain(tiny):
 
 
 SAMPLED_TOO = ("beam", "best-first", "own cache", "lookup", "post beam", "post best-first")
+SAMPLED_TOO += ("auto", "stop", "post and stop")
 
 
 @pytest.mark.parametrize(
@@ -323,6 +324,7 @@ def small():
 
 LAW = Sampler(1.2, top_p=0.97)
 LAW_PROMPT = [3, 1, 4]
+NEVER = jnp.full(4, -jnp.inf)
 
 
 def exact_law(params, cfg, emitted):
@@ -357,7 +359,7 @@ def test_first_tokens_follow_the_exact_law():
 
         def round_(_, carry):
             tree, kept, at, out, count = carry
-            tree, kept = grow(guess, tree, kept, at, key, jnp.float32(-jnp.inf), cfg, spec, LAW)
+            tree, kept = grow(guess, tree, kept, at, key, NEVER, cfg, spec, LAW)
             cut, tokens, step = lay_out(tree, at, spec, slots)
             x, kept = hidden(params, tokens, kept, step, cfg)
             for _ in range(spec.extra):
@@ -430,7 +432,7 @@ def test_texts_that_do_not_fit_raise_before_anything_runs(tiny, target, prompt, 
 # ---------------------------------------------------------------------------------- compilations
 
 
-@pytest.mark.parametrize("name", ["vanilla", "beam", "post beam", "own cache", "lookup"])
+@pytest.mark.parametrize("name", ["vanilla", "beam", "auto", "post beam", "own cache", "lookup"])
 def test_nothing_is_compiled_after_the_first_rounds(tiny, target, name):
     """One set of programs serves all rounds, and all prompts of the same padded length."""
     decoder = Decoder(target, PROPOSERS[name](tiny), Sampler(0.9), max_length=LENGTH)

@@ -18,7 +18,7 @@ PROMPT = [4, 8, 15, 16, 23, 42]
 ROOT = 77
 AT = len(PROMPT)
 SLOTS = 48
-NEVER = jnp.float32(-jnp.inf)
+NEVER = jnp.full(8, -jnp.inf)
 KEY = jax.random.key(11)
 
 
@@ -113,30 +113,33 @@ def test_a_tree_is_what_forwarding_every_path_gives(tiny, filled, logits_behind,
 
 
 def test_growing_stops_where_it_does_not_pay(tiny, filled):
+    """The step that does not pay is proposed, its nodes being known, and not forwarded."""
     spec = TreeSpec("beam", 5, 2, sharpen=1.0)
-    at, sizes, gains = jnp.int32(AT), [], []
+    at, sizes = jnp.int32(AT), []
     root = lambda: seedling(jnp.int32(ROOT), spec)
     whole, _ = grow(tiny.params, root(), filled(), at, KEY, NEVER, tiny.cfg, spec, Sampler())
     levels = np.exp(np.asarray(whole.score_E[1:], np.float64)).reshape(5, 2).sum(1)
     assert (np.diff(levels) < 0).all()  # so that one threshold stops at one level
-    for level in range(6):
-        least = np.sqrt(np.r_[2.0, levels, levels[-1] / 4][level : level + 2].prod())
+    bounds = np.r_[2.0, levels, levels[-1] / 4]
+    limits = [np.full(5, np.log(bounds[i : i + 2]).mean()) for i in range(6)]
+    limits.append(np.where(np.arange(5) == 2, 0.1, -np.inf))  # only the third step does not pay
+    for least_L in limits:
         tree, _ = grow(
             tiny.params,
             root(),
             filled(),
             at,
             KEY,
-            jnp.float32(np.log(least)),
+            jnp.float32(least_L),
             tiny.cfg,
             spec,
             Sampler(),
         )
         sizes.append(int(tree.size))
-        gains.append(least)
         chex.assert_trees_all_equal(tree.token_E[: sizes[-1]], whole.token_E[: sizes[-1]])
         assert (tree.parent_E[sizes[-1] :] == -1).all()
-    assert sizes == [1 + 2 * level for level in range(6)]
+        assert int(tree.forwarded) == sizes[-1] - 2
+    assert sizes == [3, 5, 7, 9, 11, 11, 7]
     assert int(whole.forwarded) == 9
 
 

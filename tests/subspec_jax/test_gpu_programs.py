@@ -66,9 +66,9 @@ def test_a_draft_step_is_kernels(name):
     cfg, draft = drafting(name)
     tree = jax.eval_shape(lambda: seedling(jnp.int32(0), SPEC))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    gain = jax.ShapeDtypeStruct((), jnp.float32)
+    least = jax.ShapeDtypeStruct((SPEC.steps,), jnp.float32)
     run = lambda *a: grow(*a, cfg, SPEC, Sampler(), 1024)
-    program = lower_for(run, draft, tree, caches(cfg, draft), NUMBER, key, gain)
+    program = lower_for(run, draft, tree, caches(cfg, draft), NUMBER, key, least)
     assert program.count(KERNEL) == 5 * LAYERS + 1
     for rows, columns in (*cfg.joined_matrices.values(), (cfg.d_model, cfg.vocab)):
         assert f"tensor<{rows}x{columns}xbf16>" not in program

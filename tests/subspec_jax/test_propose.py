@@ -112,26 +112,38 @@ def test_vanilla_proposes_the_root_alone():
     assert state.tree.token_E.tolist() == [6] and int(state.tree.size) == 1
 
 
-def test_automatic_stop_breaks_even(tiny):
-    """A step must yield what an average round yields in the time a step takes."""
-    spec = TreeSpec("beam", 8, 4)
-    proposer = ModelDraft(tiny.draft(4), tiny.cfg, spec, stop_gain="auto")
-    assert proposer.log_gain() == -math.inf  # nothing measured yet
-    # 17 nodes behind the root are 4 + 1 levels; the root's own step is the first of 5
-    one = Round([1] * 6, drafted=17, draft_s=0.5, verify_s=1.3, other_s=0.2)
-    proposer.learn(one)
-    assert math.isclose(math.exp(proposer.log_gain()), 0.5 / 5 * 6 / 2.0)
-    proposer.learn(Round([1] * 2, drafted=4, draft_s=0.1, verify_s=0.4, other_s=0.0))
-    mean = lambda old, new: 0.8 * old + 0.2 * new
-    want = mean(0.5, 0.1) / mean(5, 1) * mean(6, 2) / mean(2.0, 0.5)
-    assert math.isclose(math.exp(proposer.log_gain()), want)
+def test_a_draft_learns_from_rounds_where_to_stop(tiny):
+    """Steps of low gain that are never accepted are not worth it; only "auto" needs the times."""
+    spec = TreeSpec("beam", 4, 2)
+    gains = (-0.001, -0.1, -1.0, -2.0)
+    one = Round([1] * 2, drafted=8, path=(2,), gains=gains, draft_s=0.4, verify_s=1.5, other_s=0.1)
+    for gain in ("auto", 0.2):
+        proposer = ModelDraft(tiny.draft(4), tiny.cfg, spec, stop_gain=gain)
+        before_L = np.asarray(proposer._least_L)
+        assert (before_L == -np.inf).all() == (gain == "auto")  # nothing is measured yet
+        for _ in range(30):
+            proposer.learn(one)
+        assert proposer.stop.least_chance() == pytest.approx(0.1 if gain == "auto" else 0.2)
+        least_L = np.asarray(proposer._least_L)
+        assert least_L.shape == (4,) and (least_L > before_L).all()
 
 
-def test_a_fixed_stop_does_not_learn(tiny):
-    for gain, log in ((0.0, -math.inf), (0.25, math.log(0.25)), (1, 0.0)):
-        proposer = ModelDraft(tiny.draft(4), tiny.cfg, TreeSpec("beam", 2, 2), stop_gain=gain)
-        proposer.learn(Round([1], drafted=4, draft_s=1.0))
-        assert proposer.log_gain() == log
+def test_what_was_accepted_is_found_behind_an_earlier_rounds_nodes(tiny):
+    """17 places: the root, 4 nodes drafted below the last tree, 4 steps of 3."""
+    spec = TreeSpec("beam", 5, 3, extra=2)
+    proposer = ModelDraft(tiny.draft(4), tiny.cfg, spec, stop_gain=0.2)
+    heard = []
+    proposer.stop.learn = lambda gains, hits, *_: heard.append(hits.tolist())
+    # steps: places 2-4 (of the earlier round), 5-7, 8-10, 11-13, 14-16
+    proposer.learn(Round([1] * 4, drafted=16, path=(1, 5, 12), gains=(-0.1,) * 5))
+    assert heard == [[False, True, False, True, False]]
+
+
+@pytest.mark.parametrize("gain", [0, 0.0])
+def test_a_draft_that_never_stops_learns_nothing(tiny, gain):
+    proposer = ModelDraft(tiny.draft(4), tiny.cfg, TreeSpec("beam", 2, 2), stop_gain=gain)
+    proposer.learn(Round([1], drafted=4, gains=(-0.1, -3.0), draft_s=1.0))
+    assert np.asarray(proposer._least_L).tolist() == [-np.inf, -np.inf]
 
 
 @pytest.mark.parametrize("layers, extra", [(4, 2), (2, 5), (3, 3), (28, 8), (5, 0)])

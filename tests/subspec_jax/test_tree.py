@@ -16,7 +16,7 @@ from subspec_jax.tree import (
     TreeSpec,
     add_candidates,
     commit,
-    expected_gain,
+    gain,
     node_mask,
     node_positions,
     replant,
@@ -175,18 +175,18 @@ def test_a_tree_that_runs_out_of_candidates_stops():
     spec = TreeSpec("best-first", 1, 2, budget=8, sharpen=1.0)
     tree = grown(jnp.asarray(table(spec, 5), jnp.float32), spec, 5)
     assert tree.parent_E.tolist() == [-1, 0, 0, 0, 0, 0, -1, -1, -1]  # a vocabulary of 5
-    assert float(expected_gain(tree, spec)) == -np.inf
+    assert float(gain(tree, spec)) == -np.inf
 
 
-def test_expected_gain_is_the_sum_of_path_probabilities():
+def test_gain_is_the_sum_of_path_probabilities():
     spec = TreeSpec("beam", 3, 3, sharpen=1.0)
     logits = table(spec, 8, 9)
     for steps in (1, 2, 3):
         following = beam_by_hand(spec, logits, steps)[-3:]
         tree = grown(jnp.asarray(logits, jnp.float32), spec, steps)
         want = sum(np.exp(score) for _, score in following)
-        assert abs(np.exp(float(expected_gain(tree, spec))) - want) < 1e-5
-    assert float(expected_gain(seedling(jnp.int32(1), spec), spec)) == 0.0
+        assert abs(np.exp(float(gain(tree, spec))) - want) < 1e-5
+    assert float(gain(seedling(jnp.int32(1), spec), spec)) == 0.0
 
 
 def test_sharpening_is_a_temperature():

@@ -1,0 +1,101 @@
+"""Which depth and width pay: tokens a second of smaller trees, from the rounds of a larger one.
+
+A narrower beam keeps an accepted path as long as its nodes rank below the narrower width in every
+level: fewer parents compete there, so this counts too little rather than too much.
+
+Letters: L levels, W widths.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from subspec_jax.propose import Round
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Measured seconds. Between two measurements lies a line; beyond the outermost, their value."""
+
+    draft_s: Mapping[int, float]
+    """Of one draft step, by width."""
+    verify_s: Mapping[int, float]
+    """Of the target's pass, by places verified, the root included."""
+    other_s: float = 0.0
+    """Of the rest of a round."""
+
+    def step_s(self, width: int) -> float:
+        return _between(self.draft_s, width)
+
+    def pass_s(self, nodes: int) -> float:
+        return _between(self.verify_s, nodes)
+
+    def round_s(self, depth: int, width: int) -> float:
+        """Seconds of a round with a whole tree of that shape."""
+        return depth * self.step_s(width) + self.pass_s(1 + depth * width) + self.other_s
+
+
+def _between(measured: Mapping[int, float], at: int) -> float:
+    places = sorted(measured)
+    return float(np.interp(at, places, [measured[p] for p in places]))
+
+
+def measured_costs(trees: Mapping[tuple[int, int], Iterable[Round]]) -> Costs:
+    """Medians of what rounds took, by (depth, width) of their trees; those may have stopped early,
+    but the pass is of all places."""
+    draft, verify, other = {}, {}, []
+    for (depth, width), rounds in trees.items():
+        seconds = [(r.draft_s / max(r.depth, 1), r.verify_s, r.other_s) for r in rounds]
+        if not seconds:
+            raise ValueError(f"no rounds were recorded with depth {depth} and width {width}")
+        typical = np.median(seconds, axis=0)
+        draft.setdefault(width, []).append(typical[0])
+        verify.setdefault(1 + depth * width, []).append(typical[1])
+        other.append(typical[2])
+    mean = lambda found: {at: float(np.mean(values)) for at, values in found.items()}
+    return Costs(mean(draft), mean(verify), float(np.mean(other)))
+
+
+def reached(paths, depths, depth: int, width: int, wide: int) -> np.ndarray:
+    """[depth] P(the accepted path reaches level l) of beams of `width`, from beams of `wide`.
+
+    `paths` are the places of accepted nodes and `depths` the levels of the trees, round by round.
+    Levels that a tree did not have say nothing of it (the product-limit estimate).
+    """
+    trials_L, hits_L = np.zeros(depth), np.zeros(depth)
+    for path, deepest in zip(paths, depths, strict=True):
+        ranks = (np.asarray(path[:depth], int) - 1) % wide
+        lost = np.flatnonzero(ranks >= width)
+        kept = lost[0] if len(lost) else len(ranks)
+        hits_L[:kept] += 1
+        trials_L[: min(kept + 1, deepest)] += 1
+    return np.cumprod(np.divide(hits_L, trials_L, out=np.zeros(depth), where=trials_L > 0))
+
+
+def predicted(paths, depths, wide: int, costs: Costs) -> np.ndarray:
+    """Tokens a second [L, W] of beams of 1 … levels and 1 … `wide` nodes a level."""
+    deepest = max(depths, default=0)
+    rate_LW = np.zeros((deepest, wide))
+    for width in range(1, wide + 1):
+        tokens_L = 1 + np.cumsum(reached(paths, depths, deepest, width, wide))
+        seconds = [costs.round_s(d, width) for d in range(1, deepest + 1)]
+        rate_LW[:, width - 1] = tokens_L / seconds
+    return rate_LW
+
+
+def best_shape(
+    paths, depths, wide: int, costs: Costs, depth: int | None = None, width: int | None = None
+) -> tuple[int, int, float]:
+    """(depth, width, tokens a second) of the beam with the highest prediction.
+
+    `depth` and `width` fix one of the two. No shape larger than the recorded one is considered:
+    nothing is known of it, and memory was planned for no more. Ties go to the smaller tree.
+    """
+    rate_LW = predicted(paths, depths, wide, costs)
+    if not rate_LW.size:
+        raise ValueError("no recorded round has a tree")
+    rows = range(len(rate_LW)) if depth is None else [min(depth, len(rate_LW)) - 1]
+    columns = range(wide) if width is None else [min(width, wide) - 1]
+    row, column = max(((r, c) for r in rows for c in columns), key=lambda at: rate_LW[at])
+    return row + 1, column + 1, float(rate_LW[row, column])
