@@ -5,6 +5,7 @@ A method is what the planner needs to know (tree and draft) and how its proposer
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
@@ -123,6 +124,9 @@ def make_method(
     raise MethodError(f"method {name!r} is not one of {', '.join(NAMES)}")
 
 
+BLOCK = 48
+"""Rounds of the published trace that together have its distribution."""
+
 PUBLISHED_HAZARD = {"beam": 0.9749, "chain": 0.967}
 """Chance that one more level is accepted. beam: fitted to SubSpec's README (width 6, tau 28.35 at
 depth 48, Qwen2.5-7B on MT-Bench); chain: of the acceptance data in its repository."""
@@ -131,8 +135,9 @@ depth 48, Qwen2.5-7B on MT-Bench); chain: of the acceptance data in its reposito
 def acceptance_trace(source: str, method: Method, seed: int = 0) -> Callable[[], Iterator[int]]:
     """A maker of endless iterators over accepted lengths, from a source of acceptance.
 
-    `published`: independent draws at the published hazard. Otherwise a file of records that
-    `experiments.speculative` wrote: the rounds of the same method, over and over.
+    `published`: draws at the published hazard, `BLOCK` at a time one from each part of equal
+    probability, in random order, so that few rounds have the mean of many. Otherwise a file of
+    records that `experiments.speculative` wrote: the rounds of the same method, over and over.
     """
     if method.name == "vanilla":
         return lambda: iter(lambda: 0, None)
@@ -145,8 +150,10 @@ def acceptance_trace(source: str, method: Method, seed: int = 0) -> Callable[[],
 
         def draws():
             rng = np.random.default_rng(seed)
+            log = math.log(hazard)
             while True:
-                yield int(min(rng.geometric(1 - hazard) - 1, depth))
+                chance = 1 - (rng.permutation(BLOCK) + 0.5) / BLOCK
+                yield from np.minimum(np.log(chance) / log, depth).astype(int).tolist()
 
         return draws
     try:

@@ -396,7 +396,8 @@ class Run:
             "environment": report.environment(),
             "plans": {
                 name: {"resident": p.resident, "table_on_host": p.table_on_host, "device": p.device,
-                       "host": p.host, "streamed_bytes": p.streamed_bytes, "total": p.total}
+                       "host": p.host, "streamed_bytes": p.streamed_bytes, "total": p.total,
+                       "draft_bytes": p.spec.steps * p.draft_step_bytes}
                 for name, p in self.plans.items()
             },
             "summaries": summaries,

@@ -13,6 +13,7 @@ from llm_jax import registry
 from llm_jax.checkpoint import open_checkpoint
 from llm_jax.params import abstract
 from llm_jax.sample import Sampler
+from pallas_kernels.device import switched_off
 from palu_jax import store
 from subspec_jax import offload, plan, residual_convert
 from subspec_jax.accept import Gate
@@ -253,7 +254,7 @@ def make_plan(
         resident=args.resident if resident is None else resident,
         table_on_host=args.table_on_host if table_on_host is None else table_on_host,
         model=target_shapes(args, cfg, method, source),
-        kernels=offload.card_has_kernels() and cfg.dtype == "bfloat16",
+        kernels=offload.card_has_kernels() and not switched_off() and cfg.dtype == "bfloat16",
     )
 
 

@@ -92,7 +92,7 @@ def rope(x_BTNH, position_BT, cfg: Config):
 
 def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, width of v]; softmax in
-    float32."""
+    float32. A mask of the first slots only: nothing behind them is read."""
     with jax.named_scope("attend"):
         return tree_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
@@ -147,6 +147,5 @@ def _over_cache(p, q, k, v, cache: KV, step: Step, cfg: Config):
         q, k = rms_norm(q, p.q_norm, cfg.norm_eps), rms_norm(k, p.k_norm, cfg.norm_eps)
     q, k = rope(q, step.position_BT, cfg), rope(k, step.position_BT, cfg)
     cache = KV(write(cache.k_BSKH, k, step.at), write(cache.v_BSKH, v, step.at))
-    live = step.mask_BTS.shape[-1]
-    y_BTNH = attend(q, cache.k_BSKH[:, :live], cache.v_BSKH[:, :live], step.mask_BTS)
+    y_BTNH = attend(q, cache.k_BSKH, cache.v_BSKH, step.mask_BTS)
     return linear(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cache

@@ -214,6 +214,21 @@ def sharpened(logits_XV, spec: TreeSpec):
     return jax.nn.log_softmax(logits_XV.astype(jnp.float32) / spec.sharpen, axis=-1)
 
 
+def largest(z_XV, count: int):
+    """`lax.top_k`, ties included, in two stages where rows are long: on a GPU it has one block of
+    threads for a row (152,064 logits: 140 us of an H200)."""
+    X, V = z_XV.shape
+    parts = min(64, V // 2048)
+    if parts < 2 or count > 64:
+        return jax.lax.top_k(z_XV, count)
+    size = -(-V // parts)
+    padded = jnp.pad(z_XV, ((0, 0), (0, parts * size - V)), constant_values=-jnp.inf)
+    some, inside = jax.lax.top_k(padded.reshape(X, parts, size), count)
+    value, at = jax.lax.top_k(some.reshape(X, -1), count)
+    index = (inside + size * jnp.arange(parts, dtype=inside.dtype)[None, :, None]).reshape(X, -1)
+    return value, jnp.take_along_axis(index, at, axis=-1)
+
+
 def add_candidates(tree: Tree, first, logits_wV, spec: TreeSpec, taken_w=None) -> Tree:
     """The tree with the best children of nodes first … first+w-1 in its pool.
 
@@ -230,7 +245,7 @@ def add_candidates(tree: Tree, first, logits_wV, spec: TreeSpec, taken_w=None) -
     if taken_w is not None:
         other_wV = jnp.arange(logp_wV.shape[1])[None] != taken_w[:, None]
         logp_wV = jnp.where(other_wV, logp_wV, -jnp.inf)
-    logp_wb, token_wb = jax.lax.top_k(logp_wV, min(spec.offers, logp_wV.shape[-1]))
+    logp_wb, token_wb = largest(logp_wV, min(spec.offers, logp_wV.shape[-1]))
     score = (score_w[:, None] + logp_wb).reshape(-1)
     parent = jnp.broadcast_to(ids_w[:, None], token_wb.shape).reshape(-1)
     token = token_wb.astype(jnp.int32).reshape(-1)

@@ -17,7 +17,7 @@ def why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS) -> str | None:
 
     Whether there is a GPU is not looked at.
     """
-    B, S, _, H = k_BSKH.shape
+    B, _, _, H = k_BSKH.shape
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or k_BSKH.dtype != q_BTNH.dtype:
         return f"{q_BTNH.dtype} queries and {k_BSKH.dtype} keys; the kernel takes 16 bits"
     if B != 1 or mask_BTS.shape[0] != 1:
@@ -26,8 +26,8 @@ def why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS) -> str | None:
         return f"values {v_BSKX.shape} unlike keys {k_BSKH.shape}"
     if H not in (32, 64, 128):
         return f"heads of {H}; the kernel takes 32, 64 and 128"
-    if S % TILE:
-        return f"{S} slots, no multiple of {TILE}"
+    if (L := mask_BTS.shape[-1]) % TILE:
+        return f"{L} slots, no multiple of {TILE}"
     return None
 
 
@@ -43,14 +43,14 @@ def tree_attention(
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, X], in q's dtype.
 
     Query head n reads kv head n // (N / K). Every row of the mask needs one True; B of the mask may
-    be 1. Scores and sums are float32. `implementation` None takes Triton on a GPU for more than one
+    be 1, and it may be of the first slots only: nothing behind them is read. Scores and sums are float32. `implementation` None takes Triton on a GPU for more than one
     token in at most `LARGEST` rows (a draft's step) where `why_not` gives no reason, else XLA;
     "triton" raises NotImplementedError with the reason. `interpret` runs the kernel on a CPU.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
     (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
-    if N % K or k_BSKH.shape[-1] != H or mask_BTS.shape[1:] != (T, S):
+    if N % K or k_BSKH.shape[-1] != H or mask_BTS.shape[1] != T or mask_BTS.shape[2] > S:
         raise ValueError(
             f"queries {q_BTNH.shape}, keys {k_BSKH.shape} and mask {mask_BTS.shape} do not fit"
         )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 def tree_attention_reference(q_BTNH, k_BSKH, v_BSKX, mask_BTS):
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, X], in q's dtype."""
+    k_BSKH, v_BSKX = (a[:, : mask_BTS.shape[-1]] for a in (k_BSKH, v_BSKX))
     B, T, N, H = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H)
     exact = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None

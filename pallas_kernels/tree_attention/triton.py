@@ -70,7 +70,7 @@ def cut(M: int, kv_heads: int, slots: int) -> tuple[int, int, int]:
 def tree_attention_triton(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret: bool = False):
     """[1, T, N, H] in q's dtype."""
     _, T, N, H = q_BTNH.shape
-    _, S, K, _ = k_BSKH.shape
+    S, K = mask_BTS.shape[-1], k_BSKH.shape[2]
     G = N // K
     rows, blocks, X = cut(T * G, K, S)
     M = rows * blocks

@@ -121,7 +121,7 @@ def test_the_published_trace_has_the_published_mean(name):
     if name != "chain":
         assert np.mean(accepted) + 1 == pytest.approx(28.4, rel=0.03)
     survivors = np.mean(np.array(accepted)[:, None] > np.arange(10), axis=0)
-    np.testing.assert_allclose(survivors, hazard ** np.arange(1, 11), atol=0.01)
+    np.testing.assert_allclose(survivors, hazard ** np.arange(1, 11), atol=1 / 96 + 1e-6)
 
 
 def test_a_published_trace_is_reproducible_and_follows_the_seed():

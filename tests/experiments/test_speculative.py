@@ -290,7 +290,7 @@ def test_variants_are_lossless(run, everything, tmp_path, flags):
 
 def test_a_tree_is_chosen_from_the_first_rounds(run, everything, tmp_path):
     """Only the shape is chosen: the text is the same. Methods that draft from text have none."""
-    found = run("--depth auto --width auto --compare ngram vanilla --no-stream", tmp_path)
+    found = run("--depth auto --width auto --compare ngram vanilla --no-show", tmp_path)
     for r in found.records:
         assert r["token_ids"] == everything.by_method["vanilla"]["token_ids"]
     tree = found.by_method["subspec"]["tree"]
@@ -298,7 +298,7 @@ def test_a_tree_is_chosen_from_the_first_rounds(run, everything, tmp_path):
     assert f"subspec: depth {tree['depth']}, width {tree['width']}, " in found.out
     assert "tokens/s predicted" in found.out and "ngram: depth" not in found.out
     assert found.by_method["ngram"]["tree"] == {"depth": 8, "width": 2}
-    fixed = run("--depth 3 --width auto --compare --no-stream", tmp_path / "width")
+    fixed = run("--depth 3 --width auto --compare --no-show", tmp_path / "width")
     assert fixed.records[0]["tree"]["depth"] == 3
 
 

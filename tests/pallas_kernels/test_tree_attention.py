@@ -57,6 +57,16 @@ def test_a_row_may_see_one_slot_alone(alone):
     np.testing.assert_array_equal(np.asarray(y[0, 2], np.float32), want)
 
 
+def test_slots_behind_the_mask_are_not_looked_at():
+    q, k, v, mask = inputs(6, 28, 4, 128, 512)
+    for interpret in (False, True):
+        short = tree_attention(q, k[:, :192], v[:, :192], mask[:, :, :192], interpret=interpret)
+        long = tree_attention(
+            q, k.at[:, 192:].set(jnp.nan), v, mask[:, :, :192], interpret=interpret
+        )
+        np.testing.assert_array_equal(np.asarray(long, np.float32), np.asarray(short, np.float32))
+
+
 @pytest.mark.parametrize("M", [1, 16, 42, 64, 65, 2023])
 @pytest.mark.parametrize("K, S", [(1, 64), (4, 1024), (8, 2368), (2, 192)])
 def test_every_row_and_every_tile_is_taken(M, K, S):

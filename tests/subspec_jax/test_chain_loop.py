@@ -175,7 +175,7 @@ def test_what_a_step_costs_is_learned_from_its_count(tiny):
     assert proposer.effort(20) == {"steps": 3, "copied": 7}
     assert proposer._payoff.mean == pytest.approx(0.7 + 0.3 * 6 / 3)
     proposer.learn(Round([1] * 6, drafted=20, steps=3, copied=6, draft_s=0.5))
-    assert proposer._average[3] == 3
+    assert proposer.stop._average[3] == 3
     proposer._counts = None
     assert proposer.effort(17) == {"steps": 5}
     proposer.learn(Round([1] * 6, drafted=17, draft_s=0.5))

@@ -17,6 +17,7 @@ from subspec_jax.tree import (
     add_candidates,
     commit,
     gain,
+    largest,
     node_mask,
     node_positions,
     replant,
@@ -24,6 +25,16 @@ from subspec_jax.tree import (
 )
 
 ROOT = 2
+
+
+@pytest.mark.parametrize("vocab, count", [(100, 3), (4096, 6), (9001, 40), (152_064, 6)])
+def test_the_largest_of_long_rows(vocab, count):
+    """As lax.top_k: of equal ones the first, and of -inf too."""
+    z = np.random.default_rng(vocab).integers(-5, 5, (3, vocab)).astype(np.float32)
+    z[1, : vocab - 2] = -np.inf
+    z[2] = -np.inf
+    got, want = jax.jit(largest, static_argnums=1)(z, count), jax.lax.top_k(z, count)
+    chex.assert_trees_all_equal(list(got), list(want))
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "steps"))
