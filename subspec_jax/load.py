@@ -35,7 +35,7 @@ def load_target(
     """
 
     def place_layer(i, layer):
-        return jax.block_until_ready(fetch(layer) if i < plan.resident else offload(layer))
+        return jax.block_until_ready((fetch if i in plan.stays else offload)(layer))
 
     def place_table(name, array):
         on_host = name == "embed_VD" and plan.table_on_host
@@ -87,7 +87,7 @@ def random_target(plan: Plan, seed: int = 0, progress: Progress | None = None) -
             layer = jax.tree.map(copied, split)
         else:
             layer = make(jax.random.fold_in(key, i), cfg)
-        layers.append(jax.block_until_ready(fetch(layer) if i < plan.resident else offload(layer)))
+        layers.append(jax.block_until_ready((fetch if i in plan.stays else offload)(layer)))
         if progress:
             progress(i + 1)
     table_key, head_key = jax.random.split(jax.random.fold_in(key, cfg.layers))
@@ -130,7 +130,7 @@ def arrange(target: Target, plan: Plan) -> Target:
     table = target.params.embed_VD
     if plan.table_on_host and not isinstance(table, np.ndarray):
         table = np.asarray(table)
-    layers = place(target.params.layers, plan.resident)
+    layers = place(target.params.layers, plan.stays)
     if not plan.table_on_host:
         table = settled(table)
     params = dataclasses.replace(target.params, embed_VD=table, layers=layers)

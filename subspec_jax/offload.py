@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -67,17 +67,18 @@ def is_offloaded(layer: Layer) -> bool:
     return any(_on_host(a) for a in jax.tree.leaves(layer))
 
 
-def place(layers: Sequence[Layer], resident: int) -> tuple[Layer, ...]:
-    """The layers with the first `resident` on the device and the others offloaded.
+def place(layers: Sequence[Layer], resident: int | Collection[int]) -> tuple[Layer, ...]:
+    """The layers with the first `resident`, or those of these numbers, on the device and the others
+    offloaded.
 
     A layer that is already in its place is returned as it is. One layer moves at a time, and moves
     to the host come first, so the device never holds more than before and after.
     """
     placed = list(layers)
-    for i in reversed(range(resident, len(layers))):
-        placed[i] = jax.block_until_ready(offload(layers[i]))
-    for i in range(min(resident, len(layers))):
-        placed[i] = jax.block_until_ready(fetch(layers[i]))
+    stay = range(resident) if isinstance(resident, int) else resident
+    order = sorted(range(len(layers)), key=lambda i: (i in stay, i if i in stay else -i))
+    for i in order:
+        placed[i] = jax.block_until_ready((fetch if i in stay else offload)(layers[i]))
     return tuple(placed)
 
 

@@ -13,9 +13,9 @@ from llm_jax.attention import caches_for
 from llm_jax.config import DTYPES, Config
 from llm_jax.params import Attention, Params, abstract
 from llm_jax.quantize import check_grouping, quantized_bytes
-from pallas_kernels.quantized_matmul.packing import packed_bytes
+from pallas_kernels.quantized_matmul.packing import fields_of, packed_bytes
 from subspec_jax.offload import streamed_bytes
-from subspec_jax.residual_device import SLAB, Split, has_split, is_split
+from subspec_jax.residual_device import SLAB, Split, has_split, is_split, parts_of
 from subspec_jax.residual_triton import why_not
 from subspec_jax.substitute import substitute_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
@@ -77,7 +77,7 @@ class Plan:
     cfg: Config
     limit: int
     resident: int
-    """The first so many layers stay on the device."""
+    """So many layers stay on the device (`stays`)."""
     table_on_host: bool
     """The embedding table is a NumPy array in host memory; the draft has a low-bit copy."""
     max_length: int
@@ -95,6 +95,11 @@ class Plan:
     @property
     def streamed(self) -> int:
         return self.cfg.layers - self.resident
+
+    @property
+    def stays(self) -> frozenset[int]:
+        """The numbers of the layers that stay on the device."""
+        return _stay(self.cfg.layers, self.resident, self.residual)
 
     @property
     def total(self) -> int:
@@ -139,6 +144,13 @@ def published_tau(depth: int, hazard: float = 0.9749) -> float:
     The hazard is fitted to SubSpec's README (Qwen2.5-7B, MT-Bench, width 6, tau 28.35 at depth 48).
     """
     return (1 - hazard ** (depth + 1)) / (1 - hazard)
+
+
+def _stay(layers: int, resident: int, residual: bool) -> frozenset[int]:
+    """The first ones. Residuals evenly spread: one that stays has to be put together as well, and
+    the link is busy meanwhile only if others are still to come."""
+    spread = lambda i: (i + 1) * resident // layers > i * resident // layers
+    return frozenset(i for i in range(layers) if (spread(i) if residual else i < resident))
 
 
 def _splits(model: Params) -> list[Split]:
@@ -187,8 +199,8 @@ def work_bytes(
     """Scratch of the largest program: a prefill or verify block, the head, or a draft step.
 
     Where the cache does not hold keys and values as they are (`plain` is False), one layer's are
-    rebuilt. Where layers are residuals, one matrix is put together at a time. `kernels`: low-bit
-    matrices are multiplied, and residuals decoded, without work space.
+    rebuilt. Where layers are residuals, one matrix is put together at a time, or with `kernels` a
+    part of it; they multiply low-bit matrices, and decode residuals, without work space.
     """
     size = DTYPES[cfg.dtype]
     rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
@@ -197,11 +209,13 @@ def work_bytes(
         scores = cfg.heads * tokens * slots * (4 + size)  # logits in float32, weights in the dtype
         wide = tokens * (3 * cfg.d_ff + 6 * cfg.d_model) * size
         slab = 0 if kernels else DECODE_BYTES * min(SLAB, largest)
-        decoded = largest * size + slab if residual else 0
+        decoded = (part if kernels else largest) * size + slab if residual else 0
         return max(scores, decoded) + wide + tokens * slots + rebuilt
 
     head = 2 * min(ROWS, spec.nodes) * cfg.vocab * 4
-    largest = max(rows * columns for rows, columns in cfg.joined_matrices.values())
+    largest = max(map(math.prod, cfg.joined_matrices.values()))
+    fields = fields_of(draft.bits or 4)
+    part = max(math.prod(s) // parts_of(s, fields) for s in cfg.joined_matrices.values())
     rows = spec.width + spec.lookup
     step = rows * cfg.vocab * 4 * 3 + block(rows)
     if draft.bits is not None and not kernels:
@@ -220,17 +234,18 @@ def _lay_out(
     size = DTYPES[cfg.dtype]
     matrices = [streamed_bytes(layer) for layer in model.layers]
     table = cfg.vocab * cfg.d_model * size
-    streamed = cfg.layers - resident
     slots = cache_slots(max_length, spec)
     kept = sum(_bytes(leaf) for w in _splits(model) for leaf in jax.tree.leaves(w.substitute))
     vectors = sum(map(_bytes, jax.tree.leaves(model.layers))) - sum(matrices) - kept
     plain = all(type(layer.attn) is Attention for layer in model.layers)
+    stays = _stay(cfg.layers, resident, kept > 0)
+    moved = [size for i, size in enumerate(matrices) if i not in stays]
     device = {
         "embedding": 0 if table_on_host else table,
         "output head": 0 if cfg.tied else table,
         "norms and biases": vectors + cfg.d_model * size,
-        "resident layers": sum(matrices[:resident]),
-        "streaming ring": min(ahead + 1, streamed) * max(matrices[resident:], default=0),
+        "resident layers": sum(matrices) - sum(moved),
+        "streaming ring": min(ahead + 1, len(moved)) * max(moved, default=0),
         "KV cache": cache,
         "substitutes": kept,
     }
@@ -251,7 +266,7 @@ def _lay_out(
     elif draft.own_cache:
         device["draft KV cache"] = cache
     device["work space"] = work_bytes(cfg, spec, draft, slots, chunk, plain, kept > 0, kernels)
-    host = {"streamed layers": sum(matrices[resident:]), "embedding": table if table_on_host else 0}
+    host = {"streamed layers": sum(moved), "embedding": table if table_on_host else 0}
     return device, host
 
 
@@ -262,7 +277,7 @@ def make_plan(
     draft: Draft = NO_DRAFT,
     max_length: int = 2048,
     chunk: int = 512,
-    ahead: int = 1,
+    ahead: int | None = None,
     resident: int | None = None,
     table_on_host: bool | None = None,
     spare: float = 0.02,
@@ -273,10 +288,13 @@ def make_plan(
 
     `model` is a tree of shapes and dtypes, where the layers are not the plain ones of `cfg`.
     `kernels`: the device runs the package's Triton kernels (see `offload.card_has_kernels`).
+    `ahead` layers are on their way while one is in use: 1, or 2 where they are residuals.
     `resident` and `table_on_host` fix a choice that is otherwise made here; a tied table is the
     head and stays on the device. `spare` of the limit is left to the allocator's rounding. Raises
     PlanError, with the least limit that would work, if even streaming everything does not fit.
     """
+    if ahead is None:  # putting residuals together takes about as long as copying them
+        ahead = 2 if has_split(model) else 1
     if ahead < 1:
         raise PlanError(f"ahead is {ahead}; at least one layer must be on its way")
     if max_length < 1 or chunk < 1:
@@ -330,6 +348,6 @@ def make_plan(
         ahead=ahead,
         device={name: count for name, count in device.items() if count},
         host={name: count for name, count in host.items() if count},
-        streamed_bytes=sum(map(streamed_bytes, model.layers[r:])),
+        streamed_bytes=host["streamed layers"],
         model=model,
     )

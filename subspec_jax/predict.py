@@ -68,8 +68,8 @@ def pass_seconds(
 
 def round_seconds(plan: Plan, costs: Costs, link: float) -> float:
     """Draft, pass and end of one round of the plan, over a link of so many bytes a second."""
-    layers = plan.model.layers
-    sizes = [0] * plan.resident + [streamed_bytes(layer) for layer in layers[plan.resident :]]
+    layers = enumerate(plan.model.layers)
+    sizes = [0 if i in plan.stays else streamed_bytes(layer) for i, layer in layers]
     verify = pass_seconds(sizes, costs.block, link, plan.ahead, costs.draft)
     return costs.draft + verify + costs.rest
 

@@ -31,6 +31,8 @@ from subspec_jax.residual import (
 
 SLAB = 2**23
 """Weights decoded at a time: some 20 bytes of work space each."""
+PART = 40_000_000
+"""The kernel decodes a larger matrix in parts, so that 80 MB hold what a product reads."""
 
 
 @register_dataclass
@@ -95,11 +97,24 @@ GAUSSIAN = {2: (10.15, 0.012), 3: (8.75, 0.007), 4: (7.6, 0.0035), 8: (3.8, 0.00
 
 @linear.register
 def _(w: Split, x, out_dtype=None):
-    # The barrier ties the words to x: otherwise a compiler may decode all matrices of a layer
-    # before it uses the first.
-    words, x = jax.lax.optimization_barrier((w.residual.words, x))
-    residual = dataclasses.replace(w.residual, words=words)
-    return linear(decode(residual, w.substitute), x, out_dtype)
+    words, found, parts = w.residual.words, [], 1
+    if on_gpu() and residual_triton.why_not(w.residual, w.substitute) is None:
+        parts = parts_of(w.shape, w.substitute.fields)
+    for part in range(parts):
+        # A barrier ties the words to x, and to the part before: otherwise a compiler may decode
+        # all matrices of a layer before it uses the first.
+        words, x, found = jax.lax.optimization_barrier((words, x, found))
+        residual = dataclasses.replace(w.residual, words=words)
+        found = [*found, linear(decode(residual, w.substitute, None, part, parts), x, out_dtype)]
+    return jnp.concatenate(found, axis=-1)
+
+
+def parts_of(shape: tuple[int, int], fields: int) -> int:
+    """Into how many parts of its columns the kernel decodes a matrix that a product waits for."""
+    parts = 1
+    while math.prod(shape) > parts * PART and fields % (2 * parts) == 0:
+        parts *= 2
+    return parts
 
 
 def decode_layer(layer: Layer) -> Layer:
@@ -108,8 +123,14 @@ def decode_layer(layer: Layer) -> Layer:
     return jax.tree.map(whole, layer, is_leaf=is_split)
 
 
-def decode(residual: Residual, substitute: Packed, implementation: str | None = None) -> jax.Array:
-    """The matrix [D, F], bit by bit what was encoded.
+def decode(
+    residual: Residual,
+    substitute: Packed,
+    implementation: str | None = None,
+    part: int = 0,
+    parts: int = 1,
+) -> jax.Array:
+    """The matrix [D, F], bit by bit what was encoded; or one of equal parts of its columns.
 
     Shapes depend on the shapes of the arguments and on `residual.patches` alone, so one compiled
     program serves every layer whose residuals were padded alike. `implementation` None takes the
@@ -124,9 +145,9 @@ def decode(residual: Residual, substitute: Packed, implementation: str | None = 
         raise NotImplementedError(reason)
     with jax.named_scope("residual_decode"):
         if implementation == "triton" or (implementation is None and on_gpu() and not reason):
-            pattern = residual_triton.decode_triton(residual, substitute)
+            pattern = residual_triton.decode_triton(residual, substitute, part, parts)
         else:
-            pattern = _decode_xla(residual, substitute)
+            pattern = jnp.split(_decode_xla(residual, substitute), parts, axis=1)[part]
         return jax.lax.bitcast_convert_type(pattern, residual.dtype)
 
 

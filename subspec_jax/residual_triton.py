@@ -48,9 +48,9 @@ def why_not(residual: Residual, substitute: Packed) -> str | None:
     return None
 
 
-def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, T, dtype, interpret):
-    """One group of inputs, `COLUMNS` words wide; `words_ref` is the residual's, flat."""
-    S, width = codes_ref.shape[1], bits
+def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, fields, dtype, interpret):
+    """One group of inputs, `COLUMNS` words wide, some `fields` of each; `words_ref` is flat."""
+    S, width, T = codes_ref.shape[1], bits, scale_ref.shape[1] // COLUMNS
     q, s = pl.program_id(0), pl.program_id(1) * COLUMNS
     last = words_ref.shape[0] - 2
     octaves = words_ref[OCTAVES].astype(jnp.int32)
@@ -79,7 +79,7 @@ def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, T, dtype, 
             two = (words_ref[word] >> shift) | high
             x = two.astype(jnp.int32) & ((1 << length) - 1)
             pattern = complete(p, x + first, jnp).reshape(ROWS, COLUMNS)
-            out_ref[rows, columns] = pattern.astype(jnp.uint16)
+            out_ref[rows, pl.ds(f - fields[0] * S, COLUMNS)] = pattern.astype(jnp.uint16)
             return begun + jnp.sum(row)
 
         jax.lax.fori_loop(0, group // ROWS, some, jnp.int32(0))
@@ -95,22 +95,29 @@ def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, T, dtype, 
             found = words_ref[at]
             place = jnp.minimum((found >> jnp.uint32(16)).astype(jnp.int32), group * COLUMNS - 1)
             row, column = q * group + place // COLUMNS, f + place % COLUMNS
-            out_ref[row, column] = found.astype(jnp.uint16)
+            out_ref[row, column - fields[0] * S] = found.astype(jnp.uint16)
 
         turns = pl.cdiv(jnp.clip(count, 0, group * COLUMNS), AT_ONCE)
         jax.lax.fori_loop(0, turns, patch, None)
 
-    jax.lax.fori_loop(0, 32 // bits, one, None)
+    jax.lax.fori_loop(*fields, one, None)
 
 
-def decode_triton(residual: Residual, substitute: Packed, interpret: bool = False) -> jax.Array:
-    """The bit patterns [D, F], uint16."""
-    group, (D, F) = substitute.group, residual.shape
-    Q, T = tiles(residual.shape, group)
-    known = dict(group=group, bits=substitute.bits, T=T, dtype=residual.dtype, interpret=interpret)
+def decode_triton(
+    residual: Residual, substitute: Packed, part: int = 0, parts: int = 1, interpret: bool = False
+) -> jax.Array:
+    """The bit patterns [D, F / parts], uint16, of one of `parts` equal parts of the columns.
+
+    `parts` divides the fields of a word, neighbouring columns being in neighbouring words.
+    """
+    group, bits, (D, F) = substitute.group, substitute.bits, residual.shape
+    Q, _ = tiles(residual.shape, group)
+    each = substitute.fields // parts
+    fields = part * each, (part + 1) * each
+    known = dict(group=group, bits=bits, fields=fields, dtype=residual.dtype, interpret=interpret)
     return pl.pallas_call(
         functools.partial(_kernel, **known),
-        out_shape=jax.ShapeDtypeStruct((D, F), jnp.uint16),
+        out_shape=jax.ShapeDtypeStruct((D, F // parts), jnp.uint16),
         grid=(Q, substitute.words_DS.shape[1] // COLUMNS),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,

@@ -43,9 +43,10 @@ def tree_attention(
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, X], in q's dtype.
 
     Query head n reads kv head n // (N / K). Every row of the mask needs one True; B of the mask may
-    be 1, and it may be of the first slots only: nothing behind them is read. Scores and sums are float32. `implementation` None takes Triton on a GPU for more than one
-    token in at most `LARGEST` rows (a draft's step) where `why_not` gives no reason, else XLA;
-    "triton" raises NotImplementedError with the reason. `interpret` runs the kernel on a CPU.
+    be 1, and it may be of the first slots only: nothing behind them is read. Scores and sums are
+    float32. `implementation` None takes Triton on a GPU for more than one token in at most
+    `LARGEST` rows (a draft's step) where `why_not` gives no reason, else XLA; "triton" raises
+    NotImplementedError with the reason. `interpret` runs the kernel on a CPU.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")

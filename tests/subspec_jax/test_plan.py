@@ -102,7 +102,7 @@ def test_items_of_the_draft_are_the_bytes_of_the_substitutes(bits, table_on_host
 @pytest.mark.parametrize("resident", [0, 2, 4])
 def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits):
     """Substitutes of all layers are kept; a resident layer is one whose residual stays too."""
-    cfg = tiny(dtype="bfloat16", d_model=128)
+    cfg, stays = tiny(dtype="bfloat16", d_model=128), {0: set(), 2: {1, 3}, 4: {0, 1, 2, 3}}
     draft = Draft(4, 32, head_bits)
     layer = split_shapes(cfg, 4, 32, gaussian_room(cfg, 4, 32))
     model = dataclasses.replace(abstract(cfg), layers=(layer,) * 4)
@@ -110,11 +110,12 @@ def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits)
     assert plan.residual and not plan_for(cfg).residual
     target = random_target(plan)
     layers = target.params.layers
-    assert [is_offloaded(l) for l in layers] == [i >= resident for i in range(4)]
-    item = lambda name: plan.device.get(name, 0)
-    assert item("resident layers") == sum(streamed_bytes(l) for l in layers[:resident])
-    assert item("streaming ring") == sum(streamed_bytes(l) for l in layers[resident:][:2])
-    assert plan.streamed_bytes == sum(streamed_bytes(l) for l in layers[resident:])
+    assert plan.stays == stays[resident] and plan.ahead == 2
+    assert [is_offloaded(l) for l in layers] == [i not in plan.stays for i in range(4)]
+    item, size = lambda name: plan.device.get(name, 0), streamed_bytes(layers[0])
+    assert item("resident layers") == resident * size
+    assert item("streaming ring") == min(3, 4 - resident) * size
+    assert plan.streamed_bytes == (4 - resident) * size
     made = make_draft(target, plan)
     assert item("substitutes") == sum(matrices(l) for l in made.layers)
     assert item("draft head") == (0 if head_bits is None else nbytes(made.head_DV))

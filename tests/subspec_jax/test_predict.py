@@ -85,6 +85,15 @@ def test_a_round_is_draft_pass_and_end():
     assert round_seconds(plan, costs, link) == pytest.approx(expected)
 
 
+def test_residuals_that_stay_are_spread_over_the_pass():
+    """So that the link is busy while they are put together."""
+    plan = plan_for(resident=2, model=residual_shapes())
+    size, costs = plan.streamed_bytes // 4, Costs(draft=0.0, block=0.01, rest=0.0)
+    assert plan.stays == {2, 5}
+    sizes = [size, size, 0, size, size, 0]
+    assert round_seconds(plan, costs, 1e6) == pytest.approx(pass_seconds(sizes, 0.01, 1e6, 2))
+
+
 def residual_shapes():
     layer = split_shapes(CFG, 4, 32, gaussian_room(CFG, 4, 32))
     return dataclasses.replace(abstract(CFG), layers=(layer,) * CFG.layers)

@@ -28,9 +28,10 @@ def pair(D, F, bits=4, group=64, dtype="bfloat16", seed=0):
     return w, encode(w, jax.tree.map(np.asarray, q), "levels"), packed(q)
 
 
-def bits_of(r, q):
+def bits_of(r, q, count=1):
     r = jax.tree.map(jnp.asarray, r)
-    return np.asarray(decode_triton(r, q, interpret=True))
+    parts = (decode_triton(r, q, part, count, interpret=True) for part in range(count))
+    return np.concatenate([np.asarray(part) for part in parts], axis=1)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,7 @@ def test_bits_are_those_of_the_weights(D, F, bits, group, dtype):
     w, r, q = pair(D, F, bits, group, dtype)
     assert why_not(r, q) is None and r.patches > 0
     np.testing.assert_array_equal(bits_of(r, q), w.view(np.uint16))
+    np.testing.assert_array_equal(bits_of(r, q, q.fields // 2), w.view(np.uint16))
     wider = pad(r, r.words.shape[0] + 3, r.patches + 100)
     np.testing.assert_array_equal(bits_of(wider, q), w.view(np.uint16))
 
