@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -42,7 +43,7 @@ class Run:
         self.records = report.read(self.path)
         self.answers: dict[tuple, str] = {}
         self.traces: dict[str, Iterator[int]] = {}
-        self.draft = self.draft_key = None
+        self.draft = self.draft_key = self.random = None
 
     # ------------------------------------------------------------------ model
 
@@ -82,15 +83,13 @@ class Run:
 
     def predict(self) -> dict[str, dict[str, float]]:
         """What a round of each method takes, in seconds, from one layer of each kind."""
-        found, layers = {}, {}
+        found = {}
         for method in self.setups:
             p = self.plans[method.name]
             if p.draft.model is not None or self.args.palu is not None:
                 continue
             with self.console.status(f"Timing a layer for {method.name} …"):
-                if p.residual not in layers:
-                    layers[p.residual] = self.one_layer(p)
-                costs = measure(p, layers[p.residual], self.sampler)
+                costs = measure(p, self.one_layer(p), self.sampler)
             seconds = round_seconds(p, costs, self.link)
             found[method.name] = dataclasses.asdict(costs) | {"round": seconds}
             self.console.print(
@@ -104,8 +103,14 @@ class Run:
         """A layer of the kind that the plan's target has."""
         if p.residual and self.converted is not None:
             return self.converted.layer(0)
-        layer = init_layer(jax.random.key(0), self.cfg)
-        return split_layer(layer, p.model.layers[0]) if p.residual else layer
+        return self.split(p) if p.residual else init_layer(jax.random.key(0), self.cfg)
+
+    def split(self, p):
+        """A random layer in two parts, encoded once and kept on the host."""
+        if self.random is None:
+            whole = init_layer(jax.random.key(self.args.seed), self.cfg)
+            self.random = jax.tree.map(np.asarray, split_layer(whole, p.model.layers[0]))
+        return self.random
 
     def load(self, p):
         """The target where the plan wants it."""
@@ -113,7 +118,7 @@ class Run:
         self.residual = p.residual
         with self.bar("Loading layers", p.cfg.layers) as step:
             if source is None:
-                return random_target(p, self.args.seed, step)
+                return random_target(p, self.args.seed, step, self.split(p) if p.residual else None)
             return load_target(source, p, step, p.residual and self.args.verify_weights)
 
     def show_plan(self):

@@ -70,17 +70,20 @@ def _load_converted(source, plan, place_layer, place_table, progress, verify) ->
     return Target(Params(layers=tuple(layers), **tables), plan.cfg, plan.ahead)
 
 
-def random_target(plan: Plan, seed: int = 0, progress: Progress | None = None) -> Target:
+def random_target(
+    plan: Plan, seed: int = 0, progress: Progress | None = None, split: Layer | None = None
+) -> Target:
     """Random weights of the plan's architecture, made on the device layer by layer; for timing.
 
-    Where the plan streams residuals, one layer is encoded, on the host, and all are its copies.
+    Where the plan streams residuals, one layer is encoded, on the host, and all are its copies;
+    or copies of `split`, which `split_layer` made.
     """
     cfg = plan.cfg
     make = jax.jit(init_layer, static_argnames="cfg")
     normal = jax.jit(_normal, static_argnames=("shape", "dtype"))
     key, layers = jax.random.key(seed), []
     if plan.residual:
-        split = split_layer(make(key, cfg), plan.model.layers[0])
+        split = split or split_layer(make(key, cfg), plan.model.layers[0])
         copied = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a.copy()
     for i in range(cfg.layers):
         if plan.residual:

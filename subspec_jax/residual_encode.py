@@ -3,7 +3,9 @@
 A slab of groups is done at a time, so that the work space is some 100 MB whatever the matrix.
 """
 
+import concurrent.futures
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import jax
@@ -151,8 +153,9 @@ def encode(
     rows, across = tiles(q.shape, q.group)
     planes, F = code == "planes", q.shape[1]
     low = np.empty((rows, q.group, F), np.uint8) if planes else None
-    stream, offsets, patches, patched = [], [], [], []
-    for start, part in _slabs(q):
+
+    def one(slab):
+        start, part = slab
         p = _predict(part, table.octaves, w_DF.dtype.name)
         count = p.level.shape[0]
         bits = patterns(w_DF[start * q.group : (start + count) * q.group]).reshape(p.level.shape)
@@ -162,14 +165,14 @@ def encode(
         x[(x >> length != 0) | ~possible] = 0
         wrong = np.nonzero(complete(p, x + table.firsts[p.level], np) != bits)
         found, each = _patches(wrong, bits[wrong], count, across)
-        patches.append(found)
-        patched.append(each)
         if planes:
             low[start : start + count] = x & 255
             x, length = x >> 8, length - 8
         position, words = _positions(length, across, 8 if planes else 32)
-        offsets.append(words[:-1])
-        stream.append(_packed(x, position, int(words[-1]), planes))
+        return _packed(x, position, int(words[-1]), planes), words[:-1], found, each
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        stream, offsets, patches, patched = map(list, zip(*pool.map(one, _slabs(q)), strict=True))
     words = _assemble(table, stream, offsets, patches, patched, planes)
     low = low.reshape(q.shape) if planes else None
     return Residual(words, low, tuple(q.shape), w_DF.dtype.name, sum(map(len, patches)))
