@@ -4,8 +4,8 @@
 
 The weights are zeros, in the shapes of low-bit substitutes of every layer; nothing streams. A step
 is the slope between a whole tree and one that stops half way, so that what a tree costs once is not
-in it. The floor is the draft's bytes over the bandwidth of a large read in the same run. Kernels are
-those of the profiler, on a GPU. `--head-bits 4` gives the draft an output head of its own.
+in it. The floor is the draft's bytes over the bandwidth of a large read in the same run. Kernels
+are those of the profiler, on a GPU. `--head-bits 4` gives the draft an output head of its own.
 """
 
 import collections
