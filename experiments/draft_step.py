@@ -1,6 +1,6 @@
 """A draft's tree, timed and taken apart into kernels: what a step costs beside the bytes it reads.
 
-    python -m experiments.draft_step --model qwen2.5-7b --output experiments/results/draft_step.jsonl
+    python -m experiments.draft_step --model qwen2.5-7b --output steps.jsonl
 
 The weights are zeros, in the shapes of low-bit substitutes of every layer; nothing streams. A step
 is the slope between a whole tree and one that stops half way, so that what a tree costs once is not
