@@ -29,7 +29,7 @@ from subspec_jax.load import (
     random_target,
     split_layer,
 )
-from subspec_jax.predict import measure, round_seconds
+from subspec_jax.predict import Costs, measure, round_seconds
 from subspec_jax.tree import TreeSpec, cache_slots
 
 
@@ -218,13 +218,11 @@ class Run:
                 )
             if not missing:
                 continue
-            decoder = self.settle_on(method)
-            self.warm_up(decoder, method, missing[0][0])
+            decoder = self.ready(method, missing[0][0])
             if shaping.is_free(self.args, method):
                 del decoder
                 method = self.shaped(method, missing[0][0])
-                decoder = self.settle_on(method)
-                self.warm_up(decoder, method, missing[0][0])
+                decoder = self.ready(method, missing[0][0])
             aloud = self.args.show and method.name == self.args.method
             total = len(missing) * self.args.max_new_tokens
             with contextlib.ExitStack() as stack:
@@ -251,6 +249,38 @@ class Run:
             if i < turn:
                 messages.append({"role": "assistant", "content": self.answers[sample.id, i]})
         return self.tokenizer.chat(messages)
+
+    def ready(self, method, sample, tries: int = 3):
+        """A warm decoder. Where memory runs out, allocators having ways of their own, with a layer
+        less on the device, unless --resident says how many."""
+        for n in range(tries + 1):
+            try:
+                decoder = self.settle_on(method)
+                self.warm_up(decoder, method, sample)
+                return decoder
+            except jax.errors.JaxRuntimeError as error:
+                resident = self.plans[method.name].resident
+                last = n == tries or self.args.resident is not None or resident == 0
+                if last or "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+            decoder, self.draft, self.draft_key = None, None, None
+            self.console.print(
+                f"{method.name}: {resident} resident layers left too little memory to work with; "
+                f"trying {resident - 1}",
+                style="yellow",
+            )
+            self.plan_with(method, resident - 1)
+
+    def plan_with(self, method, resident: int):
+        """Changes the method's plan, and what is predicted of it, to so many resident layers."""
+        old = self.plans[method.name]
+        new = settings.make_plan(
+            self.args, self.cfg, method, self.limit, resident, old.table_on_host, self.converted
+        )
+        self.plans[method.name] = new
+        if known := self.predicted.get(method.name):
+            costs = Costs(**{f.name: known[f.name] for f in dataclasses.fields(Costs)})
+            known["round"] = round_seconds(new, costs, self.link)
 
     def warm_up(self, decoder, method, sample):
         """Compiles what the method needs, outside the clock."""

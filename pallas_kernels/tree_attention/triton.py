@@ -2,7 +2,8 @@
 
 Rows are (token, head of the group) pairs, so that all heads of a group share what is read of the
 cache. Softmax is taken as it goes, in powers of two. Where slots are split among programs, each
-leaves its highest score, its sum and its average, and XLA puts them together.
+leaves its highest score, its sum and its average, and XLA puts them together, term by term: one
+fusion instead of reductions.
 
 Letters: T query tokens, G query heads of a kv head, M = T * G rows, S slots, K kv heads, H head
 size, X splits.
@@ -24,11 +25,14 @@ LOWEST = -1e30
 
 
 def _kernel(q_ref, k_ref, v_ref, mask_ref, y_ref, top_ref, sum_ref, *, rows, G, splits):
-    T, S = mask_ref.shape
+    (T, S), H = mask_ref.shape, q_ref.shape[-1]
     head, x = pl.program_id(1), pl.program_id(2)
     own = pl.ds(pl.program_id(0) * rows, rows)
-    q = q_ref[head, own]
-    row = pl.program_id(0) * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, TILE), 0)
+    iota = functools.partial(jax.lax.broadcasted_iota, jnp.int32)
+    row = pl.program_id(0) * rows + iota((rows, H), 0)
+    row = jnp.minimum(row, T * G - 1)  # those behind the last are it again
+    q = q_ref[row // G, head * G + row % G, iota((rows, H), 1)]
+    row = pl.program_id(0) * rows + iota((rows, TILE), 0)
     token = jnp.minimum(row // G, T - 1)
     each = pl.cdiv(S // TILE, splits)
     scale = math.log2(math.e) * q.shape[-1] ** -0.5
@@ -36,7 +40,7 @@ def _kernel(q_ref, k_ref, v_ref, mask_ref, y_ref, top_ref, sum_ref, *, rows, G, 
     def turn(n, carry):
         top, total, y = carry
         slots = pl.ds(n * TILE, TILE)
-        slot = n * TILE + jax.lax.broadcasted_iota(jnp.int32, (rows, TILE), 1)
+        slot = n * TILE + iota((rows, TILE), 1)
         score = plgpu.dot(q, k_ref[slots, head].T) * scale
         score = jnp.where(mask_ref[token, slot] != 0, score, LOWEST)
         higher = jnp.maximum(top, jnp.max(score, axis=1))
@@ -74,8 +78,6 @@ def tree_attention_triton(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret: bool = Fa
     G = N // K
     rows, blocks, X = cut(T * G, K, S)
     M = rows * blocks
-    q_KMH = q_BTNH.reshape(T, K, G, H).swapaxes(0, 1).reshape(K, T * G, H)
-    q_KMH = jnp.pad(q_KMH, ((0, 0), (0, M - T * G), (0, 0)))
     array = jax.ShapeDtypeStruct
     y_XKMH, top_XKM, sum_XKM = pl.pallas_call(
         functools.partial(_kernel, rows=rows, G=G, splits=X),
@@ -88,11 +90,12 @@ def tree_attention_triton(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret: bool = Fa
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="tree_attention",
-    )(q_KMH, k_BSKH[0], v_BSKH[0], mask_BTS[0].astype(jnp.int8))
+    )(q_BTNH[0], k_BSKH[0], v_BSKH[0], mask_BTS[0].astype(jnp.int8))
     y_KMH = y_XKMH[0]
     if X > 1:
-        weight = sum_XKM * jnp.exp2(top_XKM - jnp.max(top_XKM, axis=0, keepdims=True))
-        weight = weight / jnp.sum(weight, axis=0, keepdims=True)
-        y_KMH = jnp.sum(y_XKMH * weight[..., None], axis=0).astype(q_BTNH.dtype)
+        top_KM = functools.reduce(jnp.maximum, top_XKM)
+        weights = [s * jnp.exp2(top - top_KM) for s, top in zip(sum_XKM, top_XKM, strict=True)]
+        y_KMH = sum(y * w[..., None] for y, w in zip(y_XKMH, weights, strict=True))
+        y_KMH = (y_KMH / sum(weights)[..., None]).astype(q_BTNH.dtype)
     y_KTGH = y_KMH[:, : T * G].reshape(K, T, G, H)
     return y_KTGH.swapaxes(0, 1).reshape(1, T, N, H)

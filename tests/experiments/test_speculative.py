@@ -13,7 +13,7 @@ import jax
 import matplotlib.image
 import pytest
 
-from experiments import benchmarks, convert, report, settings, speculative
+from experiments import benchmarks, convert, report, runner, settings, speculative
 from experiments.methods import NAMES
 from llm_jax import registry
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
@@ -286,6 +286,32 @@ def test_variants_are_lossless(run, everything, tmp_path, flags):
     found = run(f"{flags} --compare --no-show", tmp_path)
     assert [r["method"] for r in found.records] == ["subspec"]
     assert found.records[0]["token_ids"] == everything.by_method["vanilla"]["token_ids"]
+
+
+def test_where_memory_runs_out_a_layer_less_is_tried(
+    run, models, everything, tmp_path, monkeypatch
+):
+    warm_up, failures = runner.Run.warm_up, []
+
+    def short(self, decoder, method, sample):
+        if len(failures) < 2:
+            failures.append(self.plans[method.name].resident)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
+        warm_up(self, decoder, method, sample)
+
+    monkeypatch.setattr(runner.Run, "warm_up", short)
+    flags = BASE.replace("--resident 1", "").replace("16MB", "1GB") + " --predict yes --compare"
+    flags += f" --checkpoint {models['target']}"
+    found = call(f"{flags} --no-show --output {tmp_path / 'out'}")
+    assert found.code == 0 and failures == [3, 2]
+    assert "3 resident layers left too little memory" in found.out and "trying 1" in found.out
+    meta = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert meta["plans"]["subspec"]["resident"] == 1
+    (record,) = report.read(tmp_path / "out" / "records.jsonl")
+    assert record["token_ids"] == everything.by_method["vanilla"]["token_ids"]
+    failures.clear()
+    refused = call(f"{BASE} --compare --checkpoint {models['target']} --output {tmp_path / 'no'}")
+    assert refused.code == 2 and "ran out of memory" in refused.err and failures == [1]
 
 
 def test_a_tree_is_chosen_from_the_first_rounds(run, everything, tmp_path):
