@@ -1,7 +1,7 @@
 """Residuals decoded by one Triton kernel: each weight's bits are read once and written once.
 
-A program takes one group of inputs and 64 columns of the substitute's words, which are as many
-tiles of the residual as a word has fields. A tile is a prefix sum of lengths, two reads from the
+A program takes one tile of the residual: a group of inputs and 64 columns, which are one field of
+the same columns of the substitute's words. A tile is a prefix sum of lengths, two reads from the
 stream, and the same integer arithmetic as everywhere; its patches overwrite what it stored.
 """
 
@@ -26,10 +26,11 @@ from subspec_jax.residual import (
     tiles,
 )
 
-WARPS = 4
-ROWS = 16
-"""Rows of a tile that are decoded together: 95 registers a thread and some 80 instructions a weight
-(Triton 3.9 for sm_90, compiled without a GPU); the whole tile at once took 162."""
+WARPS = 1
+ROWS = 8
+"""Rows of a tile that are decoded together: 72 registers a thread, so that 28 warps share a
+multiprocessor, and none waits for another (Triton 3.9 for sm_90, compiled without a GPU). Not timed
+yet; 16 rows and 4 warps of an earlier form took 0.81 ms for 3584x18944 on an H200."""
 AT_ONCE = 32
 """Patches of a tile that are stored together."""
 
@@ -48,59 +49,60 @@ def why_not(residual: Residual, substitute: Packed) -> str | None:
     return None
 
 
-def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, fields, dtype, interpret):
-    """One group of inputs, `COLUMNS` words wide, some `fields` of each; `words_ref` is flat."""
-    S, width, T = codes_ref.shape[1], bits, scale_ref.shape[1] // COLUMNS
-    q, s = pl.program_id(0), pl.program_id(1) * COLUMNS
+def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, first, dtype, interpret):
+    """One tile: a group of inputs, `COLUMNS` columns; `words_ref` is the residual's, flat.
+
+    `first` is the field that the output begins with.
+    """
+    S, T = codes_ref.shape[1], scale_ref.shape[1] // COLUMNS
+    s, i, q = pl.program_id(0) * COLUMNS, first + pl.program_id(1), pl.program_id(2)
+    f = i * S + s
+    out, tile, columns = f - first * S, q * T + f // COLUMNS, pl.ds(f, COLUMNS)
     last = words_ref.shape[0] - 2
-    octaves = words_ref[OCTAVES].astype(jnp.int32)
-    patches = words_ref[FIRST_PATCH].astype(jnp.int32)
     counts = LANES + (codes_ref.shape[0] // group) * T  # where the counts of patches begin
+    octaves = words_ref[OCTAVES].astype(jnp.int32)
+    start = words_ref[LANES + tile].astype(jnp.int32)
+    begin = words_ref[counts + tile].astype(jnp.int32)
+    count = words_ref[counts + tile + 1].astype(jnp.int32) - begin
+    patches = words_ref[FIRST_PATCH].astype(jnp.int32) + begin
+    step, offset = (v[None] for v in step_offset(scale_ref[q, columns]))
 
-    def one(i, _):
-        f = i * S + s
-        tile, columns = q * T + f // COLUMNS, pl.ds(f, COLUMNS)
-        step, offset = (v[None] for v in step_offset(scale_ref[q, columns]))
-        start = words_ref[LANES + tile].astype(jnp.int32)
+    def patch(n):  # behind the last one it comes again
+        entry = n * AT_ONCE + jax.lax.broadcasted_iota(jnp.int32, (AT_ONCE,), 0)
+        return words_ref[jnp.clip(patches + jnp.minimum(entry, count - 1), 0, last)]
 
-        def some(n, begun):  # rows n * ROWS …, in front of which lie `begun` bits of the tile
-            rows = pl.ds(q * group + n * ROWS, ROWS)
-            codes = codes_ref[rows, pl.ds(s, COLUMNS)] >> (i * width).astype(jnp.uint32)
-            codes = (codes & jnp.uint32(2**width - 1)).astype(jnp.int32)
-            p = predict(codes[None], step, offset, octaves, dtype, jnp)
-            entry = words_ref[p.level].astype(jnp.int32)
-            length, first = entry & 255, (entry >> 8) - BIAS
-            row = jnp.sum(length, axis=2)
-            above = jnp.cumsum(row, axis=1) - row
-            before = begun + above[..., None] + jnp.cumsum(length, axis=2) - length
-            word = jnp.clip(start + (before >> 5), 0, last)
-            shift = (before & 31).astype(jnp.uint32)
-            high = words_ref[word + 1] << jnp.uint32(1) << (jnp.uint32(31) - shift)
-            two = (words_ref[word] >> shift) | high
-            x = two.astype(jnp.int32) & ((1 << length) - 1)
-            pattern = complete(p, x + first, jnp).reshape(ROWS, COLUMNS)
-            out_ref[rows, pl.ds(f - fields[0] * S, COLUMNS)] = pattern.astype(jnp.uint16)
-            return begun + jnp.sum(row)
+    early = patch(0)  # asked for now: hardly a tile has more
 
-        jax.lax.fori_loop(0, group // ROWS, some, jnp.int32(0))
-        if not interpret:
-            plgpu.debug_barrier()  # patches come after what they overwrite
+    def some(n, begun):  # rows n * ROWS …, in front of which lie `begun` bits of the tile
+        rows = pl.ds(q * group + n * ROWS, ROWS)
+        codes = codes_ref[rows, pl.ds(s, COLUMNS)] >> (i * bits).astype(jnp.uint32)
+        codes = (codes & jnp.uint32(2**bits - 1)).astype(jnp.int32)
+        p = predict(codes[None], step, offset, octaves, dtype, jnp)
+        entry = words_ref[p.level].astype(jnp.int32)
+        length, least = entry & 255, (entry >> 8) - BIAS
+        flat = length.reshape(-1)
+        before = (jnp.cumsum(flat) - flat).reshape(length.shape) + begun
+        word = jnp.clip(start + (before >> 5), 0, last)
+        shift = (before & 31).astype(jnp.uint32)
+        high = words_ref[word + 1] << jnp.uint32(1) << (jnp.uint32(31) - shift)
+        two = (words_ref[word] >> shift) | high
+        x = two.astype(jnp.int32) & ((1 << length) - 1)
+        pattern = complete(p, x + least, jnp).reshape(ROWS, COLUMNS)
+        out_ref[rows, pl.ds(out, COLUMNS)] = pattern.astype(jnp.uint16)
+        return begun + jnp.sum(flat)
 
-        begin = words_ref[counts + tile].astype(jnp.int32)
-        count = words_ref[counts + tile + 1].astype(jnp.int32) - begin
+    jax.lax.fori_loop(0, group // ROWS, some, jnp.int32(0))
+    if not interpret:
+        plgpu.debug_barrier()  # patches come after what they overwrite
 
-        def patch(n, _):  # behind the last one it is stored again
-            entry = n * AT_ONCE + jax.lax.broadcasted_iota(jnp.int32, (AT_ONCE,), 0)
-            at = jnp.clip(patches + begin + jnp.minimum(entry, count - 1), 0, last)
-            found = words_ref[at]
-            place = jnp.minimum((found >> jnp.uint32(16)).astype(jnp.int32), group * COLUMNS - 1)
-            row, column = q * group + place // COLUMNS, f + place % COLUMNS
-            out_ref[row, column - fields[0] * S] = found.astype(jnp.uint16)
+    def store(found):
+        place = jnp.minimum((found >> jnp.uint32(16)).astype(jnp.int32), group * COLUMNS - 1)
+        row, column = q * group + place // COLUMNS, out + place % COLUMNS
+        out_ref[row, column] = found.astype(jnp.uint16)
 
-        turns = pl.cdiv(jnp.clip(count, 0, group * COLUMNS), AT_ONCE)
-        jax.lax.fori_loop(0, turns, patch, None)
-
-    jax.lax.fori_loop(*fields, one, None)
+    turns = pl.cdiv(jnp.clip(count, 0, group * COLUMNS), AT_ONCE)
+    pl.when(turns > 0)(lambda: store(early))
+    jax.lax.fori_loop(1, turns, lambda n, _: store(patch(n)), None)
 
 
 def decode_triton(
@@ -113,12 +115,12 @@ def decode_triton(
     group, bits, (D, F) = substitute.group, substitute.bits, residual.shape
     Q, _ = tiles(residual.shape, group)
     each = substitute.fields // parts
-    fields = part * each, (part + 1) * each
-    known = dict(group=group, bits=bits, fields=fields, dtype=residual.dtype, interpret=interpret)
+    first = part * each
+    known = dict(group=group, bits=bits, first=first, dtype=residual.dtype, interpret=interpret)
     return pl.pallas_call(
         functools.partial(_kernel, **known),
         out_shape=jax.ShapeDtypeStruct((D, F // parts), jnp.uint16),
-        grid=(Q, substitute.words_DS.shape[1] // COLUMNS),
+        grid=(substitute.words_DS.shape[1] // COLUMNS, each, Q),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name="residual_decode",
