@@ -4,8 +4,8 @@
     python -m experiments.offload_benchmark --model qwen2.5-32b --memory-limit 24GB --output FOLDER
 
 Baselines: plain streaming with best residency, transformers with accelerate's CPU offload and with
-prompt lookup. Ours step by step: raw layers through XLA, with kernels, residuals, two of them
-ahead, a low-bit head. Each in a process of its own under the memory limit, with random weights and
+prompt lookup. Ours step by step: raw layers through XLA, with kernels, residuals, a low-bit
+head, two layers ahead. Each in a process of its own under the memory limit, with random weights and
 a replayed acceptance, or on a checkpoint (`--checkpoint`, then real texts and overlapped drafting
 too). Every line of offload.jsonl is one of them; a second call goes on where the first stopped.
 """
@@ -35,9 +35,9 @@ STEPS: dict[str, tuple[str, ...]] = {
     "vanilla": PLAIN,
     "raw": ("--method", "subspec"),
     "kernels": ("--method", "subspec"),
-    "residual, one ahead": ("--method", "subspec", "--stream", "residual", "--ahead", "1"),
     "residual": ("--method", "subspec", "--stream", "residual"),
     "low-bit head": ("--method", "subspec", "--stream", "residual", "--draft-head-bits", "4"),
+    "two ahead": ("--method", "subspec", "--stream", "residual", "--ahead", "2"),
 }
 ON_TEXT: dict[str, tuple[str, ...]] = {
     # what depends on the tokens, so that it cannot be replayed

@@ -106,8 +106,8 @@ class Speculative:
     below its best node (subspec-lookup: 16 if 0 here)."""
     resident: int | None = None
     """Layers to keep on the device; as many as fit if not given."""
-    ahead: int | None = None
-    """Layers on their way while one is in use; 1, or 2 with --stream residual, if not given."""
+    ahead: int = 1
+    """Layers on their way while one is in use."""
     table_on_host: bool | None = None
     """Keep an untied embedding table in host memory; whatever streams less if not given."""
     benchmark: Literal[benchmarks.NAMES] = "builtin"  # type: ignore[valid-type]

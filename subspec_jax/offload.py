@@ -87,15 +87,17 @@ class Stream:
 
     The first copies start when it is made: make it before drafting and the idle link fills the
     first buffers meanwhile. Take a layer with `next`, drop it when its block is dispatched, and
-    tell `used` an output of that block: a copy is started only when all blocks before the layer in
-    hand are complete, so at most ahead + 1 streamed layers exist at any time. (The host would
-    otherwise run ahead of the link and fill the memory with layers waiting for their turn.)
+    tell `used` an output of that block: then, with that block queued, the host waits for the one of
+    the streamed layer before and starts a copy in its place. So at most ahead + 1 streamed layers
+    exist at any time, and the device never waits for the host. (Without waiting, the host would run
+    ahead of the link and fill the memory with layers that wait for their turn.)
     """
 
     def __init__(self, layers: Sequence[Layer], ahead: int = 1):
         # No generator: one that refers to its owner keeps its layers until a collection.
         self._layers, self._taken, self._sent = layers, 0, 0
-        self._ready, self._last, self.bytes = collections.deque(), None, 0
+        self._ready, self.bytes = collections.deque(), 0
+        self._streams, self._last = False, None  # the layer in hand; the block of the one before
         for _ in range(ahead):
             self._send()
 
@@ -114,15 +116,19 @@ class Stream:
             raise StopIteration
         layer = self._layers[self._taken]
         self._taken += 1
-        if not is_offloaded(layer):
+        self._streams = is_offloaded(layer)
+        if not self._streams:
             return layer
-        jax.block_until_ready(self._last)
-        self._send()
+        if not self._ready:  # nobody said that the layer before was used
+            self._send()
         return self._ready.popleft()
 
     def used(self, output) -> None:
         """Hears of an array that is ready when the layer handed out last has been used."""
-        self._last = output
+        if self._streams:
+            jax.block_until_ready(self._last)
+            self._last = output
+            self._send()
 
     def arrived_bytes(self) -> int:
         """Bytes of the copies that are complete and not yet handed out."""

@@ -227,6 +227,8 @@ DECODE_BYTES = 20
 """Work space a weight of a slab that is put together (`residual_device.SLAB`)."""
 
 
+# Gaps: the allocator gives a hole of less than twice the size whole, up to 128 MB too much. A plain
+# layer's matrices fit into each other's holes; residuals are of many sizes.
 def _lay_out(
     model, cfg, spec, draft, max_length, chunk, ahead, resident, table_on_host, cache, kernels
 ):
@@ -248,6 +250,7 @@ def _lay_out(
         "streaming ring": min(ahead + 1, len(moved)) * max(moved, default=0),
         "KV cache": cache,
         "substitutes": kept,
+        "gaps": max((_bytes(w.residual.words) for w in _splits(model)), default=0),
     }
     if draft.bits is not None:
         if not kept:
@@ -277,7 +280,7 @@ def make_plan(
     draft: Draft = NO_DRAFT,
     max_length: int = 2048,
     chunk: int = 512,
-    ahead: int | None = None,
+    ahead: int = 1,
     resident: int | None = None,
     table_on_host: bool | None = None,
     spare: float = 0.02,
@@ -288,13 +291,10 @@ def make_plan(
 
     `model` is a tree of shapes and dtypes, where the layers are not the plain ones of `cfg`.
     `kernels`: the device runs the package's Triton kernels (see `offload.card_has_kernels`).
-    `ahead` layers are on their way while one is in use: 1, or 2 where they are residuals.
     `resident` and `table_on_host` fix a choice that is otherwise made here; a tied table is the
     head and stays on the device. `spare` of the limit is left to the allocator's rounding. Raises
     PlanError, with the least limit that would work, if even streaming everything does not fit.
     """
-    if ahead is None:  # putting residuals together takes about as long as copying them
-        ahead = 2 if has_split(model) else 1
     if ahead < 1:
         raise PlanError(f"ahead is {ahead}; at least one layer must be on its way")
     if max_length < 1 or chunk < 1:

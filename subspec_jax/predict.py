@@ -45,8 +45,8 @@ def pass_seconds(
 ) -> float:
     """Seconds of a streamed pass: `sizes` are the bytes each layer streams, 0 for resident ones.
 
-    The first `ahead` copies start `early` seconds before the pass. Another starts when the link is
-    free and all blocks before the layer that is `ahead` streamed layers earlier are complete.
+    The first `ahead` copies start `early` seconds before the pass, one more with it. Another starts
+    when the link is free and the block of the streamed layer `ahead` + 1 earlier is complete.
     """
     streamed = [i for i, size in enumerate(sizes) if size]
     arrival, done, free = {}, [0.0], -early
@@ -59,10 +59,11 @@ def pass_seconds(
 
     for k in range(ahead):
         send(k, -early)
+    send(ahead, 0.0)
     for i, size in enumerate(sizes):
-        if size:
-            send(streamed.index(i) + ahead, done[-1])
         done.append(max(done[-1], arrival.get(i, 0.0)) + block)
+        if size:
+            send(streamed.index(i) + ahead + 1, done[-1])
     return done[-1]
 
 
