@@ -215,7 +215,7 @@ def test_smollm2_is_transformers_smollm2(smollm2):
 
 @pytest.mark.slow
 def test_smollm2_perplexity_on_wikitext2(smollm2, shared_data):
-    """19.92 on the first 20,480 tokens of the test set in windows of 2,048."""
+    """22.90 on the first three windows of 2,048 tokens; 19.92 on the first ten."""
     params, cfg, tokenizer = smollm2
     source = shared_data / "text" / "wikitext2" / "wiki.test.raw.gz"
     tokens = tokenizer.encode(gzip.decompress(source.read_bytes()).decode("utf-8"))
@@ -230,9 +230,9 @@ def test_smollm2_perplexity_on_wikitext2(smollm2, shared_data):
         chosen = jnp.take_along_axis(logits[0, :-1], tokens_1T[0, 1:, None], axis=-1)[:, 0]
         return jnp.sum(jax.nn.logsumexp(logits[0, :-1], axis=-1) - chosen)
 
-    windows = np.asarray(tokens[:20_480], np.int32).reshape(-1, 1, window)
+    windows = np.asarray(tokens[: 3 * window], np.int32).reshape(-1, 1, window)
     total = sum(float(loss(params, one)) for one in windows)
     perplexity = math.exp(total / (len(windows) * (window - 1)))
     took = time.perf_counter() - started
     print(f"perplexity {perplexity:.4f} in {took:.0f} s, {os.cpu_count()} cores")
-    assert perplexity == pytest.approx(19.92, rel=0.005)
+    assert perplexity == pytest.approx(22.90, rel=0.005)
