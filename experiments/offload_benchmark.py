@@ -31,7 +31,7 @@ PCIE4, GDDR = 25e9, 1.008e12
 
 PLAIN = ("--method", "vanilla")
 STEPS: dict[str, tuple[str, ...]] = {
-    # name -> flags of experiments.speculative; each adds to the one before
+    # name -> flags of experiments.speculative, each with more of them up to residual
     "vanilla": PLAIN,
     "raw": ("--method", "subspec"),
     "kernels": ("--method", "subspec"),

@@ -8,11 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from llm_jax.linear import linear
 from llm_jax.packed import packed
 from llm_jax.quantize import Quantized, pack, quantize
 from llm_jax.registry import MODELS
 from pallas_kernels.lowering import lower_for
-from subspec_jax import residual_device
+from subspec_jax import residual_device, residual_triton
 from subspec_jax.residual import pad
 from subspec_jax.residual_device import gaussian_room, split_shapes
 from subspec_jax.residual_encode import encode
@@ -51,6 +52,25 @@ def test_bits_are_those_of_the_weights(D, F, bits, group, dtype):
     np.testing.assert_array_equal(bits_of(r, q, q.fields // 2), w.view(np.uint16))
     wider = pad(r, r.words.shape[0] + 3, r.patches + 100)
     np.testing.assert_array_equal(bits_of(wider, q), w.view(np.uint16))
+
+
+@pytest.mark.parametrize("parts", [1, 4, 8])
+def test_a_product_takes_a_part_of_the_matrix_at_a_time(monkeypatch, parts):
+    w = np.random.default_rng(1).standard_normal((128, 1024), np.float32).astype(jnp.bfloat16)
+    low = quantize(jnp.asarray(w), 4, 64)
+    r, q = encode(w, jax.tree.map(np.asarray, low), "levels"), packed(low)
+    seen, decode = [], residual_triton.decode_triton
+    monkeypatch.setattr(residual_device, "on_gpu", lambda: True)
+    monkeypatch.setattr(residual_device, "PART", w.size // parts)
+    watched = lambda r, q, part, count: (
+        seen.append((part, count)), decode(r, q, part, count, interpret=True)
+    )[1]  # fmt: skip
+    monkeypatch.setattr(residual_triton, "decode_triton", watched)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 128)), jnp.bfloat16)
+    y = linear(residual_device.Split(q, jax.tree.map(jnp.asarray, r)), x, jnp.float32)
+    assert seen == [(part, parts) for part in range(parts)]
+    want = np.asarray(x, np.float64) @ w.astype(np.float64)
+    np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
 
 
 def test_every_pattern():
