@@ -137,7 +137,8 @@ def acceptance_trace(source: str, method: Method, seed: int = 0) -> Callable[[],
 
     `published`: draws at the published hazard, `BLOCK` at a time one from each part of equal
     probability, in random order, so that few rounds have the mean of many. Otherwise a file of
-    records that `experiments.speculative` wrote: the rounds of the same method, over and over.
+    records that `experiments.speculative` wrote: the rounds of the same method, over and over, but
+    for those that the end of a text cut short.
     """
     if method.name == "vanilla":
         return lambda: iter(lambda: 0, None)
@@ -159,7 +160,13 @@ def acceptance_trace(source: str, method: Method, seed: int = 0) -> Callable[[],
     try:
         lines = Path(source).read_text().splitlines()
         records = [json.loads(line) for line in lines if line.strip()]
-        found = [a for r in records if r["method"] == method.name for a in r["rounds"]["accepted"]]
+        rounds = [r["rounds"] for r in records if r["method"] == method.name]
+        found = [
+            accepted
+            for r in rounds
+            for accepted, emitted in zip(r["accepted"], r["emitted"], strict=True)
+            if emitted > accepted
+        ]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise MethodError(
             f"{source} is no acceptance trace ({e}); give 'published' or a records.jsonl that this "

@@ -144,8 +144,10 @@ def test_plain_decoding_accepts_nothing_whatever_the_source():
     assert draws("published", make("vanilla"), 5) == draws("/absent", make("vanilla"), 5) == [0] * 5
 
 
-def record(method, sample, accepted):
-    return dict(method=method, sample=sample, turn=0, rounds=dict(accepted=accepted))
+def record(method, sample, accepted, cut=0):
+    emitted = [a + 1 for a in accepted[:-1]] + [accepted[-1] + 1 - cut]
+    rounds = dict(accepted=accepted, emitted=emitted)
+    return dict(method=method, sample=sample, turn=0, rounds=rounds)
 
 
 def test_a_recorded_trace_gives_the_methods_rounds_over_and_over(tmp_path):
@@ -154,6 +156,7 @@ def test_a_recorded_trace_gives_the_methods_rounds_over_and_over(tmp_path):
         record("subspec", "a", [3, 0]),
         record("chain", "a", [9]),
         record("subspec", "b", [5]),
+        record("subspec", "c", [48], cut=40),
     ]:
         report.append(path, r)
     assert draws(str(path), make("subspec"), 7) == [3, 0, 5, 3, 0, 5, 3]
