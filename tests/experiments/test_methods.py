@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,3 +178,10 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path, content):
 
 def test_every_name_is_tested():
     assert set(NAMES) == set(PROMISED)
+
+
+def test_the_recorded_trace_that_comes_along():
+    path = Path(__file__).parents[2] / "experiments" / "traces" / "qwen2.5-coder-0.5b.jsonl"
+    accepted = draws(str(path), make("subspec"), 62)
+    assert accepted[:4] == [48, 48, 40, 48] and accepted[:31] == accepted[31:]
+    assert 1 + np.mean(accepted[:20]) == 39.75 and 1 + np.mean(accepted[20:31]) == 40
