@@ -26,6 +26,7 @@ from experiments import records
 from experiments.matmul_timing import Clock, bandwidth
 from llm_jax import registry
 from llm_jax.attention import caches_for
+from llm_jax.checkpoint import CheckpointError
 from llm_jax.config import Config
 from llm_jax.packed import packed
 from llm_jax.params import Params, abstract, joined
@@ -130,7 +131,10 @@ def kernels(run, steps: int) -> list[dict]:
 
 
 def main(args: Step, console: Console) -> dict:
-    cfg = dataclasses.replace(registry.lookup(args.model).config, dtype="bfloat16")
+    try:
+        cfg = dataclasses.replace(registry.lookup(args.model).config, dtype="bfloat16")
+    except CheckpointError as error:
+        raise SystemExit(f"error: {error}") from error
     read = bandwidth(Clock(60, 5, 8, 2))["read"] * 1e12
     found = time_tree(args, cfg)
     floor = found["bytes"] / read

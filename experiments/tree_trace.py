@@ -26,8 +26,9 @@ from llm_jax import registry
 from llm_jax.cache import empty_caches
 from llm_jax.checkpoint import open_checkpoint
 from llm_jax.generate import generate, prefill
-from llm_jax.quantize import Quantized, dequantize
 from llm_jax.sample import Sampler
+from pallas_kernels.quantized_matmul import Packed
+from pallas_kernels.quantized_matmul.reference import dequantized
 from subspec_jax.draft import extend
 from subspec_jax.load import load_target
 from subspec_jax.plan import make_plan
@@ -71,8 +72,8 @@ def main(args: TreeTrace, console: Console) -> int:
     params = load_target(checkpoint, whole).params
     draft = substitute(params, args.draft_bits, args.draft_group)
     # Dense again: the same numbers, and on a CPU several times as fast.
-    dense = lambda w: dequantize(w, jnp.dtype(args.dtype)) if isinstance(w, Quantized) else w
-    draft = jax.tree.map(dense, draft, is_leaf=lambda w: isinstance(w, Quantized))
+    dense = lambda w: dequantized(w, jnp.dtype(args.dtype)) if isinstance(w, Packed) else w
+    draft = jax.tree.map(dense, draft, is_leaf=lambda w: isinstance(w, Packed))
     slots = cache_slots(args.max_length, spec)
     grow = tree_grower(draft, cfg, spec)
     for name in args.benchmark:

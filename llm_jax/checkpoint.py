@@ -24,6 +24,10 @@ ROWS = 512
 """Rows read, cast and transposed at a time: small enough to stay in the CPU's caches."""
 
 
+LISTED = 10
+"""Problems of a checkpoint that are listed one by one: a truncated file has one a tensor."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is for the user and needs no traceback."""
 
@@ -148,7 +152,9 @@ class Checkpoint(abc.ABC):
                 problems.append(f"{tensor.file.name}: {name} is not part of this model")
         if problems:
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-            lines = "".join(f"\n  {line}" for line in problems)
+            more = len(problems) - LISTED
+            shown = problems[:LISTED] + ([f"and {more} more"] if more > 0 else [])
+            lines = "".join(f"\n  {line}" for line in shown)
             raise CheckpointError(f"{self.path} cannot be loaded, {count}:{lines}")
 
     def load(

@@ -227,8 +227,6 @@ DECODE_BYTES = 20
 """Work space a weight of a slab that is put together (`residual_device.SLAB`)."""
 
 
-# Gaps: the allocator gives a hole of less than twice the size whole, up to 128 MB too much. A plain
-# layer's matrices fit into each other's holes; residuals are of many sizes.
 def _lay_out(
     model, cfg, spec, draft, max_length, chunk, ahead, resident, table_on_host, cache, kernels
 ):
@@ -250,6 +248,8 @@ def _lay_out(
         "streaming ring": min(ahead + 1, len(moved)) * max(moved, default=0),
         "KV cache": cache,
         "substitutes": kept,
+        # The allocator gives a hole of less than twice the size whole, up to 128 MB too much. A
+        # plain layer's matrices fit into each other's holes; residuals are of many sizes.
         "gaps": max((_bytes(w.residual.words) for w in _splits(model)), default=0),
     }
     if draft.bits is not None:

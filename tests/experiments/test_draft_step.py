@@ -28,6 +28,11 @@ def test_a_step_and_its_floor(tmp_path, monkeypatch, head_bits):
     assert r["step_over_floor"] == pytest.approx(r["step"] / r["floor"])
 
 
+def test_a_model_that_is_not_known():
+    with pytest.raises(SystemExit, match=r"error: .*nothing"):
+        main(Step(model="nothing"), Console(quiet=True))
+
+
 def test_the_draft_of_a_7b_reads_what_the_plan_says():
     cfg = dataclasses.replace(MODELS["qwen2.5-7b"].config, dtype="bfloat16", layers=2)
     low = draft_shapes(cfg, 4, 64, 4)

@@ -213,6 +213,17 @@ def test_models_that_cannot_be_run_are_refused(tmp_path, cfg, metadata, expected
     assert expected in str(caught.value)
 
 
+def test_of_very_many_problems_the_first_are_listed(tmp_path, cfg):
+    names = [f"blk.{i}.{part}.weight" for i in range(2) for part in ("ffn_up", "ffn_gate",
+             "ffn_down", "attn_q", "attn_k", "attn_v", "attn_output")]  # fmt: skip
+    path = write_with(tmp_path, cfg, dict.fromkeys(names, (np.zeros(7, np.float32), "F32")))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path).check(cfg)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path} cannot be loaded, 14 problems:"
+    assert len(lines) == 12 and lines[-1] == "  and 4 more"
+
+
 def test_every_problem_with_tensors_is_listed_at_once(tmp_path, cfg):
     changes = {
         "blk.0.ffn_up.weight": (None, "F32"),
