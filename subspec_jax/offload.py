@@ -6,6 +6,7 @@ runs on CPU and GPU; mixing host and device arrays in a computation is an error 
 """
 
 import collections
+import dataclasses
 import functools
 import importlib.metadata
 import os
@@ -82,58 +83,87 @@ def place(layers: Sequence[Layer], resident: int | Collection[int]) -> tuple[Lay
     return tuple(placed)
 
 
-class Stream:
-    """All layers on the device, in order, with the next `ahead` offloaded ones on their way.
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """A layer taken apart ahead of time: a pass waits for the host while it starts a copy."""
 
-    The first copies start when it is made: make it before drafting and the idle link fills the
-    first buffers meanwhile. Take a layer with `next`, drop it when its block is dispatched, and
-    tell `used` an output of that block: then, with that block queued, the host waits for the one of
-    the streamed layer before and starts a copy in its place. So at most ahead + 1 streamed layers
-    exist at any time, and the device never waits for the host. (Without waiting, the host would run
-    ahead of the link and fill the memory with layers that wait for their turn.)
+    leaves: tuple
+    structure: jax.tree_util.PyTreeDef
+    moves: tuple[int, ...]
+    """Numbers of the leaves in host memory."""
+    bytes: int
+    """What they take."""
+
+    @classmethod
+    def of(cls, layer: Layer) -> "Stop":
+        leaves, structure = jax.tree.flatten(layer)
+        moves = tuple(i for i, a in enumerate(leaves) if _on_host(a))
+        return cls(tuple(leaves), structure, moves, sum(leaves[i].nbytes for i in moves))
+
+    def fetch(self) -> Layer:
+        """The layer on the device, its copies under way; as it is if nothing is to move."""
+        leaves = list(self.leaves)
+        if self.moves:
+            arriving = jax.device_put([leaves[i] for i in self.moves], home())
+            for i, a in zip(self.moves, arriving, strict=True):
+                leaves[i] = a
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def route(layers: Sequence[Layer]) -> tuple[Stop, ...]:
+    """What a `Stream` goes along."""
+    return tuple(map(Stop.of, layers))
+
+
+class Stream:
+    """All layers on the device, in order, with the next offloaded ones on their way.
+
+    ahead + 1 copies start when it is made: make it before drafting and the idle link fills all
+    buffers meanwhile. Take a layer with `next`, drop it when its block is dispatched, and tell
+    `used` an output of that block: the host waits for it, and a copy starts in the layer's place.
+    So at most ahead + 1 streamed layers exist at any time.
+
+    It has to be that block, and nothing may be queued behind it: XLA's clients start a copy into
+    new memory only behind all compute that was queued before. With the next block queued, copies
+    and blocks take turns: 97 instead of 74 ms for a pass of 28 layers of residuals on an H200.
     """
 
-    def __init__(self, layers: Sequence[Layer], ahead: int = 1):
+    def __init__(self, stops: Sequence[Stop], ahead: int = 1):
         # No generator: one that refers to its owner keeps its layers until a collection.
-        self._layers, self._taken, self._sent = layers, 0, 0
+        self._stops, self._taken = stops, 0
+        self._coming = collections.deque(stop for stop in stops if stop.moves)
         self._ready, self.bytes = collections.deque(), 0
-        self._streams, self._last = False, None  # the layer in hand; the block of the one before
-        for _ in range(ahead):
+        for _ in range(ahead + 1):
             self._send()
 
     def _send(self) -> None:
         """Starts the copy of the next offloaded layer, if there is one."""
-        while self._sent < len(self._layers):
-            layer = self._layers[self._sent]
-            self._sent += 1
-            if is_offloaded(layer):
-                self.bytes += streamed_bytes(layer)
-                self._ready.append(fetch(layer))
-                return
+        if self._coming:
+            stop = self._coming.popleft()
+            self._ready.append((stop.bytes, stop.fetch()))
+            self.bytes += stop.bytes
 
     def __next__(self) -> Layer:
-        if self._taken == len(self._layers):
+        if self._taken == len(self._stops):
             raise StopIteration
-        layer = self._layers[self._taken]
+        stop = self._stops[self._taken]
         self._taken += 1
-        self._streams = is_offloaded(layer)
-        if not self._streams:
-            return layer
+        if not stop.moves:
+            return stop.fetch()
         if not self._ready:  # nobody said that the layer before was used
             self._send()
-        return self._ready.popleft()
+        return self._ready.popleft()[1]
 
     def used(self, output) -> None:
         """Hears of an array that is ready when the layer handed out last has been used."""
-        if self._streams:
-            jax.block_until_ready(self._last)
-            self._last = output
+        if self._coming and self._stops[self._taken - 1].moves:
+            jax.block_until_ready(output)
             self._send()
 
     def arrived_bytes(self) -> int:
         """Bytes of the copies that are complete and not yet handed out."""
-        done = (l for l in self._ready if all(a.is_ready() for a in jax.tree.leaves(l)))
-        return sum(map(streamed_bytes, done))
+        done = lambda layer: all(a.is_ready() for a in jax.tree.leaves(layer))
+        return sum(size for size, layer in self._ready if done(layer))
 
 
 def device_bytes() -> int:

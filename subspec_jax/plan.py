@@ -147,10 +147,14 @@ def published_tau(depth: int, hazard: float = 0.9749) -> float:
 
 
 def _stay(layers: int, resident: int, residual: bool) -> frozenset[int]:
-    """The first ones. Residuals evenly spread: one that stays has to be put together as well, and
-    the link is busy meanwhile only if others are still to come."""
-    spread = lambda i: (i + 1) * resident // layers > i * resident // layers
-    return frozenset(i for i in range(layers) if (spread(i) if residual else i < resident))
+    """The first ones. Residuals evenly spread between the first and the last layer: one that stays
+    has to be put together as well, and the link is busy meanwhile only if others are still to come.
+    """
+    if not residual:
+        return frozenset(range(resident))
+    gaps = max(1, layers - resident - 1)
+    moved = {(i * (layers - 1) + gaps // 2) // gaps for i in range(layers - resident)}
+    return frozenset(range(layers)) - moved
 
 
 def _splits(model: Params) -> list[Split]:

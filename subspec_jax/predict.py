@@ -6,6 +6,7 @@ of copies and blocks, as `offload.Stream` runs it, and the draft with all its la
 """
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from llm_jax.attention import caches_for
 from llm_jax.params import Layer, Params
 from llm_jax.sample import Sampler
 from subspec_jax.draft import grow
-from subspec_jax.offload import settled, streamed_bytes
+from subspec_jax.offload import Stop, offload, settled, streamed_bytes
 from subspec_jax.plan import Plan
 from subspec_jax.substitute import substitute_head, substitute_layer, substitute_table
 from subspec_jax.tree import cache_slots, live_sizes, seedling
@@ -38,40 +39,47 @@ class Costs:
     """A layer of the verify pass, its weights being there."""
     rest: float
     """The round's end: logits, walk, moving cache rows; and sending the tree's first inputs."""
+    send: float = 0.0
+    """What the host takes to start the copy of a layer."""
 
 
 def pass_seconds(
-    sizes: Sequence[int], block: float, link: float, ahead: int, early: float = 0.0
+    sizes: Sequence[int],
+    block: float,
+    link: float,
+    ahead: int,
+    early: float = 0.0,
+    send: float = 0.0,
 ) -> float:
     """Seconds of a streamed pass: `sizes` are the bytes each layer streams, 0 for resident ones.
 
-    The first `ahead` copies start `early` seconds before the pass, one more with it. Another starts
-    when the link is free and the block of the streamed layer `ahead` + 1 earlier is complete.
+    The first `ahead` + 1 copies start `early` seconds before the pass. The others start one by one
+    when a streamed layer's block is complete and the link is free; starting one takes the host
+    `send` seconds, in which no block runs.
     """
     streamed = [i for i, size in enumerate(sizes) if size]
-    arrival, done, free = {}, [0.0], -early
+    arrival, free, now = {}, -early, 0.0
+    coming = iter(streamed)
 
-    def send(k: int, not_before: float):
+    def start(i, at):
         nonlocal free
-        if k < len(streamed):
-            free = max(free, not_before) + sizes[streamed[k]] / link
-            arrival[streamed[k]] = free
+        free = arrival[i] = max(free, at) + sizes[i] / link
 
-    for k in range(ahead):
-        send(k, -early)
-    send(ahead, 0.0)
+    for i in itertools.islice(coming, ahead + 1):
+        start(i, -early)
     for i, size in enumerate(sizes):
-        done.append(max(done[-1], arrival.get(i, 0.0)) + block)
-        if size:
-            send(streamed.index(i) + ahead + 1, done[-1])
-    return done[-1]
+        now = max(now, arrival.get(i, 0.0)) + block
+        if size and (following := next(coming, None)) is not None:
+            now += send
+            start(following, now)
+    return now
 
 
 def round_seconds(plan: Plan, costs: Costs, link: float) -> float:
     """Draft, pass and end of one round of the plan, over a link of so many bytes a second."""
     layers = enumerate(plan.model.layers)
     sizes = [0 if i in plan.stays else streamed_bytes(layer) for i, layer in layers]
-    verify = pass_seconds(sizes, costs.block, link, plan.ahead, costs.draft)
+    verify = pass_seconds(sizes, costs.block, link, plan.ahead, costs.draft, costs.send)
     return costs.draft + verify + costs.rest
 
 
@@ -90,6 +98,7 @@ def measure(
     slots = cache_slots(plan.max_length, spec)
     live = next(size for size in live_sizes(slots) if size >= length + spec.places)
     at, key = settled(jnp.int32(length)), jax.random.key(0)
+    send = _send_seconds(exact) if plan.streamed else 0.0
     exact = settled(exact)
     model = _model(plan, (exact,))
     caches = lambda n: settled(
@@ -131,7 +140,18 @@ def measure(
         return jax.device_get(found[:3])
 
     times["rest"] = _seconds(end, 1)
-    return Costs(_draft_seconds(plan, drafted), times["block"], times["rest"])
+    return Costs(_draft_seconds(plan, drafted), times["block"], times["rest"], send)
+
+
+def _send_seconds(exact: Layer, repeats: int = 5) -> float:
+    """What `offload.Stream` takes to start a copy; it is not waited for within that time."""
+    stop, times = Stop.of(offload(exact)), []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        layer = stop.fetch()
+        times.append(time.perf_counter() - began)
+        jax.block_until_ready(layer)
+    return statistics.median(times[1:])
 
 
 def _draft_seconds(plan: Plan, drafted: dict) -> float:

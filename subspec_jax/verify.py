@@ -19,7 +19,7 @@ from llm_jax.model import block, embed, unembed
 from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
-from subspec_jax.offload import Stream, rows_of, settled
+from subspec_jax.offload import Stop, Stream, route, rows_of, settled
 from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
 ROWS = 64
@@ -44,9 +44,13 @@ class Target:
         table = None if isinstance(self.params.embed_VD, np.ndarray) else self.params.embed_VD
         return dataclasses.replace(self.params, embed_VD=table, layers=())
 
+    @functools.cached_property
+    def route(self) -> tuple[Stop, ...]:
+        return route(self.params.layers)
+
     def stream(self) -> Stream:
-        """Starts the copies of the next pass."""
-        return Stream(self.params.layers, self.ahead)
+        """Starts the first copies of the next pass."""
+        return Stream(self.route, self.ahead)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("x", "cache"))
@@ -65,7 +69,7 @@ jit_embed = jax.jit(embed, static_argnames="cfg")
 def run_pass(target: Target, stream: Stream, tokens_1T, caches: list, step: Step, between=None):
     """x_1TD behind the last layer; `caches` is updated in place, layer by layer.
 
-    `between(i)` is called when layer i has been dispatched, while the next one is on its way.
+    `between(i)` is called when layer i has been dispatched, while others are on their way.
     """
     if isinstance(target.params.embed_VD, np.ndarray):
         x = settled(rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype))

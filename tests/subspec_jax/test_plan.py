@@ -102,7 +102,7 @@ def test_items_of_the_draft_are_the_bytes_of_the_substitutes(bits, table_on_host
 @pytest.mark.parametrize("resident", [0, 2, 4])
 def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits):
     """Substitutes of all layers are kept; a resident layer is one whose residual stays too."""
-    cfg, stays = tiny(dtype="bfloat16", d_model=128), {0: set(), 2: {1, 3}, 4: {0, 1, 2, 3}}
+    cfg, stays = tiny(dtype="bfloat16", d_model=128), {0: set(), 2: {1, 2}, 4: {0, 1, 2, 3}}
     draft = Draft(4, 32, head_bits)
     layer = split_shapes(cfg, 4, 32, gaussian_room(cfg, 4, 32))
     model = dataclasses.replace(abstract(cfg), layers=(layer,) * 4)
@@ -380,3 +380,19 @@ def test_the_published_tau_counts_the_bonus_token_and_the_levels():
     assert published_tau(0) == pytest.approx(1.0)
     survives = 0.9 ** np.arange(6)  # level k is reached with probability 0.9**k
     assert published_tau(5, 0.9) == pytest.approx(survives.sum())
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5, 28])
+def test_residuals_that_move_are_spread_from_the_first_layer_to_the_last(layers):
+    """The first has arrived when the pass begins; behind the last copy there is one block."""
+    cfg = dataclasses.replace(tiny(d_model=128, dtype="bfloat16"), layers=layers)
+    layer = split_shapes(cfg, 4, 32, gaussian_room(cfg, 4, 32))
+    model = dataclasses.replace(abstract(cfg), layers=(layer,) * layers)
+    for resident in range(layers + 1):
+        plan = plan_for(cfg, draft=Draft(4, 32), model=model, resident=resident)
+        moved = sorted(set(range(layers)) - plan.stays)
+        assert len(moved) == layers - resident
+        if len(moved) > 1:
+            assert (moved[0], moved[-1]) == (0, layers - 1)
+            gaps = np.diff(moved)
+            assert gaps.max() - gaps.min() <= 1
