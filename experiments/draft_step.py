@@ -135,7 +135,7 @@ def main(args: Step, console: Console) -> dict:
         cfg = dataclasses.replace(registry.lookup(args.model).config, dtype="bfloat16")
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from error
-    read = bandwidth(Clock(60, 5, 8, 2))["read"] * 1e12
+    read = bandwidth(Clock(60, 5, 64, 2))["read"] * 1e12
     found = time_tree(args, cfg)
     floor = found["bytes"] / read
     record = {

@@ -67,14 +67,19 @@ class Run:
         self.limit, self.pool, self.quantize_s = limit, pool, {}
         self.show_plan()
         self.sampler = settings.sampler(args)
+        began, self.work = time.perf_counter(), {}
         if device.platform == "gpu":
             for method in self.setups:
                 with self.console.status(f"Compiling for {method.name} …"):
                     replays = args.replay_acceptance is not None
                     chosen = (self.sampler, method.gate, replays, method.longest)
-                    ahead.compile_ahead(self.plans[method.name], *chosen)
+                    p = self.plans[method.name]
+                    self.work[method.name] = ahead.compile_ahead(p, *chosen)
+        self.compile_s = time.perf_counter() - began
         wanted = args.predict == "yes" or (args.predict == "auto" and device.platform == "gpu")
+        began = time.perf_counter()
         self.predicted = self.predict() if wanted else {}
+        self.predict_s = time.perf_counter() - began
         first = self.plans[self.setups[0].name]
         began = time.perf_counter()
         self.target = self.load(first)
@@ -285,12 +290,9 @@ class Run:
     def warm_up(self, decoder, method, sample):
         """Compiles what the method needs, outside the clock."""
         with self.console.status(f"Compiling for {method.name} …"):
-            replay = self.trace(method)
-            rounds = decoder.rounds(
-                self.prompt(sample, 0)[: self.args.max_length // 2], 4, replay=replay
-            )
-            for _ in rounds:
-                continue
+            prompt = self.prompt(sample, 0)[: self.args.max_length // 2]
+            replays = self.args.replay_acceptance and (lambda: self.trace(method))
+            decoder.warm_up(prompt, self.args.max_new_tokens, replays)
 
     def shaped(self, method, sample):
         """The method with the tree that its first rounds, on this sample, promise most of."""
@@ -425,13 +427,17 @@ class Run:
             "pool": self.pool,
             "link_bytes_per_s": self.link,
             "memory_bytes_per_s": self.memory,
+            "compile_s": self.compile_s,
+            "compiled_work_space": self.work,
+            "predict_s": self.predict_s,
             "load_s": self.load_s,
             "quantize_s": self.quantize_s,
             "predicted_s": self.predicted,
             "environment": report.environment(),
             "plans": {
-                name: {"resident": p.resident, "table_on_host": p.table_on_host, "device": p.device,
-                       "host": p.host, "streamed_bytes": p.streamed_bytes, "total": p.total,
+                name: {"resident": p.resident, "layers": p.cfg.layers,
+                       "table_on_host": p.table_on_host, "device": p.device, "host": p.host,
+                       "streamed_bytes": p.streamed_bytes, "total": p.total,
                        "draft_bytes": p.spec.steps * p.draft_step_bytes}
                 for name, p in self.plans.items()
             },

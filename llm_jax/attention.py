@@ -15,8 +15,9 @@ from jax.tree_util import register_dataclass
 
 from llm_jax.cache import KV, write
 from llm_jax.config import Config
-from llm_jax.linear import linear
+from llm_jax.linear import linear, terms
 from llm_jax.params import Attention, JoinedAttention
+from pallas_kernels.rotary_cache import rotary_cache
 from pallas_kernels.tree_attention import tree_attention
 
 
@@ -80,12 +81,17 @@ def rope_frequencies(cfg: Config) -> np.ndarray:
     return freq.astype(np.float32)
 
 
+def rope_angles(position_BT, cfg: Config):
+    """(cosine, sine) of position x frequency, float32 [B, T, H/2]."""
+    freq = jnp.asarray(rope_frequencies(cfg))[None, None]
+    angle_BTh = position_BT.astype(jnp.float32)[:, :, None] * freq
+    return jnp.cos(angle_BTh), jnp.sin(angle_BTh)
+
+
 def rope(x_BTNH, position_BT, cfg: Config):
     """x with pairs (i, i + H/2) turned by position x frequency (the half-split layout of HF)."""
     with jax.named_scope("rope"):
-        freq = jnp.asarray(rope_frequencies(cfg))[None, None, None]
-        angle_BT1h = position_BT.astype(jnp.float32)[:, :, None, None] * freq
-        sin, cos = jnp.sin(angle_BT1h), jnp.cos(angle_BT1h)
+        cos, sin = (part[:, :, None] for part in rope_angles(position_BT, cfg))
         a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
 
@@ -122,10 +128,14 @@ def attention(p, x_BTD, cache, step: Step, cfg: Config):
 
 def projected(w, bias, x_BTD, head_dim: int):
     """A projection split into heads, [B, T, heads, H]."""
-    y = linear(w, x_BTD)
+    return split_heads(linear(w, x_BTD), bias, head_dim)
+
+
+def split_heads(y_BTF, bias, head_dim: int):
+    """A product and its bias, [B, T, heads, H]."""
     if bias is not None:
-        y = y + along_last(bias, y)
-    return y.reshape(*y.shape[:2], -1, head_dim)
+        y_BTF = y_BTF + along_last(bias, y_BTF)
+    return y_BTF.reshape(*y_BTF.shape[:2], -1, head_dim)
 
 
 @attention.register
@@ -137,7 +147,10 @@ def _(p: Attention, x_BTD, cache: KV, step: Step, cfg: Config):
 
 @attention.register
 def _(p: JoinedAttention, x_BTD, cache: KV, step: Step, cfg: Config):
-    heads = projected(p.qkv, p.qkv_bias, x_BTD, cfg.head_dim)
+    y_XBTF = terms(p.qkv, x_BTD)
+    if len(y_XBTF) > 1 and len(x_BTD) == 1 and p.q_norm is None:
+        return _in_one_go(p, y_XBTF, cache, step, cfg)
+    heads = split_heads(sum(y_XBTF[1:], y_XBTF[0]).astype(x_BTD.dtype), p.qkv_bias, cfg.head_dim)
     parts = jnp.split(heads, (cfg.heads, cfg.heads + cfg.kv_heads), axis=2)
     return _over_cache(p, *parts, cache, step, cfg)
 
@@ -147,5 +160,17 @@ def _over_cache(p, q, k, v, cache: KV, step: Step, cfg: Config):
         q, k = rms_norm(q, p.q_norm, cfg.norm_eps), rms_norm(k, p.k_norm, cfg.norm_eps)
     q, k = rope(q, step.position_BT, cfg), rope(k, step.position_BT, cfg)
     cache = KV(write(cache.k_BSKH, k, step.at), write(cache.v_BSKH, v, step.at))
-    y_BTNH = attend(q, cache.k_BSKH, cache.v_BSKH, step.mask_BTS)
+    return _read(p, q, cache, step)
+
+
+def _in_one_go(p, y_XBTF, cache: KV, step: Step, cfg: Config):
+    """A low-bit product in parts: one kernel adds them, turns heads and writes the cache."""
+    cos, sin = rope_angles(step.position_BT, cfg)
+    keys, values = cache.k_BSKH[0], cache.v_BSKH[0]
+    q, k, v = rotary_cache(y_XBTF[:, 0], p.qkv_bias, cos[0], sin[0], keys, values, step.at)
+    return _read(p, q[None], KV(k[None], v[None]), step)
+
+
+def _read(p, q_BTNH, cache: KV, step: Step):
+    y_BTNH = attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, step.mask_BTS)
     return linear(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cache

@@ -1,4 +1,4 @@
-"""`linear(w, x)`: one open function, dispatched on the type of the weight."""
+"""`linear(w, x)`: an open function, dispatched on the type of the weight, and others like it."""
 
 import functools
 
@@ -19,6 +19,13 @@ def linear(w_DF, x, out_dtype=None):
     """
     options = dict(precision=precision(x.dtype), preferred_element_type=out_dtype)
     return jnp.matmul(x, w_DF, **options)
+
+
+@functools.singledispatch
+def terms(w, x):
+    """[X, ..., F] that add up to `linear(w, x)`, for a kernel that can add as it reads; one term,
+    in x's dtype, unless a kind of weight comes by its products in parts."""
+    return linear(w, x)[None]
 
 
 @functools.singledispatch

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from llm_jax.linear import linear
+from llm_jax.linear import linear, terms
 from llm_jax.quantize import Quantized, unpack
 from pallas_kernels.quantized_matmul import Packed, quantized_matmul, repack
 
@@ -30,3 +30,8 @@ def packed(*matrices: Quantized) -> Packed:
 @linear.register
 def _(w: Packed, x, out_dtype=None):
     return quantized_matmul(x, w, out_dtype=out_dtype)
+
+
+@terms.register
+def _(w: Packed, x):
+    return quantized_matmul(x, w, terms=True)

@@ -6,6 +6,7 @@ weights, so the large programs are compiled while the device is empty, from shap
 compilation cache directory set, the calls that follow find them there.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 
@@ -27,6 +28,9 @@ from subspec_jax.substitute import substitute_shapes
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import jit_block, last_logits, lay_out, settle
 
+AT_ONCE = 4
+"""Programs compiled side by side; more would need more memory for candidates that are timed."""
+
 
 def use_cache(folder) -> None:
     """Keeps compiled programs in `folder`, however quickly they were compiled."""
@@ -37,8 +41,20 @@ def use_cache(folder) -> None:
 
 def compile_ahead(
     plan: Plan, sampler: Sampler, gate: Gate | None = None, replay: bool = False, longest: int = 3
-):
-    """Compiles the plan's programs: the block for a tree and for prefill, the head, the draft."""
+) -> int:
+    """Compiles the plan's programs: the block for a tree and for prefill, the head, the draft.
+
+    Returns the most bytes that one of them needs beside its inputs and what it returns.
+    """
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        lowered = _lowered(plan, sampler, gate, replay, longest)
+        waiting = [pool.submit(program.compile) for program in lowered]
+        needs = [program.result().memory_analysis() for program in waiting]
+    return max(need.temp_size_in_bytes for need in needs)
+
+
+def _lowered(plan: Plan, sampler: Sampler, gate: Gate | None, replay: bool, longest: int):
+    """The programs, one after another as they are traced."""
     cfg, spec = plan.cfg, plan.spec
     device = home()
     placed = functools.partial(
@@ -66,16 +82,14 @@ def compile_ahead(
         tokens = array(1, spec.nodes, cfg.d_model)
         for live in sizes:
             cut, _, step = shapes(lambda t: lay_out(t, jnp.int32(0), spec, live), tree)  # noqa: B023
-            jit_block.lower(layers[i], tokens, caches[i], step, cfg).compile()
+            yield jit_block.lower(layers[i], tokens, caches[i], step, cfg)
         for length in chunk_sizes(plan.chunk):
             causal = jax.eval_shape(functools.partial(causal_step, 0, length, slots, 0))
             rows = array(1, length, cfg.d_model)
-            jit_block.lower(layers[i], rows, caches[i], causal, cfg).compile()
-    last_logits.lower(top, array(1, 1, cfg.d_model), cfg).compile()
+            yield jit_block.lower(layers[i], rows, caches[i], causal, cfg)
+    yield last_logits.lower(top, array(1, 1, cfg.d_model), cfg)
     rows = array(1, spec.nodes, cfg.d_model)
-    settle.lower(
-        top, rows, cut, tree, caches, at, key, at, cfg, spec, sampler, gate, replay
-    ).compile()
+    yield settle.lower(top, rows, cut, tree, caches, at, key, at, cfg, spec, sampler, gate, replay)
 
     if plan.draft.bits is None or plan.draft.own_cache:
         return
@@ -93,10 +107,10 @@ def compile_ahead(
     least = jax.ShapeDtypeStruct((max(spec.steps, 1),), jnp.float32, sharding=device)
     for live in sizes:
         how = cfg, spec, sampler, live
-        grow.lower(draft, tree, caches, at, key, least, *how).compile()
+        yield grow.lower(draft, tree, caches, at, key, least, *how)
         if spec.lookup:
             text = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=device)
             given = draft, tree, caches, at, key, least, text, longest
-            grow_along.lower(*given, *how).compile()
+            yield grow_along.lower(*given, *how)
         if spec.extra:
-            extend_once.lower(draft, tree, caches, at, key, *how).compile()
+            yield extend_once.lower(draft, tree, caches, at, key, *how)

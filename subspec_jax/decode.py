@@ -164,6 +164,20 @@ class Decoder:
             self.proposer.learn(result)
             yield result
 
+    def warm_up(self, prompt: Sequence[int], new_tokens: int, replay: Callable | None = None):
+        """Decodes a little with every number of live slots that a text this long will have, so that
+        no program is compiled or loaded later. `replay` makes an iterator for `rounds`."""
+        sizes, least = self.sizes, len(prompt) + self.proposer.spec.places
+        below = [0, *sizes]
+        try:
+            for i, size in enumerate(sizes):
+                if size >= least and below[i] < least + new_tokens:
+                    self.sizes = sizes[i:]
+                    for _ in self.rounds(prompt, 4, replay=replay and replay()):
+                        continue
+        finally:
+            self.sizes = sizes
+
     def _live(self, tokens) -> int:
         """The slots that attention has to look at: the committed tokens' and a tree's."""
         needed = len(tokens) - 1 + self.proposer.spec.places

@@ -11,9 +11,10 @@ import jax
 
 from llm_jax.attention import caches_for
 from llm_jax.config import DTYPES, Config
-from llm_jax.params import Attention, Params, abstract
+from llm_jax.params import Attention, JoinedAttention, Params, abstract
 from llm_jax.quantize import check_grouping, quantized_bytes
 from pallas_kernels.quantized_matmul.packing import fields_of, packed_bytes
+from pallas_kernels.tree_attention.api import HEADS
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual_device import SLAB, Split, has_split, is_split, parts_of
 from subspec_jax.residual_triton import why_not
@@ -204,13 +205,16 @@ def work_bytes(
 
     Where the cache does not hold keys and values as they are (`plain` is False), one layer's are
     rebuilt. Where layers are residuals, one matrix is put together at a time, or with `kernels` a
-    part of it; they multiply low-bit matrices, and decode residuals, without work space.
+    part of it; they multiply low-bit matrices, decode residuals, and attend to plain caches without
+    work space.
     """
     size = DTYPES[cfg.dtype]
     rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
 
     def block(tokens):
         scores = cfg.heads * tokens * slots * (4 + size)  # logits in float32, weights in the dtype
+        if kernels and plain and cfg.head_dim in HEADS:
+            scores = 2 * tokens * cfg.heads * cfg.head_dim * 4  # averages of parts of the slots
         wide = tokens * (3 * cfg.d_ff + 6 * cfg.d_model) * size
         slab = 0 if kernels else DECODE_BYTES * min(SLAB, largest)
         decoded = (part if kernels else largest) * size + slab if residual else 0
@@ -241,7 +245,7 @@ def _lay_out(
     slots = cache_slots(max_length, spec)
     kept = sum(_bytes(leaf) for w in _splits(model) for leaf in jax.tree.leaves(w.substitute))
     vectors = sum(map(_bytes, jax.tree.leaves(model.layers))) - sum(matrices) - kept
-    plain = all(type(layer.attn) is Attention for layer in model.layers)
+    plain = all(isinstance(layer.attn, Attention | JoinedAttention) for layer in model.layers)
     stays = _stay(cfg.layers, resident, kept > 0)
     moved = [size for i, size in enumerate(matrices) if i not in stays]
     device = {

@@ -48,13 +48,16 @@ def quantized_matmul(
     implementation: str | None = None,
     tiling: Tiling | None = None,
     interpret: bool = False,
+    terms: bool = False,
 ) -> jax.Array:
     """x[..., D] @ (code * step + offset), [..., F]; sums in float32, rounded to `out_dtype` (x's).
 
     `implementation` None takes Triton where `why_not` gives no reason and the device is a GPU, else
     XLA; "triton" raises NotImplementedError with the reason. `tiling` overrides the tuned tile
-    sizes. `interpret` runs the kernel on a CPU. Where x is infinite the kernels may give NaN for an
-    infinity, because they take a common part off the codes after the sum; NaN stays in its row.
+    sizes. `interpret` runs the kernel on a CPU. `terms` asks for what would be added up last,
+    [X, ..., F], float32 unless X is 1: for a kernel that adds as it reads. Where x is infinite the
+    kernels may give NaN for an infinity, because they take a common part off the codes after the
+    sum; NaN stays in its row.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
@@ -70,9 +73,10 @@ def quantized_matmul(
                 tiling = choose(rows, w, jax.devices()[0].device_kind)
             elif wrong := why_not_tiling(tiling, rows, columns, groups, w.bits):
                 raise ValueError(wrong)
-            y = quantized_matmul_triton(x_MD, w, tiling, interpret, out_dtype)
+            y = quantized_matmul_triton(x_MD, w, tiling, interpret, out_dtype, terms)
         elif implementation == "triton":
             raise NotImplementedError(reason)
     if y is None:
         y = quantized_matmul_reference(x_MD, w, out_dtype)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+        y = y[None] if terms else y
+    return y.reshape(*y.shape[:-2], *x.shape[:-1], y.shape[-1])

@@ -160,9 +160,10 @@ def _multiply_adds(*refs, cfg, rows, groups, bits, fields, interpret):
 
 
 def quantized_matmul_triton(
-    x_MD, w: Packed, cfg: Tiling, interpret: bool = False, out_dtype=None
+    x_MD, w: Packed, cfg: Tiling, interpret: bool = False, out_dtype=None, terms: bool = False
 ) -> jax.Array:
-    """[M, F] in `out_dtype` (x's). With splits XLA sums over them, in float32 until then."""
+    """[M, F] in `out_dtype` (x's). With splits XLA sums over them, in float32 until then; with
+    `terms` they are what is returned, [splits, M, F]."""
     M, (D, F), S = x_MD.shape[0], w.shape, w.words_DS.shape[1]
     Q, fields = D // w.group, w.fields
     words = [a.reshape(Q, w.group, S) for a in (w.words_DS, w.top_DS) if a is not None]
@@ -187,5 +188,7 @@ def quantized_matmul_triton(
         interpret=interpret,
         name=f"quantized_matmul_{cfg.way}",
     )(x, *words, scale)
+    if terms:
+        return y_XMiS.reshape(cfg.splits, out, fields * S)[:, :M, :F]
     y_MF = sum(y_XMiS[1:], y_XMiS[0])  # terms, and no reduction: they fuse with what comes next
     return y_MF.reshape(out, fields * S)[:M, :F].astype(out_dtype)

@@ -8,8 +8,8 @@ from pallas_kernels.tree_attention.reference import tree_attention_reference
 from pallas_kernels.tree_attention.triton import TILE, tree_attention_triton
 
 IMPLEMENTATIONS = ("xla", "triton")
-LARGEST = 64
-"""Rows, a token's heads of one kv head, up to which the kernel is taken unasked: one block."""
+HEADS = (32, 64, 128)
+"""Head sizes the kernel takes."""
 
 
 def why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS) -> str | None:
@@ -24,7 +24,7 @@ def why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS) -> str | None:
         return f"a batch of {B}; the kernel takes one sequence"
     if v_BSKX.shape != k_BSKH.shape:
         return f"values {v_BSKX.shape} unlike keys {k_BSKH.shape}"
-    if H not in (32, 64, 128):
+    if H not in HEADS:
         return f"heads of {H}; the kernel takes 32, 64 and 128"
     if (L := mask_BTS.shape[-1]) % TILE:
         return f"{L} slots, no multiple of {TILE}"
@@ -44,8 +44,8 @@ def tree_attention(
 
     Query head n reads kv head n // (N / K). Every row of the mask needs one True; B of the mask may
     be 1, and it may be of the first slots only: nothing behind them is read. Scores and sums are
-    float32. `implementation` None takes Triton on a GPU for more than one token in at most
-    `LARGEST` rows (a draft's step) where `why_not` gives no reason, else XLA; "triton" raises
+    float32. `implementation` None takes Triton on a GPU for more than one token where `why_not`
+    gives no reason, else XLA, which writes scores [N, T, S] to memory; "triton" raises
     NotImplementedError with the reason. `interpret` runs the kernel on a CPU.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
@@ -55,8 +55,7 @@ def tree_attention(
         raise ValueError(
             f"queries {q_BTNH.shape}, keys {k_BSKH.shape} and mask {mask_BTS.shape} do not fit"
         )
-    few = T > 1 and T * N // K <= LARGEST
-    if implementation != "xla" and (implementation or interpret or (few and on_gpu())):
+    if implementation != "xla" and (implementation or interpret or (T > 1 and on_gpu())):
         reason = why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS)
         if reason is None:
             return tree_attention_triton(q_BTNH, k_BSKH, v_BSKX, mask_BTS, interpret)

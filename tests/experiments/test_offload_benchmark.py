@@ -40,11 +40,14 @@ META = {
         }
     ],
     "plans": {
-        "subspec": {"resident": 9, "streamed_bytes": 10**9, "draft_bytes": 10**10, "total": 2**33}
+        "subspec": {
+            "resident": 9, "layers": 28, "streamed_bytes": 10**10, "draft_bytes": 10**10,
+            "total": 2**33,
+        }
     },
     "link_bytes_per_s": 54e9,
     "memory_bytes_per_s": 4e12,
-    "predicted_s": {"subspec": {"round": 0.31}},
+    "predicted_s": {"subspec": {"round": 0.31, "block": 0.002}},
     "device": {"kind": "a GPU"},
 }  # fmt: skip
 
@@ -54,11 +57,13 @@ def test_a_record_says_what_a_run_measured():
     assert r["round_s"] == pytest.approx({"draft": 0.1, "verify": 0.2, "other": 0.01})
     assert r["stream_bytes_per_s"] == 50e9 and r["copy_bytes_per_s"] == 54e9
     assert r["predicted_tokens_per_s"] == pytest.approx(25 / 0.31)
+    assert r["copies_s"] == pytest.approx(10 / 54) and r["blocks_s"] == pytest.approx(0.056)
+    assert r["pass_over_bound"] == pytest.approx(0.2 * 54 / 10)
 
 
 def test_a_projection_is_bytes_over_bandwidths_and_the_measured_rest():
     r = measured(META)
-    assert project(r, link=25e9, memory=1e12) == pytest.approx(25 / (0.04 + 0.01 + 0.01))
+    assert project(r, link=25e9, memory=1e12) == pytest.approx(25 / (0.4 + 0.01 + 0.01))
     assert project({"tokens_per_s": 0.75}) is None
 
 
@@ -135,7 +140,7 @@ def test_the_table_has_a_row_for_each(tmp_path):
     console = Console(width=150, record=True, file=io.StringIO())
     console.print(table(rows))
     text = console.export_text()
-    assert "11.4" in text and "93%" in text and "needs pip install" in text and "1.01" in text
+    assert "11.4" in text and "1.08" in text and "needs pip install" in text and "1.01" in text
     plot(rows, tmp_path / "x.png")
 
 

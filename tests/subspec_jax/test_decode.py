@@ -461,6 +461,25 @@ def test_nothing_is_compiled_after_the_first_rounds(tiny, target, name):
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "lookup"])
+def test_nothing_is_compiled_after_a_warm_up(tiny, target, monkeypatch, name):
+    """Whatever numbers of slots a text of that length will look at."""
+    monkeypatch.setattr(tree_module, "SHORTEST", 8)
+    seen = []
+    exact = decode.lay_out
+    monkeypatch.setattr(decode, "lay_out", lambda *a: (seen.append(a[-1]), exact(*a))[1])
+    decoder = Decoder(target, PROPOSERS[name](tiny), max_length=LENGTH)
+    sizes, replay = list(decoder.sizes), lambda: iter(lambda: 0, None)
+    decoder.warm_up(PROMPT, STEPS, replay)
+    warm = set(seen)
+    jitted = draft.grow, draft.grow_along, verify.settle, verify.lay_out, verify.jit_block
+    programs = [f._cache_size() for f in jitted]
+    seen.clear()
+    list(decoder.rounds(PROMPT, STEPS, replay=replay()))
+    assert len(set(seen)) > 1 and set(seen) <= warm < set(sizes)
+    assert [f._cache_size() for f in jitted] == programs and decoder.sizes == sizes
+
+
 @pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "post best-first"])
 def test_only_the_live_slots_are_looked_at(tiny, target, plain, monkeypatch, name):
     """NaN behind them is never read; 0 x NaN of a slot that is only masked would be seen."""

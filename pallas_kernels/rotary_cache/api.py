@@ -1,0 +1,62 @@
+"""The public function: one specification, and the choice of what computes it."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.device import on_gpu
+from pallas_kernels.rotary_cache.reference import rotary_cache_reference
+from pallas_kernels.rotary_cache.triton import rotary_cache_triton
+
+IMPLEMENTATIONS = ("xla", "triton")
+
+
+def why_not(y_XTF, k_SKH, v_SKH) -> str | None:
+    """Why the Triton kernel cannot do this; None where it can. Not asked: is there a GPU?"""
+    H = k_SKH.shape[-1]
+    if k_SKH.dtype not in (jnp.bfloat16, jnp.float16) or v_SKH.dtype != k_SKH.dtype:
+        return f"a cache of {k_SKH.dtype} and {v_SKH.dtype}; the kernel takes 16 bits"
+    if v_SKH.shape != k_SKH.shape:
+        return f"values {v_SKH.shape} unlike keys {k_SKH.shape}"
+    if H not in (32, 64, 128, 256):
+        return f"heads of {H}; the kernel takes 32, 64, 128 and 256"
+    if y_XTF.shape[0] > 64:
+        return f"{y_XTF.shape[0]} terms; the kernel adds at most 64"
+    return None
+
+
+def rotary_cache(
+    y_XTF: jax.Array,
+    bias_F: jax.Array | None,
+    cos_Th: jax.Array,
+    sin_Th: jax.Array,
+    k_SKH: jax.Array,
+    v_SKH: jax.Array,
+    at: jax.Array,
+    *,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(q_TNH, k_SKH, v_SKH): T tokens' query heads turned, keys (turned) and values in the cache.
+
+    `y_XTF` are X terms of the product with q, k and v side by side, F = (N + 2 K) H; they are added
+    in float32, with the bias. Pairs (i, i + H/2) of q and k are turned by the angles of which
+    `cos_Th` and `sin_Th` are cosine and sine, h = H/2, float32. The tokens fill the slots from `at`
+    [] on, which must all exist. `implementation` None takes Triton on a GPU where `why_not` gives
+    no reason, else XLA; "triton" raises NotImplementedError with the reason. `interpret` runs the
+    kernel on a CPU.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
+    (_, T, F), (_, K, H) = y_XTF.shape, k_SKH.shape
+    if F % H or F // H <= 2 * K or cos_Th.shape != (T, H // 2) or sin_Th.shape != (T, H // 2):
+        raise ValueError(
+            f"products {y_XTF.shape}, angles {cos_Th.shape} and keys {k_SKH.shape} do not fit"
+        )
+    arguments = y_XTF, bias_F, cos_Th, sin_Th, k_SKH, v_SKH, at
+    if implementation != "xla" and (implementation or interpret or on_gpu()):
+        reason = why_not(y_XTF, k_SKH, v_SKH)
+        if reason is None:
+            return rotary_cache_triton(*arguments, interpret)
+        if implementation == "triton":
+            raise NotImplementedError(reason)
+    return rotary_cache_reference(*arguments)

@@ -1,0 +1,21 @@
+"""The same in plain jnp: the specification."""
+
+import jax
+import jax.numpy as jnp
+
+
+def rotary_cache_reference(y_XTF, bias_F, cos_Th, sin_Th, k_SKH, v_SKH, at):
+    """As `api.rotary_cache`."""
+    (T, _), (_, K, H) = cos_Th.shape, k_SKH.shape
+    y = y_XTF.astype(jnp.float32).sum(0)
+    y = y if bias_F is None else y + bias_F.astype(jnp.float32)[None]
+    heads = y.reshape(T, -1, H)
+    N = heads.shape[1] - 2 * K
+    turned, values = heads[:, : N + K], heads[:, N + K :]
+    a, b = jnp.split(turned, 2, axis=-1)
+    cos, sin = cos_Th[:, None], sin_Th[:, None]
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    put = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
+        cache, new.astype(cache.dtype), at, axis=0
+    )
+    return turned[:, :N].astype(k_SKH.dtype), put(k_SKH, turned[:, N:]), put(v_SKH, values)

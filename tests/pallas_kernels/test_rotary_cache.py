@@ -1,0 +1,101 @@
+"""Turned heads and cache writes: the kernel in the interpreter and the reference against NumPy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.lowering import lower_for
+from pallas_kernels.rotary_cache import api, rotary_cache, why_not
+
+# terms, tokens, query heads, kv heads, head size, slots, at
+SHAPES = [(14, 6, 28, 4, 128, 64, 17), (1, 1, 4, 2, 32, 8, 0), (3, 7, 6, 1, 64, 16, 9)]
+
+
+def inputs(X, T, N, K, H, S, at, dtype=jnp.bfloat16, bias=True, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+    angle = rng.uniform(0, 6.3, (T, H // 2))
+    F = (N + 2 * K) * H
+    cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+    k, v = (draw(S, K, H).astype(dtype) for _ in range(2))
+    return draw(X, T, F), draw(F).astype(dtype) if bias else None, cos, sin, k, v, jnp.int32(at)
+
+
+def expected(y, bias, cos, sin, k, v, at):
+    """As complex numbers, in float64."""
+    y, k, v = (np.array(a, np.float64) for a in (y, k, v))
+    (T, h), (_, K, H) = cos.shape, k.shape
+    y = y.sum(0) + (0 if bias is None else np.asarray(bias, np.float64))
+    heads = y.reshape(T, -1, H)
+    turn = np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64)
+    z = (heads[..., :h] + 1j * heads[..., h:]) * turn[:, None]
+    turned = np.concatenate([z.real, z.imag], -1)
+    N = heads.shape[1] - 2 * K
+    k[at : at + T], v[at : at + T] = turned[:, N : N + K], heads[:, N + K :]
+    return turned[:, :N], k, v
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("interpret", [False, True], ids=["reference", "kernel"])
+def test_heads_are_turned_and_kept(shape, dtype, bias, interpret):
+    arguments = inputs(*shape, dtype, bias)
+    found = rotary_cache(*arguments, interpret=interpret)
+    step = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-11
+    for a, want in zip(found, expected(*arguments[:-1], shape[-1]), strict=True):
+        assert a.dtype == dtype and a.shape == want.shape
+        error = np.abs(np.asarray(a, np.float64) - want)
+        assert (error <= step * np.abs(want) + 1e-5).all()
+
+
+@pytest.mark.parametrize("interpret", [False, True], ids=["reference", "kernel"])
+def test_no_other_slot_changes(interpret):
+    arguments = inputs(*SHAPES[0])
+    at, T = 17, 6
+    for old, new in zip(arguments[4:6], rotary_cache(*arguments, interpret=interpret)[1:]):
+        others = np.r_[:at, at + T : 64]
+        old, new = (np.asarray(a, np.float32)[others] for a in (old, new))
+        np.testing.assert_array_equal(old, new)
+
+
+def test_it_lowers_to_one_kernel_that_writes_in_place():
+    arguments = inputs(*SHAPES[0])
+    assert why_not(arguments[0], *arguments[4:6]) is None
+    program = lower_for(lambda *a: rotary_cache(*a, implementation="triton"), *arguments)
+    assert program.count("__gpu$xla.gpu.triton") == 1 and "rotary_cache" in program
+    assert program.count("#stablehlo.output_operand_alias<") == 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_gpu_takes_the_kernel(monkeypatch, there):
+    monkeypatch.setattr(api, "on_gpu", lambda: there)
+    program = lower_for(lambda *a: rotary_cache(*a), *inputs(*SHAPES[0]))
+    assert program.count("__gpu$xla.gpu.triton") == there
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, reason",
+    [
+        (SHAPES[0], jnp.float32, "a cache of float32"),
+        ((2, 1, 4, 2, 48, 8, 0), jnp.bfloat16, "heads of 48"),
+        ((65, 1, 4, 2, 32, 8, 0), jnp.bfloat16, "65 terms"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_said(shape, dtype, reason):
+    arguments = inputs(*shape, dtype)
+    assert reason in why_not(arguments[0], *arguments[4:6])
+    with pytest.raises(NotImplementedError, match=reason):
+        rotary_cache(*arguments, implementation="triton")
+    found, want = rotary_cache(*arguments), expected(*arguments[:-1], shape[-1])
+    np.testing.assert_allclose(np.asarray(found[0], np.float64), want[0], rtol=0.01, atol=0.1)
+
+
+def test_shapes_that_do_not_fit():
+    y, bias, cos, *rest = inputs(*SHAPES[0])
+    with pytest.raises(ValueError, match="do not fit"):
+        rotary_cache(y[..., :-1], bias, cos, cos, *rest[1:])
+    with pytest.raises(ValueError, match="do not fit"):
+        rotary_cache(y, bias, cos[:-1], cos[:-1], *rest[1:])
+    with pytest.raises(ValueError, match="implementation is 'cuda'"):
+        rotary_cache(y, bias, cos, cos, *rest[1:], implementation="cuda")
