@@ -14,6 +14,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -73,8 +74,8 @@ class Benchmark:
     """Of the baselines in transformers."""
     seconds: float = 600
     """After which a configuration is given up."""
-    flags: tuple[str, ...] = ()
-    """More flags for every run of experiments.speculative, behind `--flags`, quoted, each alone."""
+    flags: str = ""
+    """More flags for every run of experiments.speculative: --flags="--max-length 1600"."""
 
 
 def configurations(args: Benchmark) -> list[str]:
@@ -103,7 +104,7 @@ def command(name: str, args: Benchmark, folder: Path) -> list[str]:
         flags += ["--checkpoint", str(args.checkpoint)]
         if "residual" in flags:
             flags += ["--converted", str(args.converted or args.output / "converted")]
-    return [sys.executable, "-m", "experiments.speculative", *flags, *args.flags]
+    return [sys.executable, "-m", "experiments.speculative", *flags, *shlex.split(args.flags)]
 
 
 def run(name: str, args: Benchmark) -> dict:

@@ -43,6 +43,7 @@ class Run:
         self.records = report.read(self.path)
         self.answers: dict[tuple, str] = {}
         self.traces: dict[str, Iterator[int]] = {}
+        self.hashes: dict[str, str] = {}
         self.draft = self.draft_key = self.random = None
 
     # ------------------------------------------------------------------ model
@@ -380,14 +381,18 @@ class Run:
         return None
 
     def settings(self, method) -> str:
-        """A hash of all that decides what a method decodes and how fast."""
-        args = dataclasses.asdict(self.args)
-        for name in ("output", "show", "compare", "method", "samples", "verify_weights", "predict"):
-            args.pop(name)
-        for name in ("checkpoint", "draft_checkpoint", "data_dir", "palu", "converted"):
-            args[name] = args[name] and args[name].expanduser().resolve()
-        described = [args, self.cfg, method, self.plans[method.name]]
-        return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+        """A hash of all that decides what a method decodes and how fast, as it was planned first:
+        where memory runs out the plan changes, and the records stay those of this run."""
+        if method.name not in self.hashes:
+            args = dataclasses.asdict(self.args)
+            aside = "output", "show", "compare", "method", "samples", "verify_weights", "predict"
+            for name in aside:
+                args.pop(name)
+            for name in ("checkpoint", "draft_checkpoint", "data_dir", "palu", "converted"):
+                args[name] = args[name] and args[name].expanduser().resolve()
+            described = repr([args, self.cfg, method, self.plans[method.name]])
+            self.hashes[method.name] = hashlib.sha256(described.encode()).hexdigest()[:16]
+        return self.hashes[method.name]
 
     # ------------------------------------------------------------------ showing
 

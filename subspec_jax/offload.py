@@ -100,13 +100,15 @@ class Stop:
         moves = tuple(i for i, a in enumerate(leaves) if _on_host(a))
         return cls(tuple(leaves), structure, moves, sum(leaves[i].nbytes for i in moves))
 
-    def fetch(self) -> Layer:
-        """The layer on the device, its copies under way; as it is if nothing is to move."""
+    def send(self) -> list[jax.Array]:
+        """Starts the copies of what is in host memory."""
+        return jax.device_put([self.leaves[i] for i in self.moves], home())
+
+    def layer(self, arriving: Sequence[jax.Array] = ()) -> Layer:
+        """The layer with the copies in place of what they are of."""
         leaves = list(self.leaves)
-        if self.moves:
-            arriving = jax.device_put([leaves[i] for i in self.moves], home())
-            for i, a in zip(self.moves, arriving, strict=True):
-                leaves[i] = a
+        for i, a in zip(self.moves, arriving, strict=True):
+            leaves[i] = a
         return jax.tree.unflatten(self.structure, leaves)
 
 
@@ -133,6 +135,7 @@ class Stream:
         self._stops, self._taken = stops, 0
         self._coming = collections.deque(stop for stop in stops if stop.moves)
         self._ready, self.bytes = collections.deque(), 0
+        self._held: list[jax.Array] = []  # what was copied of the layer handed out last
         for _ in range(ahead + 1):
             self._send()
 
@@ -140,7 +143,7 @@ class Stream:
         """Starts the copy of the next offloaded layer, if there is one."""
         if self._coming:
             stop = self._coming.popleft()
-            self._ready.append((stop.bytes, stop.fetch()))
+            self._ready.append((stop.bytes, stop.send()))
             self.bytes += stop.bytes
 
     def __next__(self) -> Layer:
@@ -148,22 +151,25 @@ class Stream:
             raise StopIteration
         stop = self._stops[self._taken]
         self._taken += 1
-        if not stop.moves:
-            return stop.fetch()
-        if not self._ready:  # nobody said that the layer before was used
-            self._send()
-        return self._ready.popleft()[1]
+        self._held = []
+        if stop.moves:
+            if not self._ready:  # nobody said that the layer before was used
+                self._send()
+            self._held = self._ready.popleft()[1]
+        return stop.layer(self._held)
 
     def used(self, output) -> None:
         """Hears of an array that is ready when the layer handed out last has been used."""
-        if self._coming and self._stops[self._taken - 1].moves:
+        if self._coming and self._held:
             jax.block_until_ready(output)
+            for a in self._held:  # now, and not when the runtime has found out: its place is needed
+                a.delete()
             self._send()
+        self._held = []
 
     def arrived_bytes(self) -> int:
         """Bytes of the copies that are complete and not yet handed out."""
-        done = lambda layer: all(a.is_ready() for a in jax.tree.leaves(layer))
-        return sum(size for size, layer in self._ready if done(layer))
+        return sum(size for size, copies in self._ready if all(a.is_ready() for a in copies))
 
 
 def device_bytes() -> int:

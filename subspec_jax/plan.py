@@ -20,7 +20,7 @@ from subspec_jax.residual_device import SLAB, Split, has_split, is_split, parts_
 from subspec_jax.residual_triton import why_not
 from subspec_jax.substitute import substitute_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
-from subspec_jax.verify import ROWS
+from subspec_jax.verify import QUEUED, ROWS
 
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
@@ -201,7 +201,7 @@ def work_bytes(
     residual: bool = False,
     kernels: bool = False,
 ) -> int:
-    """Scratch of the largest program: a prefill or verify block, the head, or a draft step.
+    """Scratch of what runs at a time: blocks of prefill or verification, the head, a draft step.
 
     Where the cache does not hold keys and values as they are (`plain` is False), one layer's are
     rebuilt. Where layers are residuals, one matrix is put together at a time, or with `kernels` a
@@ -228,7 +228,7 @@ def work_bytes(
     step = rows * cfg.vocab * 4 * 3 + block(rows)
     if draft.bits is not None and not kernels:
         step += largest * size  # a matrix is made dense
-    return max(block(max(chunk, spec.nodes)), head, step)
+    return max(QUEUED * block(max(chunk, spec.nodes)), head, step)
 
 
 DECODE_BYTES = 20
@@ -256,9 +256,6 @@ def _lay_out(
         "streaming ring": min(ahead + 1, len(moved)) * max(moved, default=0),
         "KV cache": cache,
         "substitutes": kept,
-        # The allocator gives a hole of less than twice the size whole, up to 128 MB too much. A
-        # plain layer's matrices fit into each other's holes; residuals are of many sizes.
-        "gaps": max((_bytes(w.residual.words) for w in _splits(model)), default=0),
     }
     if draft.bits is not None:
         if not kept:

@@ -148,9 +148,9 @@ def _send_seconds(exact: Layer, repeats: int = 5) -> float:
     stop, times = Stop.of(offload(exact)), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        layer = stop.fetch()
+        copies = stop.send()
         times.append(time.perf_counter() - began)
-        jax.block_until_ready(layer)
+        jax.block_until_ready(copies)
     return statistics.median(times[1:])
 
 

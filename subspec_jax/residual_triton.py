@@ -28,8 +28,8 @@ from subspec_jax.residual import (
 
 WARPS = 1
 ROWS = 32
-"""Rows of a tile that are decoded together. Of 13 pairs of both on an H200, for 3584x9728: 32 rows
-and a warp 185 us, 8 and one 192, 16 and one 260, all others 235 and more."""
+"""Rows of a tile that are decoded together, at most. Of 13 pairs of both on an H200, for 3584x9728:
+32 rows and a warp 185 us, 8 and one 192, 16 and one 260, all others 235 and more."""
 AT_ONCE = 32
 """Patches of a tile that are stored together."""
 
@@ -58,6 +58,7 @@ def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, first, dty
     f = i * S + s
     out, tile, columns = f - first * S, q * T + f // COLUMNS, pl.ds(f, COLUMNS)
     last = words_ref.shape[0] - 2
+    together = min(ROWS, group)
     counts = LANES + (codes_ref.shape[0] // group) * T  # where the counts of patches begin
     octaves = words_ref[OCTAVES].astype(jnp.int32)
     start = words_ref[LANES + tile].astype(jnp.int32)
@@ -72,8 +73,8 @@ def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, first, dty
 
     early = patch(0)  # asked for now: hardly a tile has more
 
-    def some(n, begun):  # rows n * ROWS …, in front of which lie `begun` bits of the tile
-        rows = pl.ds(q * group + n * ROWS, ROWS)
+    def some(n, begun):  # rows n * together …, in front of which lie `begun` bits of the tile
+        rows = pl.ds(q * group + n * together, together)
         codes = codes_ref[rows, pl.ds(s, COLUMNS)] >> (i * bits).astype(jnp.uint32)
         codes = (codes & jnp.uint32(2**bits - 1)).astype(jnp.int32)
         p = predict(codes[None], step, offset, octaves, dtype, jnp)
@@ -86,11 +87,11 @@ def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, first, dty
         high = words_ref[word + 1] << jnp.uint32(1) << (jnp.uint32(31) - shift)
         two = (words_ref[word] >> shift) | high
         x = two.astype(jnp.int32) & ((1 << length) - 1)
-        pattern = complete(p, x + least, jnp).reshape(ROWS, COLUMNS)
+        pattern = complete(p, x + least, jnp).reshape(together, COLUMNS)
         out_ref[rows, pl.ds(out, COLUMNS)] = pattern.astype(jnp.uint16)
         return begun + jnp.sum(flat)
 
-    jax.lax.fori_loop(0, group // ROWS, some, jnp.int32(0))
+    jax.lax.fori_loop(0, group // together, some, jnp.int32(0))
     if not interpret:
         plgpu.debug_barrier()  # patches come after what they overwrite
 

@@ -3,6 +3,7 @@
 Letters: E nodes, T tokens of a pass, D model, V vocabulary, P places in a path.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -24,6 +25,10 @@ from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
 ROWS = 64
 """Rows of logits made at a time: 64 x 152,064 float32 are 39 MB, all 289 would be 176 MB."""
+
+
+QUEUED = 2
+"""Blocks that run or wait to: each has its work space from when it is queued."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +80,14 @@ def run_pass(target: Target, stream: Stream, tokens_1T, caches: list, step: Step
         x = settled(rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype))
     else:
         x = jit_embed(target.top, tokens_1T, target.cfg)
+    queued = collections.deque()
     for i in range(target.cfg.layers):
+        if len(queued) == QUEUED:
+            jax.block_until_ready(queued.popleft())
         # One expression: a name for the layer would keep its buffers while the next is fetched.
         x, caches[i], done = jit_block(next(stream), x, caches[i], step, target.cfg)
         stream.used(done)
+        queued.append(done)
         if between is not None:
             between(i)
     return x

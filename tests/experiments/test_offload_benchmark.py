@@ -69,7 +69,7 @@ def test_a_projection_is_bytes_over_bandwidths_and_the_measured_rest():
 
 @pytest.mark.parametrize("checkpoint", [None, "model"])
 def test_every_command_is_one_that_its_program_takes(tmp_path, checkpoint):
-    args = Benchmark(tmp_path, checkpoint=checkpoint, flags=("--chunk", "64"))
+    args = Benchmark(tmp_path, checkpoint=checkpoint, flags="--chunk 64")
     names = configurations(args)
     assert names == [*STEPS, *(ON_TEXT if checkpoint else ()), *FOREIGN]
     for name in names:
@@ -150,7 +150,7 @@ def test_for_real_on_a_small_checkpoint(tmp_path):
     flags = "--dtype bfloat16 --samples 1 --depth 2 --width 2 --draft-group 16 --max-length 192"
     args = Benchmark(
         tmp_path / "out", checkpoint=checkpoint, only=("vanilla", "residual"), tokens=6,
-        memory_limit="16MB", flags=(*flags.split(), "--chunk", "64", "--resident", "1"),
+        memory_limit="16MB", flags=f"{flags} --chunk 64 --resident 1",
     )  # fmt: skip
     vanilla, residual = main(args, Console(width=150))
     assert "failed" not in vanilla and "failed" not in residual, (vanilla, residual)

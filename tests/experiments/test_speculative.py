@@ -260,7 +260,7 @@ def test_the_data_folder_counts_however_it_is_written(tmp_path, monkeypatch):
     method = SimpleNamespace(name="vanilla")
     for folder in ("data", "./data", tmp_path / "data", "other"):
         args = speculative.Speculative(data_dir=Path(folder))
-        run = SimpleNamespace(args=args, cfg=CFG, plans={"vanilla": None})
+        run = SimpleNamespace(args=args, cfg=CFG, plans={"vanilla": None}, hashes={})
         hashes.append(speculative.Run.settings(run, method))
     assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
 
@@ -307,6 +307,7 @@ def test_where_memory_runs_out_a_layer_less_is_tried(
     assert "3 resident layers left too little memory" in found.out and "trying 1" in found.out
     meta = json.loads((tmp_path / "out" / "run.json").read_text())
     assert meta["plans"]["subspec"]["resident"] == 1
+    assert [s["passes"] > 0 for s in meta["summaries"]] == [True]
     (record,) = report.read(tmp_path / "out" / "records.jsonl")
     assert record["token_ids"] == everything.by_method["vanilla"]["token_ids"]
     failures.clear()

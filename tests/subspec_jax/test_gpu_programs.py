@@ -15,7 +15,9 @@ from llm_jax.registry import MODELS
 from llm_jax.sample import Sampler
 from pallas_kernels.lowering import lower_for
 from pallas_kernels.quantized_matmul import api
+from pallas_kernels.rotary_cache import api as rotary_api
 from pallas_kernels.tree_attention import api as attention_api
+from pallas_kernels.tree_attention.triton import cut
 from subspec_jax import residual_device
 from subspec_jax.draft import grow
 from subspec_jax.residual_device import gaussian_room, split_shapes
@@ -33,6 +35,7 @@ KERNEL = "__gpu$xla.gpu.triton"
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(api, "on_gpu", lambda: True)
     monkeypatch.setattr(attention_api, "on_gpu", lambda: True)
+    monkeypatch.setattr(rotary_api, "on_gpu", lambda: True)
     monkeypatch.setattr(residual_device, "on_gpu", lambda: True)
 
 
@@ -61,15 +64,15 @@ NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-32b", "llama-3.1-8b"])
 def test_a_draft_step_is_kernels(name):
-    """Four products and the attention a layer, and the head; no matrix is made dense, no scores of
-    all slots are written; the whole tree is one program."""
+    """Four products, cache, attention and its parts a layer, and the head; no matrix is made dense,
+    no scores of all slots are written; the whole tree is one program."""
     cfg, draft = drafting(name)
     tree = jax.eval_shape(lambda: seedling(jnp.int32(0), SPEC))
     key = jax.eval_shape(lambda: jax.random.key(0))
     least = jax.ShapeDtypeStruct((SPEC.steps,), jnp.float32)
     run = lambda *a: grow(*a, cfg, SPEC, Sampler(), 1024)
     program = lower_for(run, draft, tree, caches(cfg, draft), NUMBER, key, least)
-    assert program.count(KERNEL) == 5 * LAYERS + 1
+    assert program.count(KERNEL) == 7 * LAYERS + 1
     for rows, columns in (*cfg.joined_matrices.values(), (cfg.d_model, cfg.vocab)):
         assert f"tensor<{rows}x{columns}xbf16>" not in program
     assert f"x{SLOTS}xf32" not in program and "x1024xf32" not in program
@@ -77,13 +80,16 @@ def test_a_draft_step_is_kernels(name):
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "llama-3.1-8b"])
 def test_a_block_of_the_target_decodes_a_part_of_a_matrix_at_a_time(name):
-    """gate and up in four parts, down in two; no whole matrix is written."""
+    """gate and up in four parts, down in two; no whole matrix is written, and no scores."""
     cfg, model = target(name)
     tree = jax.eval_shape(lambda: seedling(jnp.int32(0), SPEC))
     _, tokens, step = jax.eval_shape(lambda t: lay_out(t, jnp.int32(0), SPEC, 512), tree)
     x = jax.ShapeDtypeStruct((*tokens.shape, cfg.d_model), cfg.dtype)
     run = lambda *a: jit_block(*a, cfg)
     program = lower_for(run, model.layers[0], x, caches(cfg, model)[0], step)
-    assert program.count(KERNEL) == 8 and "residual_decode" in program
+    *_, parts = cut(SPEC.nodes * cfg.heads // cfg.kv_heads, cfg.kv_heads, 512)
+    assert program.count(KERNEL) == 8 + (2 if parts > 1 else 1)
+    assert "residual_decode" in program and "tree_attention" in program
     assert f"tensor<{cfg.d_model}x{2 * cfg.d_ff}x" not in program
     assert f"tensor<{cfg.d_model}x{cfg.d_ff // 2}xbf16>" in program
+    assert "x512xf32" not in program

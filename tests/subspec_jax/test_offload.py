@@ -142,7 +142,7 @@ def test_a_dropped_stream_keeps_nothing_alive(params):
 
 def test_arrived_bytes_are_those_that_wait_on_the_device(params):
     stream = Stream(route(place(params.layers, 0)), 2)
-    jax.block_until_ready([jax.tree.leaves(l) for _, l in stream._ready])
+    jax.block_until_ready([copies for _, copies in stream._ready])
     assert stream.arrived_bytes() == 3 * MATRICES
     assert Stream(route(params.layers), 2).arrived_bytes() == 0
 
@@ -192,6 +192,23 @@ def test_the_ring_holds_no_more_layers_than_it_should(params, monkeypatch, resid
     assert (left[resident] - ahead) * MATRICES > 0
     gc.collect()
     assert abs(device_bytes() - at_rest) < MATRICES / 4
+
+
+def test_blocks_wait_until_those_before_have_returned_their_work_space(params, monkeypatch):
+    """Also where nothing streams and the host could run ahead to the last layer."""
+    plain, wait, dones, running = verify.jit_block, jax.block_until_ready, [], []
+
+    def watched(*args):
+        running.append(sum(not any(done is w for w in waited) for done in dones))
+        out = plain(*args)
+        dones.append(out[2])
+        return out
+
+    waited = []
+    monkeypatch.setattr(verify, "jit_block", watched)
+    monkeypatch.setattr(jax, "block_until_ready", lambda a: (waited.append(a), wait(a))[1])
+    one_pass(params)
+    assert running == [0, 1, 1, 1, 1] and verify.QUEUED == 2
 
 
 @pytest.mark.parametrize("ahead", [1, 2])

@@ -196,7 +196,7 @@ def test_the_ring_holds_no_more_layers_than_stream(resident, ahead):
 
 
 def scratch(cfg, spec, draft, slots, chunk):
-    """Bytes of the largest program, written out for float32 and bfloat16 alike."""
+    """Bytes of the largest program, or of two blocks, for float32 and bfloat16 alike."""
     size = jnp.dtype(cfg.dtype).itemsize
 
     def block(T):
@@ -208,7 +208,7 @@ def scratch(cfg, spec, draft, slots, chunk):
     rows = spec.width + spec.lookup
     drafting = 3 * rows * cfg.vocab * 4 + dense + block(rows)
     judging = 2 * min(64, spec.nodes) * cfg.vocab * 4
-    return max(block(chunk), block(spec.nodes), drafting, judging)
+    return max(2 * block(chunk), 2 * block(spec.nodes), drafting, judging)
 
 
 @pytest.mark.parametrize("cfg", [tiny(), tiny(vocab=2**15), tiny(d_ff=2048, dtype="bfloat16")])
@@ -220,6 +220,17 @@ def test_work_space_is_that_of_the_largest_program(cfg, spec, chunk, draft):
     plan = plan_for(cfg, spec=spec, chunk=chunk, draft=draft)
     slots = cache_slots(64, spec)
     assert plan.device["work space"] == scratch(cfg, spec, draft, slots, chunk)
+
+
+@pytest.mark.parametrize("head_dim, fewer", [(32, True), (16, False)])
+def test_kernels_need_no_room_for_scores(head_dim, fewer):
+    """Where they take such heads; the parts' averages of 32 tokens are 2 x 4 bytes each."""
+    cfg = tiny(dtype="bfloat16", head_dim=head_dim)
+    plain, kernels = (plan_for(cfg, draft=NO_DRAFT, chunk=512, kernels=k) for k in (False, True))
+    slots = cache_slots(64, SPEC)
+    scores, averages = 512 * cfg.heads * slots * 6, 2 * 512 * cfg.heads * head_dim * 4
+    saved = plain.device["work space"] - kernels.device["work space"]
+    assert saved == (2 * (scores - averages) if fewer else 0)
 
 
 # --- Limits ------------------------------------------------------------------------------------
