@@ -1,9 +1,11 @@
-"""Do copies of layers overlap with compute? Two ways to say where a layer should go, timed.
+"""Do copies of layers overlap with compute? Two ways to say where a layer goes, and two moments to
+start its copy, timed.
 
     python -m experiments.transfers --model qwen2.5-7b --layers 28 --tokens 289
 
 On an H200 with jax 0.11.2 (13.05 GB, an earlier form of this script): copies alone 238.4 ms; to
-`jax.memory.Space.Device` 260.9 ms; to a concrete `SingleDeviceSharding` 238.6 ms.
+`jax.memory.Space.Device` 260.9 ms; to a concrete `SingleDeviceSharding` 238.6 ms. A copy that is
+started with a block queued waits for that block: `experiments/results/h200_stream_order.jsonl`.
 """
 
 import dataclasses
@@ -34,15 +36,24 @@ class Transfers:
     repeats: int = 3
 
 
-def one_pass(put, host, x, caches, step, cfg) -> float:
-    """Seconds of a pass with one layer ahead; two streamed layers exist at any time."""
+def one_pass(put, queued, host, x, caches, step, cfg) -> float:
+    """Seconds of a pass with one layer ahead; two streamed layers exist at any time. `queued`: the
+    next block is, when the host waits for one and starts the copy in its place."""
     began = time.perf_counter()
-    ready, done = [put(host[0])], None
-    for i in range(len(host)):
-        jax.block_until_ready(done)
+    ready, before = [put(host[0])], None
+
+    def replace(i):
+        jax.block_until_ready(before)
         if i + 1 < len(host):
             ready.append(put(host[i + 1]))
+
+    for i in range(len(host)):
+        if not queued:
+            replace(i)
         x, caches[i], done = jit_block(ready.pop(0), x, caches[i], step, cfg)
+        if queued:
+            replace(i)
+        before = done
     jax.block_until_ready(x)
     return time.perf_counter() - began
 
@@ -66,9 +77,11 @@ def main(args: Transfers, console: Console) -> None:
     host = [offload(make(jax.random.key(i), cfg)) for i in range(args.layers)]
     size = sum(map(streamed_bytes, host))
     step = settled(causal_step(0, args.tokens, args.slots))
+    anywhere = lambda layer: jax.device_put(layer, jax.memory.Space.Device)
     ways = {
-        "jax.memory.Space.Device": lambda layer: jax.device_put(layer, jax.memory.Space.Device),
-        "SingleDeviceSharding": fetch,
+        "jax.memory.Space.Device": (anywhere, False),
+        "SingleDeviceSharding": (fetch, False),
+        "the same, a block queued": (fetch, True),
     }
     console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {size / 1e9:.2f} GB")
 
@@ -77,14 +90,14 @@ def main(args: Transfers, console: Console) -> None:
         console.print(f"{name:24s} {best * 1e3:8.1f} ms {size / best / 1e9:6.1f} GB/s")
 
     show("copies alone", lambda: copies_alone(host))
-    for name, put in ways.items():
+    for name, (put, queued) in ways.items():
         caches = [settled(KV.empty(cfg, 1, args.slots)) for _ in host]
 
-        def run(put=put, caches=caches):
+        def run(put=put, queued=queued, caches=caches):
             x = settled(
                 jax.random.normal(jax.random.key(1), (1, args.tokens, cfg.d_model), cfg.dtype)
             )
-            return one_pass(put, host, jax.block_until_ready(x), caches, step, cfg)
+            return one_pass(put, queued, host, jax.block_until_ready(x), caches, step, cfg)
 
         show(name, run)
 
