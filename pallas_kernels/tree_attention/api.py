@@ -1,5 +1,7 @@
 """The public function: one specification, and the choice of what computes it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -31,6 +33,25 @@ def why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS) -> str | None:
     return None
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _kernel(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret):
+    return tree_attention_triton(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret)
+
+
+def _forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret):
+    y_BTNH = _kernel(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret)
+    return y_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+
+
+def _backward(interpret, kept, dy_BTNH):
+    *inputs, mask_BTS = kept
+    _, pull = jax.vjp(lambda *qkv: tree_attention_reference(*qkv, mask_BTS), *inputs)
+    return *pull(dy_BTNH), None
+
+
+_kernel.defvjp(_forward, _backward)
+
+
 def tree_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
@@ -46,7 +67,8 @@ def tree_attention(
     be 1, and it may be of the first slots only: nothing behind them is read. Scores and sums are
     float32. `implementation` None takes Triton on a GPU for more than one token where `why_not`
     gives no reason, else XLA, which writes scores [N, T, S] to memory; "triton" raises
-    NotImplementedError with the reason. `interpret` runs the kernel on a CPU.
+    NotImplementedError with the reason. `interpret` runs the kernel on a CPU. Gradients are always
+    XLA's.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
@@ -58,7 +80,7 @@ def tree_attention(
     if implementation != "xla" and (implementation or interpret or (T > 1 and on_gpu())):
         reason = why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS)
         if reason is None:
-            return tree_attention_triton(q_BTNH, k_BSKH, v_BSKX, mask_BTS, interpret)
+            return _kernel(q_BTNH, k_BSKH, v_BSKX, mask_BTS, interpret)
         if implementation == "triton":
             raise NotImplementedError(reason)
     return tree_attention_reference(q_BTNH, k_BSKH, v_BSKX, mask_BTS)

@@ -90,6 +90,18 @@ def test_it_lowers_to_a_kernel_and_one_for_the_parts(T, N, K):
     assert "tree_attention" in program
 
 
+def test_it_can_be_differentiated():
+    """Calibration asks for gradients through whatever attends."""
+    *qkv, mask = inputs(6, 8, 2, 32, 128)
+    loss = lambda *qkv, **how: jnp.sum(tree_attention(*qkv, mask, **how).astype(jnp.float32) ** 2)
+    found = jax.grad(lambda *qkv: loss(*qkv, interpret=True), argnums=(0, 1, 2))(*qkv)
+    want = jax.grad(lambda *qkv: loss(*qkv, implementation="xla"), argnums=(0, 1, 2))(*qkv)
+    for a, b in zip(found, want, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(b).max() > 0.1
+        np.testing.assert_allclose(a, b, atol=0.02 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("T, taken", [(1, False), (6, True), (289, True)])
 def test_a_gpu_takes_it_for_more_than_one_token(monkeypatch, T, taken):
     monkeypatch.setattr(api, "on_gpu", lambda: True)
