@@ -121,7 +121,7 @@ class Run:
     def load(self, p):
         """The target where the plan wants it."""
         source = self.converted if p.residual else self.checkpoint
-        self.residual = p.residual
+        self.kind = p.residual, p.split_head
         with self.bar("Loading layers", p.cfg.layers) as step:
             if source is None:
                 return random_target(p, self.args.seed, step, self.split(p) if p.residual else None)
@@ -180,7 +180,7 @@ class Run:
         key = (p.resident, p.draft, p.table_on_host)
         if key != self.draft_key:
             self.draft = None  # frees it before layers move in
-            if p.residual != self.residual:
+            if (p.residual, p.split_head) != self.kind:
                 self.target = None
                 self.target = self.load(p)
             self.target = arrange(self.target, p)

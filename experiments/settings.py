@@ -18,7 +18,7 @@ from palu_jax import store
 from subspec_jax import offload, plan, residual_convert
 from subspec_jax.accept import Gate
 from subspec_jax.decode import LengthError
-from subspec_jax.residual_device import gaussian_room, split_shapes
+from subspec_jax.residual_device import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.residual_file import Converted
 from subspec_jax.tree import TreeSpec
 
@@ -221,7 +221,11 @@ def converted(args, cfg, checkpoint, console) -> Converted | None:
 def target_shapes(args, cfg, method, source: Converted | None):
     """The target as shapes and dtypes: plain layers, low-rank ones, or residuals."""
     if args.stream == "residual" and method.draft.bits is not None:
-        return residual_shapes(cfg, method.draft) if source is None else source.model
+        # As many bits as the layers: then the substitute of a head in two parts is the low-bit one.
+        split = method.draft.head_bits == method.draft.bits
+        if source is None:
+            return residual_shapes(cfg, method.draft, split)
+        return source.model_with_split_head if split else source.model
     return plain_shapes(args.palu, cfg)
 
 
@@ -233,11 +237,14 @@ def plain_shapes(palu, cfg):
 
 
 @functools.cache
-def residual_shapes(cfg, draft):
+def residual_shapes(cfg, draft, split_head):
     """Of random weights, whose residuals are known to take so much."""
-    room = gaussian_room(cfg, draft.bits, draft.group)
-    layer = split_shapes(cfg, draft.bits, draft.group, room)
-    return dataclasses.replace(abstract(cfg), layers=(layer,) * cfg.layers)
+    kind = cfg, draft.bits, draft.group
+    room = gaussian_room(*kind)
+    model = dataclasses.replace(abstract(cfg), layers=(split_shapes(*kind, room),) * cfg.layers)
+    if not split_head or "head" not in room:
+        return model
+    return dataclasses.replace(model, head_DV=split_head_shapes(*kind, room["head"]))
 
 
 def make_plan(

@@ -79,7 +79,9 @@ class Speculative:
     draft_group: int = 64
     """Weights that share a step and an offset."""
     draft_head_bits: Literal[2, 3, 4, 8] | None = None
-    """Bits of an output head of the draft's own; the target's is shared if not given."""
+    """Bits of an output head of the draft's own; the target's is shared if not given. With --stream
+    residual and as many bits as --draft-bits, an untied head is kept as a substitute and a residual
+    too, from which the exact one is put together once a pass: less memory than the head alone."""
     quantizer: Literal["hqq", "nearest"] = "hqq"
     draft_model: str | None = None
     """The small model of the method classic."""

@@ -39,7 +39,7 @@ def unembed(params: Params, x_BTD, cfg: Config):
     with jax.named_scope("head"):
         h = rms_norm(x_BTD, params.norm, cfg.norm_eps)
         if params.head_DV is not None:  # logits rounded to 16 bits would tie
-            return linear(params.head_DV, h, jnp.float32)
+            return linear(params.head_DV, h, jnp.float32)[..., : cfg.vocab]  # it may be padded
         return jnp.einsum(
             "BTD,VD->BTV",
             h,

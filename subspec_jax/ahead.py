@@ -24,7 +24,8 @@ from subspec_jax.accept import Gate
 from subspec_jax.draft import extend_once, grow, grow_along
 from subspec_jax.offload import home
 from subspec_jax.plan import Plan
-from subspec_jax.substitute import substitute_shapes
+from subspec_jax.residual_device import is_split
+from subspec_jax.substitute import substitute_shapes, substitutes
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import jit_block, last_logits, lay_out, settle
 
@@ -67,7 +68,7 @@ def _lowered(plan: Plan, sampler: Sampler, gate: Gate | None, replay: bool, long
 
     layers = placed(plan.model.layers)
     table = array(cfg.vocab, cfg.d_model)
-    head = None if cfg.tied else array(cfg.d_model, cfg.vocab)
+    head = placed(plan.model.head_DV)
     params = Params(table, layers, array(cfg.d_model), head)
     top = dataclasses.replace(params, embed_VD=None if plan.table_on_host else table, layers=())
     slots = cache_slots(plan.max_length, spec)
@@ -97,7 +98,9 @@ def _lowered(plan: Plan, sampler: Sampler, gate: Gate | None, replay: bool, long
     shared = plan.resident if plan.draft.share_resident and not plan.residual else 0
     if plan.table_on_host:
         table = shapes(lambda t: QuantizedTable(quantize(t.T, bits, group, 0)), table)
-    if head_bits is not None:
+    if is_split(head):
+        head = substitutes(head)
+    elif head_bits is not None:
         head = array(cfg.d_model, cfg.vocab)
         head = shapes(lambda w: packed(quantize(w, head_bits, group, 0)), head)
     low = (placed(substitute_shapes(layer, bits, group)) for layer in layers[shared:])

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -53,10 +54,23 @@ def load_target(
 _decode_layer = jax.jit(decode_layer)
 
 
+@functools.partial(jax.jit, static_argnames="vocab")
+def _decode_head(head: Split, vocab: int):
+    return decode_layer(head)[:, :vocab]
+
+
 def _load_converted(source, plan, place_layer, place_table, progress, verify) -> Target:
     if verify:
         source.verify_tables()
     tables = {name: place_table(name, array) for name, array in source.tables.items()}
+    if source.head is not None:
+        head = settled(source.head)
+        whole = None
+        if verify or not plan.split_head:
+            whole = _decode_head(head, plan.cfg.vocab)
+        if verify:
+            source.verify_head(whole)
+        tables["head_DV"] = head if plan.split_head else whole
     layers = []
     for i in range(plan.cfg.layers):
         split = source.layer(i)
@@ -76,7 +90,7 @@ def random_target(
     """Random weights of the plan's architecture, made on the device layer by layer; for timing.
 
     Where the plan streams residuals, one layer is encoded, on the host, and all are its copies;
-    or copies of `split`, which `split_layer` made.
+    or copies of `split`, which `split_layer` made. A head in two parts is encoded as well.
     """
     cfg = plan.cfg
     make = jax.jit(init_layer, static_argnames="cfg")
@@ -85,6 +99,12 @@ def random_target(
     if plan.residual:
         split = split or split_layer(make(key, cfg), plan.model.layers[0])
         copied = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a.copy()
+    table_key, head_key = jax.random.split(jax.random.fold_in(key, cfg.layers))
+    head = None
+    if plan.split_head:  # first, while there is room for the whole one
+        shape = plan.model.head_DV.shape
+        head = normal(head_key, shape, cfg.dtype)
+        head = settled(split_layer(head, plan.model.head_DV))
     for i in range(cfg.layers):
         if plan.residual:
             layer = jax.tree.map(copied, split)
@@ -93,21 +113,24 @@ def random_target(
         layers.append(jax.block_until_ready((fetch if i in plan.stays else offload)(layer)))
         if progress:
             progress(i + 1)
-    table_key, head_key = jax.random.split(jax.random.fold_in(key, cfg.layers))
     table = normal(table_key, (cfg.vocab, cfg.d_model), cfg.dtype)
     table = np.asarray(table) if plan.table_on_host else settled(table)
-    head = None if cfg.tied else normal(head_key, (cfg.d_model, cfg.vocab), cfg.dtype)
+    if not cfg.tied and head is None:
+        head = normal(head_key, (cfg.d_model, cfg.vocab), cfg.dtype)
     norm = jnp.ones(cfg.d_model, cfg.dtype)
     head, norm = settled((head, norm))
     return Target(Params(table, tuple(layers), norm, head), cfg, plan.ahead)
 
 
 def split_layer(layer: Layer, like: Layer, iterations: int = 0) -> Layer:
-    """A plain layer as substitutes on the device and residuals, NumPy arrays, shaped as in `like`.
+    """A plain layer as substitutes on the device and residuals, NumPy arrays, shaped as in `like`;
+    or a matrix, as one `Split`.
 
     Raises ValueError if a residual needs more room than `like` has.
     """
-    whole = joined(layer, lambda *w: jnp.concatenate(w, axis=-1))
+    whole = layer
+    if isinstance(layer, Layer):
+        whole = joined(layer, lambda *w: jnp.concatenate(w, axis=-1))
 
     def split(w, shapes):
         if not isinstance(shapes, Split):

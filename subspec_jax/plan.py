@@ -113,6 +113,11 @@ class Plan:
         return has_split(self.model.layers)
 
     @property
+    def split_head(self) -> bool:
+        """The output head is a substitute, with which the draft computes, and its residual."""
+        return is_split(self.model.head_DV)
+
+    @property
     def draft_step_bytes(self) -> int:
         """Bytes of weights that a draft step reads."""
         cfg, d = self.cfg, self.draft
@@ -124,6 +129,8 @@ class Plan:
         own = sum(_substitute_bytes(layer, d) for layer in drafted)
         shared = self.model.layers[: self.cfg.layers - len(drafted)]
         head = self.device.get("draft head", cfg.vocab * cfg.d_model * DTYPES[cfg.dtype])
+        if self.split_head:
+            head = sum(map(_bytes, jax.tree.leaves(self.model.head_DV.substitute)))
         return sum(map(streamed_bytes, shared)) + own + head
 
     def pass_seconds(self, link: float) -> float:
@@ -200,13 +207,14 @@ def work_bytes(
     plain: bool = True,
     residual: bool = False,
     kernels: bool = False,
+    split_head: bool = False,
 ) -> int:
     """Scratch of what runs at a time: blocks of prefill or verification, the head, a draft step.
 
     Where the cache does not hold keys and values as they are (`plain` is False), one layer's are
     rebuilt. Where layers are residuals, one matrix is put together at a time, or with `kernels` a
     part of it; they multiply low-bit matrices, decode residuals, and attend to plain caches without
-    work space.
+    work space. With a head in two parts (`split_head`) logits of all nodes are made at a time.
     """
     size = DTYPES[cfg.dtype]
     rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
@@ -224,6 +232,11 @@ def work_bytes(
     largest = max(map(math.prod, cfg.joined_matrices.values()))
     fields = fields_of(draft.bits or 4)
     part = max(math.prod(s) // parts_of(s, fields) for s in cfg.joined_matrices.values())
+    if split_head:
+        weights = cfg.d_model * cfg.vocab
+        parts = parts_of((cfg.d_model, cfg.vocab), fields) if kernels else 1
+        decoded = weights // parts * (size + (0 if kernels else 4))
+        head = spec.nodes * cfg.vocab * 4 + max(head, decoded)
     rows = spec.width + spec.lookup
     step = rows * cfg.vocab * 4 * 3 + block(rows)
     if draft.bits is not None and not kernels:
@@ -250,7 +263,7 @@ def _lay_out(
     moved = [size for i, size in enumerate(matrices) if i not in stays]
     device = {
         "embedding": 0 if table_on_host else table,
-        "output head": 0 if cfg.tied else table,
+        "output head": sum(map(_bytes, jax.tree.leaves(model.head_DV))),
         "norms and biases": vectors + cfg.d_model * size,
         "resident layers": sum(matrices) - sum(moved),
         "streaming ring": min(ahead + 1, len(moved)) * max(moved, default=0),
@@ -261,7 +274,7 @@ def _lay_out(
         if not kept:
             drafted = _drafted(model, draft, resident)
             device["substitutes"] = sum(_substitute_bytes(layer, draft) for layer in drafted)
-        if draft.head_bits is not None:
+        if draft.head_bits is not None and not is_split(model.head_DV):
             low = packed_bytes(cfg.d_model, cfg.vocab, draft.head_bits, draft.group)
             device["draft head"] = low
         if table_on_host:
@@ -273,7 +286,8 @@ def _lay_out(
         device["draft KV cache"] = cache_bytes(small, draft.model, slots, spec.places)
     elif draft.own_cache:
         device["draft KV cache"] = cache
-    device["work space"] = work_bytes(cfg, spec, draft, slots, chunk, plain, kept > 0, kernels)
+    how = plain, kept > 0, kernels, is_split(model.head_DV)
+    device["work space"] = work_bytes(cfg, spec, draft, slots, chunk, *how)
     host = {"streamed layers": sum(moved), "embedding": table if table_on_host else 0}
     return device, host
 

@@ -21,7 +21,13 @@ from llm_jax.sample import Sampler
 from subspec_jax.draft import grow
 from subspec_jax.offload import Stop, offload, settled, streamed_bytes
 from subspec_jax.plan import Plan
-from subspec_jax.substitute import substitute_head, substitute_layer, substitute_table
+from subspec_jax.residual_device import is_split
+from subspec_jax.substitute import (
+    substitute_head,
+    substitute_layer,
+    substitute_table,
+    substitutes,
+)
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import jit_block, lay_out, settle
 
@@ -180,7 +186,9 @@ def _draft_kinds(plan: Plan, exact: Layer) -> dict[str, Layer]:
 def _draft_model(plan: Plan, model: Params) -> Params:
     """Table and head of the draft."""
     draft, table, head = plan.draft, model.embed_VD, model.head_DV
-    if draft.head_bits is not None:
+    if is_split(head):
+        head = substitutes(head)
+    elif draft.head_bits is not None:
         head = substitute_head(model, draft.head_bits, draft.group)
     if plan.table_on_host:
         table = substitute_table(table, draft.bits, draft.group)
@@ -220,5 +228,6 @@ def _model(plan: Plan, layers: tuple) -> Params:
     zeros = lambda *shape: settled(jnp.zeros(shape, cfg.dtype))
     size = cfg.vocab, cfg.d_model
     table = np.zeros(size, cfg.dtype) if plan.table_on_host else zeros(*size)
-    head = None if cfg.tied else zeros(*size[::-1])
+    shapes = plan.model.head_DV
+    head = settled(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
     return Params(table, layers, zeros(cfg.d_model), head)

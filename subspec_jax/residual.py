@@ -46,6 +46,8 @@ COLUMNS = 64
 """A tile is one group deep and 64 columns wide, row after row in the stream."""
 LANES = 128
 """Words are kept in rows of 128, because only matrices are streamed."""
+MOST = 2**30
+"""Weights of a matrix: places are counted in 32 bits."""
 
 # The first row of words, the head: the table of levels, then these.
 OCTAVES, FIRST_PATCH = LEVELS, LEVELS + 1
@@ -171,8 +173,8 @@ def check_pair(name: str, substitute: Quantized, shape, dtype: str) -> None:
         )
     if substitute.group * COLUMNS > 2**16:
         raise ValueError(f"{name}: group {substitute.group} is above {2**16 // COLUMNS}")
-    if shape[0] * shape[1] >= 2**30:
-        raise ValueError(f"{name} has {shape[0] * shape[1]} weights; a residual counts to 2^30")
+    if shape[0] * shape[1] >= MOST:
+        raise ValueError(f"{name} has {shape[0] * shape[1]} weights; a residual counts to {MOST}")
 
 
 def pad(residual: Residual, rows: int, patches: int) -> Residual:

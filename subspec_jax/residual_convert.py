@@ -81,12 +81,20 @@ def convert(
     manifest = settings | {"model": dataclasses.asdict(cfg), "source": identity(checkpoint)}
     _begin(path, json.loads(json.dumps(manifest)))
 
+    quantizer = bits, group, iterations
     if not (path / TABLES).exists():
         tables = {field: checkpoint.read(field, cfg) for field in shapes(cfg)[0]}
-        write(path / TABLES, tables, {name: _entry(a) for name, a in tables.items()})
+        entries = {name: _entry(a) for name, a in tables.items()}
+        if (shape := residual_device.head_shape(cfg, bits, group)) is not None:
+            head = np.asarray(tables.pop("head_DV"))
+            padded = np.pad(head, ((0, 0), (0, shape[1] - head.shape[1])))
+            arrays, more = _encoded("head_DV", padded, quantizer, code, "the output head")
+            tables |= arrays
+            entries["head_DV"] |= more | {"shape": list(shape)}
+        write(path / TABLES, tables, entries)
     for index in range(cfg.layers):
         if not (path / LAYER.format(index)).exists():
-            _convert_layer(checkpoint, index, cfg, path, (bits, group, iterations), code, workers)
+            _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers)
         if progress:
             progress(index + 1, cfg.layers)
     return Converted(path)
@@ -127,17 +135,8 @@ def _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers) -> No
         w, name = np.asarray(w), f"{field} of layer {index}"
         if w.ndim == 1:
             return {field: w}, {field: _entry(w)}
-        # A copy, because the host may lend the device an array's own memory.
-        q = jax.tree.map(np.array, jax.block_until_ready(quantize(jax.device_put(w), *quantizer)))
-        r, substitute = encode(w, q, code, name), packed(q)
-        wrong = np.count_nonzero(_decoded(r, substitute).view(np.uint16) != w.view(np.uint16))
-        if wrong:
-            raise ResidualError(f"{name}: {wrong} of {w.size} weights decode to other bits")
-        parts = dict(codes=substitute.words_DS, top=substitute.top_DS, scale=substitute.scale_QF)
-        parts |= dict(residual=r.words, low=r.low_DF)
-        entry = _entry(w) | dict(shape=list(w.shape), patches=r.patches)
-        arrays = {f"{field}.{part}": np.asarray(a) for part, a in parts.items() if a is not None}
-        return arrays, {field: entry}
+        arrays, entry = _encoded(field, w, quantizer, code, name)
+        return arrays, {field: _entry(w) | entry}
 
     layer = joined(checkpoint.layer(index, cfg), lambda *w: np.concatenate(w, axis=-1))
     named = [(path[-1].name, leaf) for path, leaf in jax.tree.leaves_with_path(layer)]
@@ -147,6 +146,20 @@ def _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers) -> No
             tensors |= arrays
             entries |= entry
     write(path / LAYER.format(index), tensors, entries)
+
+
+def _encoded(field: str, w: np.ndarray, quantizer, code: str, name: str):
+    """(arrays of a matrix in two parts, what its entry says of them); every weight was decoded."""
+    # A copy, because the host may lend the device an array's own memory.
+    q = jax.tree.map(np.array, jax.block_until_ready(quantize(jax.device_put(w), *quantizer)))
+    r, substitute = encode(w, q, code, name), packed(q)
+    wrong = np.count_nonzero(_decoded(r, substitute).view(np.uint16) != w.view(np.uint16))
+    if wrong:
+        raise ResidualError(f"{name}: {wrong} of {w.size} weights decode to other bits")
+    parts = dict(codes=substitute.words_DS, top=substitute.top_DS, scale=substitute.scale_QF)
+    parts |= dict(residual=r.words, low=r.low_DF)
+    arrays = {f"{field}.{part}": np.asarray(a) for part, a in parts.items() if a is not None}
+    return arrays, dict(shape=list(w.shape), patches=r.patches)
 
 
 def _entry(array: np.ndarray) -> dict[str, Any]:

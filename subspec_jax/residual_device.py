@@ -14,6 +14,7 @@ from llm_jax.params import Layer, abstract, joined
 from llm_jax.quantize import quantize
 from pallas_kernels.device import on_gpu
 from pallas_kernels.quantized_matmul import Packed, restore
+from pallas_kernels.quantized_matmul.packing import fields_of
 from subspec_jax import residual_triton
 from subspec_jax.residual import (
     BIAS,
@@ -21,6 +22,7 @@ from subspec_jax.residual import (
     FIRST_PATCH,
     LANES,
     LEVELS,
+    MOST,
     OCTAVES,
     Residual,
     check_pair,
@@ -68,22 +70,44 @@ def split_shapes(
 ) -> Layer:
     """A layer of `Split` matrices as shapes; `room` gives (rows of words, patches) of each."""
     names = iter(cfg.joined_matrices)
-
-    def split(*matrices):
-        substitute = packed(*(quantize(w, bits, group, 0) for w in matrices))
-        rows, patches = room[next(names)]
-        low = jnp.zeros(substitute.shape, jnp.uint8) if code == "planes" else None
-        words = jnp.zeros((rows, LANES), jnp.uint32)
-        return Split(substitute, Residual(words, low, substitute.shape, cfg.dtype, patches))
-
+    split = lambda *matrices: _split(matrices, bits, group, room[next(names)], code)
     plain = abstract(dataclasses.replace(cfg, layers=1)).layers[0]
     return jax.eval_shape(lambda layer: joined(layer, split), plain)
 
 
+def _split(matrices, bits, group, room, code) -> Split:
+    substitute = packed(*(quantize(w, bits, group, 0) for w in matrices))
+    rows, patches = room
+    low = jnp.zeros(substitute.shape, jnp.uint8) if code == "planes" else None
+    words = jnp.zeros((rows, LANES), jnp.uint32)
+    dtype = matrices[0].dtype.name
+    return Split(substitute, Residual(words, low, substitute.shape, dtype, patches))
+
+
+def head_shape(cfg: Config, bits: int, group: int) -> tuple[int, int] | None:
+    """The output head [D, V], with columns added until the kernel decodes it; None where it is no
+    `Split`: it is tied to the embedding, or larger than a residual counts to."""
+    whole = COLUMNS * fields_of(bits)
+    shape = cfg.d_model, -(-cfg.vocab // whole) * whole
+    fits = cfg.d_model % group == 0 and math.prod(shape) < MOST
+    return None if cfg.tied or not fits else shape
+
+
+def split_head_shapes(
+    cfg: Config, bits: int, group: int, room: tuple[int, int], code: str = "levels"
+) -> Split:
+    """The output head as a `Split`, as shapes."""
+    whole = jax.ShapeDtypeStruct(head_shape(cfg, bits, group), cfg.dtype)
+    return jax.eval_shape(lambda w: _split((w,), bits, group, room, code), whole)
+
+
 def gaussian_room(cfg: Config, bits: int, group: int) -> dict[str, tuple[int, int]]:
-    """Room that residuals of normally distributed weights fit into, coded by "levels"."""
+    """Room that residuals of normally distributed weights fit into, coded by "levels"; that of the
+    output head, where it can be in two parts, is under "head"."""
+    head = head_shape(cfg, bits, group)
+    shapes = cfg.joined_matrices | ({} if head is None else {"head": head})
     room = {}
-    for name, (D, F) in cfg.joined_matrices.items():
+    for name, (D, F) in shapes.items():
         Q, T = tiles((D, F), group)
         stream, patched = GAUSSIAN[bits]
         words = D * F * stream / 32 + 2 * Q * T
@@ -99,16 +123,19 @@ enough everywhere."""
 
 @linear.register
 def _(w: Split, x, out_dtype=None):
-    words, found, parts = w.residual.words, [], 1
+    words, parts = w.residual.words, 1
     if on_gpu() and residual_triton.why_not(w.residual, w.substitute) is None:
         parts = parts_of(w.shape, w.substitute.fields)
+    # Filled part by part: parts to be joined in the end would need room for both.
+    y = jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype or x.dtype)
     for part in range(parts):
         # A barrier ties the words to x, and to the part before: otherwise a compiler may decode
         # all matrices of a layer before it uses the first.
-        words, x, found = jax.lax.optimization_barrier((words, x, found))
+        words, x, y = jax.lax.optimization_barrier((words, x, y))
         residual = dataclasses.replace(w.residual, words=words)
-        found = [*found, linear(decode(residual, w.substitute, None, part, parts), x, out_dtype)]
-    return jnp.concatenate(found, axis=-1)
+        found = linear(decode(residual, w.substitute, None, part, parts), x, y.dtype)
+        y = jax.lax.dynamic_update_slice_in_dim(y, found, part * found.shape[-1], axis=-1)
+    return y
 
 
 def parts_of(shape: tuple[int, int], fields: int) -> int:

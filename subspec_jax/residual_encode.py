@@ -30,6 +30,9 @@ from subspec_jax.residual import (
 
 SLAB = 2**19
 """Weights encoded at a time: their arrays stay in the caches."""
+AT_ONCE = 2**26
+"""Weights encoded at a time by all threads, some 50 bytes of work space each: a slab is at least a
+row of groups, which in an output head are 10 million."""
 SAMPLE = 2**17
 """Weights a table is chosen by, taken from columns all over the matrix."""
 DEPTHS = (6, 7, 8, 10, 255)
@@ -171,7 +174,8 @@ def encode(
         position, words = _positions(length, across, 8 if planes else 32)
         return _packed(x, position, int(words[-1]), planes), words[:-1], found, each
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    threads = max(1, min(os.cpu_count(), AT_ONCE // max(SLAB, q.group * F)))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         stream, offsets, patches, patched = map(list, zip(*pool.map(one, _slabs(q)), strict=True))
     words = _assemble(table, stream, offsets, patches, patched, planes)
     low = low.reshape(q.shape) if planes else None

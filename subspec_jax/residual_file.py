@@ -22,7 +22,7 @@ from pallas_kernels.quantized_matmul import Packed
 from subspec_jax.residual import Residual, pad
 from subspec_jax.residual_device import Split, split_shapes
 
-VERSION = 2
+VERSION = 3
 MANIFEST, TABLES, LAYER = "manifest.json", "model.safetensors", "layer-{:05}.safetensors"
 
 
@@ -111,8 +111,19 @@ class Converted:
 
     @functools.cached_property
     def tables(self) -> dict[str, np.ndarray]:
-        """embed_VD, norm and head_DV (if there is one), mapped."""
-        return mapped(self.path / TABLES)[0]
+        """embed_VD, norm and head_DV (if it is neither tied nor in two parts), mapped."""
+        return {name: a for name, a in self._tables[0].items() if "." not in name}
+
+    @functools.cached_property
+    def _tables(self) -> tuple[dict, dict]:
+        return mapped(self.path / TABLES)
+
+    @functools.cached_property
+    def head(self) -> Split | None:
+        """The output head in two parts, [D, V] with columns added; None if it is not in two."""
+        if "head_DV.residual" not in self._tables[0]:
+            return None
+        return self._matrix("head_DV", *self._tables)
 
     @functools.cached_property
     def _layers(self) -> tuple[tuple[dict, dict], ...]:
@@ -133,11 +144,25 @@ class Converted:
 
     @functools.cached_property
     def model(self) -> Params:
-        """The model that `load_target` makes of this, as shapes and dtypes."""
+        """The model that `load_target` makes of this, as shapes and dtypes; its head is whole."""
         code, bits, group = (self.manifest[key] for key in ("code", "bits", "group"))
         split = functools.partial(split_shapes, self.cfg, bits, group, code=code)
         layers = tuple(split(dict(self._room[i])) for i in range(self.cfg.layers))
         return dataclasses.replace(abstract(self.cfg), layers=layers)
+
+    @property
+    def model_with_split_head(self) -> Params:
+        """`model`, with the head in two parts if it is stored so."""
+        shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+        head = self.model.head_DV if self.head is None else jax.tree.map(shape, self.head)
+        return dataclasses.replace(self.model, head_DV=head)
+
+    def _matrix(self, name: str, views: dict, entries: dict) -> Split:
+        shape = tuple(entries[name]["shape"])
+        parts = (views.get(f"{name}.{part}") for part in ("codes", "top", "scale"))
+        words, low = views[f"{name}.residual"], views.get(f"{name}.low")
+        exact = Residual(words, low, shape, self.cfg.dtype, entries[name]["patches"])
+        return Split(Packed(*parts, shape[1], self.manifest["bits"], self.manifest["group"]), exact)
 
     def layer(self, index: int) -> Layer:
         """A joined layer of `Split` matrices; all but the padded streams is mapped.
@@ -145,15 +170,11 @@ class Converted:
         `subspec_jax.offload.offload` keeps its residuals in pinned memory.
         """
         views, entries = self._layers[index]
-        bits, group = self.manifest["bits"], self.manifest["group"]
 
         def matrix(name):
-            shape = tuple(entries[name]["shape"])
-            parts = (views.get(f"{name}.{part}") for part in ("codes", "top", "scale"))
-            words, low = views[f"{name}.residual"], views.get(f"{name}.low")
-            exact = Residual(words, low, shape, self.cfg.dtype, entries[name]["patches"])
-            substitute = Packed(*parts, shape[1], bits, group)
-            return Split(substitute, pad(exact, *self._room[index][name]))
+            split = self._matrix(name, views, entries)
+            padded = pad(split.residual, *self._room[index][name])
+            return dataclasses.replace(split, residual=padded)
 
         w = {name: matrix(name) for name in self.cfg.joined_matrices}
         biases = (views.get(name) for name in ("qkv_bias", "q_norm", "k_norm"))
@@ -166,22 +187,22 @@ class Converted:
 
         `layer` is what `residual_device.decode_layer` made of `self.layer`, wherever it lies.
         """
-        entries = self._layers[index][1]
         found = {path[-1].name: leaf for path, leaf in jax.tree.leaves_with_path(layer)}
-        wrong = [n for n, entry in entries.items() if checksum(found[n]) != entry["crc32"]]
-        if wrong:
-            raise ResidualError(
-                f"{self.path / LAYER.format(index)}: {', '.join(wrong)} differ from the model that "
-                "was converted; delete the file and convert again"
-            )
+        self._verify(LAYER.format(index), found, self._layers[index][1])
 
     def verify_tables(self) -> None:
-        """Like `verify`, of the embedding, the last norm and the head."""
-        views, entries = mapped(self.path / TABLES)
-        wrong = [n for n, entry in entries.items() if checksum(views[n]) != entry["crc32"]]
+        """Like `verify`, of the embedding, the last norm and a head that is stored whole."""
+        self._verify(TABLES, self.tables, self._tables[1])
+
+    def verify_head(self, head_DV) -> None:
+        """Like `verify`, of the decoded `head`, without the columns that were added."""
+        self._verify(TABLES, {"head_DV": head_DV}, self._tables[1])
+
+    def _verify(self, file: str, found: dict, entries: dict) -> None:
+        wrong = [n for n, array in found.items() if checksum(array) != entries[n]["crc32"]]
         if wrong:
             raise ResidualError(
-                f"{self.path / TABLES}: {', '.join(wrong)} differ from the model that was "
+                f"{self.path / file}: {', '.join(wrong)} differ from the model that was "
                 "converted; delete the file and convert again"
             )
 

@@ -48,7 +48,7 @@ def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: i
 
 
 def substitutes(layer: Layer) -> Layer:
-    """The substitutes that a layer of `Split` matrices holds: the same buffers."""
+    """The substitutes that a layer of `Split` matrices, or a matrix, holds: the same buffers."""
     part = lambda w: w.substitute if isinstance(w, Split) else w
     return jax.tree.map(part, layer, is_leaf=is_split)
 
@@ -75,7 +75,7 @@ def substitute(
 
     Shared means the same buffers, not copies. An embedding table kept on the host as a NumPy array
     is quantized too (along the model dimension), because the draft looks tokens up on the device.
-    `head_bits` gives the draft a low-bit head of its own.
+    `head_bits` gives the draft a low-bit head of its own; a head in two parts has one already.
     """
     drafted = []
     for i, layer in enumerate(params.layers):
@@ -84,7 +84,9 @@ def substitute(
         if progress:
             progress(i + 1)
     table, head = params.embed_VD, params.head_DV
-    if head_bits is not None:
+    if is_split(head):
+        head = substitutes(head)
+    elif head_bits is not None:
         head = substitute_head(params, head_bits, group)
     if isinstance(table, np.ndarray):
         table = substitute_table(table, bits, group)

@@ -21,6 +21,7 @@ from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
 from subspec_jax.offload import Stop, Stream, route, rows_of, settled
+from subspec_jax.residual_device import is_split
 from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
 ROWS = 64
@@ -145,9 +146,12 @@ def judge(
 ) -> Judged:
     """The target's draw behind every node, and with a gate its entropy and probabilities.
 
-    Logits are made for `ROWS` nodes at a time and never leave the device.
+    Logits are made for `ROWS` nodes at a time and never leave the device. A head in two parts is
+    put together once: it makes those of all nodes, and `ROWS` are looked at at a time.
     """
     E = x_1ED.shape[1]
+    whole = is_split(top.head_DV)
+    x_1ED = unembed(top, x_1ED, cfg) if whole else x_1ED
     rows = min(ROWS, E)
     padding = -E % rows
     fold = lambda a: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(
@@ -156,7 +160,7 @@ def judge(
 
     def some(args):
         x_rD, position_r = args
-        logits_rV = unembed(top, x_rD[None], cfg)[0]
+        logits_rV = x_rD if whole else unembed(top, x_rD[None], cfg)[0]
         draw_r = sampler.draw(logits_rV, key, position_r)
         if gate is None:
             return (draw_r,)

@@ -16,7 +16,7 @@ from subspec_jax.decode import Decoder
 from subspec_jax.load import make_draft, random_target
 from subspec_jax.plan import NO_DRAFT, Draft, make_plan
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
-from subspec_jax.residual_device import gaussian_room, split_shapes
+from subspec_jax.residual_device import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
 
 OPTIONS = (
@@ -66,6 +66,7 @@ CASES = {
     "extra": ({}, TreeSpec("beam", 2, 2, extra=2), {}, Sampler(), None, False),
     "own head": ({}, BEAM, dict(draft=Draft(4, 16, head_bits=8)), Sampler(), None, False),
     "residual": (dict(dtype="bfloat16"), BEAM, {}, Sampler(), None, False),
+    "residual head": (dict(dtype="bfloat16"), BEAM, {}, Sampler(), None, False),
     "lookup": ({}, TreeSpec("beam", 2, 2, lookup=4), {}, Sampler(), None, False),
     "sampling": (
         dict(qk_norm=True),
@@ -88,10 +89,15 @@ def test_decoding_compiles_no_large_program_again(compiled, name, monkeypatch):
     monkeypatch.setattr(tree, "SHORTEST", 64)  # the texts below end before and behind it
     sizes, spec, changes, sampler, gate, replay = CASES[name]
     cfg = model(list(CASES).index(name), **sizes)
-    if name == "residual":
+    if "residual" in name:
         room = gaussian_room(cfg, 4, 16)
         layers = (split_shapes(cfg, 4, 16, room),) * cfg.layers
-        changes = dict(model=dataclasses.replace(abstract(cfg), layers=layers))
+        shapes = dataclasses.replace(abstract(cfg), layers=layers)
+        if "head" in name:
+            shapes = dataclasses.replace(
+                shapes, head_DV=split_head_shapes(cfg, 4, 16, room["head"])
+            )
+        changes = dict(model=shapes)
     plan = plan_for(cfg, spec, **changes)
     compile_ahead(plan, sampler, gate, replay)
     unused = {"extend": not spec.extra, "grow_along": not spec.lookup}

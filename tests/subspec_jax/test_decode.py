@@ -28,7 +28,7 @@ from subspec_jax.draft import extend, grow
 from subspec_jax.load import split_layer
 from subspec_jax.offload import place, streamed_bytes
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
-from subspec_jax.residual_device import decode_layer, split_shapes
+from subspec_jax.residual_device import decode_layer, split_head_shapes, split_shapes
 from subspec_jax.substitute import substitute
 from subspec_jax.tree import TreeSpec, seedling
 from subspec_jax.verify import Target, lay_out, settle
@@ -139,8 +139,8 @@ RESIDUAL = {
 }
 
 
-@pytest.fixture(scope="module")
-def residual(tiny):
+@pytest.fixture(scope="module", params=["whole head", "head in two"])
+def residual(tiny, request):
     """f(resident): a bfloat16 model whose layers are residuals; its plain parameters."""
     cfg = dataclasses.replace(tiny.cfg, dtype="bfloat16")
     params = tiny_params(cfg, 4)
@@ -149,10 +149,17 @@ def residual(tiny):
     layers = tuple(split_layer(layer, like, 20) for layer in params.layers)
     whole = [unjoined(jax.jit(decode_layer)(layer), cfg) for layer in layers]
     chex.assert_trees_all_equal(tuple(whole), params.layers)
+    head = params.head_DV
+    if request.param == "head in two":
+        like = split_head_shapes(cfg, 4, 16, (256, 4096))
+        padding = like.shape[1] - cfg.vocab
+        assert padding > 0
+        head = split_layer(jnp.pad(head, ((0, 0), (0, padding))), like, 20)
 
     @functools.cache
     def target(resident):
-        return Target(dataclasses.replace(params, layers=place(layers, resident)), cfg)
+        placed = dataclasses.replace(params, layers=place(layers, resident), head_DV=head)
+        return Target(placed, cfg)
 
     return SimpleNamespace(cfg=cfg, params=params, target=target)
 

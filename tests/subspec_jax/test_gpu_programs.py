@@ -20,10 +20,10 @@ from pallas_kernels.tree_attention import api as attention_api
 from pallas_kernels.tree_attention.triton import cut
 from subspec_jax import residual_device
 from subspec_jax.draft import grow
-from subspec_jax.residual_device import gaussian_room, split_shapes
+from subspec_jax.residual_device import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.substitute import substitutes
 from subspec_jax.tree import TreeSpec, cache_slots, seedling
-from subspec_jax.verify import jit_block, lay_out
+from subspec_jax.verify import jit_block, lay_out, settle
 
 LAYERS = 2
 SPEC = TreeSpec("beam", 48, 6)
@@ -93,3 +93,23 @@ def test_a_block_of_the_target_decodes_a_part_of_a_matrix_at_a_time(name):
     assert f"tensor<{cfg.d_model}x{2 * cfg.d_ff}x" not in program
     assert f"tensor<{cfg.d_model}x{cfg.d_ff // 2}xbf16>" in program
     assert "x512xf32" not in program
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "llama-3.1-8b"])
+def test_the_head_in_two_parts_is_put_together_a_part_at_a_time(name):
+    """Eight kernels, in which each word is one; logits of all nodes, with the columns added."""
+    cfg, model = target(name)
+    room = gaussian_room(cfg, 4, 64)
+    head = split_head_shapes(cfg, 4, 64, room["head"])
+    top = dataclasses.replace(model, embed_VD=None, layers=(), head_DV=head)
+    tree = jax.eval_shape(lambda: seedling(jnp.int32(0), SPEC))
+    cut, *_ = jax.eval_shape(lambda t: lay_out(t, jnp.int32(0), SPEC, 512), tree)
+    x = jax.ShapeDtypeStruct((1, SPEC.nodes, cfg.d_model), cfg.dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    given = top, x, cut, tree, caches(cfg, model), NUMBER, key, NUMBER
+    program = lower_for(lambda *a: settle(*a, cfg, SPEC, Sampler(), None, True), *given)
+    assert program.count(KERNEL) == 8
+    columns = head.shape[1]
+    assert f"tensor<{cfg.d_model}x{columns}xbf16>" not in program
+    assert f"tensor<{cfg.d_model}x{columns // 8}xbf16>" in program
+    assert f"tensor<1x{SPEC.nodes}x{columns}xf32>" in program

@@ -19,7 +19,12 @@ from subspec_jax.load import arrange, fetched, load_target, make_draft, random_t
 from subspec_jax.offload import fetch, is_offloaded
 from subspec_jax.plan import NO_DRAFT, Draft, make_plan
 from subspec_jax.residual_convert import convert
-from subspec_jax.residual_device import decode_layer
+from subspec_jax.residual_device import (
+    decode_layer,
+    gaussian_room,
+    split_head_shapes,
+    split_shapes,
+)
 from subspec_jax.residual_file import Converted, ResidualError
 from subspec_jax.substitute import substitutes
 from subspec_jax.tree import TreeSpec
@@ -205,11 +210,15 @@ def converted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("verify", [False, True])
-@pytest.mark.parametrize(("resident", "on_host"), [(0, False), (3, True), (4, False)])
-def test_a_converted_model_is_placed_as_planned(converted, resident, on_host, verify):
+@pytest.mark.parametrize(
+    ("resident", "on_host", "split"),
+    [(0, False, False), (3, True, False), (4, False, False), (3, True, True)],
+)
+def test_a_converted_model_is_placed_as_planned(converted, resident, on_host, split, verify):
     source, model = converted
     options = dict(max_length=64, chunk=16, resident=resident, table_on_host=on_host)
-    plan = make_plan(model.cfg, 2**30, SPEC, Draft(4, 32), model=model.model, **options)
+    options |= dict(model=model.model_with_split_head if split else model.model)
+    plan = make_plan(model.cfg, 2**30, SPEC, Draft(4, 32), **options)
     seen = []
     target = load_target(model, plan, seen.append, verify)
     assert seen == [1, 2, 3, 4]
@@ -223,6 +232,11 @@ def test_a_converted_model_is_placed_as_planned(converted, resident, on_host, ve
         assert pointers(draft.layers[i]) == pointers(substitutes(layer))
         whole = unjoined(jax.jit(decode_layer)(fetch(layer)), model.cfg)
         chex.assert_trees_all_equal(whole, source.load(model.cfg).layers[i])
+    head = target.params.head_DV
+    if split:
+        assert pointers(draft.head_DV) == pointers(head.substitute)
+        head = jax.jit(decode_layer)(head)[:, : model.cfg.vocab]
+    np.testing.assert_array_equal(head, source.load(model.cfg).head_DV)
 
 
 def test_a_converted_model_is_put_together_where_the_plan_has_plain_layers(converted):
@@ -240,15 +254,30 @@ def test_a_plan_of_residuals_needs_a_converted_model(converted):
         load_target(source, plan)
 
 
-def test_damage_is_found_where_it_is_asked_for(converted, tmp_path):
+@pytest.mark.parametrize("name", ["layer-00002", "model"])
+def test_damage_is_found_where_it_is_asked_for(converted, tmp_path, name):
     _, model = converted
     shutil.copytree(model.path, tmp_path / "copy")
-    file = tmp_path / "copy" / "layer-00002.safetensors"
+    file = tmp_path / "copy" / f"{name}.safetensors"
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
     damaged = Converted(tmp_path / "copy")
     plan = make_plan(model.cfg, 2**30, SPEC, Draft(4, 32), max_length=64, model=damaged.model)
     load_target(damaged, plan)
-    with pytest.raises(ResidualError, match=r"layer-00002.safetensors: \w+ differ from the model"):
+    with pytest.raises(ResidualError, match=rf"{name}.safetensors: \w+ differ from the model"):
         load_target(damaged, plan, verify=True)
+
+
+def test_a_random_head_in_two_parts():
+    cfg = dataclasses.replace(CFG, dtype="bfloat16", d_model=128)
+    room = gaussian_room(cfg, 4, 32)
+    layers = (split_shapes(cfg, 4, 32, room),) * 4
+    head = split_head_shapes(cfg, 4, 32, room["head"])
+    model = dataclasses.replace(abstract(cfg), layers=layers, head_DV=head)
+    plan = make_plan(cfg, 2**30, SPEC, Draft(4, 32, 4), max_length=64, model=model)
+    target = random_target(plan)
+    chex.assert_trees_all_equal_shapes_and_dtypes(target.params.head_DV, head)
+    assert make_draft(target, plan).head_DV is target.params.head_DV.substitute
+    whole = np.asarray(jax.jit(decode_layer)(target.params.head_DV), np.float32)
+    assert np.std(whole) == pytest.approx(128**-0.5, rel=0.1)

@@ -29,7 +29,7 @@ from subspec_jax.plan import (
     published_tau,
     show_bytes,
 )
-from subspec_jax.residual_device import gaussian_room, split_shapes
+from subspec_jax.residual_device import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
 
 SPEC, DRAFT = TreeSpec("beam", 3, 2), Draft(group=32)
@@ -98,14 +98,17 @@ def test_items_of_the_draft_are_the_bytes_of_the_substitutes(bits, table_on_host
     assert plan.device.get("substitute embedding") == expected
 
 
-@pytest.mark.parametrize("head_bits", [None, 3, 8])
+@pytest.mark.parametrize("head_bits", [None, 3, 4, 8])
 @pytest.mark.parametrize("resident", [0, 2, 4])
 def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits):
     """Substitutes of all layers are kept; a resident layer is one whose residual stays too."""
     cfg, stays = tiny(dtype="bfloat16", d_model=128), {0: set(), 2: {1, 2}, 4: {0, 1, 2, 3}}
-    draft = Draft(4, 32, head_bits)
-    layer = split_shapes(cfg, 4, 32, gaussian_room(cfg, 4, 32))
+    draft, room = Draft(4, 32, head_bits), gaussian_room(cfg, 4, 32)
+    layer = split_shapes(cfg, 4, 32, room)
     model = dataclasses.replace(abstract(cfg), layers=(layer,) * 4)
+    if in_two := head_bits == 4:  # as many as the layers have
+        head = split_head_shapes(cfg, 4, 32, room["head"])
+        model = dataclasses.replace(model, head_DV=head)
     plan = plan_for(cfg, draft=draft, model=model, resident=resident)
     assert plan.residual and not plan_for(cfg).residual
     target = random_target(plan)
@@ -118,13 +121,12 @@ def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits)
     assert plan.streamed_bytes == (4 - resident) * size
     made = make_draft(target, plan)
     assert item("substitutes") == sum(matrices(l) for l in made.layers)
-    assert item("draft head") == (0 if head_bits is None else nbytes(made.head_DV))
+    assert item("draft head") == (0 if head_bits in (None, 4) else nbytes(made.head_DV))
+    assert item("output head") == nbytes(target.params.head_DV) and plan.split_head == in_two
     kept = nbytes(target.params.norm) + sum(nbytes(l) for l in layers)
     vectors = kept - item("substitutes") - sum(map(streamed_bytes, layers))
     assert item("norms and biases") == vectors
-    assert plan.draft_step_bytes == item("substitutes") + (
-        item("draft head") or target.params.head_DV.nbytes
-    )
+    assert plan.draft_step_bytes == item("substitutes") + nbytes(made.head_DV)
 
 
 def test_items_of_a_draft_model_and_of_an_own_cache():

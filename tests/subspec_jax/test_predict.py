@@ -13,7 +13,7 @@ from subspec_jax import predict
 from subspec_jax.load import split_layer
 from subspec_jax.plan import NO_DRAFT, Draft, make_plan
 from subspec_jax.predict import FEW, MORE, Costs, measure, pass_seconds, round_seconds
-from subspec_jax.residual_device import gaussian_room, split_shapes
+from subspec_jax.residual_device import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
 
 CFG = tiny_config("qwen2", layers=6, dtype="bfloat16")
@@ -100,9 +100,13 @@ def test_residuals_that_stay_are_spread_over_the_pass():
     assert round_seconds(plan, costs, 1e6) == pytest.approx(pass_seconds(sizes, 0.01, 1e6, 1))
 
 
-def residual_shapes():
-    layer = split_shapes(CFG, 4, 32, gaussian_room(CFG, 4, 32))
-    return dataclasses.replace(abstract(CFG), layers=(layer,) * CFG.layers)
+def residual_shapes(split_head=False):
+    room = gaussian_room(CFG, 4, 32)
+    layers = (split_shapes(CFG, 4, 32, room),) * CFG.layers
+    shapes = dataclasses.replace(abstract(CFG), layers=layers)
+    if not split_head:
+        return shapes
+    return dataclasses.replace(shapes, head_DV=split_head_shapes(CFG, 4, 32, room["head"]))
 
 
 CASES = {
@@ -114,6 +118,9 @@ CASES = {
         plan_for(resident=0, draft=Draft(4, 32, 8), table_on_host=True), 0, 6,
     ),
     "residual": (plan_for(model=residual_shapes(), resident=2), 0, 6),
+    "residual head": (
+        plan_for(model=residual_shapes(True), resident=2, draft=Draft(4, 32, 4)), 0, 6,
+    ),
     "plain": (plan_for(TreeSpec("chain", 0), NO_DRAFT, resident=2), 0, 0),
 }  # fmt: skip
 

@@ -83,8 +83,15 @@ def test_a_converted_model_is_the_model(source, tmp_path, code, dtype):
         assert_same(model.layer(index).mlp.down.substitute, low(layer.mlp.down, 5))
     for name, table in model.tables.items():
         np.testing.assert_array_equal(bits(table), bits(getattr(want, name)))
-    assert set(model.tables) == {"embed_VD", "norm", "head_DV"}
+    assert set(model.tables) == {"embed_VD", "norm"}
     model.verify_tables()
+    head = np.asarray(jax.jit(residual_device.decode_layer)(model.head))
+    assert head.shape[1] == model.head.substitute.words_DS.shape[1] * 8 == 512
+    np.testing.assert_array_equal(bits(head[:, : cfg.vocab]), bits(want.head_DV))
+    assert not head[:, cfg.vocab :].any()
+    model.verify_head(head[:, : cfg.vocab])
+    with pytest.raises(ResidualError, match=r"model.safetensors: head_DV differ from the model"):
+        model.verify_head(head[:, 1 : cfg.vocab + 1])
 
 
 def test_gguf_and_scaled_ropes(tmp_path):
@@ -95,7 +102,8 @@ def test_gguf_and_scaled_ropes(tmp_path):
     model = convert(source, cfg, tmp_path / "out", group=GROUP)
     assert Converted(tmp_path / "out").cfg == cfg
     assert_same(unjoined(decoded(model, 0), cfg), source.load(cfg).layers[0])
-    assert set(model.tables) == {"embed_VD", "norm"}
+    assert set(model.tables) == {"embed_VD", "norm"} and model.head is None
+    assert model.model_with_split_head.head_DV is None
 
 
 def test_layers_stream_from_pinned_memory(source, original):
@@ -120,6 +128,8 @@ def test_shapes_are_known_from_the_headers(original, kinds):
     model = Converted(original.path, kinds)
     for index, shapes in enumerate(model.model.layers):
         chex.assert_trees_all_equal_shapes_and_dtypes(shapes, model.layer(index))
+    chex.assert_trees_all_equal_shapes_and_dtypes(model.model_with_split_head.head_DV, model.head)
+    assert model.model.head_DV.shape == (CFG.d_model, CFG.vocab)
 
 
 def test_files_are_mapped(original):
@@ -270,7 +280,7 @@ def test_broken_folders(converted, tmp_path):
     file.write_bytes(whole)
     manifest = json.loads((converted.path / "manifest.json").read_text())
     (converted.path / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
-    with pytest.raises(ResidualError, match="is of version 0, this program reads 2; convert again"):
+    with pytest.raises(ResidualError, match="is of version 0, this program reads 3; convert again"):
         Converted(converted.path)
     (converted.path / "manifest.json").write_text("{")
     with pytest.raises(ResidualError, match=r"manifest.json is damaged"):
