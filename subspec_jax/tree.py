@@ -241,11 +241,16 @@ def add_candidates(tree: Tree, first, logits_wV, spec: TreeSpec, taken_w=None) -
     score_w = jnp.where(ids_w < tree.size, tree.score_E[ids_w], -jnp.inf)
     if not spec.extra:  # otherwise the tree may get a root further down
         score_w = jnp.where(tree.depth_E[ids_w] < spec.deepest, score_w, -jnp.inf)
-    logp_wV = sharpened(logits_wV, spec)
+    z_wV = logits_wV.astype(jnp.float32)
+    offered_wV = z_wV
     if taken_w is not None:
-        other_wV = jnp.arange(logp_wV.shape[1])[None] != taken_w[:, None]
-        logp_wV = jnp.where(other_wV, logp_wV, -jnp.inf)
-    logp_wb, token_wb = largest(logp_wV, min(spec.offers, logp_wV.shape[-1]))
+        other_wV = jnp.arange(z_wV.shape[1])[None] != taken_w[:, None]
+        offered_wV = jnp.where(other_wV, z_wV, -jnp.inf)
+    # The largest are the same before they are normalized, which then takes one sum of all.
+    z_wb, token_wb = largest(offered_wV, min(spec.offers, z_wV.shape[-1]))
+    top_w1 = z_wV.max(-1, keepdims=True) if taken_w is not None else z_wb[:, :1]
+    total_w1 = jnp.exp((z_wV - top_w1) / spec.sharpen).sum(-1, keepdims=True)
+    logp_wb = (z_wb - top_w1) / spec.sharpen - jnp.log(total_w1)
     score = (score_w[:, None] + logp_wb).reshape(-1)
     parent = jnp.broadcast_to(ids_w[:, None], token_wb.shape).reshape(-1)
     token = token_wb.astype(jnp.int32).reshape(-1)
