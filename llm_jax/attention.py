@@ -15,9 +15,8 @@ from jax.tree_util import register_dataclass
 
 from llm_jax.cache import KV, write
 from llm_jax.config import Config
-from llm_jax.linear import Terms, linear, terms, unsummed
+from llm_jax.linear import linear, terms
 from llm_jax.params import Attention, JoinedAttention
-from pallas_kernels import add_norm as kernel
 from pallas_kernels.rotary_cache import rotary_cache
 from pallas_kernels.tree_attention import tree_attention
 
@@ -64,19 +63,6 @@ def rms_norm(x, gain, eps: float):
     x32 = x.astype(jnp.float32)
     scaled = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
     return scaled.astype(x.dtype) * along_last(gain, x)
-
-
-def add_norm(x_BTD, y: jax.Array | Terms | None, gain, eps: float):
-    """(x + y, its `rms_norm`); y is an array [B, T, D], a product still to be added up, or nothing.
-
-    Terms, which only low-bit products have, are added and normed by one kernel.
-    """
-    if isinstance(y, Terms):
-        rows = lambda a: a.reshape(*a.shape[:-3], -1, a.shape[-1])
-        found = kernel.add_norm(rows(x_BTD), rows(y.y_XBTF), gain, eps)
-        return tuple(a.reshape(x_BTD.shape) for a in found)
-    x_BTD = x_BTD if y is None else x_BTD + y
-    return x_BTD, rms_norm(x_BTD, gain, eps)
 
 
 def rope_frequencies(cfg: Config) -> np.ndarray:
@@ -133,10 +119,7 @@ def empty_cache(p, cfg: Config, batch: int, slots: int, scratch: int = 0):
 
 @functools.singledispatch
 def attention(p, x_BTD, cache, step: Step, cfg: Config):
-    """Self-attention of the T tokens in `step` over the cache: (y_BTD, the cache with them in).
-
-    y_BTD may be `Terms` that add up to it.
-    """
+    """Self-attention of the T tokens in `step` over the cache: (y_BTD, the cache with them in)."""
     raise TypeError(
         f"no attention is registered for parameters of type {type(p).__name__}; "
         "register one with @llm_jax.attention.attention.register"
@@ -190,4 +173,4 @@ def _in_one_go(p, y_XBTF, cache: KV, step: Step, cfg: Config):
 
 def _read(p, q_BTNH, cache: KV, step: Step):
     y_BTNH = attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, step.mask_BTS)
-    return unsummed(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cache
+    return linear(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cache

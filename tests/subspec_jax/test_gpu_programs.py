@@ -13,7 +13,6 @@ from llm_jax.params import Params, abstract
 from llm_jax.quantize import QuantizedTable, quantize
 from llm_jax.registry import MODELS
 from llm_jax.sample import Sampler
-from pallas_kernels.add_norm import api as add_norm_api
 from pallas_kernels.lowering import lower_for
 from pallas_kernels.quantized_matmul import api
 from pallas_kernels.rotary_cache import api as rotary_api
@@ -37,7 +36,6 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(api, "on_gpu", lambda: True)
     monkeypatch.setattr(attention_api, "on_gpu", lambda: True)
     monkeypatch.setattr(rotary_api, "on_gpu", lambda: True)
-    monkeypatch.setattr(add_norm_api, "on_gpu", lambda: True)
     monkeypatch.setattr(residual_device, "on_gpu", lambda: True)
 
 
@@ -66,15 +64,15 @@ NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-32b", "llama-3.1-8b"])
 def test_a_draft_step_is_kernels(name):
-    """Four products, cache, attention and its parts, two sums with norms a layer, and the head; no
-    matrix is made dense, no scores of all slots are written; the whole tree is one program."""
+    """Four products, cache, attention and its parts a layer, and the head; no matrix is made dense,
+    no scores of all slots are written; the whole tree is one program."""
     cfg, draft = drafting(name)
     tree = jax.eval_shape(lambda: seedling(jnp.int32(0), SPEC))
     key = jax.eval_shape(lambda: jax.random.key(0))
     least = jax.ShapeDtypeStruct((SPEC.steps,), jnp.float32)
     run = lambda *a: grow(*a, cfg, SPEC, Sampler(), 1024)
     program = lower_for(run, draft, tree, caches(cfg, draft), NUMBER, key, least)
-    assert program.count(KERNEL) == 9 * LAYERS + 1
+    assert program.count(KERNEL) == 7 * LAYERS + 1
     for rows, columns in (*cfg.joined_matrices.values(), (cfg.d_model, cfg.vocab)):
         assert f"tensor<{rows}x{columns}xbf16>" not in program
     assert f"x{SLOTS}xf32" not in program and "x1024xf32" not in program
