@@ -1,5 +1,6 @@
 """Which tile sizes a product gets: a measured table, and a guess where it has no entry."""
 
+import bisect
 import dataclasses
 import functools
 import json
@@ -84,17 +85,15 @@ def guess(rows: int, columns: int, groups: int) -> Tiling:
     least waves * (turns + 2) + 0.15 splits: a program's start, and partial sums to add.
     """
     most = columns & -columns
-    if rows <= 16:
-        tile = min(32, most)
-        waves = lambda splits: math.ceil(columns // tile * splits / AT_ONCE)
+    if rows <= 64:  # in blocks of 16: up to 48 rows blocks of 32 and 64 are no faster, most slower
+        tile, blocks = min(32, most), math.ceil(rows / 16)
+        waves = lambda splits: math.ceil(blocks * columns // tile * splits / AT_ONCE)
         cost = lambda splits: waves(splits) * (math.ceil(groups / splits) + 2) + 0.15 * splits
         splits = min((whole_splits(groups, s) for s in range(1, groups + 1)), key=cost)
         if tile == 32:
             return Tiling("dense", tile, 16, splits, 4, 3)
         return Tiling("group", tile, 16, splits, 1)
     tile, parts = min(64, most), 4 if most >= 64 else 1
-    if rows <= 64:
-        return Tiling("dense", tile, 64, 1, 4, 3, parts=parts)
     return Tiling("dense", tile, 128, 1, 8, 3, parts=parts)
 
 
@@ -108,8 +107,9 @@ def choose(rows: int, w: Packed, device: str) -> Tiling:
     """The tuned tile sizes for this device and the nearest bucket of rows, else the guess."""
     (D, F), columns, groups = w.shape, w.words_DS.shape[1], w.shape[0] // w.group
     own = bucket(rows)
-    # Up to 16 rows are one block, beyond that blocks differ; more rows before fewer.
-    alike = [n for n in ROWS if own and (n <= 16) == (own <= 16)]
+    # Up to 16 rows are one block, up to 64 a few, beyond that blocks differ; more rows before fewer.
+    kind = lambda n: bisect.bisect_left((16, 64), n)
+    alike = [n for n in ROWS if own and kind(n) == kind(own)]
     for n in sorted(alike, key=lambda n: (n < own, abs(n - own))):
         found = _table().get((device, D, F, w.bits, w.group, n))
         if found and why_not_tiling(found, rows, columns, groups, w.bits) is None:

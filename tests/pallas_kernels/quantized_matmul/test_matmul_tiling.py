@@ -37,8 +37,9 @@ def test_lookup_by_the_nearest_bucket(tmp_path, monkeypatch):
     monkeypatch.setattr(tiling, "TABLE", path)
     tiling._table.cache_clear()
     w = shape.packed(4, 64)
-    expected = {1: vector, 6: few, 8: few, 16: few, 17: many, 289: many}
+    expected = {1: vector, 6: few, 8: few, 16: few, 65: many, 289: many}
     assert {n: choose(n, w, "d") for n in expected} == {n: Tiling(**t) for n, t in expected.items()}
+    assert choose(17, w, "d") == choose(64, w, "other") == tiling.guess(17, w.words_DS.shape[1], 56)
     assert choose(6, shape.packed(8, 64), "d") == choose(6, shape.packed(8, 64), "other")
     tiling._table.cache_clear()
 
