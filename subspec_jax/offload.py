@@ -160,7 +160,7 @@ class Stream:
 
     def used(self, output) -> None:
         """Hears of an array that is ready when the layer handed out last has been used."""
-        if self._coming and self._held:
+        if self._held:
             jax.block_until_ready(output)
             for a in self._held:  # now, and not when the runtime has found out: its place is needed
                 a.delete()

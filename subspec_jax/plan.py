@@ -20,7 +20,7 @@ from subspec_jax.residual_device import SLAB, Split, has_split, is_split, parts_
 from subspec_jax.residual_triton import why_not
 from subspec_jax.substitute import substitute_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
-from subspec_jax.verify import QUEUED, ROWS
+from subspec_jax.verify import QUEUED, rows_at_a_time
 
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
@@ -214,7 +214,7 @@ def work_bytes(
     Where the cache does not hold keys and values as they are (`plain` is False), one layer's are
     rebuilt. Where layers are residuals, one matrix is put together at a time, or with `kernels` a
     part of it; they multiply low-bit matrices, decode residuals, and attend to plain caches without
-    work space. With a head in two parts (`split_head`) logits of all nodes are made at a time.
+    work space.
     """
     size = DTYPES[cfg.dtype]
     rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
@@ -228,7 +228,8 @@ def work_bytes(
         decoded = (part if kernels else largest) * size + slab if residual else 0
         return max(scores, decoded) + wide + tokens * slots + rebuilt
 
-    head = 2 * min(ROWS, spec.nodes) * cfg.vocab * 4
+    logits = rows_at_a_time(spec.nodes, split_head) * cfg.vocab * 4
+    head = 2 * logits
     largest = max(map(math.prod, cfg.joined_matrices.values()))
     fields = fields_of(draft.bits or 4)
     part = max(math.prod(s) // parts_of(s, fields) for s in cfg.joined_matrices.values())
@@ -236,7 +237,7 @@ def work_bytes(
         weights = cfg.d_model * cfg.vocab
         parts = parts_of((cfg.d_model, cfg.vocab), fields) if kernels else 1
         decoded = weights // parts * (size + (0 if kernels else 4))
-        head = spec.nodes * cfg.vocab * 4 + max(head, decoded)
+        head = logits + max(logits, decoded + 2 * logits // parts)
     rows = spec.width + spec.lookup
     step = rows * cfg.vocab * 4 * 3 + block(rows)
     if draft.bits is not None and not kernels:

@@ -6,6 +6,7 @@ Letters: E nodes, T tokens of a pass, D model, V vocabulary, P places in a path.
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -26,6 +27,10 @@ from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
 ROWS = 64
 """Rows of logits made at a time: 64 x 152,064 float32 are 39 MB, all 289 would be 176 MB."""
+
+SPLIT_ROWS = 160
+"""And with a head in two parts, which is put together each time: twice for 289 nodes. At once they
+and a part of that head took 374 MiB in one piece, which an H200 held at 8 GB no longer had."""
 
 
 QUEUED = 2
@@ -141,18 +146,22 @@ def lay_out(tree: Tree, at, spec: TreeSpec, slots: int):
     return cut, cut.token_E[None], step
 
 
+def rows_at_a_time(nodes: int, split_head: bool) -> int:
+    """Of how many nodes `judge` makes logits at a time."""
+    if not split_head:
+        return min(ROWS, nodes)
+    return math.ceil(nodes / math.ceil(nodes / SPLIT_ROWS))
+
+
 def judge(
     top, x_1ED, tree: Tree, at, key, cfg: Config, sampler: Sampler, gate: Gate | None
 ) -> Judged:
     """The target's draw behind every node, and with a gate its entropy and probabilities.
 
-    Logits are made for `ROWS` nodes at a time and never leave the device. A head in two parts is
-    put together once: it makes those of all nodes, and `ROWS` are looked at at a time.
+    Logits are made for some nodes at a time (`rows_at_a_time`) and never leave the device.
     """
     E = x_1ED.shape[1]
-    whole = is_split(top.head_DV)
-    x_1ED = unembed(top, x_1ED, cfg) if whole else x_1ED
-    rows = min(ROWS, E)
+    rows = rows_at_a_time(E, is_split(top.head_DV))
     padding = -E % rows
     fold = lambda a: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(
         -1, rows, *a.shape[1:]
@@ -160,7 +169,7 @@ def judge(
 
     def some(args):
         x_rD, position_r = args
-        logits_rV = x_rD if whole else unembed(top, x_rD[None], cfg)[0]
+        logits_rV = unembed(top, x_rD[None], cfg)[0]
         draw_r = sampler.draw(logits_rV, key, position_r)
         if gate is None:
             return (draw_r,)

@@ -107,7 +107,7 @@ def choose(rows: int, w: Packed, device: str) -> Tiling:
     """The tuned tile sizes for this device and the nearest bucket of rows, else the guess."""
     (D, F), columns, groups = w.shape, w.words_DS.shape[1], w.shape[0] // w.group
     own = bucket(rows)
-    # Up to 16 rows are one block, up to 64 a few, beyond that blocks differ; more rows before fewer.
+    # One block up to 16 rows, a few up to 64, other blocks beyond; more rows before fewer.
     kind = lambda n: bisect.bisect_left((16, 64), n)
     alike = [n for n in ROWS if own and kind(n) == kind(own)]
     for n in sorted(alike, key=lambda n: (n < own, abs(n - own))):
