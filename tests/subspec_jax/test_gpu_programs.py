@@ -97,7 +97,7 @@ def test_a_block_of_the_target_decodes_a_part_of_a_matrix_at_a_time(name):
 
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "llama-3.1-8b"])
 def test_the_head_in_two_parts_is_put_together_a_part_at_a_time(name):
-    """Eight kernels, in which each word is one; logits of half of the nodes, with the columns added."""
+    """Eight kernels, in which each word is one; logits of half of the nodes, with columns added."""
     cfg, model = target(name)
     room = gaussian_room(cfg, 4, 64)
     head = split_head_shapes(cfg, 4, 64, room["head"])
