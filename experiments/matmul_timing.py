@@ -19,16 +19,17 @@ from pallas_kernels.quantized_matmul import Packed
 
 def random_packed(like: Packed, key) -> Packed:
     """A matrix of random codes and steps near 0.01 around zero."""
-    bits = lambda a, key: jax.random.bits(key, a.shape, a.dtype)
+    bits = lambda a, key: None if a is None else jax.random.bits(key, a.shape, a.dtype)
     words, top, steps = jax.random.split(key, 3)
-    step = jax.random.uniform(steps, like.scale_QF.shape, jnp.float32, 0.008, 0.012)
-    as_bits = lambda v: jax.lax.bitcast_convert_type(v.astype(jnp.bfloat16), jnp.uint16)
-    offset = as_bits(step * (-(2**like.bits - 1) / 2)).astype(jnp.uint32)
+    *most, K = like.scale_BQSK.shape
+    step = jax.random.uniform(steps, (*most, K // 2), jnp.float32, 0.008, 0.012)
+    offset = step * (-(2**like.bits - 1) / 2)
+    scale = jnp.concatenate([step, offset], axis=-1).astype(jnp.bfloat16)
     return dataclasses.replace(
         like,
-        words_DS=bits(like.words_DS, words),
-        top_DS=None if like.top_DS is None else bits(like.top_DS, top),
-        scale_QF=as_bits(step).astype(jnp.uint32) | (offset << 16),
+        words_BNSc=bits(like.words_BNSc, words),
+        top_BNSc=bits(like.top_BNSc, top),
+        scale_BQSK=scale,
     )
 
 

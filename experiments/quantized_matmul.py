@@ -1,14 +1,14 @@
-"""How long a few rows times a low-bit matrix take on a GPU; finds and records tile sizes.
+"""How long a few rows times a low-bit matrix take on a GPU; finds and records how to cut it up.
 
     python -m experiments.quantized_matmul --seconds 220 --out experiments/results/h200_matmul.jsonl
 
-For every named matrix and count of rows: candidates of tile sizes are compiled side by side, run in
-turn, compared with the product in float32, and timed in interleaved rounds; then variants of the
+For every named matrix and count of rows: ways to cut the product up are compiled side by side, run
+in turn, compared with the product in float32, and timed in interleaved rounds; then variants of the
 best. Rivals, in the same run: the 16-bit product of XLA, dequantization and product of XLA, and the
 bytes over the bandwidth of a large read. A time is that of one call in a jitted loop over copies of
 the matrix that the second-level cache cannot hold, launches included; the median of the rounds.
 Every measurement is one JSON line, written at once: a second run goes on where the first stopped.
-`--table` merges the best into what the kernels look up; without a GPU, those of `--out`.
+`--table` merges the best into what the kernel looks up; without a GPU, those of `--out`.
 """
 
 import dataclasses
@@ -25,24 +25,13 @@ from rich.table import Table
 
 from experiments.matmul_timing import Clock, bandwidth, random_packed
 from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.quantized_matmul.api import LARGEST
+from pallas_kernels.quantized_matmul.packing import TILE
 from pallas_kernels.quantized_matmul.reference import dequantized
 from pallas_kernels.quantized_matmul.shapes import MATMUL
-from pallas_kernels.quantized_matmul.tiling import (
-    Tiling,
-    bucket,
-    guess,
-    whole_splits,
-    why_not_tiling,
-)
+from pallas_kernels.quantized_matmul.tiling import Tiling, bucket, guess, why_not_tiling
 
 SEVEN = ("gate", "down", "qkv", "gate-up", "o", "kv", "head")
-PROCESSORS = 132
-HELD = {
-    # (way, tile, warps) -> programs that a multiprocessor holds at once, by their registers
-    # (Triton 3.9 for sm_90); a partly filled last wave costs as much as a full one
-    ("group", 16, 1): 12, ("group", 32, 2): 4, ("group", 32, 4): 3, ("group", 64, 4): 2,
-    ("dense", 16, 1): 12, ("dense", 32, 2): 5, ("dense", 32, 4): 4, ("dense", 64, 8): 2,
-}  # fmt: skip
 TOLERANCE = 0.01
 """Largest error over the largest result; bfloat16 rounds by 0.004."""
 
@@ -68,50 +57,31 @@ class Bench:
     rotate_mb: int = 120
     threads: int = 12
     tune: bool = True
-    """False: only the tile sizes that the kernels would choose."""
+    """False: only what the kernel would choose."""
     out: pathlib.Path | None = None
     table: pathlib.Path | None = None
-    """Where to merge the best tile sizes; the kernels read pallas_kernels/.../tuned.json."""
+    """Where to merge the best; the kernel reads pallas_kernels/quantized_matmul/tuned.json."""
 
 
-def candidates(rows: int, columns: int, groups: int) -> Iterator[Tiling]:
-    """Tile sizes worth a first try, the guess first."""
-    yield guess(rows, columns, groups)
-    if rows > 16:
-        for tile, height, warps, parts in (
-            (64, 128, 8, 4), (64, 128, 8, 2), (128, 128, 8, 4), (64, 128, 4, 4), (32, 128, 8, 1),
-            (32, 128, 8, 2), (64, 64, 4, 4), (64, 64, 4, 2), (64, 64, 8, 1), (32, 64, 4, 1),
-        ):  # fmt: skip
-            for stages in (2, 3):
-                yield Tiling("dense", tile, height, 1, warps, stages, parts=parts)
-        return
-    for waves in (1, 2):
-        for (way, tile, warps), held in HELD.items():
-            splits = whole_splits(groups, waves * held * PROCESSORS * tile // columns)
-            yield Tiling(way, tile, 16, splits, warps, 3, ahead=(way, warps) == ("group", 2))
-        for tile, side in ((64, 4), (128, 4)) if rows <= 2 else ():
-            splits = whole_splits(groups // side, 4 * waves * PROCESSORS * tile // columns)
-            yield Tiling("vector", tile, 16, splits, side, 1, side)
+def candidates(rows: int, blocks: int, chunks: int) -> Iterator[Tiling]:
+    """Ways worth a first try, the guess first."""
+    first = guess(rows, blocks, chunks)
+    yield first
+    for times in (0.4, 0.6, 0.8, 1.3, 1.6, 2):
+        yield dataclasses.replace(first, splits=min(chunks, max(1, round(times * first.splits))))
 
 
-def variants(cfg: Tiling, groups: int) -> Iterator[Tiling]:
-    """Neighbours of tile sizes that did well."""
+def variants(cfg: Tiling, chunks: int) -> Iterator[Tiling]:
+    """Neighbours of one that did well."""
     change = lambda **new: dataclasses.replace(cfg, **new)
-    for stages in (2, 4):
-        yield change(stages=stages)
-    if cfg.rows > 16:
-        for warps in (4, 8):
-            yield change(warps=warps)
-        for splits in (2, 4):
-            yield change(splits=splits)
-        return
-    yield change(ahead=not cfg.ahead)
-    for splits in {1, cfg.splits // 2, cfg.splits * 2, round(cfg.splits * 1.4)}:
-        yield change(splits=whole_splits(groups // cfg.together, splits))
+    yield from (change(stages=stages) for stages in (2, 4))
+    yield from (change(warps=warps) for warps in (1, 4))
+    yield from (change(splits=n) for n in (cfg.splits - 1, cfg.splits + 1) if 0 < n <= chunks)
 
 
 def product(cfg: Tiling | None):
-    return lambda x, w: quantized_matmul(x, w, implementation="triton", tiling=cfg)
+    way = "triton" if cfg else None
+    return lambda x, w: quantized_matmul(x, w, implementation=way, tiling=cfg)
 
 
 class Log:
@@ -140,25 +110,23 @@ def good(records: list[dict]) -> list[dict]:
 
 
 def tuned(at: dict, x, copies, wanted, clock: Clock, log: Log) -> None:
-    """Times candidates, then variants of the best (two, or one for many rows)."""
-    columns, groups = copies[0].words_DS.shape[1], copies[0].shape[0] // copies[0].group
-    rows = x.shape[0]
+    """Times candidates, then variants of the best two."""
+    blocks, chunks = copies[0].words // TILE, copies[0].words_BNSc.shape[1]
     done = lambda: {json.dumps(r["tiling"]) for r in log.select(kind="tiling", **at)}
 
     def measure(some):
         known, todo = done(), {}
         for cfg in some:
             name = json.dumps(dataclasses.asdict(cfg))
-            fits = why_not_tiling(cfg, rows, columns, groups, copies[0].bits) is None
-            if name not in known and fits:
+            if name not in known and why_not_tiling(cfg, chunks) is None:
                 todo[name] = product(cfg)
         for name, found in clock.microseconds(todo, x, copies, wanted).items():
             log.add({"kind": "tiling", **at, "tiling": json.loads(name), **found})
 
-    measure(candidates(rows, columns, groups))
-    best = good(log.select(kind="tiling", **at))[: 2 if rows <= 16 else 1]
+    measure(candidates(x.shape[0], blocks, chunks))
+    best = good(log.select(kind="tiling", **at))[:2]
     if not clock.over():
-        measure(cfg for r in best for cfg in variants(Tiling(**r["tiling"]), groups))
+        measure(cfg for r in best for cfg in variants(Tiling(**r["tiling"]), chunks))
 
 
 def one_point(name: str, rows: int, args: Bench, clock: Clock, log: Log, device: str) -> dict:
@@ -176,7 +144,7 @@ def one_point(name: str, rows: int, args: Bench, clock: Clock, log: Log, device:
             x.astype(jnp.float32), dequantized(w), precision=jax.lax.Precision.HIGHEST
         )
     )(x, copies[0])
-    if args.tune:
+    if args.tune and rows <= LARGEST:
         tuned(at, x, copies, wanted, clock, log)
     best = good(log.select(kind="tiling", **at))
     ways = {"kernel": product(Tiling(**best[0]["tiling"]) if best else None)}
@@ -202,7 +170,7 @@ def named(way: str, found: dict) -> dict:
 
 
 def merge(log: Log, path: pathlib.Path) -> None:
-    """Puts the best tile sizes of each point into the table at `path`."""
+    """Puts the best of each point into the table at `path`."""
     names = ("device", "inputs", "outputs", "bits", "group", "rows")
     entries = json.loads(path.read_text()) if path.exists() else []
     table = {tuple(e[n] for n in names): e for e in entries}

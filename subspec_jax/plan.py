@@ -13,7 +13,9 @@ from llm_jax.attention import caches_for
 from llm_jax.config import DTYPES, Config
 from llm_jax.params import Attention, JoinedAttention, Params, abstract
 from llm_jax.quantize import check_grouping, quantized_bytes
+from pallas_kernels.quantized_matmul.api import LARGEST
 from pallas_kernels.quantized_matmul.packing import fields_of, packed_bytes
+from pallas_kernels.quantized_matmul.reference import PART
 from pallas_kernels.tree_attention.api import HEADS
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual_device import SLAB, Split, has_split, is_split, parts_of
@@ -242,6 +244,8 @@ def work_bytes(
     step = rows * cfg.vocab * 4 * 3 + block(rows)
     if draft.bits is not None and not kernels:
         step += largest * size  # a matrix is made dense
+    elif draft.bits is not None and max(rows, draft.own_cache * chunk) > LARGEST:
+        step = max(step, block(chunk)) + min(largest, PART) * (size + 4)  # a part of it is
     return max(QUEUED * block(max(chunk, spec.nodes)), head, step)
 
 

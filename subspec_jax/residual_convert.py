@@ -156,7 +156,7 @@ def _encoded(field: str, w: np.ndarray, quantizer, code: str, name: str):
     wrong = np.count_nonzero(_decoded(r, substitute).view(np.uint16) != w.view(np.uint16))
     if wrong:
         raise ResidualError(f"{name}: {wrong} of {w.size} weights decode to other bits")
-    parts = dict(codes=substitute.words_DS, top=substitute.top_DS, scale=substitute.scale_QF)
+    parts = dict(codes=substitute.words_BNSc, top=substitute.top_BNSc, scale=substitute.scale_BQSK)
     parts |= dict(residual=r.words, low=r.low_DF)
     arrays = {f"{field}.{part}": np.asarray(a) for part, a in parts.items() if a is not None}
     return arrays, dict(shape=list(w.shape), patches=r.patches)

@@ -123,19 +123,26 @@ enough everywhere."""
 
 @linear.register
 def _(w: Split, x, out_dtype=None):
+    # Filled part by part: parts to be joined in the end would need room for both.
+    y = jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype or x.dtype)
+    fill = lambda y, found, at: jax.lax.dynamic_update_slice_in_dim(y, found, at, axis=-1)
+    return over_parts(w, x, fill, y, y.dtype)
+
+
+def over_parts(w: Split, x, fold, state, dtype):
+    """`state` after state = fold(state, x @ part, the part's first column), over equal parts of the
+    columns of w, from the first to the last; products are of `dtype`."""
     words, parts = w.residual.words, 1
     if on_gpu() and residual_triton.why_not(w.residual, w.substitute) is None:
         parts = parts_of(w.shape, w.substitute.fields)
-    # Filled part by part: parts to be joined in the end would need room for both.
-    y = jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype or x.dtype)
     for part in range(parts):
         # A barrier ties the words to x, and to the part before: otherwise a compiler may decode
         # all matrices of a layer before it uses the first.
-        words, x, y = jax.lax.optimization_barrier((words, x, y))
+        words, x, state = jax.lax.optimization_barrier((words, x, state))
         residual = dataclasses.replace(w.residual, words=words)
-        found = linear(decode(residual, w.substitute, None, part, parts), x, y.dtype)
-        y = jax.lax.dynamic_update_slice_in_dim(y, found, part * found.shape[-1], axis=-1)
-    return y
+        found = linear(decode(residual, w.substitute, None, part, parts), x, dtype)
+        state = fold(state, found, part * found.shape[-1])
+    return state
 
 
 def parts_of(shape: tuple[int, int], fields: int) -> int:
@@ -195,7 +202,9 @@ def _decode_xla(residual: Residual, substitute: Packed) -> jax.Array:
         pattern = _slab(residual, *parts)
     else:
         split = lambda a: a.reshape(Q // count, -1, *a.shape[1:])
-        pattern = jax.lax.map(lambda part: _slab(residual, *part), jax.tree.map(split, parts))
+        chunks = lambda a: jnp.moveaxis(split(jnp.moveaxis(a, 1, 0)), 2, 1)
+        slabs = jax.tree.map(chunks, substitute), *jax.tree.map(split, parts[1:])
+        pattern = jax.lax.map(lambda part: _slab(residual, *part), slabs)
     return _patched(pattern.reshape(Q, group, F), residual).reshape(residual.shape)
 
 

@@ -22,7 +22,7 @@ from pallas_kernels.quantized_matmul import Packed
 from subspec_jax.residual import Residual, pad
 from subspec_jax.residual_device import Split, split_shapes
 
-VERSION = 3
+VERSION = 4
 MANIFEST, TABLES, LAYER = "manifest.json", "model.safetensors", "layer-{:05}.safetensors"
 
 

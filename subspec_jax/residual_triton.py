@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.quantized_matmul import Packed
-from pallas_kernels.quantized_matmul.unpack import step_offset
+from pallas_kernels.quantized_matmul.packing import TILE, scales_of
 from subspec_jax.residual import (
     BIAS,
     COLUMNS,
@@ -27,7 +27,7 @@ from subspec_jax.residual import (
 )
 
 WARPS = 1
-ROWS = 32
+ROWS = 16
 """Rows of a tile that are decoded together, at most. Of 13 pairs of both on an H200, for 3584x9728:
 32 rows and a warp 185 us, 8 and one 192, 16 and one 260, all others 235 and more."""
 AT_ONCE = 32
@@ -40,7 +40,7 @@ def why_not(residual: Residual, substitute: Packed) -> str | None:
         return f"code {residual.code}; the kernel decodes levels"
     if substitute.bits == 3:
         return "3 bits, of which the third are apart"
-    group, columns = substitute.group, substitute.words_DS.shape[1]
+    group, columns = substitute.group, substitute.words
     if group & (group - 1) or not 16 <= group <= 64:
         return f"group {group} is no power of two from 16 to 64"
     if columns % COLUMNS or substitute.columns != columns * substitute.fields:
@@ -48,24 +48,31 @@ def why_not(residual: Residual, substitute: Packed) -> str | None:
     return None
 
 
-def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, first, dtype, interpret):
-    """One tile: a group of inputs, `COLUMNS` columns; `words_ref` is the residual's, flat.
+def _kernel(
+    words_ref, codes_ref, scale_ref, out_ref, *, S, Q, group, bits, first, dtype, interpret
+):
+    """One tile: a group of inputs, `COLUMNS` columns; the first three references are flat.
 
-    `first` is the field that the output begins with.
+    `words_ref` is the residual's, of S columns of words and Q groups; the output begins with field
+    `first` of the substitute's.
     """
-    S, T = codes_ref.shape[1], scale_ref.shape[1] // COLUMNS
+    fields = 32 // bits
+    T, K = fields * S // COLUMNS, scales_of(bits)
     s, i, q = pl.program_id(0) * COLUMNS, first + pl.program_id(1), pl.program_id(2)
     f = i * S + s
-    out, tile, columns = f - first * S, q * T + f // COLUMNS, pl.ds(f, COLUMNS)
+    out, tile = f - first * S, q * T + f // COLUMNS
     last = words_ref.shape[0] - 2
     together = min(ROWS, group)
-    counts = LANES + (codes_ref.shape[0] // group) * T  # where the counts of patches begin
+    counts = LANES + Q * T  # where the counts of patches begin
+    column = s + jax.lax.broadcasted_iota(jnp.int32, (COLUMNS,), 0)
+    at = (column // TILE * Q + q) * TILE + column % TILE  # of a column of a block of the substitute
     octaves = words_ref[OCTAVES].astype(jnp.int32)
     start = words_ref[LANES + tile].astype(jnp.int32)
     begin = words_ref[counts + tile].astype(jnp.int32)
     count = words_ref[counts + tile + 1].astype(jnp.int32) - begin
     patches = words_ref[FIRST_PATCH].astype(jnp.int32) + begin
-    step, offset = (v[None] for v in step_offset(scale_ref[q, columns]))
+    step, offset = (scale_ref[at * K + k].astype(jnp.float32)[None] for k in (i, K // 2 + i))
+    word, shift = i // (fields // 2), bits * (i % (fields // 2))
 
     def patch(n):  # behind the last one it comes again
         entry = n * AT_ONCE + jax.lax.broadcasted_iota(jnp.int32, (AT_ONCE,), 0)
@@ -75,17 +82,22 @@ def _kernel(words_ref, codes_ref, scale_ref, out_ref, *, group, bits, first, dty
 
     def some(n, begun):  # rows n * together …, in front of which lie `begun` bits of the tile
         rows = pl.ds(q * group + n * together, together)
-        codes = codes_ref[rows, pl.ds(s, COLUMNS)] >> (i * bits).astype(jnp.uint32)
+        d = jax.lax.broadcasted_iota(jnp.int32, (COLUMNS, together), 1)
+        pairs = codes_ref[at[:, None] * group + n * together + d].reshape(COLUMNS, -1, 2)
+        which = jax.lax.broadcasted_iota(jnp.int32, pairs.shape, 2)
+        pairs = jnp.sum(jnp.where(which == word, pairs, jnp.uint32(0)), axis=2, keepdims=True)
+        codes = pairs >> (shift + 16 * which).astype(jnp.uint32)
         codes = (codes & jnp.uint32(2**bits - 1)).astype(jnp.int32)
+        codes = codes.reshape(COLUMNS, together).T
         p = predict(codes[None], step, offset, octaves, dtype, jnp)
         entry = words_ref[p.level].astype(jnp.int32)
         length, least = entry & 255, (entry >> 8) - BIAS
         flat = length.reshape(-1)
         before = (jnp.cumsum(flat) - flat).reshape(length.shape) + begun
-        word = jnp.clip(start + (before >> 5), 0, last)
-        shift = (before & 31).astype(jnp.uint32)
-        high = words_ref[word + 1] << jnp.uint32(1) << (jnp.uint32(31) - shift)
-        two = (words_ref[word] >> shift) | high
+        place = jnp.clip(start + (before >> 5), 0, last)
+        skip = (before & 31).astype(jnp.uint32)
+        high = words_ref[place + 1] << jnp.uint32(1) << (jnp.uint32(31) - skip)
+        two = (words_ref[place] >> skip) | high
         x = two.astype(jnp.int32) & ((1 << length) - 1)
         pattern = complete(p, x + least, jnp).reshape(together, COLUMNS)
         out_ref[rows, pl.ds(out, COLUMNS)] = pattern.astype(jnp.uint16)
@@ -116,12 +128,13 @@ def decode_triton(
     Q, _ = tiles(residual.shape, group)
     each = substitute.fields // parts
     first = part * each
-    known = dict(group=group, bits=bits, first=first, dtype=residual.dtype, interpret=interpret)
+    known = dict(S=substitute.words, Q=Q, group=group, bits=bits, first=first)
+    known |= dict(dtype=residual.dtype, interpret=interpret)
     return pl.pallas_call(
         functools.partial(_kernel, **known),
         out_shape=jax.ShapeDtypeStruct((D, F // parts), jnp.uint16),
-        grid=(substitute.words_DS.shape[1] // COLUMNS, each, Q),
+        grid=(substitute.words // COLUMNS, each, Q),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name="residual_decode",
-    )(residual.words.reshape(-1), substitute.words_DS, substitute.scale_QF)
+    )(*(a.reshape(-1) for a in (residual.words, substitute.words_BNSc, substitute.scale_BQSK)))

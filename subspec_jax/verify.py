@@ -17,12 +17,12 @@ from llm_jax.attention import Step, causal_step
 from llm_jax.cache import move
 from llm_jax.config import Config
 from llm_jax.generate import chunks
-from llm_jax.model import block, embed, unembed
+from llm_jax.model import block, embed, rms_norm, unembed
 from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
 from subspec_jax.offload import Stop, Stream, route, rows_of, settled
-from subspec_jax.residual_device import is_split
+from subspec_jax.residual_device import is_split, over_parts
 from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
 ROWS = 64
@@ -153,6 +153,27 @@ def rows_at_a_time(nodes: int, split_head: bool) -> int:
     return math.ceil(nodes / math.ceil(nodes / SPLIT_ROWS))
 
 
+def likeliest(top, x_ED, cfg: Config):
+    """The token of the largest logit behind every node, int32 [E], with an output head in two
+    parts: it is put together once, some columns at a time, and logits are never there as a whole.
+    """
+
+    def better(best, logits_EV, first):
+        most_E, token_E = best
+        column_V = first + jnp.arange(logits_EV.shape[1], dtype=jnp.int32)
+        logits_EV = jnp.where(column_V[None] < cfg.vocab, logits_EV, -jnp.inf)  # it may be padded
+        own_E = jnp.max(logits_EV, axis=-1)
+        more_E = (own_E > most_E) | (jnp.isnan(own_E) & ~jnp.isnan(most_E))
+        own_token_E = first + jnp.argmax(logits_EV, axis=-1).astype(jnp.int32)
+        return jnp.where(more_E, own_E, most_E), jnp.where(more_E, own_token_E, token_E)
+
+    E = len(x_ED)
+    start = jnp.full(E, -jnp.inf, jnp.float32), jnp.zeros(E, jnp.int32)
+    with jax.named_scope("head"):
+        h_ED = rms_norm(x_ED, top.norm, cfg.norm_eps)
+        return over_parts(top.head_DV, h_ED, better, start, jnp.float32)[1]
+
+
 def judge(
     top, x_1ED, tree: Tree, at, key, cfg: Config, sampler: Sampler, gate: Gate | None
 ) -> Judged:
@@ -160,6 +181,8 @@ def judge(
 
     Logits are made for some nodes at a time (`rows_at_a_time`) and never leave the device.
     """
+    if gate is None and sampler.greedy and is_split(top.head_DV):
+        return Judged(likeliest(top, x_1ED[0], cfg))
     E = x_1ED.shape[1]
     rows = rows_at_a_time(E, is_split(top.head_DV))
     padding = -E % rows

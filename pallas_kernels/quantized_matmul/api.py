@@ -7,13 +7,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.device import on_gpu
 from pallas_kernels.quantized_matmul.packing import Packed
-from pallas_kernels.quantized_matmul.reference import quantized_matmul_reference
+from pallas_kernels.quantized_matmul.reference import (
+    quantized_matmul_by_parts,
+    quantized_matmul_reference,
+)
 from pallas_kernels.quantized_matmul.tiling import Tiling, choose, why_not_tiling
 from pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
 IMPLEMENTATIONS = ("xla", "triton")
-LARGEST = 512
-"""Rows from which on dequantizing once into memory, as XLA does, costs less than it saves."""
+LARGEST = 64
+"""Rows beyond which dequantizing once into memory, as XLA does, costs less than it saves."""
 
 
 def why_not(x, w: Packed) -> str | None:
@@ -28,8 +31,8 @@ def why_not(x, w: Packed) -> str | None:
         return f"{rows} rows; the kernels are for at most {LARGEST}"
     if w.group < 16 or w.group & (w.group - 1) or w.group > 256:
         return f"group {w.group} is no power of two from 16 to 256"
-    if w.words_DS.size >= 2**29:
-        return f"{w.words_DS.size} words of 4 bytes, which 32-bit offsets do not reach"
+    if w.words_BNSc.size >= 2**29:
+        return f"{w.words_BNSc.size} words of 4 bytes, which 32-bit offsets do not reach"
     return None
 
 
@@ -53,11 +56,12 @@ def quantized_matmul(
     """x[..., D] @ (code * step + offset), [..., F]; sums in float32, rounded to `out_dtype` (x's).
 
     `implementation` None takes Triton where `why_not` gives no reason and the device is a GPU, else
-    XLA; "triton" raises NotImplementedError with the reason. `tiling` overrides the tuned tile
-    sizes. `interpret` runs the kernel on a CPU. `terms` asks for what would be added up last,
-    [X, ..., F], float32 unless X is 1: for a kernel that adds as it reads. Where x is infinite the
-    kernels may give NaN for an infinity, because they take a common part off the codes after the
-    sum; NaN stays in its row.
+    XLA, for many rows in parts of the matrix; "triton" raises NotImplementedError with the reason.
+    `tiling` overrides the tuned one. `interpret` runs the kernel on a CPU. `terms` asks for what
+    would be added up last, [X, ..., F], float32 unless X is 1: for a kernel that adds as it reads.
+    Where x is infinite the kernel may give NaN for an infinity, because it takes a common part off
+    the codes after the sum; NaN stays in its row. A scale that is NaN or infinite reaches the
+    outputs that share its column of words (`packing.Packed`).
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
@@ -67,16 +71,17 @@ def quantized_matmul(
     if implementation != "xla" and (implementation or interpret or on_gpu()):
         reason = why_not(x, w)
         if reason is None:
-            rows, columns = x_MD.shape[0], w.words_DS.shape[1]
-            groups = w.shape[0] // w.group
             if tiling is None:
-                tiling = choose(rows, w, jax.devices()[0].device_kind)
-            elif wrong := why_not_tiling(tiling, rows, columns, groups, w.bits):
+                tiling = choose(x_MD.shape[0], w, jax.devices()[0].device_kind)
+            elif wrong := why_not_tiling(tiling, w.words_BNSc.shape[1]):
                 raise ValueError(wrong)
             y = quantized_matmul_triton(x_MD, w, tiling, interpret, out_dtype, terms)
         elif implementation == "triton":
             raise NotImplementedError(reason)
     if y is None:
-        y = quantized_matmul_reference(x_MD, w, out_dtype)
+        by_parts = implementation is None and on_gpu() and x_MD.shape[0] > LARGEST
+        y = (quantized_matmul_by_parts if by_parts else quantized_matmul_reference)(
+            x_MD, w, out_dtype
+        )
         y = y[None] if terms else y
     return y.reshape(*y.shape[:-2], *x.shape[:-1], y.shape[-1])

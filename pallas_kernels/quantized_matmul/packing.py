@@ -1,6 +1,8 @@
-"""How the kernels want a low-bit matrix: 32-bit words, each with one input of several outputs.
+"""How the kernels want a low-bit matrix: blocks of words in the order in which they are read.
 
-Letters: D inputs, F outputs, Q groups of inputs (D = Q * group), S columns of words.
+Letters: D inputs, F outputs, Q groups of inputs (D = Q * group); a word holds codes of `fields`
+outputs, so F = fields * columns of words; B blocks of S = 32 such columns, N chunks of c inputs (a
+group, or 64 of it), K numbers that scale a column of words in a group.
 """
 
 import dataclasses
@@ -11,8 +13,10 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 BITS = (2, 3, 4, 8)
-TILE = 16
-"""Columns of words are padded to a multiple of this, the smallest side of a product."""
+TILE = 32
+"""Columns of words in a block."""
+CHUNK = 64
+"""Inputs of a block, at most."""
 _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 
@@ -21,25 +25,30 @@ def fields_of(bits: int) -> int:
     return 32 // (2 if bits == 3 else bits)
 
 
+def scales_of(bits: int) -> int:
+    """K: steps in its first half, offsets in its second; 16 is the smallest side of a product."""
+    return max(16, 2 * fields_of(bits))
+
+
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """A matrix [D, F], w = code * step + offset, as the kernels read it.
 
-    With 4 bits, 20 columns, padded to S = 16 words: field i of word [d, s] is the code of input d
-    and output s + 16 i, so words[d, 3] = code[d, 3] | code[d, 19] << 4 | 0 (padding) << 8 | ...
-    A tile of words thus unpacks without any exchange between threads into as many tiles of codes
-    as a word has fields, every read is whole and coalesced, results lie in natural order, and
-    copies into shared memory move words of 4 bytes, which single bytes could not do in the
-    background.
+    Output f = i * columns + 32 b + s is field i of column s in block b. Two inputs share two words:
+    the first has both inputs' fields of the lower half, the second those of the upper. With 4 bits
+    words[b, n, s, 0] = code[d, 0] | code[d, 1] << 4 | … | code[d + 1, 0] << 16 | …, d = n * c,
+    where code[d, i] is short for that of output i * columns + 32 b + s; words[b, n, s, 1] has the
+    fields 4 to 7. So two neighbouring inputs, which tensor cores take as one register, are cut out
+    of one word with a shift and a mask, and a program that sums over inputs reads straight on.
     """
 
-    words_DS: jax.Array
+    words_BNSc: jax.Array
     """uint32."""
-    top_DS: jax.Array | None
-    """3 bits only, uint16: bit i is the third bit of field i."""
-    scale_QF: jax.Array
-    """uint32, F padded: bfloat16 step in the low half, bfloat16 offset in the high half."""
+    top_BNSc: jax.Array | None
+    """3 bits only, uint16: bit i is the third bit of field i of one input."""
+    scale_BQSK: jax.Array
+    """bfloat16: the step of field i at K = i, its offset at K = K / 2 + i."""
     columns: int = _static()
     """F without padding."""
     bits: int = _static()
@@ -47,7 +56,7 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.words_DS.shape[0], self.columns
+        return self.words_BNSc.shape[1] * self.words_BNSc.shape[3], self.columns
 
     @property
     def ndim(self) -> int:
@@ -56,6 +65,11 @@ class Packed:
     @property
     def fields(self) -> int:
         return fields_of(self.bits)
+
+    @property
+    def words(self) -> int:
+        """Columns of words, padding included."""
+        return self.words_BNSc.shape[0] * TILE
 
     @property
     def size_bytes(self) -> int:
@@ -72,11 +86,16 @@ def padded(columns: int, bits: int) -> int:
 def packed_bytes(rows: int, columns: int, bits: int, group: int) -> int:
     """Bytes of a matrix [rows, columns] as `Packed`."""
     F = padded(columns, bits)
-    return rows * F * bits // 8 + 4 * (rows // group) * F
+    return rows * F * bits // 8 + 2 * scales_of(bits) * (rows // group) * F // fields_of(bits)
 
 
-def _words(codes_DF, fields: int, width: int, dtype):
-    parts = jnp.split(codes_DF, fields, axis=1)
+def chunk_of(group: int) -> int:
+    """c: inputs of a block. All of a group, or 64 where that divides a larger one."""
+    return CHUNK if group % CHUNK == 0 else group
+
+
+def _joined(parts, width: int, dtype) -> jax.Array:
+    """parts[0] | parts[1] << width | …"""
     shifted = (part.astype(dtype) << (i * width) for i, part in enumerate(parts))
     return functools.reduce(jnp.bitwise_or, shifted)
 
@@ -92,41 +111,49 @@ def repack(codes_QgF, step_QF, offset_QF, bits: int) -> Packed:
     Q, group, F = codes_QgF.shape
     if not (Q and group and F):
         raise ValueError(f"an empty matrix cannot be packed: {Q} groups of {group}, {F} columns")
+    if group % 2:
+        raise ValueError(f"groups of {group} inputs cannot be packed: words are of two inputs each")
     if step_QF.shape != (Q, F) or offset_QF.shape != (Q, F):
         raise ValueError(f"steps {step_QF.shape}, offsets {offset_QF.shape}; expected {(Q, F)}")
-    more = ((0, 0), (0, padded(F, bits) - F))
-    codes = jnp.pad(codes_QgF.reshape(Q * group, F), more)
-    fields, top = fields_of(bits), None
+    more, fields, c = padded(F, bits) - F, fields_of(bits), chunk_of(group)
+    wide = lambda a: jnp.pad(a, ((0, 0), (0, more)))
+    in_fields = lambda a: wide(a).reshape(len(a), fields, -1, TILE)
+    blocks = lambda a_DBS: jnp.transpose(a_DBS.reshape(-1, c, *a_DBS.shape[1:]), (2, 0, 3, 1))
+    codes_DiBS = in_fields(codes_QgF.reshape(Q * group, F))
+    top = None
     if bits == 3:
-        top = _words(codes >> 2, fields, 1, jnp.uint16)
-        codes = codes & 3
-    halves = (
-        jax.lax.bitcast_convert_type(jnp.pad(v.astype(jnp.bfloat16), more), jnp.uint16)
-        for v in (step_QF, offset_QF)
-    )
-    low, high = (half.astype(jnp.uint32) for half in halves)
-    words = _words(codes, fields, 32 // fields, jnp.uint32)
-    return Packed(words, top, low | (high << 16), F, bits, group)
+        top = blocks(_joined(jnp.moveaxis(codes_DiBS >> 2, 1, 0), 1, jnp.uint16))
+        codes_DiBS = codes_DiBS & 3
+    # Pairs of inputs, halves of the fields: [pair, which input, which half, field in it, B, S].
+    pairs = codes_DiBS.reshape(-1, 2, 2, fields // 2, *codes_DiBS.shape[2:])
+    halves = _joined(jnp.moveaxis(pairs, 3, 0), 32 // fields, jnp.uint32)
+    words_DBS = _joined(jnp.moveaxis(halves, 1, 0), 16, jnp.uint32).reshape(-1, *halves.shape[3:])
+    room = ((0, 0), (0, scales_of(bits) // 2 - fields), (0, 0), (0, 0))
+    scale = (jnp.pad(in_fields(v.astype(jnp.bfloat16)), room) for v in (step_QF, offset_QF))
+    scale_BQSK = jnp.transpose(jnp.concatenate(list(scale), axis=1), (2, 0, 3, 1))
+    return Packed(blocks(words_DBS), top, scale_BQSK, F, bits, group)
 
 
 def codes(w: Packed) -> jax.Array:
     """uint8 [D, F]."""
-    width = 32 // w.fields
-    parts = [(w.words_DS >> (i * width)) & (2**width - 1) for i in range(w.fields)]
+    D, half, width = w.shape[0], w.fields // 2, 32 // w.fields
+    inputs_first = lambda a: jnp.transpose(a, (1, 3, 0, 2))
+    count = lambda n: jnp.arange(n, dtype=jnp.uint32)
+    shift = 16 * count(2)[:, None, None] + width * count(half)[None, None]  # input, word, field
+    words = inputs_first(w.words_BNSc).reshape(D // 2, 1, 2, 1, -1)
+    found = (words >> shift[None, :, :, :, None]) & (2**width - 1)
+    found = found.reshape(D, w.fields, -1)
     if w.bits == 3:
-        parts = [
-            part | (((w.top_DS.astype(jnp.uint32) >> i) & 1) << 2) for i, part in enumerate(parts)
-        ]
-    return jnp.concatenate(parts, axis=1)[:, : w.columns].astype(jnp.uint8)
+        top = inputs_first(w.top_BNSc).reshape(D, 1, -1).astype(jnp.uint32)
+        found = found | ((top >> count(w.fields)[None, :, None]) & 1) << 2
+    return found.reshape(D, -1)[:, : w.columns].astype(jnp.uint8)
 
 
 def scales(w: Packed) -> tuple[jax.Array, jax.Array]:
     """(step, offset), bfloat16 [Q, F]."""
-    scale = w.scale_QF[:, : w.columns]
-    halves = (scale & 0xFFFF, scale >> 16)
-    return tuple(
-        jax.lax.bitcast_convert_type(half.astype(jnp.uint16), jnp.bfloat16) for half in halves
-    )
+    scale = jnp.transpose(w.scale_BQSK, (1, 3, 0, 2))  # Q K B S
+    own = lambda half: half[:, : w.fields].reshape(len(half), -1)[:, : w.columns]
+    return tuple(map(own, jnp.split(scale, 2, axis=1)))
 
 
 def restore(w: Packed) -> tuple[jax.Array, jax.Array, jax.Array]:

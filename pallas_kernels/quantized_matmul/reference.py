@@ -1,9 +1,14 @@
 """The product in plain jnp: the specification."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_matmul.packing import Packed, restore
+from pallas_kernels.quantized_matmul.packing import TILE, Packed, restore
+
+PART = 40_000_000
+"""Weights that are dense at a time where many rows are multiplied: 80 MB."""
 
 
 def dequantized(w: Packed, dtype=jnp.float32) -> jax.Array:
@@ -20,3 +25,17 @@ def quantized_matmul_reference(x_MD, w: Packed, out_dtype=None) -> jax.Array:
     x, w = jax.lax.optimization_barrier((x_MD, w))
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.matmul(x, dequantized(w, x.dtype), precision=exact, preferred_element_type=out_dtype)
+
+
+def quantized_matmul_by_parts(x_MD, w: Packed, out_dtype=None) -> jax.Array:
+    """The same, with some blocks of the matrix dense at a time, one part after another."""
+    (M, D), B, F = x_MD.shape, w.words_BNSc.shape[0], w.shape[1]
+    each = max(1, PART // (D * TILE * w.fields))
+    y_MiS = jnp.zeros((M, w.fields, w.words), out_dtype or x_MD.dtype)
+    for b in range(0, B, each):
+        w, x_MD, y_MiS = jax.lax.optimization_barrier((w, x_MD, y_MiS))
+        some = jax.tree.map(lambda a, b=b: a[b : b + each], w)
+        some = dataclasses.replace(some, columns=some.words * w.fields)
+        y = quantized_matmul_reference(x_MD, some, y_MiS.dtype).reshape(M, w.fields, some.words)
+        y_MiS = jax.lax.dynamic_update_slice_in_dim(y_MiS, y, b * TILE, axis=2)
+    return y_MiS.reshape(M, -1)[:, :F]

@@ -1,11 +1,12 @@
 """Named matrices that tests lower and benchmarks time."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_matmul.packing import Packed, fields_of, padded
+from pallas_kernels.quantized_matmul.packing import Packed, repack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +18,11 @@ class MatmulShape:
 
     def packed(self, bits: int = 4, group: int = 64) -> Packed:
         """Packed, as shapes."""
-        F = padded(self.outputs, bits)
-        size = self.inputs, F // fields_of(bits)
         array = jax.ShapeDtypeStruct
-        top = array(size, jnp.uint16) if bits == 3 else None
-        scale = array((self.inputs // group, F), jnp.uint32)
-        return Packed(array(size, jnp.uint32), top, scale, self.outputs, bits, group)
+        groups = self.inputs // group
+        scale = array((groups, self.outputs), jnp.bfloat16)
+        codes = array((groups, group, self.outputs), jnp.uint8)
+        return jax.eval_shape(functools.partial(repack, bits=bits), codes, scale, scale)
 
     def rows(self, count: int) -> jax.ShapeDtypeStruct:
         """Rows to multiply, bfloat16."""

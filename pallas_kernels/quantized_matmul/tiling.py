@@ -1,41 +1,28 @@
-"""Which tile sizes a product gets: a measured table, and a guess where it has no entry."""
+"""How a product is cut up: a measured table, and a guess where it has no entry."""
 
-import bisect
 import dataclasses
 import functools
 import json
 import math
 import pathlib
 
-from pallas_kernels.quantized_matmul.packing import Packed, fields_of
+from pallas_kernels.quantized_matmul.packing import TILE, Packed
 
 TABLE = pathlib.Path(__file__).with_name("tuned.json")
-WAYS = ("group", "dense", "vector")
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROWS = (8, 16, 64)
 """Buckets: a product is tuned for the smallest that holds its rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a product is cut up."""
+    """How a product is cut up; a program has one block's columns of words in any case."""
 
-    way: str = "group"
-    """group: products of lifted codes, scaled once a group; dense: of dequantized weights;
-    vector: multiply-adds without tensor cores."""
-    tile: int = 32
-    """Columns of words a program takes; times fields, of outputs."""
-    rows: int = 16
-    """Rows a program takes; not for vectors, which take all."""
+    rows: int = 8
+    """Rows a program takes."""
     splits: int = 4
-    """Parts of the groups, each summed by programs of its own."""
-    warps: int = 4
-    stages: int = 4
-    together: int = 1
-    """Groups a turn of the loop takes."""
-    ahead: bool = False
-    """Whether steps and offsets are read one group ahead; not for vectors."""
-    parts: int = 1
-    """Programs that share a tile of words, each with its part of the fields; for many rows."""
+    """Parts of the inputs, each summed by programs of its own."""
+    warps: int = 2
+    stages: int = 3
 
 
 def bucket(rows: int) -> int | None:
@@ -43,26 +30,15 @@ def bucket(rows: int) -> int | None:
     return next((n for n in ROWS if rows <= n), None)
 
 
-def why_not_tiling(cfg: Tiling, rows: int, columns: int, groups: int, bits: int) -> str | None:
-    """Why a product of `columns` columns of words cannot be cut up so; None where it can."""
+def why_not_tiling(cfg: Tiling, chunks: int) -> str | None:
+    """Why a product over so many chunks of inputs cannot be cut up so; None where it can."""
     power = lambda n: n > 0 and n & (n - 1) == 0
-    if cfg.way not in WAYS:
-        return f"way {cfg.way!r} is none of {WAYS}"
-    if not power(cfg.tile) or columns % cfg.tile:
-        return f"tile {cfg.tile} is no power of two that divides {columns} columns of words"
-    if not power(cfg.together) or groups % cfg.together:
-        return f"{cfg.together} groups at once, no power of two that divides {groups}"
-    if not 0 < cfg.splits <= groups // cfg.together:
-        return f"{cfg.splits} splits of {groups // cfg.together} turns"
-    each = math.ceil(groups // cfg.together / cfg.splits)
-    if (cfg.splits - 1) * each >= groups // cfg.together:
-        return f"{cfg.splits} splits of {each} turns leave the last without any"
-    if not power(cfg.parts) or cfg.parts > (fields_of(bits) if cfg.way != "vector" else 1):
-        return f"{cfg.parts} parts of {fields_of(bits)} fields"
-    if cfg.way == "vector":
-        return f"{rows} rows; vectors are for at most 4" if rows > 4 else None
-    if cfg.tile < 16 or not power(cfg.rows) or cfg.rows < 16:
-        return f"products need tiles and rows that are powers of two from 16, not {cfg}"
+    if not power(cfg.rows) or not 8 <= cfg.rows <= 16:
+        return f"{cfg.rows} rows a program; products need 8 or 16"
+    if not 0 < cfg.splits <= chunks:
+        return f"{cfg.splits} splits of {chunks} chunks of inputs"
+    if not power(cfg.warps) or cfg.warps > 4 or cfg.stages < 1:
+        return f"{cfg.warps} warps and {cfg.stages} stages; 1, 2 or 4 warps share a block"
     return None
 
 
@@ -75,43 +51,21 @@ def _table() -> dict:
 
 
 AT_ONCE = 528
-"""Programs of `guess` that an H200 runs at a time: by their registers four a multiprocessor."""
+"""Programs that keep an H200 busy, four a multiprocessor: the best numbers of splits of seven
+matrices make 400 to 750 of them."""
 
 
-def guess(rows: int, columns: int, groups: int) -> Tiling:
-    """Tile sizes for a shape that nobody timed: whole waves of programs, each of several groups.
-
-    On an H200 the best splits of 3584x18944 (7), 18944x3584 (37) and 3584x4608 (14) are those of
-    least waves * (turns + 2) + 0.15 splits: a program's start, and partial sums to add.
-    """
-    most = columns & -columns
-    if rows <= 64:  # in blocks of 16: up to 48 rows blocks of 32 and 64 are no faster, most slower
-        tile, blocks = min(32, most), math.ceil(rows / 16)
-        waves = lambda splits: math.ceil(blocks * columns // tile * splits / AT_ONCE)
-        cost = lambda splits: waves(splits) * (math.ceil(groups / splits) + 2) + 0.15 * splits
-        splits = min((whole_splits(groups, s) for s in range(1, groups + 1)), key=cost)
-        if tile == 32:
-            return Tiling("dense", tile, 16, splits, 4, 3)
-        return Tiling("group", tile, 16, splits, 1)
-    tile, parts = min(64, most), 4 if most >= 64 else 1
-    return Tiling("dense", tile, 128, 1, 8, 3, parts=parts)
-
-
-def whole_splits(turns: int, wanted: int) -> int:
-    """The largest number of splits up to `wanted` of which none is empty."""
-    fits = lambda n: (n - 1) * math.ceil(turns / n) < turns
-    return next(n for n in range(max(1, min(wanted, turns)), 0, -1) if fits(n))
+def guess(rows: int, blocks: int, chunks: int) -> Tiling:
+    """For a shape that nobody timed: four programs a multiprocessor, each with four chunks."""
+    height = 8 if rows <= 8 else 16
+    wanted = round(AT_ONCE / (blocks * math.ceil(rows / height)))
+    return Tiling(height, max(1, min(wanted, chunks // 4)))
 
 
 def choose(rows: int, w: Packed, device: str) -> Tiling:
-    """The tuned tile sizes for this device and the nearest bucket of rows, else the guess."""
-    (D, F), columns, groups = w.shape, w.words_DS.shape[1], w.shape[0] // w.group
-    own = bucket(rows)
-    # One block up to 16 rows, a few up to 64, other blocks beyond; more rows before fewer.
-    kind = lambda n: bisect.bisect_left((16, 64), n)
-    alike = [n for n in ROWS if own and kind(n) == kind(own)]
-    for n in sorted(alike, key=lambda n: (n < own, abs(n - own))):
-        found = _table().get((device, D, F, w.bits, w.group, n))
-        if found and why_not_tiling(found, rows, columns, groups, w.bits) is None:
-            return found
-    return guess(rows, columns, groups)
+    """The tuned entry for this device and bucket of rows, else the guess."""
+    _, chunks, *_ = w.words_BNSc.shape
+    found = _table().get((device, *w.shape, w.bits, w.group, bucket(rows)))
+    if found and why_not_tiling(found, chunks) is None:
+        return found
+    return guess(rows, w.words // TILE, chunks)

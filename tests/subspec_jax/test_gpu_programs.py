@@ -95,9 +95,11 @@ def test_a_block_of_the_target_decodes_a_part_of_a_matrix_at_a_time(name):
     assert "x512xf32" not in program
 
 
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8)], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("name", ["qwen2.5-7b", "llama-3.1-8b"])
-def test_the_head_in_two_parts_is_put_together_a_part_at_a_time(name):
-    """Eight kernels, in which each word is one; logits of half of the nodes, with columns added."""
+def test_the_head_in_two_parts_is_put_together_a_part_at_a_time(name, sampler):
+    """Eight kernels, in which each word is one. A greedy draw never sees a whole row of logits,
+    others see those of half of the nodes at a time, with columns added."""
     cfg, model = target(name)
     room = gaussian_room(cfg, 4, 64)
     head = split_head_shapes(cfg, 4, 64, room["head"])
@@ -107,9 +109,11 @@ def test_the_head_in_two_parts_is_put_together_a_part_at_a_time(name):
     x = jax.ShapeDtypeStruct((1, SPEC.nodes, cfg.d_model), cfg.dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     given = top, x, cut, tree, caches(cfg, model), NUMBER, key, NUMBER
-    program = lower_for(lambda *a: settle(*a, cfg, SPEC, Sampler(), None, True), *given)
+    program = lower_for(lambda *a: settle(*a, cfg, SPEC, sampler, None, True), *given)
     assert program.count(KERNEL) == 8
     columns = head.shape[1]
     assert f"tensor<{cfg.d_model}x{columns}xbf16>" not in program
     assert f"tensor<{cfg.d_model}x{columns // 8}xbf16>" in program
-    assert f"tensor<1x145x{columns}xf32>" in program and f"x{SPEC.nodes}x{columns}" not in program
+    assert (f"tensor<1x145x{columns}xf32>" in program) == (not sampler.greedy)
+    assert f"{SPEC.nodes}x{columns}x" not in program
+    assert (f"tensor<{SPEC.nodes}x{columns // 8}xf32>" in program) == sampler.greedy

@@ -51,7 +51,7 @@ def nbytes(tree) -> int:
 
 
 def matrices(tree) -> int:
-    return sum(a.nbytes for a in jax.tree.leaves(tree) if a.ndim == 2)
+    return sum(a.nbytes for a in jax.tree.leaves(tree) if a.ndim > 1)
 
 
 # --- Items -------------------------------------------------------------------------------------

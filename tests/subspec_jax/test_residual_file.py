@@ -86,7 +86,7 @@ def test_a_converted_model_is_the_model(source, tmp_path, code, dtype):
     assert set(model.tables) == {"embed_VD", "norm"}
     model.verify_tables()
     head = np.asarray(jax.jit(residual_device.decode_layer)(model.head))
-    assert head.shape[1] == model.head.substitute.words_DS.shape[1] * 8 == 512
+    assert head.shape[1] == model.head.substitute.words * 8 == 512
     np.testing.assert_array_equal(bits(head[:, : cfg.vocab]), bits(want.head_DV))
     assert not head[:, cfg.vocab :].any()
     model.verify_head(head[:, : cfg.vocab])
@@ -280,7 +280,7 @@ def test_broken_folders(converted, tmp_path):
     file.write_bytes(whole)
     manifest = json.loads((converted.path / "manifest.json").read_text())
     (converted.path / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
-    with pytest.raises(ResidualError, match="is of version 0, this program reads 3; convert again"):
+    with pytest.raises(ResidualError, match="is of version 0, this program reads 4; convert again"):
         Converted(converted.path)
     (converted.path / "manifest.json").write_text("{")
     with pytest.raises(ResidualError, match=r"manifest.json is damaged"):

@@ -12,8 +12,14 @@ import subspec_jax.verify as verify
 from llm_jax.cache import empty_caches
 from llm_jax.generate import prefill as plain_prefill
 from llm_jax.model import unembed
+from llm_jax.packed import packed
+from llm_jax.quantize import quantize
 from llm_jax.sample import Sampler, noise
+from llm_jax.testing import tiny_config, tiny_params
+from subspec_jax import residual_device
 from subspec_jax.accept import Gate
+from subspec_jax.residual_device import Split
+from subspec_jax.residual_encode import encode
 from subspec_jax.tree import TreeSpec, seedling
 from subspec_jax.verify import Target, judge, lay_out, prefill, run_pass, settle
 
@@ -213,3 +219,30 @@ def test_between_is_called_behind_every_layer(target, tiny):
     _, tokens, step = lay_out(tree_of(TOKEN, PARENT, SPEC), jnp.int32(AT), SPEC, SLOTS)
     run_pass(target, target.stream(), tokens, caches, step, seen.append)
     assert seen == list(range(tiny.cfg.layers))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8])
+def test_the_likeliest_token_by_parts_of_a_head_is_that_of_whole_rows(monkeypatch, parts):
+    """Equal columns, in one part and in two: the first counts. Padding, whose logits are 0, never
+    does, and NaN wins as in argmax."""
+    rng = np.random.default_rng(parts)
+    cfg = tiny_config("llama", layers=1, d_model=64, vocab=1000, dtype="bfloat16")
+    w = rng.standard_normal((64, 1024), np.float32).astype(jnp.bfloat16)
+    w[:, 1000:] = 0
+    w[:, [700, 130, 131]] = w[:, [3, 128, 128]]
+    low = quantize(jnp.asarray(w), 4, 64)
+    residual = encode(w, jax.tree.map(np.asarray, low), "levels")
+    head = Split(packed(low), jax.tree.map(jnp.asarray, residual))
+    top = dataclasses.replace(tiny_params(cfg), head_DV=head)
+    x = rng.standard_normal((40, 64)).astype(jnp.bfloat16)
+    x[:20] = w[:, rng.permutation([3, 128, *range(200, 218)])].T  # their own column is largest
+    x[20], x[21] = -np.abs(x[20]), np.nan
+    monkeypatch.setattr(residual_device, "on_gpu", lambda: parts > 1)
+    monkeypatch.setattr(residual_device, "PART", w.size // parts)
+    decode = residual_device.decode
+    slow = lambda r, q, way, *part: decode(r, q, "xla", *part)
+    monkeypatch.setattr(residual_device, "decode", slow)
+    found = jax.jit(verify.likeliest, static_argnames="cfg")(top, jnp.asarray(x), cfg)
+    logits = unembed(dataclasses.replace(top, head_DV=jnp.asarray(w)), jnp.asarray(x[None]), cfg)
+    assert found.dtype == jnp.int32 and found.tolist() == logits[0].argmax(-1).tolist()
+    assert {3, 128} <= set(found.tolist()) and not {700, 130, 131} & set(found.tolist())
