@@ -135,27 +135,27 @@ def repack(codes_QgF, step_QF, offset_QF, bits: int) -> Packed:
 
 
 def codes(w: Packed) -> jax.Array:
-    """uint8 [D, F]."""
-    D, half, width = w.shape[0], w.fields // 2, 32 // w.fields
-    inputs_first = lambda a: jnp.transpose(a, (1, 3, 0, 2))
+    """uint8 [F, D]: in this order inputs stay side by side, as they are in the words."""
+    B, N, _, c = w.words_BNSc.shape
+    half, width = w.fields // 2, 32 // w.fields
     count = lambda n: jnp.arange(n, dtype=jnp.uint32)
-    shift = 16 * count(2)[:, None, None] + width * count(half)[None, None]  # input, word, field
-    words = inputs_first(w.words_BNSc).reshape(D // 2, 1, 2, 1, -1)
-    found = (words >> shift[None, :, :, :, None]) & (2**width - 1)
-    found = found.reshape(D, w.fields, -1)
+    pairs = jnp.transpose(w.words_BNSc.reshape(B, N, TILE, c // 2, 2), (4, 0, 2, 1, 3))
+    pairs = pairs.reshape(2, 1, w.words, N * c // 2, 1)  # which word, field in it, column, pair, -
+    shift = width * count(half)[:, None, None, None] + 16 * count(2)[None, None, None]
+    found = ((pairs >> shift[None]) & (2**width - 1)).reshape(w.fields, w.words, N * c)
     if w.bits == 3:
-        top = inputs_first(w.top_BNSc).reshape(D, 1, -1).astype(jnp.uint32)
-        found = found | ((top >> count(w.fields)[None, :, None]) & 1) << 2
-    return found.reshape(D, -1)[:, : w.columns].astype(jnp.uint8)
+        top = jnp.transpose(w.top_BNSc, (0, 2, 1, 3)).reshape(1, w.words, N * c)
+        found = found | ((top.astype(jnp.uint32) >> count(w.fields)[:, None, None]) & 1) << 2
+    return found.reshape(-1, N * c)[: w.columns].astype(jnp.uint8)
 
 
 def scales(w: Packed) -> tuple[jax.Array, jax.Array]:
-    """(step, offset), bfloat16 [Q, F]."""
-    scale = jnp.transpose(w.scale_BQSK, (1, 3, 0, 2))  # Q K B S
-    own = lambda half: half[:, : w.fields].reshape(len(half), -1)[:, : w.columns]
-    return tuple(map(own, jnp.split(scale, 2, axis=1)))
+    """(step, offset), bfloat16 [F, Q]."""
+    scale = jnp.transpose(w.scale_BQSK, (3, 0, 2, 1))  # K B S Q
+    own = lambda half: half[: w.fields].reshape(-1, half.shape[-1])[: w.columns]
+    return tuple(map(own, jnp.split(scale, 2)))
 
 
 def restore(w: Packed) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What `repack` was given: (codes uint8 [Q, group, F], step, offset)."""
-    return codes(w).reshape(-1, w.group, w.columns), *scales(w)
+    return codes(w).T.reshape(-1, w.group, w.columns), *(v.T for v in scales(w))

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_matmul.packing import TILE, Packed, restore
+from pallas_kernels.quantized_matmul.packing import TILE, Packed, codes, scales
 
 PART = 40_000_000
 """Weights that are dense at a time where many rows are multiplied: 80 MB."""
@@ -13,9 +13,14 @@ PART = 40_000_000
 
 def dequantized(w: Packed, dtype=jnp.float32) -> jax.Array:
     """The dense matrix [D, F]: float32 arithmetic, rounded once to `dtype`."""
-    codes, step, offset = (a.astype(jnp.float32) for a in restore(w))
-    dense = codes * step[:, None] + offset[:, None]
-    return dense.reshape(w.shape).astype(dtype)
+    return _dense_FD(w, dtype).T
+
+
+def _dense_FD(w: Packed, dtype) -> jax.Array:
+    # With the inputs last nothing is transposed but the order of blocks.
+    step, offset = (v.astype(jnp.float32)[..., None] for v in scales(w))
+    codes_FQg = codes(w).reshape(w.columns, -1, w.group).astype(jnp.float32)
+    return (codes_FQg * step + offset).reshape(w.columns, -1).astype(dtype)
 
 
 def quantized_matmul_reference(x_MD, w: Packed, out_dtype=None) -> jax.Array:
@@ -24,7 +29,9 @@ def quantized_matmul_reference(x_MD, w: Packed, out_dtype=None) -> jax.Array:
     # dequantization out of the loop and keep every dense matrix alive.
     x, w = jax.lax.optimization_barrier((x_MD, w))
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.matmul(x, dequantized(w, x.dtype), precision=exact, preferred_element_type=out_dtype)
+    return jnp.einsum(
+        "MD,FD->MF", x, _dense_FD(w, x.dtype), precision=exact, preferred_element_type=out_dtype
+    )
 
 
 def quantized_matmul_by_parts(x_MD, w: Packed, out_dtype=None) -> jax.Array:

@@ -44,7 +44,7 @@ def test_two_words_hold_two_inputs_of_outputs_far_apart():
         fields = [code(6 + d, 4 * word + j) << 4 * j + 16 * d for d in (0, 1) for j in range(4)]
         assert int(w.words_BNSc[1, 1, 3, 6 + word]) == sum(fields)
     assert not (int(w.words_BNSc[1, 1, 31, 1]) & 0xF000F000)  # output 511
-    assert int(codes(w)[22, 35 + 64]) == code(6, 1)
+    assert int(codes(w)[35 + 64, 22]) == code(6, 1)
 
 
 def test_a_chunk_is_a_group_or_64_inputs_of_it():
