@@ -1,17 +1,17 @@
 """Which draft tree pays, replayed from the records of a run with a larger one.
 
-    python -m experiments.tree_shape records.jsonl --draft-ms 2.2 --verify-ms 75
-    python -m experiments.tree_shape experiments/results/cpu_smollm2_trees.jsonl --draft-ms 2.2 \\
-        --verify-ms 75 --other-ms 3 --stop-rules
+    python -m experiments.tree_shape records.jsonl --draft-ms 2.1 --verify-ms 66
+    python -m experiments.tree_shape experiments/results/cpu_smollm2_trees.jsonl --draft-ms 2.1 \\
+        --verify-ms 66 --other-ms 5 --stop-rules
 
 The first prints tokens per second over depth and width, draws them, and names the flags of the best
 tree; costs not given are taken from the records. `--stop-rules` compares rules for stopping a tree
 early: none, the best depth in hindsight, the draft's uncalibrated scores, scores calibrated on
 finished rounds (`subspec_jax.stop`), and an oracle that knows what will be accepted.
 
-The second, on real trees of SmolLM2-135M with the costs of a 7B model on an H200, printed tokens/s
-of: depth 48 91.5, depth 22 114.1, uncalibrated 101.9, calibrated 130.7, oracle 149.0; and with
-`--leave-out 131`, an answer that repeats itself: 75.3, 102.3 (depth 19), 84.7, 104.1, 130.2.
+The second, on real trees of SmolLM2-135M with the costs of Qwen2.5-7B in 8 GB of an H200, printed
+tokens/s of: depth 48 97.8, depth 22 123.1, uncalibrated 109.2, calibrated 140.6, oracle 161.3; and
+with `--leave-out 131`, an answer that repeats itself: 80.5, 110.5 (depth 19), 90.9, 112.6, 141.2.
 With an RTX 4090's (6.5, 160 and 10 ms): 34.9, 46.3, 39.7, 52.4, 61.6; without 131: 28.7, 41.8,
 33.1, 42.3, 54.6.
 """
