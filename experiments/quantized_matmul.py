@@ -1,6 +1,6 @@
 """How long a few rows times a low-bit matrix take on a GPU; finds and records how to cut it up.
 
-    python -m experiments.quantized_matmul --seconds 220 --out experiments/results/h200_matmul.jsonl
+    python -m experiments.quantized_matmul --seconds 220 --out matmul.jsonl
 
 For every named matrix and count of rows: ways to cut the product up are compiled side by side, run
 in turn, compared with the product in float32, and timed in interleaved rounds; then variants of the
@@ -8,7 +8,8 @@ best. Rivals, in the same run: the 16-bit product of XLA, dequantization and pro
 bytes over the bandwidth of a large read. A time is that of one call in a jitted loop over copies of
 the matrix that the second-level cache cannot hold, launches included; the median of the rounds.
 Every measurement is one JSON line, written at once: a second run goes on where the first stopped.
-`--table` merges the best into what the kernel looks up; without a GPU, those of `--out`.
+`--table` merges the best into what the kernel looks up, but for entries that were tried in a
+draft's step; without a GPU, those of `--out`.
 """
 
 import dataclasses
@@ -170,16 +171,24 @@ def named(way: str, found: dict) -> dict:
 
 
 def merge(log: Log, path: pathlib.Path) -> None:
-    """Puts the best of each point into the table at `path`."""
+    """Puts the best of each point into the table at `path`.
+
+    Entries with `us_in_a_step` were tried in a draft's step, where another one can be best than in
+    a loop of one product, and stay. Records of earlier forms of `Tiling` are left out.
+    """
+    known = {field.name for field in dataclasses.fields(Tiling)}
     names = ("device", "inputs", "outputs", "bits", "group", "rows")
     entries = json.loads(path.read_text()) if path.exists() else []
     table = {tuple(e[n] for n in names): e for e in entries}
     best: dict[tuple, dict] = {}
     for r in good(log.select(kind="tiling")):
+        if set(r["tiling"]) != known or bucket(r["rows"]) is None:
+            continue
         shape = MATMUL[r["shape"]]
         key = r["device"], shape.inputs, shape.outputs, r["bits"], r["group"], bucket(r["rows"])
         best.setdefault(key, {**dict(zip(names, key)), "tiling": r["tiling"], "us": r["us"]})
-    lines = [json.dumps(e) for _, e in sorted({**table, **best}.items())]
+    kept = {key: e for key, e in table.items() if "us_in_a_step" in e}
+    lines = [json.dumps(e) for _, e in sorted({**table, **best, **kept}.items())]
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 

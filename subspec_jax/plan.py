@@ -215,8 +215,8 @@ def work_bytes(
 
     Where the cache does not hold keys and values as they are (`plain` is False), one layer's are
     rebuilt. Where layers are residuals, one matrix is put together at a time, or with `kernels` a
-    part of it; they multiply low-bit matrices, decode residuals, and attend to plain caches without
-    work space.
+    part of it; they decode residuals and attend to plain caches without work space, and multiply
+    low-bit matrices so up to 64 rows, beyond which a part of one is made dense.
     """
     size = DTYPES[cfg.dtype]
     rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
@@ -240,12 +240,15 @@ def work_bytes(
         parts = parts_of((cfg.d_model, cfg.vocab), fields) if kernels else 1
         decoded = weights // parts * (size + (0 if kernels else 4))
         head = logits + max(logits, decoded + 2 * logits // parts)
+        head = max(head, decoded + 2 * spec.nodes * cfg.vocab * 4 // parts)  # a greedy draw
     rows = spec.width + spec.lookup
     step = rows * cfg.vocab * 4 * 3 + block(rows)
-    if draft.bits is not None and not kernels:
-        step += largest * size  # a matrix is made dense
-    elif draft.bits is not None and max(rows, draft.own_cache * chunk) > LARGEST:
-        step = max(step, block(chunk)) + min(largest, PART) * (size + 4)  # a part of it is
+    if draft.bits is not None:
+        low = max(largest, cfg.d_model * cfg.vocab) if draft.head_bits is not None else largest
+        if not kernels:
+            step += low * size  # a matrix is made dense
+        elif max(rows, draft.own_cache * chunk) > LARGEST:
+            step = max(step, block(chunk)) + min(low, PART) * size  # a part of it is
     return max(QUEUED * block(max(chunk, spec.nodes)), head, step)
 
 

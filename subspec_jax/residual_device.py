@@ -197,14 +197,18 @@ def _decode_xla(residual: Residual, substitute: Packed) -> jax.Array:
     low = residual.low_DF
     if low is not None:
         low = low.reshape(Q, group, F)
-    parts = (substitute, offsets.astype(jnp.int32), low)
-    if count == Q:
-        pattern = _slab(residual, *parts)
-    else:
-        split = lambda a: a.reshape(Q // count, -1, *a.shape[1:])
-        chunks = lambda a: jnp.moveaxis(split(jnp.moveaxis(a, 1, 0)), 2, 1)
-        slabs = jax.tree.map(chunks, substitute), *jax.tree.map(split, parts[1:])
-        pattern = jax.lax.map(lambda part: _slab(residual, *part), slabs)
+    offsets = offsets.astype(jnp.int32)
+    turns = Q // count
+
+    def cut(a, n, axis):
+        size = a.shape[axis] // turns
+        return jax.lax.dynamic_slice_in_dim(a, n * size, size, axis)
+
+    def one(n):  # cut out when its turn comes: nothing is copied as a whole
+        own = jax.tree.map(lambda a: cut(a, n, 1), substitute)
+        return _slab(residual, own, cut(offsets, n, 0), None if low is None else cut(low, n, 0))
+
+    pattern = jax.lax.map(one, jnp.arange(turns))
     return _patched(pattern.reshape(Q, group, F), residual).reshape(residual.shape)
 
 

@@ -29,8 +29,9 @@ ROWS = 64
 """Rows of logits made at a time: 64 x 152,064 float32 are 39 MB, all 289 would be 176 MB."""
 
 SPLIT_ROWS = 160
-"""And with a head in two parts, which is put together each time: twice for 289 nodes. At once they
-and a part of that head took 374 MiB in one piece, which an H200 held at 8 GB no longer had."""
+"""And with a head in two parts, which is put together each time, where a draw needs whole rows:
+twice for 289 nodes. At once they and a part of that head took 374 MiB in one piece, which an H200
+held at 8 GB no longer had."""
 
 
 QUEUED = 2
@@ -179,7 +180,8 @@ def judge(
 ) -> Judged:
     """The target's draw behind every node, and with a gate its entropy and probabilities.
 
-    Logits are made for some nodes at a time (`rows_at_a_time`) and never leave the device.
+    Logits are made for some nodes at a time (`rows_at_a_time`) or, for a greedy draw and a head in
+    two parts, for some tokens at a time (`likeliest`), and never leave the device.
     """
     if gate is None and sampler.greedy and is_split(top.head_DV):
         return Judged(likeliest(top, x_1ED[0], cfg))

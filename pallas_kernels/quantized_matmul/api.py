@@ -16,7 +16,8 @@ from pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
 IMPLEMENTATIONS = ("xla", "triton")
 LARGEST = 64
-"""Rows beyond which dequantizing once into memory, as XLA does, costs less than it saves."""
+"""Rows beyond which XLA dequantizes into memory instead, in parts that bound it. The kernel reads
+the matrix once for 16 rows; at 289 it would lose, between 22 and 289 nobody has timed the two."""
 
 
 def why_not(x, w: Packed) -> str | None:

@@ -51,8 +51,8 @@ def _table() -> dict:
 
 
 AT_ONCE = 528
-"""Programs that keep an H200 busy, four a multiprocessor: the best numbers of splits of seven
-matrices make 400 to 750 of them."""
+"""Programs that keep an H200 busy, four a multiprocessor of its 132: the best numbers of splits of
+seven matrices make 400 to 750 of them. Other devices get as many."""
 
 
 def guess(rows: int, blocks: int, chunks: int) -> Tiling:

@@ -58,6 +58,19 @@ def test_budget_and_merging_without_a_gpu(small, monkeypatch):
         bench.main(dataclasses.replace(short, table=None), Console(quiet=True))
 
 
+def test_entries_that_were_tried_in_a_step_stay(small):
+    """And records of tilings with other fields, or of too many rows, are left out."""
+    log = bench.main(small, Console(quiet=True))
+    chosen = json.loads(small.table.read_text())
+    chosen[0] |= {"tiling": dataclasses.asdict(Tiling(8, 1, 4)), "us_in_a_step": 1.0}
+    small.table.write_text(json.dumps(chosen))
+    good = log.select(kind="tiling", rows=2)[0]
+    for odd in ({"tiling": {"way": "group"}}, {"rows": 289}):
+        log.all.append(good | {"us": 0.001} | odd)
+    bench.merge(log, small.table)
+    assert json.loads(small.table.read_text()) == chosen
+
+
 def test_more_rows_than_the_kernel_takes_are_only_compared(small):
     log = bench.main(dataclasses.replace(small, rows=(2,), large=(65,)), Console(quiet=True))
     assert {r["rows"] for r in log.select(kind="tiling")} == {2}

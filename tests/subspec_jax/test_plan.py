@@ -28,6 +28,7 @@ from subspec_jax.plan import (
     parse_bytes,
     published_tau,
     show_bytes,
+    work_bytes,
 )
 from subspec_jax.residual_device import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
@@ -211,6 +212,21 @@ def scratch(cfg, spec, draft, slots, chunk):
     drafting = 3 * rows * cfg.vocab * 4 + dense + block(rows)
     judging = 2 * min(64, spec.nodes) * cfg.vocab * 4
     return max(2 * block(chunk), 2 * block(spec.nodes), drafting, judging)
+
+
+def test_products_of_many_rows_make_a_matrix_dense():
+    """With kernels from 65 rows on, at most 40 million weights at a time; without, always a whole
+    matrix, the output head among them if it is of low bits."""
+    cfg = dataclasses.replace(MODELS["qwen2.5-7b"].config, dtype="bfloat16")
+    layer, head = 2 * cfg.d_model * cfg.d_ff, cfg.d_model * cfg.vocab
+    of = lambda width, kernels, **more: work_bytes(
+        cfg, TreeSpec("beam", 1, width), Draft(4, 64, **more), 512, 128, kernels=kernels
+    )
+    more = of(65, True) - of(64, True)
+    assert 80_000_000 < more < 81_000_000 + 12 * cfg.vocab
+    assert of(6, True) < 60_000_000 and of(6, True, own_cache=True) > 100_000_000
+    whole, low = of(6, False), of(6, False, head_bits=4)
+    assert whole > 2 * layer and low - whole == 2 * (head - layer)
 
 
 @pytest.mark.parametrize("cfg", [tiny(), tiny(vocab=2**15), tiny(d_ff=2048, dtype="bfloat16")])

@@ -83,7 +83,7 @@ def test_kernel(bits, group, count, cfg):
     assert error(kernel(x, w, cfg), x, dense) < BUDGET["kernel"]
 
 
-@pytest.mark.parametrize("bits, outputs", [(4, 300), (4, 1300), (3, 600)])
+@pytest.mark.parametrize("bits, outputs", [(4, 300), (4, 1200), (3, 1100)])
 def test_parts(monkeypatch, bits, outputs):
     """One block at a time, and two where the last part has one."""
     w, dense = matrix(bits, outputs=outputs)
@@ -91,8 +91,8 @@ def test_parts(monkeypatch, bits, outputs):
     for blocks in (1, 2):
         monkeypatch.setattr(reference, "PART", blocks * 256 * 32 * w.fields)
         assert error(quantized_matmul_by_parts(x, w), x, dense) < BUDGET["xla"]
-        whole, parts = reference.quantized_matmul_reference(x, w), quantized_matmul_by_parts(x, w)
-        np.testing.assert_array_equal(whole.shape, parts.shape)
+        wide = x.astype(jnp.float32)
+        assert error(quantized_matmul_by_parts(wide, w), wide, dense) < 1e-5
 
 
 def test_many_rows_go_by_parts_on_a_gpu(monkeypatch):
