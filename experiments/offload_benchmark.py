@@ -8,6 +8,10 @@ prompt lookup. Ours step by step: raw layers through XLA, with kernels, residual
 head, two layers ahead. Each in a process of its own under the memory limit, with random weights and
 a replayed acceptance, or on a checkpoint (`--checkpoint`, then real texts and overlapped drafting
 too). Every line of offload.jsonl is one of them; a second call goes on where the first stopped.
+
+On an H200 the first printed tokens/s of: vanilla 7.6, raw 33.4, kernels 90.1, residual 152.1,
+low-bit head 162.0, accelerate 0.78, with prompt lookup 0.85; the second, with
+`--flags="--max-length 1600"`: vanilla 1.29, low-bit head 34.2. One of the 7B takes 90 seconds.
 """
 
 import dataclasses

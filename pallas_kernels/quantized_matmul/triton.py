@@ -4,8 +4,9 @@ In a group, sum_d x_d (code_d step + offset) = step sum_d x_d (code_d + 128) + (
 sum_d x_d, so the inner loop neither scales nor shifts a weight. Both factors come from the tensor
 cores, too: a block's scales [S, K] times a matrix [K, rows] of zeros with a 1 at the step's K (or a
 -128 there and a 1 at the offset's) gives them where the sums lie, in every row, the step exact and
-the other rounded once. So all that
-a program reads feeds products, which is what lets Triton copy it ahead in the background.
+the other rounded once. So all that a program reads feeds products, which is what lets Triton copy
+it ahead in the background.
+
 Letters: M rows, X splits of the groups; the others as in `packing`.
 """
 
