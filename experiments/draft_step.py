@@ -142,7 +142,8 @@ def main(args: Step, console: Console) -> dict:
         "kind": "draft_step", **found, "floor": floor, "read_bytes_per_s": read,
         "step_over_floor": found["step"] / floor,
         "tree_over_steps": found["tree"] / (found["steps"] * found["step"]),
-        "device": jax.devices()[0].device_kind, "arguments": dataclasses.asdict(args),
+        "device": jax.devices()[0].device_kind,
+        "arguments": {k: v for k, v in dataclasses.asdict(args).items() if k != "output"},
         "environment": records.environment(),
     }  # fmt: skip
     console.print(
