@@ -21,8 +21,8 @@ from llm_jax import registry
 from llm_jax.checkpoint import CheckpointError, open_checkpoint
 from llm_jax.config import ConfigError
 from subspec_jax.offload import streamed_bytes
-from subspec_jax.residual_convert import convert
-from subspec_jax.residual_file import ResidualError
+from subspec_jax.residual.convert import convert
+from subspec_jax.residual.files import ResidualError
 
 ITERATIONS = {"hqq": 20, "nearest": 0}
 
@@ -47,7 +47,7 @@ class Convert:
 
 
 def main(args: Convert, console: Console) -> None:
-    path = registry.find(
+    path = registry.find_checkpoint(
         args.model, args.checkpoint, progress=lambda m: console.print(m, style="dim")
     )
     checkpoint = open_checkpoint(path)

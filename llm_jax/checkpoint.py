@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from llm_jax import LLMError
 from llm_jax.config import Config, ConfigError, from_hf
 from llm_jax.params import MLP, Attention, Layer, Params
 
@@ -28,7 +29,7 @@ LISTED = 10
 """Problems of a checkpoint that are listed one by one: a truncated file has one a tensor."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(LLMError):
     """A checkpoint that cannot be used; the message is for the user and needs no traceback."""
 
 

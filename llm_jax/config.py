@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Any
 
+from llm_jax import LLMError
 
-class ConfigError(ValueError):
+
+class ConfigError(LLMError):
     """A model description this package cannot run; the message says which field and why."""
 
 

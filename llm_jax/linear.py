@@ -29,6 +29,6 @@ def terms(w, x):
 
 
 @functools.singledispatch
-def lookup(table_VD, tokens):
+def embedding_rows(table_VD, tokens):
     """Rows of an embedding table of any kind: tokens[...] -> [..., D]."""
     return table_VD[tokens]

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 
 from llm_jax.attention import Step, attention, rms_norm
 from llm_jax.config import Config
-from llm_jax.linear import linear, lookup, precision
+from llm_jax.linear import embedding_rows, linear, precision
 from llm_jax.params import MLP, JoinedMLP, Layer, Params
 
 
 def embed(params: Params, tokens_BT, cfg: Config):
     """The tokens' embeddings, [B, T, D]."""
-    return lookup(params.embed_VD, tokens_BT).astype(cfg.dtype)
+    return embedding_rows(params.embed_VD, tokens_BT).astype(cfg.dtype)
 
 
 def block(layer: Layer, x_BTD, cache, step: Step, cfg: Config):

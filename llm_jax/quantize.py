@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from llm_jax.linear import linear, lookup
+from llm_jax.linear import embedding_rows, linear
 
 BITS = (2, 3, 4, 8)
 _static = functools.partial(dataclasses.field, metadata=dict(static=True))
@@ -97,7 +97,7 @@ def _(w: Quantized, x, out_dtype=None):
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedTable:
-    """A low-bit embedding table [V, D], grouped along D: `lookup` dequantizes what it reads."""
+    """A low-bit embedding table [V, D], grouped along D; `embedding_rows` dequantizes rows."""
 
     rows_DV: Quantized
 
@@ -106,7 +106,7 @@ class QuantizedTable:
         return self.rows_DV.shape[::-1]
 
 
-@lookup.register
+@embedding_rows.register
 def _(table: QuantizedTable, tokens):
     w, flat = table.rows_DV, tokens.reshape(-1)
     take = lambda a: jnp.take(a, flat, axis=-1)

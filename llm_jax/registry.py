@@ -115,7 +115,7 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def find(
+def find_checkpoint(
     model: str,
     checkpoint: str | Path | None = None,
     cache_dir: str | Path | None = None,
@@ -129,7 +129,7 @@ def find(
     """
     if checkpoint is not None:
         return open_checkpoint(checkpoint).path
-    known = lookup(model)
+    known = find_model(model)
     if cached := _from_hub(known.repo, local_only=True):
         return cached
     reasons = []
@@ -142,7 +142,7 @@ def find(
     raise CheckpointError(_unreachable(known, reasons))
 
 
-def lookup(name: str) -> Model:
+def find_model(name: str) -> Model:
     """The model of that name; the error for another lists the close ones and all."""
     if name in MODELS:
         return MODELS[name]

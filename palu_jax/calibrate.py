@@ -25,12 +25,13 @@ from llm_jax.config import Config
 from llm_jax.linear import linear
 from llm_jax.model import block, embed, unembed
 from llm_jax.params import Attention, Params
+from palu_jax import PaluError
 
 HIGHEST = jax.lax.Precision.HIGHEST
 VERSION = 1
 
 
-class CalibrationError(ValueError):
+class CalibrationError(PaluError):
     """Statistics that do not belong to this model or text; the message says what differs."""
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from llm_jax.attention import rope_frequencies
 from llm_jax.config import Config
 from llm_jax.params import Attention, Layer, Params
+from palu_jax import PaluError
 from palu_jax.attention import Factors, PaluAttention
 from palu_jax.decompose import Spectrum, block_diagonal, key_metric, spectrum, value_metric
 from palu_jax.latent import LatentFormat, rotation
@@ -27,7 +28,7 @@ DISTANCES = np.unique(np.geomspace(1, 2048, 48).astype(int))
 """Between query and key, over which the cost of a key's error is averaged."""
 
 
-class ConvertError(ValueError):
+class ConvertError(PaluError):
     """A conversion that cannot be; the message says what does not fit."""
 
 

@@ -15,11 +15,12 @@ from jax.tree_util import register_dataclass
 
 from llm_jax.cache import move_rows, write
 from pallas_kernels.lowrank_attention.latents import BITS, Latents, block_bytes, dense, pack
+from palu_jax import PaluError
 
 _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 
-class FormatError(ValueError):
+class FormatError(PaluError):
     """A cache format that cannot be; the message says what is possible."""
 
 

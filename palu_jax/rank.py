@@ -11,12 +11,13 @@ from typing import Literal
 import numpy as np
 
 from pallas_kernels.lowrank_attention.latents import block_bytes
+from palu_jax import PaluError
 from palu_jax.latent import LatentFormat
 
 Ranks = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
-class RankError(ValueError):
+class RankError(PaluError):
     """Ranks that cannot be; the message says what is possible."""
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from llm_jax.config import Config
 from llm_jax.params import Layer, Params
+from palu_jax import PaluError
 from palu_jax.attention import Factors, PaluAttention
 from palu_jax.convert import Recipe, check
 from palu_jax.latent import LatentFormat
@@ -26,7 +27,7 @@ VERSION = 1
 NAME = "palu.json"
 
 
-class StoreError(ValueError):
+class StoreError(PaluError):
     """A stored conversion that cannot be used; the message says why and what to do."""
 
 

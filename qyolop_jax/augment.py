@@ -10,15 +10,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qyolop_jax import QyolopError
 from qyolop_jax.config import IGNORE
 from qyolop_jax.postprocess import Transform
 from qyolop_jax.samples import Sample, SampleError
-from qyolop_jax.scene_clutter import need_cv2
+from qyolop_jax.scenes.clutter import need_cv2
 
 GREY = 114  # what is outside of all images
 
 
-class AugmentError(ValueError):
+class AugmentError(QyolopError):
     """A setting that cannot be; the message says what is possible."""
 
 

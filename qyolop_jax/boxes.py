@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
+from qyolop_jax import QyolopError
 from qyolop_jax.config import ModelConfig
 
 ANCHOR_WIDTH = 640  # the image width at which `ModelConfig.anchors` are pixels
 ANCHORS = 3  # of each cell
 
 
-class BoxError(ValueError):
+class BoxError(QyolopError):
     """Raw outputs that do not fit the config; the message says what was expected."""
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from typing import Literal
 
+from qyolop_jax import QyolopError
+
 DETECTION = ("pedestrian", "vehicle", "scooter", "bicycle")
 AREA = ("background", "main", "alternative")
 LANE = ("background", "single", "double", "dashed")
@@ -21,7 +23,7 @@ ANCHORS = (
 Activation = Literal["silu", "relu", "hardswish"]
 
 
-class ConfigError(ValueError):
+class ConfigError(QyolopError):
     """A model that cannot be; the message says what is possible."""
 
 

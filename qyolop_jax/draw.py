@@ -6,7 +6,7 @@ import numpy as np
 
 from qyolop_jax.config import UNKNOWN, ModelConfig
 from qyolop_jax.samples import SampleError
-from qyolop_jax.scene_clutter import need_cv2
+from qyolop_jax.scenes.clutter import need_cv2
 
 DETECTION_COLORS = (
     (255, 92, 92), (72, 180, 255), (255, 176, 40), (196, 120, 255), (120, 230, 160),

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qyolop_jax import QyolopError
 from qyolop_jax.graph import Graph, GraphError, Node, check_size
 from qyolop_jax.integer import IntegerModel
 from qyolop_jax.scales import INPUT_SCALE
@@ -25,7 +26,7 @@ OPSET, IR = 17, 8
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-class ExportError(ValueError):
+class ExportError(QyolopError):
     """Something that cannot be exported or read back; the message says why."""
 
 

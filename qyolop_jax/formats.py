@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from qyolop_jax import QyolopError
 from qyolop_jax.config import IGNORE, UNKNOWN
 from qyolop_jax.relabel import Object
-from qyolop_jax.scene_clutter import need_cv2
+from qyolop_jax.scenes.clutter import need_cv2
 
 CATEGORY_OUT = {
     "pedestrian": "pedestrian",
@@ -28,7 +29,7 @@ ignored or of unknown kind; to other readers they are background, as bit 3 is se
 AREA_OUT = {0: 2, 1: 0, 2: 1, IGNORE: 255, UNKNOWN: 254}
 
 
-class ReadError(ValueError):
+class ReadError(QyolopError):
     """A file or folder that is missing or broken; the message names it."""
 
 

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qyolop_jax import QyolopError
 from qyolop_jax.config import ModelConfig
 
 
-class GraphError(ValueError):
+class GraphError(QyolopError):
     """A graph that does not hold together, or an image that does not fit it."""
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from qyolop_jax import QyolopError
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.graph import Graph, Node, activate, check_size, convolve, walk
 from qyolop_jax.scales import (
@@ -37,7 +38,7 @@ from qyolop_jax.scales import (
 )
 
 
-class IntegerError(ValueError):
+class IntegerError(QyolopError):
     """A file that is not an integer model; the message says what is wrong with it."""
 
 

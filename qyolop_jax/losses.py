@@ -11,12 +11,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from qyolop_jax import QyolopError
 from qyolop_jax.assign import assign
 from qyolop_jax.boxes import cells, ciou, decode, image_size, iou
 from qyolop_jax.config import UNKNOWN, ModelConfig
 
 
-class LossError(ValueError):
+class LossError(QyolopError):
     """Settings or targets that cannot be; the message says what was expected."""
 
 

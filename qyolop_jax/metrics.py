@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from qyolop_jax import QyolopError
 from qyolop_jax.config import IGNORE, UNKNOWN
 
 INSTALL = "pip install -e '.[vision]'"
 
 
-class MetricError(ValueError):
+class MetricError(QyolopError):
     """Masks, boxes or settings that cannot be; the message says what was expected."""
 
 

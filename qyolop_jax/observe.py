@@ -10,12 +10,14 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from qyolop_jax import QyolopError
+
 Kind = Literal["absmax", "ema", "percentile", "mse"]
 BINS = 8192
 """Of a histogram, a power of two; its steps are at most 2 / 4096 of the largest magnitude."""
 
 
-class ObserveError(ValueError):
+class ObserveError(QyolopError):
     """An observer that cannot be, or one that saw nothing; the message says what to do."""
 
 

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
+from qyolop_jax import QyolopError
 from qyolop_jax.boxes import decode, image_size, pairwise_iou
 from qyolop_jax.config import ModelConfig
 
 CANDIDATES = 512  # best-scored predictions of an image that enter NMS
 
 
-class PostprocessError(ValueError):
+class PostprocessError(QyolopError):
     """Arguments or transforms that cannot be; the message says what was expected."""
 
 

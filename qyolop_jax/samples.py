@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qyolop_jax import QyolopError
 from qyolop_jax.config import AREA, DETECTION, IGNORE, LANE, UNKNOWN
 
 TASKS = ("detection", "area", "lane")
@@ -21,7 +22,7 @@ Batch = dict[str, np.ndarray]
 and lane u8 [B, H, W], labelled bool [B, 3]."""
 
 
-class SampleError(ValueError):
+class SampleError(QyolopError):
     """A sample or a batch that cannot be; the message names it and says what was expected."""
 
 

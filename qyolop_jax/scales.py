@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qyolop_jax import QyolopError
 from qyolop_jax.graph import Graph, GraphError, Node
 from qyolop_jax.observe import Kind, check_percentile, observer
 
@@ -26,7 +27,7 @@ INPUT_SCALE = 1 / 64
 TINY = 1e-12
 
 
-class QuantizeError(ValueError):
+class QuantizeError(QyolopError):
     """Settings, scales and graph that do not fit; the message says which and what to do."""
 
 

@@ -10,16 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from qyolop_jax import QyolopError
 from qyolop_jax.augment import GREY, AugmentConfig, augment, letterbox
 from qyolop_jax.formats import ReadError
 from qyolop_jax.postprocess import Transform
 from qyolop_jax.samples import Batch, Report, Sample, SampleError, check, collate, sample
-from qyolop_jax.scene_clutter import need_cv2
+from qyolop_jax.scenes.clutter import need_cv2
 
 TRIES = 20  # broken samples in a row that are skipped, before it is an error
 
 
-class SourceError(ValueError):
+class SourceError(QyolopError):
     """Data sets or settings that give no stream; the message says what to change."""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from qyolop_jax.formats import ReadError
 from qyolop_jax.readers import Bdd100k, TypedLanes
 from qyolop_jax.samples import Report, Sample, SampleError, check
-from qyolop_jax.scene_clutter import need_cv2
+from qyolop_jax.scenes.clutter import need_cv2
 
 try:
     import tensorflow_datasets as tfds

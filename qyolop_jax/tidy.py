@@ -3,7 +3,7 @@
 import numpy as np
 
 from qyolop_jax.postprocess import Found
-from qyolop_jax.scene_clutter import need_cv2
+from qyolop_jax.scenes.clutter import need_cv2
 
 PATCH = 100
 """An area smaller than the image divided by this is taken for its surroundings."""

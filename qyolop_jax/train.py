@@ -20,13 +20,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qyolop_jax.packed import pack
+from qyolop_jax import QyolopError
+from qyolop_jax.flat import pack
 
 State = dict[str, Any]
 Batch = dict[str, Any]
 
 
-class TrainError(ValueError):
+class TrainError(QyolopError):
     """A run that cannot be started or continued; the message says what to change."""
 
 

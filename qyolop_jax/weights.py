@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qyolop_jax import QyolopError
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.model import Panoptic
 
 KEY = "qyolop"
 
 
-class WeightsError(ValueError):
+class WeightsError(QyolopError):
     """A file that is not of this model; the message says what it is."""
 
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from llm_jax.attention import caches_for
 from llm_jax.cache import KV
-from subspec_jax.offload import settled
-from subspec_jax.verify import Target, prefill
+from subspec_jax.offload import to_device
+from subspec_jax.verify import Target, streamed_prefill
 
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Distance from 1 to the next number of a dtype."""
@@ -52,14 +52,14 @@ def compare_with_plain(
         text = [*prompt, *plain[:at]]
         if caches is None:
             slots = -(-len(text) // 128) * 128
-            caches = list(settled(caches_for(target.params, target.cfg, 1, slots)))
-        logits, _ = prefill(target, text, caches, chunk)
+            caches = list(to_device(caches_for(target.params, target.cfg, 1, slots)))
+        logits, _ = streamed_prefill(target, text, caches, chunk)
         logits_V = np.asarray(logits[0].astype(jnp.float32))
         result["logit_gap"] = float(logits_V[plain[at]] - logits_V[tokens[at]])
         largest = float(np.abs(logits_V).max())
         result["tolerance"] = ROUNDINGS * EPSILON[target.cfg.dtype] * largest
         if not isinstance(caches[0], KV):
-            again, _ = prefill(target, text, caches, 16)
+            again, _ = streamed_prefill(target, text, caches, 16)
             moved = float(jnp.abs(again - logits).max())
             result["tolerance"] = max(result["tolerance"], moved)
     return result

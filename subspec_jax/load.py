@@ -12,12 +12,12 @@ import numpy as np
 from llm_jax.packed import packed
 from llm_jax.params import Layer, Params, init_layer, joined, unjoined
 from llm_jax.quantize import quantize
-from subspec_jax.offload import fetch, offload, place, settled
+from pallas_kernels.residual_decode.code import pad
+from subspec_jax.offload import offload, place, to_device
 from subspec_jax.plan import Plan
-from subspec_jax.residual import pad
-from subspec_jax.residual_device import Split, decode_layer, is_split
-from subspec_jax.residual_encode import encode
-from subspec_jax.residual_file import Converted
+from subspec_jax.residual.encode import encode
+from subspec_jax.residual.files import Converted
+from subspec_jax.residual.split import Split, decode_layer, is_split
 from subspec_jax.substitute import substitute
 from subspec_jax.verify import Target
 
@@ -36,15 +36,15 @@ def load_target(
     """
 
     def place_layer(i, layer):
-        return jax.block_until_ready((fetch if i in plan.stays else offload)(layer))
+        return jax.block_until_ready((to_device if i in plan.stays else offload)(layer))
 
     def place_table(name, array):
         on_host = name == "embed_VD" and plan.table_on_host
-        return np.array(array) if on_host else settled(array)
+        return np.array(array) if on_host else to_device(array)
 
     if isinstance(source, Converted):
         return _load_converted(source, plan, place_layer, place_table, progress, verify)
-    if plan.residual:
+    if plan.streams_residuals:
         raise ValueError("this plan streams residuals; convert the checkpoint first")
     report = (lambda done, total: progress(done)) if progress else None
     params = source.load(plan.cfg, place_layer, place_table, report)
@@ -64,7 +64,7 @@ def _load_converted(source, plan, place_layer, place_table, progress, verify) ->
         source.verify_tables()
     tables = {name: place_table(name, array) for name, array in source.tables.items()}
     if source.head is not None:
-        head = settled(source.head)
+        head = to_device(source.head)
         whole = None
         if verify or not plan.split_head:
             whole = _decode_head(head, plan.cfg.vocab)
@@ -74,11 +74,13 @@ def _load_converted(source, plan, place_layer, place_table, progress, verify) ->
     layers = []
     for i in range(plan.cfg.layers):
         split = source.layer(i)
-        if verify or not plan.residual:
-            whole = _decode_layer(settled(split))
+        if verify or not plan.streams_residuals:
+            whole = _decode_layer(to_device(split))
             if verify:
                 source.verify(i, whole)
-        layers.append(place_layer(i, split if plan.residual else unjoined(whole, plan.cfg)))
+        layers.append(
+            place_layer(i, split if plan.streams_residuals else unjoined(whole, plan.cfg))
+        )
         if progress:
             progress(i + 1)
     return Target(Params(layers=tuple(layers), **tables), plan.cfg, plan.ahead)
@@ -96,7 +98,7 @@ def random_target(
     make = jax.jit(init_layer, static_argnames="cfg")
     normal = jax.jit(_normal, static_argnames=("shape", "dtype"))
     key, layers = jax.random.key(seed), []
-    if plan.residual:
+    if plan.streams_residuals:
         split = split or split_layer(make(key, cfg), plan.model.layers[0])
         copied = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a.copy()
     table_key, head_key = jax.random.split(jax.random.fold_in(key, cfg.layers))
@@ -104,21 +106,21 @@ def random_target(
     if plan.split_head:  # first, while there is room for the whole one
         shape = plan.model.head_DV.shape
         head = normal(head_key, shape, cfg.dtype)
-        head = settled(split_layer(head, plan.model.head_DV))
+        head = to_device(split_layer(head, plan.model.head_DV))
     for i in range(cfg.layers):
-        if plan.residual:
+        if plan.streams_residuals:
             layer = jax.tree.map(copied, split)
         else:
             layer = make(jax.random.fold_in(key, i), cfg)
-        layers.append(jax.block_until_ready((fetch if i in plan.stays else offload)(layer)))
+        layers.append(jax.block_until_ready((to_device if i in plan.stays else offload)(layer)))
         if progress:
             progress(i + 1)
     table = normal(table_key, (cfg.vocab, cfg.d_model), cfg.dtype)
-    table = np.asarray(table) if plan.table_on_host else settled(table)
+    table = np.asarray(table) if plan.table_on_host else to_device(table)
     if not cfg.tied and head is None:
         head = normal(head_key, (cfg.d_model, cfg.vocab), cfg.dtype)
     norm = jnp.ones(cfg.d_model, cfg.dtype)
-    head, norm = settled((head, norm))
+    head, norm = to_device((head, norm))
     return Target(Params(table, tuple(layers), norm, head), cfg, plan.ahead)
 
 
@@ -158,7 +160,7 @@ def arrange(target: Target, plan: Plan) -> Target:
         table = np.asarray(table)
     layers = place(target.params.layers, plan.stays)
     if not plan.table_on_host:
-        table = settled(table)
+        table = to_device(table)
     params = dataclasses.replace(target.params, embed_VD=table, layers=layers)
     return dataclasses.replace(target, params=params, ahead=plan.ahead)
 
@@ -171,7 +173,7 @@ def make_draft(
     if draft.bits is None:
         raise ValueError("this plan has no substitutes")
     chosen = range(plan.resident if draft.share_resident else 0, plan.cfg.layers)
-    if plan.residual:
+    if plan.streams_residuals:
         chosen = None
     options = (draft.bits, draft.group, iterations, chosen, progress, draft.head_bits)
     return substitute(target.params, *options)
@@ -179,5 +181,5 @@ def make_draft(
 
 def fetched(params: Params) -> Params:
     """All parameters on the device, for plain use of a model that fits."""
-    layers = tuple(fetch(layer) for layer in params.layers)
-    return dataclasses.replace(params, embed_VD=settled(params.embed_VD), layers=layers)
+    layers = tuple(to_device(layer) for layer in params.layers)
+    return dataclasses.replace(params, embed_VD=to_device(params.embed_VD), layers=layers)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from llm_jax.params import Layer
-from subspec_jax.residual_device import Split, is_split
+from subspec_jax.residual.split import Split, is_split
 
 Host = jax.memory.Space.Host
 
@@ -28,7 +28,7 @@ def home(memory_kind: str = "device") -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
 
 
-def settled(tree):
+def to_device(tree):
     """The tree on the device and committed to it, without copying what is there already.
 
     Programs are compiled apart for committed arguments and for others; what comes from the host is
@@ -56,10 +56,6 @@ def offload(layer: Layer) -> Layer:
     return jax.device_put(layer, jax.tree.map(lambda m: host if m else device, moving(layer)))
 
 
-fetch = settled
-"""The layer with everything on the device: one asynchronous transfer of all its host arrays."""
-
-
 def _on_host(array) -> bool:
     return isinstance(array, jax.Array) and jax.typeof(array).memory_space == Host
 
@@ -79,12 +75,12 @@ def place(layers: Sequence[Layer], resident: int | Collection[int]) -> tuple[Lay
     stay = range(resident) if isinstance(resident, int) else resident
     order = sorted(range(len(layers)), key=lambda i: (i in stay, i if i in stay else -i))
     for i in order:
-        placed[i] = jax.block_until_ready((fetch if i in stay else offload)(layers[i]))
+        placed[i] = jax.block_until_ready((to_device if i in stay else offload)(layers[i]))
     return tuple(placed)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stop:
+class StreamedLayer:
     """A layer taken apart ahead of time: a pass waits for the host while it starts a copy."""
 
     leaves: tuple
@@ -95,7 +91,7 @@ class Stop:
     """What they take."""
 
     @classmethod
-    def of(cls, layer: Layer) -> "Stop":
+    def of(cls, layer: Layer) -> "StreamedLayer":
         leaves, structure = jax.tree.flatten(layer)
         moves = tuple(i for i, a in enumerate(leaves) if _on_host(a))
         return cls(tuple(leaves), structure, moves, sum(leaves[i].nbytes for i in moves))
@@ -112,9 +108,9 @@ class Stop:
         return jax.tree.unflatten(self.structure, leaves)
 
 
-def route(layers: Sequence[Layer]) -> tuple[Stop, ...]:
+def route(layers: Sequence[Layer]) -> tuple[StreamedLayer, ...]:
     """What a `Stream` goes along."""
-    return tuple(map(Stop.of, layers))
+    return tuple(map(StreamedLayer.of, layers))
 
 
 class Stream:
@@ -130,7 +126,7 @@ class Stream:
     and blocks take turns: 97 instead of 74 ms for a pass of 28 layers of residuals on an H200.
     """
 
-    def __init__(self, stops: Sequence[Stop], ahead: int = 1):
+    def __init__(self, stops: Sequence[StreamedLayer], ahead: int = 1):
         # No generator: one that refers to its owner keeps its layers until a collection.
         self._stops, self._taken = stops, 0
         self._coming = collections.deque(stop for stop in stops if stop.moves)

@@ -16,10 +16,11 @@ from llm_jax.quantize import check_grouping, quantized_bytes
 from pallas_kernels.quantized_matmul.api import LARGEST
 from pallas_kernels.quantized_matmul.packing import fields_of, packed_bytes
 from pallas_kernels.quantized_matmul.reference import PART
+from pallas_kernels.residual_decode.triton import why_not
 from pallas_kernels.tree_attention.api import HEADS
+from subspec_jax import SubspecError
 from subspec_jax.offload import streamed_bytes
-from subspec_jax.residual_device import SLAB, Split, has_split, is_split, parts_of
-from subspec_jax.residual_triton import why_not
+from subspec_jax.residual.split import SLAB, Split, has_split, is_split, parts_of
 from subspec_jax.substitute import substitute_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
 from subspec_jax.verify import QUEUED, rows_at_a_time
@@ -27,7 +28,7 @@ from subspec_jax.verify import QUEUED, rows_at_a_time
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
 
-class PlanError(ValueError):
+class PlanError(SubspecError):
     """A limit no plan can meet; the message names the least that would work."""
 
 
@@ -102,7 +103,7 @@ class Plan:
     @property
     def stays(self) -> frozenset[int]:
         """The numbers of the layers that stay on the device."""
-        return _stay(self.cfg.layers, self.resident, self.residual)
+        return _stay(self.cfg.layers, self.resident, self.streams_residuals)
 
     @property
     def total(self) -> int:
@@ -110,7 +111,7 @@ class Plan:
         return sum(self.device.values())
 
     @property
-    def residual(self) -> bool:
+    def streams_residuals(self) -> bool:
         """Layers stream as residuals of their substitutes and not as they are."""
         return has_split(self.model.layers)
 

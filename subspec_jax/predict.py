@@ -19,9 +19,9 @@ from llm_jax.attention import caches_for
 from llm_jax.params import Layer, Params
 from llm_jax.sample import Sampler
 from subspec_jax.draft import grow
-from subspec_jax.offload import Stop, offload, settled, streamed_bytes
+from subspec_jax.offload import StreamedLayer, offload, streamed_bytes, to_device
 from subspec_jax.plan import Plan
-from subspec_jax.residual_device import is_split
+from subspec_jax.residual.split import is_split
 from subspec_jax.substitute import (
     substitute_head,
     substitute_layer,
@@ -29,14 +29,14 @@ from subspec_jax.substitute import (
     substitutes,
 )
 from subspec_jax.tree import cache_slots, live_sizes, seedling
-from subspec_jax.verify import jit_block, lay_out, settle
+from subspec_jax.verify import finish_round, jit_block, lay_out
 
 FEW, MORE = 2, 4
 """Layers of the drafts that are timed: their difference is the time of a layer."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
+class RoundCosts:
     """Seconds."""
 
     draft: float
@@ -81,7 +81,7 @@ def pass_seconds(
     return now
 
 
-def round_seconds(plan: Plan, costs: Costs, link: float) -> float:
+def round_seconds(plan: Plan, costs: RoundCosts, link: float) -> float:
     """Draft, pass and end of one round of the plan, over a link of so many bytes a second."""
     layers = enumerate(plan.model.layers)
     sizes = [0 if i in plan.stays else streamed_bytes(layer) for i, layer in layers]
@@ -91,7 +91,7 @@ def round_seconds(plan: Plan, costs: Costs, link: float) -> float:
 
 def measure(
     plan: Plan, exact: Layer, sampler: Sampler = Sampler(), length: int | None = None
-) -> Costs:
+) -> RoundCosts:
     """Times the plan's parts on the device, which should hold nothing else.
 
     `exact` is a layer of the target, anywhere; `length` how long the text is meant to be, a quarter
@@ -103,17 +103,17 @@ def measure(
     length = length or max(1, plan.max_length // 4)
     slots = cache_slots(plan.max_length, spec)
     live = next(size for size in live_sizes(slots) if size >= length + spec.places)
-    at, key = settled(jnp.int32(length)), jax.random.key(0)
+    at, key = to_device(jnp.int32(length)), jax.random.key(0)
     send = _send_seconds(exact) if plan.streamed else 0.0
-    exact = settled(exact)
+    exact = to_device(exact)
     model = _model(plan, (exact,))
-    caches = lambda n: settled(
+    caches = lambda n: to_device(
         caches_for(_model(plan, (exact,) * n), cfg, 1, slots, spec.places + 1)
     )
 
-    tree = settled(seedling(jnp.int32(0), spec))
+    tree = to_device(seedling(jnp.int32(0), spec))
     _, tokens, step = lay_out(tree, at, spec, live)
-    state = [settled(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype)), caches(1)[0]]
+    state = [to_device(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype)), caches(1)[0]]
 
     def block():
         state[0], state[1], done = jit_block(exact, state[0], state[1], step, cfg)
@@ -138,20 +138,20 @@ def measure(
     def end():
         cut, *_ = lay_out(tree, at, spec, live)
         grown = jax.tree.map(jnp.copy, tree)
-        accepted = settled(jnp.int32(0))
-        *found, kept = settle(
+        accepted = to_device(jnp.int32(0))
+        *found, kept = finish_round(
             top, x, cut, grown, tuple(few[0]), at, key, accepted, cfg, spec, sampler, None, True
         )
         few[0] = kept
         return jax.device_get(found[:3])
 
     times["rest"] = _seconds(end, 1)
-    return Costs(_draft_seconds(plan, drafted), times["block"], times["rest"], send)
+    return RoundCosts(_draft_seconds(plan, drafted), times["block"], times["rest"], send)
 
 
 def _send_seconds(exact: Layer, repeats: int = 5) -> float:
     """What `offload.Stream` takes to start a copy; it is not waited for within that time."""
-    stop, times = Stop.of(offload(exact)), []
+    stop, times = StreamedLayer.of(offload(exact)), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
         copies = stop.send()
@@ -176,9 +176,9 @@ def _draft_seconds(plan: Plan, drafted: dict) -> float:
 def _draft_kinds(plan: Plan, exact: Layer) -> dict[str, Layer]:
     """A layer of each kind that the draft has."""
     draft, kinds = plan.draft, {}
-    if plan.resident < plan.cfg.layers or not draft.share_resident or plan.residual:
-        kinds["low"] = settled(substitute_layer(exact, draft.bits, draft.group, 0))
-    if plan.resident and draft.share_resident and not plan.residual:
+    if plan.resident < plan.cfg.layers or not draft.share_resident or plan.streams_residuals:
+        kinds["low"] = to_device(substitute_layer(exact, draft.bits, draft.group, 0))
+    if plan.resident and draft.share_resident and not plan.streams_residuals:
         kinds["shared"] = exact
     return kinds
 
@@ -197,8 +197,8 @@ def _draft_model(plan: Plan, model: Params) -> Params:
 
 def _tree_seconds(params, caches, at, key, plan, sampler, live) -> float:
     state = [caches]
-    never = settled(jnp.full(max(plan.spec.steps, 1), -jnp.inf, jnp.float32))
-    fresh = settled(seedling(jnp.int32(0), plan.spec))
+    never = to_device(jnp.full(max(plan.spec.steps, 1), -jnp.inf, jnp.float32))
+    fresh = to_device(seedling(jnp.int32(0), plan.spec))
 
     def run():
         tree = jax.tree.map(jnp.copy, fresh)
@@ -225,9 +225,9 @@ def _seconds(f: Callable, calls: int, repeats: int = 5) -> float:
 def _model(plan: Plan, layers: tuple) -> Params:
     """Tables of zeros around the layers; zeros are as quick as anything."""
     cfg = plan.cfg
-    zeros = lambda *shape: settled(jnp.zeros(shape, cfg.dtype))
+    zeros = lambda *shape: to_device(jnp.zeros(shape, cfg.dtype))
     size = cfg.vocab, cfg.d_model
     table = np.zeros(size, cfg.dtype) if plan.table_on_host else zeros(*size)
     shapes = plan.model.head_DV
-    head = settled(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
+    head = to_device(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
     return Params(table, layers, zeros(cfg.d_model), head)

@@ -5,7 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from subspec_jax.offload import home, settled
+from subspec_jax.offload import home, to_device
 
 
 def link_bandwidth(size: int = 2**30, repeats: int = 4) -> float:
@@ -14,7 +14,7 @@ def link_bandwidth(size: int = 2**30, repeats: int = 4) -> float:
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        jax.block_until_ready(settled(host))
+        jax.block_until_ready(to_device(host))
         times.append(time.perf_counter() - began)
     return size / min(times[1:])
 

@@ -17,8 +17,8 @@ from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from subspec_jax.draft import extend_once, grow, grow_along
 from subspec_jax.lookup import Payoff, check_longest, padded
-from subspec_jax.offload import settled
-from subspec_jax.stop import Stop
+from subspec_jax.offload import to_device
+from subspec_jax.stop import StopRule
 from subspec_jax.tree import Tree, TreeSpec, commit
 
 
@@ -120,7 +120,7 @@ class ModelDraft(Proposer):
     SubSpec without sharing): it prefills the prompt and follows what the target accepts.
 
     `stop_gain`: growing stops where a step is expected to add no more accepted tokens than this; 0
-    never stops; "auto" is the break-even point (`subspec_jax.stop.Stop`).
+    never stops; "auto" is the break-even point (`subspec_jax.stop.StopRule`).
 
     With `spec.lookup` the draft is shown what followed the last tokens of its best guess (n-grams
     of at most `longest`) earlier in the text, unless that has spared few steps lately.
@@ -146,13 +146,13 @@ class ModelDraft(Proposer):
         self._payoff, self._text, self._counts = Payoff(), None, None
         self._compiled = set()  # (live slots, sampler) of both ways to grow
         self._extended = 0
-        self.stop = Stop(stop_gain, spec.steps, bool(spec.extra))
-        self._least_L = settled(self.stop.least_gain_L())
+        self.stop = StopRule(stop_gain, spec.steps, bool(spec.extra))
+        self._least_L = to_device(self.stop.least_gain_L())
 
     def start(self, state, slots, chunk):
         if self.own_cache:
             if self._caches is None or self._caches[0].slots != slots:
-                self._caches = settled(
+                self._caches = to_device(
                     caches_for(self.params, self.cfg, 1, slots, self.spec.places)
                 )
             _, self._caches = prefill(self.params, state.tokens[:-1], self._caches, self.cfg, chunk)
@@ -162,7 +162,7 @@ class ModelDraft(Proposer):
         self._slots, self._payoff = slots, Payoff()
         if self.spec.lookup and (state.live, state.sampler) not in self._compiled:
             planted, never = state.tree, jnp.full_like(self._least_L, jnp.inf)
-            for self._text in (None, settled(padded(state.tokens, slots))):
+            for self._text in (None, to_device(padded(state.tokens, slots))):
                 state.tree = jax.tree.map(jnp.copy, planted)
                 self._grow(state, never)  # the root's step alone, which the first round repeats
             state.tree = planted
@@ -170,7 +170,7 @@ class ModelDraft(Proposer):
 
     def prepare(self, state):
         looks = self.spec.lookup and self._payoff.due()
-        self._text = settled(padded(state.tokens, self._slots)) if looks else None
+        self._text = to_device(padded(state.tokens, self._slots)) if looks else None
 
     def propose(self, state):
         self._grow(state, self._least_L)
@@ -234,7 +234,7 @@ class ModelDraft(Proposer):
         self.stop.learn(
             gains, hits, result.seconds, len(result.tokens), result.draft_s, result.steps
         )
-        self._least_L = settled(self.stop.least_gain_L())
+        self._least_L = to_device(self.stop.least_gain_L())
 
 
 @functools.partial(jax.jit, donate_argnames="caches")
@@ -278,7 +278,7 @@ class PromptLookup(Proposer):
             size=np.int32(size),
             forwarded=np.int32(0),
         )
-        state.tree = settled(state.tree)
+        state.tree = to_device(state.tree)
 
     def continuations(self, tokens: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
         """(token, parent, depth) of the tree's nodes, the root first."""

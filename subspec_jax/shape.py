@@ -15,7 +15,7 @@ from subspec_jax.propose import Round
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
+class TreeCosts:
     """Measured seconds. Between two measurements lies a line; beyond the outermost, their value."""
 
     draft_s: Mapping[int, float]
@@ -41,7 +41,7 @@ def _between(measured: Mapping[int, float], at: int) -> float:
     return float(np.interp(at, places, [measured[p] for p in places]))
 
 
-def measured_costs(trees: Mapping[tuple[int, int], Iterable[Round]]) -> Costs:
+def measured_costs(trees: Mapping[tuple[int, int], Iterable[Round]]) -> TreeCosts:
     """Medians of what rounds took, by (depth, width) of their trees; those may have stopped early,
     but the pass is of all places."""
     draft, verify, other = {}, {}, []
@@ -54,7 +54,7 @@ def measured_costs(trees: Mapping[tuple[int, int], Iterable[Round]]) -> Costs:
         verify.setdefault(1 + depth * width, []).append(typical[1])
         other.append(typical[2])
     mean = lambda found: {at: float(np.mean(values)) for at, values in found.items()}
-    return Costs(mean(draft), mean(verify), float(np.mean(other)))
+    return TreeCosts(mean(draft), mean(verify), float(np.mean(other)))
 
 
 def reached(paths, depths, depth: int, width: int, wide: int) -> np.ndarray:
@@ -73,7 +73,7 @@ def reached(paths, depths, depth: int, width: int, wide: int) -> np.ndarray:
     return np.cumprod(np.divide(hits_L, trials_L, out=np.zeros(depth), where=trials_L > 0))
 
 
-def predicted(paths, depths, wide: int, costs: Costs) -> np.ndarray:
+def predicted(paths, depths, wide: int, costs: TreeCosts) -> np.ndarray:
     """Tokens a second [L, W] of beams of 1 … levels and 1 … `wide` nodes a level."""
     deepest = max(depths, default=0)
     rate_LW = np.zeros((deepest, wide))
@@ -85,7 +85,7 @@ def predicted(paths, depths, wide: int, costs: Costs) -> np.ndarray:
 
 
 def best_shape(
-    paths, depths, wide: int, costs: Costs, depth: int | None = None, width: int | None = None
+    paths, depths, wide: int, costs: TreeCosts, depth: int | None = None, width: int | None = None
 ) -> tuple[int, int, float]:
     """(depth, width, tokens a second) of the beam with the highest prediction.
 

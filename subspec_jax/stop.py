@@ -76,7 +76,7 @@ def _logistic(z):
     return 0.5 + 0.5 * np.tanh(z / 2)
 
 
-class Stop:
+class StopRule:
     """How unsure a draft may be: a least gain for each step of a tree of `steps` steps.
 
     `chance`: the chance of one more accepted token below which drafting stops; 0: it never stops.

@@ -13,8 +13,8 @@ import numpy as np
 from llm_jax.packed import packed
 from llm_jax.params import Attention, JoinedMLP, Layer, Params, joined
 from llm_jax.quantize import QuantizedTable, quantize
-from subspec_jax.offload import fetch, settled
-from subspec_jax.residual_device import Split, has_split, is_split
+from subspec_jax.offload import to_device
+from subspec_jax.residual.split import Split, has_split, is_split
 
 
 def replaced(layer: Layer, low: Callable) -> Layer:
@@ -25,7 +25,7 @@ def replaced(layer: Layer, low: Callable) -> Layer:
     """
     if type(layer.attn) is Attention:
         return joined(layer, low)
-    attn = jax.tree.map(lambda w: low(w) if w.ndim == 2 else fetch(w), layer.attn)
+    attn = jax.tree.map(lambda w: low(w) if w.ndim == 2 else to_device(w), layer.attn)
     mlp = JoinedMLP(low(layer.mlp.gate, layer.mlp.up), low(layer.mlp.down))
     return Layer(layer.attn_norm, attn, layer.mlp_norm, mlp)
 
@@ -40,7 +40,7 @@ def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: i
 
     def low(*matrices):
         some = [
-            jax.block_until_ready(quantize(fetch(w), bits, group, iterations)) for w in matrices
+            jax.block_until_ready(quantize(to_device(w), bits, group, iterations)) for w in matrices
         ]
         return jax.block_until_ready(packed(*some))
 
@@ -102,6 +102,6 @@ def substitute_head(params: Params, bits: int = 4, group: int = 64):
 def substitute_table(table_VD, bits: int = 4, group: int = 64) -> QuantizedTable:
     """A low-bit embedding table on the device, made in blocks of rows to need little memory."""
     blocks = (table_VD[i : i + 8192].T for i in range(0, table_VD.shape[0], 8192))
-    parts = [quantize(settled(np.ascontiguousarray(b)), bits, group, 0) for b in blocks]
+    parts = [quantize(to_device(np.ascontiguousarray(b)), bits, group, 0) for b in blocks]
     join = lambda *a: jnp.concatenate(a, axis=-1)
     return QuantizedTable(jax.tree.map(join, *parts))

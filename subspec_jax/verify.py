@@ -21,8 +21,8 @@ from llm_jax.model import block, embed, rms_norm, unembed
 from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
-from subspec_jax.offload import Stop, Stream, route, rows_of, settled
-from subspec_jax.residual_device import is_split, over_parts
+from subspec_jax.offload import Stream, StreamedLayer, route, rows_of, to_device
+from subspec_jax.residual.split import is_split, over_parts
 from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
 ROWS = 64
@@ -57,7 +57,7 @@ class Target:
         return dataclasses.replace(self.params, embed_VD=table, layers=())
 
     @functools.cached_property
-    def route(self) -> tuple[Stop, ...]:
+    def route(self) -> tuple[StreamedLayer, ...]:
         return route(self.params.layers)
 
     def stream(self) -> Stream:
@@ -84,7 +84,7 @@ def run_pass(target: Target, stream: Stream, tokens_1T, caches: list, step: Step
     `between(i)` is called when layer i has been dispatched, while others are on their way.
     """
     if isinstance(target.params.embed_VD, np.ndarray):
-        x = settled(rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype))
+        x = to_device(rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype))
     else:
         x = jit_embed(target.top, tokens_1T, target.cfg)
     queued = collections.deque()
@@ -112,7 +112,9 @@ def last_logits(top, x_11D, cfg):
     return unembed(top, x_11D, cfg)[:, 0]
 
 
-def prefill(target: Target, prompt, caches: list, chunk: int, progress: Callable | None = None):
+def streamed_prefill(
+    target: Target, prompt, caches: list, chunk: int, progress: Callable | None = None
+):
     """(logits_1V behind the prompt, bytes streamed): one streamed pass a chunk."""
     slots, streamed = caches[0].slots, 0
     for tokens, at, real in chunks(prompt, slots, chunk):
@@ -216,7 +218,7 @@ def judge(
     static_argnames=("cfg", "spec", "sampler", "gate", "replay"),
     donate_argnames=("grown", "caches"),
 )
-def settle(top, x, tree, grown, caches, at, key, accepted, cfg, spec, sampler, gate, replay):
+def finish_round(top, x, tree, grown, caches, at, key, accepted, cfg, spec, sampler, gate, replay):
     """One round's end, in one program: judge, walk, move accepted rows, plant the next tree.
 
     `tree` is what was verified, `grown` the same tree with what the draft added meanwhile. Returns

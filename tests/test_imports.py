@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "llm_jax": {"pallas_kernels"},
     "subspec_jax": {"llm_jax", "pallas_kernels"},
     "palu_jax": {"llm_jax", "pallas_kernels"},
-    "qyolop_jax": set(),
+    "qyolop_jax": {"llm_jax"},
     "experiments": {"llm_jax", "subspec_jax", "palu_jax", "qyolop_jax", "pallas_kernels"},
 }
 CORE = ("pallas_kernels", "llm_jax", "subspec_jax", "palu_jax")
@@ -73,7 +73,7 @@ def test_imports_flow_one_way(package):
         ("subspec_jax", "from . import tree\nfrom llm_jax.cache import KV", 0),
         ("subspec_jax", "import palu_jax.rank", 1),  # sideways
         ("palu_jax", "import subspec_jax", 1),
-        ("qyolop_jax", "import flax.linen\nimport llm_jax", 1),
+        ("qyolop_jax", "import flax.linen\nimport palu_jax", 1),
         ("pallas_kernels", "import llm_jax", 1),
         ("experiments", "import tyro\nimport subspec_jax, qyolop_jax", 0),
         ("experiments", "import tests.conftest", 1),

@@ -19,14 +19,14 @@ from pallas_kernels.quantized_matmul.packing import scales
 from palu_jax import store
 from palu_jax.convert import Recipe, to_palu
 from palu_jax.latent import LatentFormat
-from subspec_jax.ahead import compile_ahead, use_cache
-from subspec_jax.decode import Decoder
-from subspec_jax.offload import place, settled
+from subspec_jax.decoder import Decoder
+from subspec_jax.offload import place, to_device
 from subspec_jax.plan import Draft, make_plan
+from subspec_jax.precompile import compile_ahead, use_cache
 from subspec_jax.propose import ModelDraft, Vanilla
 from subspec_jax.substitute import substitute
 from subspec_jax.tree import TreeSpec, cache_slots
-from subspec_jax.verify import Target, prefill
+from subspec_jax.verify import Target, streamed_prefill
 
 PROMPT, STEPS = [1, 2, 3, 5, 7, 1, 2, 3], 20
 CFG = Config(2, 32, 4, 2, 8, 64, 97, dtype="float32", qkv_bias=True)
@@ -108,8 +108,8 @@ def test_more_formats_trees_and_ways_of_drawing(make, form, tree, options):
     text = PROMPT + got[:-1]
     count = len(text) - len(rounds[-1].tokens) + 1
     scratch = tree.places + 1
-    want = list(settled(caches_for(params, CFG, 1, decoder.slots, scratch)))
-    prefill(decoder.target, text[:count], want, 16)
+    want = list(to_device(caches_for(params, CFG, 1, decoder.slots, scratch)))
+    streamed_prefill(decoder.target, text[:count], want, 16)
     for cache, fresh in zip(decoder.caches, want, strict=True):
         low, again = (
             np.concatenate([np.asarray(a) for a in c.stored(jnp.float32)], -1)[:, :count]
@@ -133,14 +133,14 @@ def test_nothing_large_is_compiled_again(tmp_path):
     before = {name: getattr(jax.config, name) for name in names}
     cfg, form = dataclasses.replace(CFG, vocab=98), LatentFormat(2, 2, (1.0,), sinks=2, window=4)
     recipe = Recipe((2,), RANKS, "plain", form)
-    params = settled(to_palu(tiny_params(cfg), cfg, recipe))
+    params = to_device(to_palu(tiny_params(cfg), cfg, recipe))
     model = store.abstract_layers(store.Stored(None, "", cfg, recipe, []), abstract(cfg), cfg)
     options = dict(max_length=64, chunk=16, resident=0, model=model)
     plan = make_plan(cfg, 2**30, TREES["beam"], Draft(4, 16), **options)
     large = lambda: sorted(
         f.name
         for f in tmp_path.glob("*-cache")
-        if any(n in f.name for n in ("jit_block", "last_logits", "settle", "grow"))
+        if any(n in f.name for n in ("jit_block", "last_logits", "finish_round", "grow"))
     )
     reset_cache()
     use_cache(tmp_path)

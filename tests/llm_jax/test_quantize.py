@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.linear import linear, lookup
+from llm_jax.linear import embedding_rows, linear
 from llm_jax.quantize import (
     BITS,
     Quantized,
@@ -282,9 +282,9 @@ def test_table_looks_up_rows(bits):
     assert table.shape == (11, 32)
     tokens = jnp.array([[0, 10, 3], [3, 3, 7]])
     dense = np.asarray(dequantize(table.rows_DV)).T
-    np.testing.assert_array_equal(jax.jit(lookup)(table, tokens), dense[np.asarray(tokens)])
+    np.testing.assert_array_equal(jax.jit(embedding_rows)(table, tokens), dense[np.asarray(tokens)])
     np.testing.assert_array_equal(
-        lookup(jnp.asarray(table_VD), tokens), table_VD[np.asarray(tokens)]
+        embedding_rows(jnp.asarray(table_VD), tokens), table_VD[np.asarray(tokens)]
     )
 
 

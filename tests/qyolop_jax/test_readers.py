@@ -14,7 +14,7 @@ from qyolop_jax.config import DETECTION, IGNORE, UNKNOWN
 from qyolop_jax.formats import Bdd100kWriter, ReadError, lane_table
 from qyolop_jax.readers import ApolloScape, Bdd100k, CamVid, TuSimple, TypedLanes
 from qyolop_jax.samples import SampleError
-from qyolop_jax.scenes import scene
+from qyolop_jax.scenes.generate import scene
 
 SIZE = (64, 96)
 

@@ -15,7 +15,7 @@ from qyolop_jax.formats import Bdd100kWriter, ReadError
 from qyolop_jax.postprocess import boxes_to_original
 from qyolop_jax.readers import Bdd100k
 from qyolop_jax.samples import Report, sample
-from qyolop_jax.scenes import Scenes, scene
+from qyolop_jax.scenes.generate import Scenes, scene
 from qyolop_jax.sources import (
     Cached,
     Feed,

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from qyolop_jax import train
-from qyolop_jax.packed import pack
+from qyolop_jax.flat import pack
 from qyolop_jax.train import Optimization, Phase, Stage, TrainError, fit
 
 

@@ -14,7 +14,7 @@ from llm_jax.generate import generate, prefill
 from llm_jax.sample import Sampler
 from subspec_jax import propose
 from subspec_jax.accept import Gate
-from subspec_jax.decode import Decoder
+from subspec_jax.decoder import Decoder
 from subspec_jax.draft import grow, grow_along
 from subspec_jax.lookup import Payoff
 from subspec_jax.propose import ModelDraft, Round

@@ -18,12 +18,12 @@ from pallas_kernels.quantized_matmul import api
 from pallas_kernels.rotary_cache import api as rotary_api
 from pallas_kernels.tree_attention import api as attention_api
 from pallas_kernels.tree_attention.triton import cut
-from subspec_jax import residual_device
 from subspec_jax.draft import grow
-from subspec_jax.residual_device import gaussian_room, split_head_shapes, split_shapes
+from subspec_jax.residual import split as residual_device
+from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.substitute import substitutes
 from subspec_jax.tree import TreeSpec, cache_slots, seedling
-from subspec_jax.verify import jit_block, lay_out, settle
+from subspec_jax.verify import finish_round, jit_block, lay_out
 
 LAYERS = 2
 SPEC = TreeSpec("beam", 48, 6)
@@ -109,7 +109,7 @@ def test_the_head_in_two_parts_is_put_together_a_part_at_a_time(name, sampler):
     x = jax.ShapeDtypeStruct((1, SPEC.nodes, cfg.d_model), cfg.dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     given = top, x, cut, tree, caches(cfg, model), NUMBER, key, NUMBER
-    program = lower_for(lambda *a: settle(*a, cfg, SPEC, sampler, None, True), *given)
+    program = lower_for(lambda *a: finish_round(*a, cfg, SPEC, sampler, None, True), *given)
     assert program.count(KERNEL) == 8
     columns = head.shape[1]
     assert f"tensor<{cfg.d_model}x{columns}xbf16>" not in program

@@ -16,16 +16,16 @@ from llm_jax.quantize import QuantizedTable
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 from pallas_kernels.quantized_matmul import Packed
 from subspec_jax.load import arrange, fetched, load_target, make_draft, random_target
-from subspec_jax.offload import fetch, is_offloaded
+from subspec_jax.offload import is_offloaded, to_device
 from subspec_jax.plan import NO_DRAFT, Draft, make_plan
-from subspec_jax.residual_convert import convert
-from subspec_jax.residual_device import (
+from subspec_jax.residual.convert import convert
+from subspec_jax.residual.files import Converted, ResidualError
+from subspec_jax.residual.split import (
     decode_layer,
     gaussian_room,
     split_head_shapes,
     split_shapes,
 )
-from subspec_jax.residual_file import Converted, ResidualError
 from subspec_jax.substitute import substitutes
 from subspec_jax.tree import TreeSpec
 
@@ -230,7 +230,7 @@ def test_a_converted_model_is_placed_as_planned(converted, resident, on_host, sp
     for i, layer in enumerate(target.params.layers):
         assert is_offloaded(layer) == (i not in plan.stays)
         assert pointers(draft.layers[i]) == pointers(substitutes(layer))
-        whole = unjoined(jax.jit(decode_layer)(fetch(layer)), model.cfg)
+        whole = unjoined(jax.jit(decode_layer)(to_device(layer)), model.cfg)
         chex.assert_trees_all_equal(whole, source.load(model.cfg).layers[i])
     head = target.params.head_DV
     if split:

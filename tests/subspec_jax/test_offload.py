@@ -22,20 +22,20 @@ from llm_jax.cache import empty_caches
 from llm_jax.config import Config
 from llm_jax.model import hidden
 from llm_jax.testing import tiny_params
-from subspec_jax.decode import Decoder
+from subspec_jax.decoder import Decoder
 from subspec_jax.offload import (
     CONTEXT_BYTES,
     Stream,
     card_bytes,
     device_bytes,
     enforce_limit,
-    fetch,
     is_offloaded,
     offload,
     place,
     route,
     rows_of,
     streamed_bytes,
+    to_device,
 )
 from subspec_jax.verify import Target, run_pass
 
@@ -72,7 +72,7 @@ def test_matrices_go_to_pinned_memory_and_vectors_stay(params):
 
 def test_there_and_back_is_bit_equal(params):
     layer = params.layers[1]
-    back = fetch(offload(layer))
+    back = to_device(offload(layer))
     assert kinds(back) == ({"device"}, {"device"})
     chex.assert_trees_all_equal(back, layer)
     again = offload(offload(layer))
@@ -92,7 +92,7 @@ def test_numpy_layers_are_placed_too(params):
 def test_place_puts_the_first_layers_on_the_device(params, resident):
     placed = place(params.layers, resident)
     assert [is_offloaded(l) for l in placed] == [i >= resident for i in range(5)]
-    fetched = tuple(fetch(l) for l in placed)
+    fetched = tuple(to_device(l) for l in placed)
     chex.assert_trees_all_equal(fetched, params.layers)
 
 
@@ -106,7 +106,7 @@ def test_place_moves_only_what_changes(params, before, after):
         matrix = [a.ndim == 2 for a in jax.tree.leaves(first[i])]
         assert all(s or (m and i in moved) for s, m in zip(same, matrix, strict=True))
         assert is_offloaded(second[i]) == (i >= after)
-    chex.assert_trees_all_equal(tuple(map(fetch, second)), params.layers)
+    chex.assert_trees_all_equal(tuple(map(to_device, second)), params.layers)
 
 
 @pytest.mark.parametrize("resident, ahead", [(0, 1), (2, 1), (0, 2), (3, 4), (5, 1)])
@@ -312,7 +312,7 @@ def test_a_limit_is_the_allocators_fraction(environment, limit, pool):
 def test_a_limit_can_be_set_behind_every_import():
     """In a fresh process: nothing of this package starts a backend when it is imported."""
     program = """
-import subspec_jax.decode, subspec_jax.substitute, subspec_jax.offload as o
+import subspec_jax.decoder, subspec_jax.substitute, subspec_jax.offload as o
 import os, jax
 o.card_bytes = lambda: 2**34
 assert o.enforce_limit(2**33) == 2**33 and float(os.environ["XLA_CLIENT_MEM_FRACTION"]) == 0.5

@@ -30,7 +30,7 @@ from subspec_jax.plan import (
     show_bytes,
     work_bytes,
 )
-from subspec_jax.residual_device import gaussian_room, split_head_shapes, split_shapes
+from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
 
 SPEC, DRAFT = TreeSpec("beam", 3, 2), Draft(group=32)
@@ -111,7 +111,7 @@ def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits)
         head = split_head_shapes(cfg, 4, 32, room["head"])
         model = dataclasses.replace(model, head_DV=head)
     plan = plan_for(cfg, draft=draft, model=model, resident=resident)
-    assert plan.residual and not plan_for(cfg).residual
+    assert plan.streams_residuals and not plan_for(cfg).streams_residuals
     target = random_target(plan)
     layers = target.params.layers
     assert plan.stays == stays[resident]

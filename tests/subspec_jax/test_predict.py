@@ -12,8 +12,8 @@ from llm_jax.testing import tiny_config
 from subspec_jax import predict
 from subspec_jax.load import split_layer
 from subspec_jax.plan import NO_DRAFT, Draft, make_plan
-from subspec_jax.predict import FEW, MORE, Costs, measure, pass_seconds, round_seconds
-from subspec_jax.residual_device import gaussian_room, split_head_shapes, split_shapes
+from subspec_jax.predict import FEW, MORE, RoundCosts, measure, pass_seconds, round_seconds
+from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
 
 CFG = tiny_config("qwen2", layers=6, dtype="bfloat16")
@@ -85,7 +85,7 @@ def test_a_pass_step_by_step(seed):
 
 def test_a_round_is_draft_pass_and_end():
     plan = plan_for(resident=2)
-    costs = Costs(draft=0.5, block=0.01, rest=0.1, send=0.001)
+    costs = RoundCosts(draft=0.5, block=0.01, rest=0.1, send=0.001)
     layer, link = plan.streamed_bytes // 4, 1e6
     expected = 0.5 + pass_seconds([0, 0] + [layer] * 4, 0.01, link, 1, 0.5, 0.001) + 0.1
     assert round_seconds(plan, costs, link) == pytest.approx(expected)
@@ -94,7 +94,7 @@ def test_a_round_is_draft_pass_and_end():
 def test_residuals_that_stay_are_spread_over_the_pass():
     """So that the link is busy while they are put together."""
     plan = plan_for(resident=2, model=residual_shapes())
-    size, costs = plan.streamed_bytes // 4, Costs(draft=0.0, block=0.01, rest=0.0)
+    size, costs = plan.streamed_bytes // 4, RoundCosts(draft=0.0, block=0.01, rest=0.0)
     assert plan.stays == {1, 4}
     sizes = [size, 0, size, size, 0, size]
     assert round_seconds(plan, costs, 1e6) == pytest.approx(pass_seconds(sizes, 0.01, 1e6, 1))
@@ -130,7 +130,7 @@ def test_the_draft_has_as_many_layers_of_each_kind_as_the_plan(name, monkeypatch
     """With a clock that knows what a layer takes; everything is run for real."""
     plan, shared, low = CASES[name]
     exact = init_layer(jax.random.key(0), CFG)
-    if plan.residual:
+    if plan.streams_residuals:
         exact = split_layer(exact, plan.model.layers[0])
     ran = []
 
@@ -144,7 +144,7 @@ def test_the_draft_has_as_many_layers_of_each_kind_as_the_plan(name, monkeypatch
     def tree(params, *rest):
         real(params, *rest)
         own = jax.tree.structure(params.layers[0]) == jax.tree.structure(exact)
-        return 7 + len(params.layers) * (30 if own and not plan.residual else 2)
+        return 7 + len(params.layers) * (30 if own and not plan.streams_residuals else 2)
 
     monkeypatch.setattr(predict, "_seconds", clock)
     monkeypatch.setattr(predict, "_tree_seconds", tree)

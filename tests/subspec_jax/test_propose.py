@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import subspec_jax.propose as propose
 from llm_jax.sample import Sampler
-from subspec_jax.decode import Decoder
+from subspec_jax.decoder import Decoder
 from subspec_jax.propose import ModelDraft, PromptLookup, Proposer, Round, State, Vanilla
 from subspec_jax.tree import TreeSpec, seedling
 from subspec_jax.verify import Target

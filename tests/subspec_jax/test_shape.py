@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from subspec_jax.propose import Round
-from subspec_jax.shape import Costs, best_shape, measured_costs, predicted, reached
+from subspec_jax.shape import TreeCosts, best_shape, measured_costs, predicted, reached
 
 DEPTH, WIDE = 14, 5
 COSTS = {
-    "streaming": Costs({5: 3e-3}, {71: 0.05}, 5e-3),
-    "slow draft": Costs({1: 4e-3, 5: 12e-3}, {1: 0.02, 71: 0.03}),
-    "slow verification": Costs({1: 1e-3}, {1: 0.01, 71: 0.2}),
+    "streaming": TreeCosts({5: 3e-3}, {71: 0.05}, 5e-3),
+    "slow draft": TreeCosts({1: 4e-3, 5: 12e-3}, {1: 0.02, 71: 0.03}),
+    "slow verification": TreeCosts({1: 1e-3}, {1: 0.01, 71: 0.2}),
 }
 
 
@@ -91,7 +91,7 @@ def test_costs_decide():
 
 
 def test_costs_are_lines_between_measurements():
-    costs = Costs({2: 1.0, 6: 3.0}, {1: 10.0, 101: 20.0}, 0.5)
+    costs = TreeCosts({2: 1.0, 6: 3.0}, {1: 10.0, 101: 20.0}, 0.5)
     assert [costs.step_s(w) for w in (1, 2, 4, 6, 9)] == [1, 1, 2, 3, 3]
     assert costs.round_s(10, 5) == 10 * 2.5 + 15.0 + 0.5
 
@@ -115,5 +115,5 @@ def test_no_trees_no_shape():
 
 
 def test_ties_go_to_the_smaller_tree():
-    flat = Costs({1: 0.0}, {1: 1.0})
+    flat = TreeCosts({1: 0.0}, {1: 1.0})
     assert best_shape([(1, 4)], [3], 3, flat)[:2] == (2, 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from subspec_jax.stop import PRIOR, Calibration, Stop, features
+from subspec_jax.stop import PRIOR, Calibration, StopRule, features
 
 GAINS = -np.geomspace(1e-6, 20, 60)
 STEPS = np.arange(1, 13)
@@ -91,7 +91,7 @@ def test_the_least_gain_at_the_ends():
 
 
 def test_the_break_even_point_is_a_ratio_of_decaying_means():
-    stop = Stop("auto", 8)
+    stop = StopRule("auto", 8)
     assert stop.least_chance() == 0 and (stop.least_gain_L() == -np.inf).all()
     stop.learn((-0.1,) * 5, np.ones(5), seconds=2.0, tokens=6, draft_s=0.5)
     assert stop.least_chance() == pytest.approx(0.5 / 5 * 6 / 2.0)
@@ -103,7 +103,7 @@ def test_the_break_even_point_is_a_ratio_of_decaying_means():
 
 
 def test_a_given_chance_needs_no_times():
-    stop = Stop(0.25, 3)
+    stop = StopRule(0.25, 3)
     assert stop.least_chance() == 0.25
     np.testing.assert_allclose(stop.calibration.chance(stop.least_gain_L(), [1, 2, 3]), 0.25, 1e-4)
 
@@ -111,7 +111,7 @@ def test_a_given_chance_needs_no_times():
 def test_which_outcome_belongs_to_a_gain():
     """A forward pass buys the next step; where all nodes are forwarded, the step's own nodes."""
     for forwarded, want in ((False, [1, 0]), (True, [1, 1, 0])):
-        stop, heard = Stop(0.5, 3, forwarded), []
+        stop, heard = StopRule(0.5, 3, forwarded), []
         stop.calibration.learn = lambda *pairs, heard=heard: heard.append(pairs)
         stop.learn((-0.1, -0.2, -0.3), np.array([1, 1, 0]), 1.0, 3, 0.1)
         (gains, steps, hits), known = heard[0], len(want)
@@ -150,7 +150,7 @@ def test_stopping_is_within_a_few_percent_of_the_best_rule():
     at = lambda n, d: lambda gains, unsure: min(first(unsure >= n), d)
     best = max(rate(at(n, d), sample) for n, d in rules)
 
-    stop = Stop("auto", levels)
+    stop = StopRule("auto", levels)
 
     def learned(gains, unsure):
         return min(first(gains[:-1] <= stop.least_gain_L()[:-1]), levels)
@@ -167,4 +167,4 @@ def test_stopping_is_within_a_few_percent_of_the_best_rule():
 @pytest.mark.parametrize("chance", [-0.5, float("nan")])
 def test_a_chance_that_cannot_be_raises(chance):
     with pytest.raises(ValueError, match="expected 'auto' or a number from 0 on"):
-        Stop(chance, 4)
+        StopRule(chance, 4)

@@ -10,18 +10,18 @@ import pytest
 
 import subspec_jax.verify as verify
 from llm_jax.cache import empty_caches
-from llm_jax.generate import prefill as plain_prefill
+from llm_jax.generate import prefill
 from llm_jax.model import unembed
 from llm_jax.packed import packed
 from llm_jax.quantize import quantize
 from llm_jax.sample import Sampler, noise
 from llm_jax.testing import tiny_config, tiny_params
-from subspec_jax import residual_device
 from subspec_jax.accept import Gate
-from subspec_jax.residual_device import Split
-from subspec_jax.residual_encode import encode
+from subspec_jax.residual import split as residual_device
+from subspec_jax.residual.encode import encode
+from subspec_jax.residual.split import Split
 from subspec_jax.tree import TreeSpec, seedling
-from subspec_jax.verify import Target, judge, lay_out, prefill, run_pass, settle
+from subspec_jax.verify import Target, finish_round, judge, lay_out, run_pass, streamed_prefill
 
 PROMPT = [4, 8, 15, 16, 23, 42]
 AT, SLOTS = len(PROMPT), 40
@@ -69,7 +69,7 @@ def target(tiny):
 def passed(target, tiny):
     """(x of the pass over the tree, the tree as laid out, caches behind it)."""
     caches = list(empty_caches(tiny.cfg, 1, SLOTS))
-    prefill(target, PROMPT, caches, 16)
+    streamed_prefill(target, PROMPT, caches, 16)
     grown = tree_of(TOKEN, PARENT, SPEC)
     tree, tokens, step = lay_out(grown, jnp.int32(AT), SPEC, SLOTS)
     x = run_pass(target, target.stream(), tokens, caches, step)
@@ -87,10 +87,10 @@ def node_logits(tiny, logits_behind):
     )
 
 
-def test_prefill_streams_what_plain_prefill_computes(target, tiny):
+def test_prefill_streams_what_prefill_computes(target, tiny):
     caches, heard = list(empty_caches(tiny.cfg, 1, SLOTS)), []
-    logits, streamed = prefill(target, PROMPT, caches, 4, heard.append)
-    want, plain = plain_prefill(tiny.params, PROMPT, empty_caches(tiny.cfg, 1, SLOTS), tiny.cfg)
+    logits, streamed = streamed_prefill(target, PROMPT, caches, 4, heard.append)
+    want, plain = prefill(tiny.params, PROMPT, empty_caches(tiny.cfg, 1, SLOTS), tiny.cfg)
     np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-5)
     assert heard == [4, 6]
     layer = 4 * tiny.cfg.layer_matrix_elements
@@ -149,7 +149,7 @@ def test_judgement_in_blocks_of_any_size(
 def test_accepted_rows_are_moved_bit_for_bit_and_nothing_else(passed, target, tiny, accepted):
     x, tree, caches = passed
     before = jax.tree.map(np.asarray, caches)
-    emitted, length, last, source, planted, *_, after = settle(
+    emitted, length, last, source, planted, *_, after = finish_round(
         target.top,
         x,
         tree,
@@ -188,7 +188,9 @@ def test_rows_drafted_ahead_move_behind_the_path(passed, target, tiny):
     grown = tree_of(token, [-1, 0, 1, 1, 3], spec)
     tree, _, _ = lay_out(grown, jnp.int32(AT), spec, SLOTS)
     args = (jnp.int32(AT), KEY, jnp.int32(-1), tiny.cfg, spec, Sampler(), None, False)
-    emitted, length, last, _, planted, *_, after = settle(target.top, x, tree, grown, caches, *args)
+    emitted, length, last, _, planted, *_, after = finish_round(
+        target.top, x, tree, grown, caches, *args
+    )
     assert int(length) == 2 and int(last) == 1 and emitted[:2].tolist() == [token[1], token[3]]
     assert int(planted.size) == 2 and planted.token_E[:2].tolist() == [token[3], token[4]]
     rows = np.arange(SLOTS)

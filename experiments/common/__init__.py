@@ -1,0 +1,1 @@
+"""What every command shares: the command line, progress bars, records."""

@@ -1,0 +1,182 @@
+"""Run records on disk: one JSON object a line, appended so that a killed run can be resumed."""
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from experiments.common.cli import UserError
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+class RecordError(UserError):
+    """What is wrong with a file of records, and what to do about it."""
+
+
+def append(path: Path, record: Record) -> None:
+    """Writes `record` as one line at the end of `path` and waits until the disk has it.
+
+    A line that an earlier, killed run left half-written is removed first, so it cannot swallow
+    the new one. NumPy and JAX values become numbers and lists, NaN and infinities null.
+    """
+    path = Path(path)
+    line = json.dumps(_plain(record)).encode() + b"\n"  # first: it may raise, the file may not
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        _mend(file)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _mend(file) -> None:
+    """Ends the last line of an open file: with a newline where it is whole, else by removal."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read() == b"\n":
+        return
+    file.seek(0)
+    tail = file.read().rpartition(b"\n")[2]
+    if _parse(tail) is None:
+        file.truncate(file.seek(0, os.SEEK_END) - len(tail))
+    else:
+        file.write(b"\n")
+
+
+def read(path: Path) -> list[Record]:
+    """The records in `path`, none where there is no file.
+
+    A half-written last line is dropped and logged as a warning. Raises `RecordError` for a line
+    before it that is no record, because a kill cannot have done that.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    *lines, tail = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        record = _parse(line) if line.strip() else None
+        if record is None and line.strip():
+            raise RecordError(
+                f"{path}, line {number}: not a record ({line[:40]!r}). Expected one JSON object a"
+                " line with method, sample and turn. Delete the line; its turn is run again."
+            )
+        if record is not None:
+            records.append(record)
+    if tail.strip():
+        record = _parse(tail)
+        if record is None:
+            log.warning(
+                "%s: dropped the half-written last line (line %d) that an interrupted run left;"
+                " its turn will be run again",
+                path,
+                len(lines) + 1,
+            )
+        else:
+            records.append(record)
+    return records
+
+
+def _parse(line: bytes) -> Record | None:
+    """The record on a line, or None."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return (
+        record if isinstance(record, dict) and {"method", "sample", "turn"} <= set(record) else None
+    )
+
+
+def done(records: Iterable[Record]) -> set[tuple]:
+    """The (method, sample, turn, settings) of every record: what a resumed run may skip.
+
+    The benchmark is no part of it, so it belongs into the hash that `settings` is.
+    """
+    return {(r["method"], r["sample"], r["turn"], r.get("settings")) for r in records}
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Writes `obj` as JSON; a reader sees the old file or the new one, never a part."""
+    with atomic(path) as scratch:
+        scratch.write_text(json.dumps(_plain(obj), indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A scratch file beside `path` that takes its place when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
+        scratch = Path(folder) / path.name
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types JSON has; NaN and infinities, which it has not, as None."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
+        return _plain(value.tolist())
+    raise TypeError(f"a record cannot hold a {type(value).__name__}: {value!r}")
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured with; the caller adds the device."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "packages": {name: _version(name) for name in ("jax", "jaxlib", "numpy")},
+        **_commit(Path(__file__).parents[2]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit(root: Path) -> dict[str, Any]:
+    """The commit of the checkout at `root` and whether files differ from it; None outside one."""
+
+    def git(*args: str) -> str:
+        command = ("git", "-C", str(root), *args)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:  # an installed copy may lie inside some other repository: that one's commit says nothing
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return {"commit": None, "modified": None}
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "modified": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit yet
+        return {"commit": None, "modified": None}

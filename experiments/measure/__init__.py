@@ -1,0 +1,1 @@
+"""Benchmarks of single parts: kernels, products, a draft step, transfers, trees."""

@@ -1,0 +1,224 @@
+"""How long attention of one new token takes over a full cache and over latents, on a GPU.
+
+    python -m experiments.measure.kernels --out experiments/results/h200_lowrank_attention.jsonl
+
+Prints a table of microseconds a layer and writes one JSON line a measurement. Time is that of the
+kernels on the device (CUPTI), the median of several runs; inputs rotate among copies, so that the
+second-level cache serves nobody. Rivals: the best 16-bit attention JAX has (cuDNN's and XLA's), a
+full-size 4-bit cache that XLA dequantizes, and the bytes over the bandwidth of a large read,
+measured in the same run. docs/performance.md has the outcome on an H200.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from pallas_kernels.lowrank_attention import Latents, lowrank_attention
+from pallas_kernels.shapes import LOWRANK, LowrankShape
+
+FULL = ("cudnn", "xla", "int4-full")
+LATENTS = ("latents-16", "latents-4", "latents-16-xla", "latents-4-xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What to time: every combination of shape and BATCHxTOKENS point."""
+
+    shapes: tuple[str, ...] = ("llama-2-7b", "qwen2.5-7b")
+    points: tuple[str, ...] = (
+        "1x4096", "1x8192", "1x16384", "1x32768", "1x65536", "1x131072", "1x262144",
+        "8x4096", "8x16384", "32x4096",
+    )  # fmt: skip
+    ways: tuple[str, ...] = (*FULL, "latents-16", "latents-4")
+    repeats: int = 5
+    rotate_mb: int = 130
+    """Copies of the inputs are made until they take so many MB, at most `copies`."""
+    copies: int = 8
+    out: pathlib.Path | None = None
+    plot: pathlib.Path | None = None
+
+
+def full_attention(way: str):
+    """Attention of q [B, 1, N, H] over a full cache, as a function of q and the cache's arrays."""
+    if way != "int4-full":
+        return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation=way)
+
+    def dequantized(q, k, k_scale, v, v_scale):
+        wide = lambda codes, scale: (
+            jnp.concatenate([codes & 15, codes >> 4], -1).astype(jnp.bfloat16) * scale[..., :1]
+            + scale[..., 1:]
+        )
+        return jax.nn.dot_product_attention(q, wide(k, k_scale), wide(v, v_scale))
+
+    return dequantized
+
+
+def full_cache(shape: LowrankShape, way: str, batch: int, slots: int, key):
+    """Random arrays of a full-size cache."""
+    size = batch, slots, shape.kv_heads
+    if way != "int4-full":
+        draw = lambda key: jax.random.normal(key, (*size, shape.head_dim), jnp.bfloat16)
+        return tuple(draw(k) for k in jax.random.split(key))
+    keys = jax.random.split(key, 4)
+    codes = (jax.random.bits(k, (*size, shape.head_dim // 2), jnp.uint8) for k in keys[:2])
+    scales = (jax.random.uniform(k, (*size, 2), jnp.bfloat16) for k in keys[2:])
+    return tuple(a for pair in zip(codes, scales, strict=True) for a in pair)
+
+
+def latent_cache(shape: LowrankShape, bits: int, batch: int, slots: int, key):
+    """Random latents of keys and values."""
+
+    def draw(like: Latents, key):
+        if bits == 16:
+            codes = jax.random.normal(key, like.codes_BSP.shape, jnp.bfloat16)
+            return dataclasses.replace(like, codes_BSP=codes)
+        codes = jax.random.bits(key, like.codes_BSP.shape, jnp.uint8)
+        step = jax.random.uniform(key, like.step_BSg.shape, jnp.bfloat16, 0.2, 0.3)
+        return Latents(codes, step, -7.5 * step, bits, like.blocks)
+
+    _, k, v, *_ = shape.arguments(batch, slots, bits)
+    return tuple(draw(z, key) for z, key in zip((k, v), jax.random.split(key), strict=True))
+
+
+def device_microseconds(f, arguments, repeats: int) -> tuple[float, dict[str, float]]:
+    """(median time of all kernels that `f` runs, time by kernel), in microseconds, from CUPTI."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, runs = profiler.measure(jax.jit(f), aggregate=False, iterations=repeats)(*arguments)
+    by_name: dict[str, float] = {}
+    for calls in zip(*runs, strict=True):
+        middle = statistics.median(time for _, time in calls) * 1e3
+        by_name[calls[0][0]] = by_name.get(calls[0][0], 0.0) + middle
+    return statistics.median(sum(t for _, t in run) for run in runs) * 1e3, by_name
+
+
+def bandwidth(repeats: int) -> dict[str, float]:
+    """TB/s of a large copy (bytes read and written) and of a large read."""
+    x = jnp.arange(2**30, dtype=jnp.float32)
+    copied, _ = device_microseconds(lambda x: x + 1, (x,), repeats)
+    read, _ = device_microseconds(jnp.sum, (x,), repeats)
+    return {"copy": 2 * x.nbytes / copied / 1e6, "read": x.nbytes / read / 1e6}
+
+
+def measure(shape: LowrankShape, way: str, batch: int, slots: int, args: Kernels) -> dict:
+    """One record: time of one call, the bytes its cache takes, and the longest kernels."""
+    key = jax.random.key(0)
+    q = jax.random.normal(key, (batch, 1, shape.heads, shape.head_dim), jnp.bfloat16)
+    if way in FULL:
+        make = lambda key: full_cache(shape, way, batch, slots, key)
+        attend = lambda q, ups, lengths, cache: full_attention(way)(q, *cache)
+    else:
+        _, bits, *xla = way.split("-")
+        make = lambda key: latent_cache(shape, int(bits), batch, slots, key)
+        attend = lambda q, ups, lengths, cache: lowrank_attention(
+            q, *cache, *ups, shape.frequencies, lengths,
+            implementation="xla" if xla else "triton",
+        )  # fmt: skip
+    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(make, key)))
+    count = min(args.copies, max(1, math.ceil(args.rotate_mb * 1e6 / size)))
+    caches = [jax.jit(make)(k) for k in jax.random.split(key, count)]
+    _, _, _, *ups, lengths = shape.arguments(batch, slots, 16)
+    scaled = lambda up: jax.random.normal(key, up.shape, up.dtype) * up.shape[1] ** -0.5
+    ups = [scaled(up) for up in ups]
+
+    def every(q, ups, lengths, caches):
+        return [attend(q, ups, lengths, cache) for cache in caches]
+
+    inputs = q, ups, jnp.full(lengths.shape, slots, jnp.int32), caches
+    time, kernels = device_microseconds(every, inputs, args.repeats)
+    longest = sorted(kernels.items(), key=lambda item: -item[1])[:4]
+    return {
+        "way": way,
+        "batch": batch,
+        "slots": slots,
+        "microseconds": round(time / count, 2),
+        "cache_bytes": size,
+        "copies": count,
+        "kernels": {name: round(t / count, 2) for name, t in longest},
+    }
+
+
+def run(args: Kernels, console: Console) -> list[dict]:
+    """All records; one that fails holds the reason."""
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    records = [{**device, "way": "bandwidth", "TB/s": bandwidth(args.repeats)}]
+    console.print(records[0])
+    for name in args.shapes:
+        for point in args.points:
+            batch, slots = map(int, point.split("x"))
+            for way in args.ways:
+                record = {**device, "shape": name, "batch": batch, "slots": slots, "way": way}
+                try:
+                    record |= measure(LOWRANK[name], way, batch, slots, args)
+                except Exception as error:  # no room, or a way that this device lacks
+                    record["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+                records.append(record)
+                console.print(f"{name} {point} {way}", record.get("microseconds", "failed"))
+                if args.out:
+                    args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return records
+
+
+def table(records: list[dict], args: Kernels) -> Table:
+    """Microseconds by shape and point, and how many times faster than the best 16-bit cache."""
+    speed = records[0]["TB/s"]["read"]
+    view = Table("shape", "batch x tokens", *args.ways, "floor 16", "floor 4")
+    for name in args.shapes:
+        for point in args.points:
+            batch, slots = map(int, point.split("x"))
+            own = {
+                r["way"]: r["microseconds"]
+                for r in records[1:]
+                if (r["shape"], r["batch"], r["slots"]) == (name, batch, slots) and "error" not in r
+            }
+            best = min((own[w] for w in ("cudnn", "xla") if w in own), default=math.nan)
+            shown = (f"{own[w]:.1f} ({best / own[w]:.2f}x)" if w in own else "-" for w in args.ways)
+            bound = (LOWRANK[name].cache_bytes(batch, slots, b) / speed / 1e6 for b in (16, 4))
+            view.add_row(name, point, *shown, *(f"{b:.1f}" for b in bound))
+    return view
+
+
+def draw(records: list[dict], path: pathlib.Path) -> None:
+    """Writes a plot of time against tokens at batch 1, one panel a shape."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    good = [r for r in records[1:] if "error" not in r and r["batch"] == 1]
+    names = list(dict.fromkeys(r["shape"] for r in good))
+    figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
+    for panel, name in zip(panels[0], names, strict=True):
+        for way in dict.fromkeys(r["way"] for r in good):
+            own = [r for r in good if (r["way"], r["shape"]) == (way, name)]
+            own = sorted((r["slots"], r["microseconds"]) for r in own)
+            panel.plot(*zip(*own, strict=True), marker="o", label=way)
+        panel.set(title=name, xlabel="cached tokens", ylabel="microseconds a layer")
+        panel.set_xscale("log", base=2), panel.set_yscale("log"), panel.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(args: Kernels, console: Console) -> None:
+    unknown = [s for s in args.shapes if s not in LOWRANK]
+    unknown += [w for w in args.ways if w not in FULL + LATENTS]
+    if unknown:
+        raise SystemExit(f"error: unknown {', '.join(unknown)}; shapes: {', '.join(LOWRANK)}")
+    if jax.default_backend() != "gpu":
+        raise SystemExit("error: this times GPU kernels, and there is no GPU")
+    records = run(args, console)
+    console.print(table(records, args))
+    if args.plot:
+        draw(records, args.plot)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Kernels, description=__doc__), Console(width=180))

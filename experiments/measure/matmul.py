@@ -1,0 +1,252 @@
+"""How long a few rows times a low-bit matrix take on a GPU; finds and records how to cut it up.
+
+    python -m experiments.measure.matmul --seconds 220 --out matmul.jsonl
+
+For every named matrix and count of rows: ways to cut the product up are compiled side by side, run
+in turn, compared with the product in float32, and timed in interleaved rounds; then variants of the
+best. Rivals, in the same run: the 16-bit product of XLA, dequantization and product of XLA, and the
+bytes over the bandwidth of a large read. A time is that of one call in a jitted loop over copies of
+the matrix that the second-level cache cannot hold, launches included; the median of the rounds.
+Every measurement is one JSON line, written at once: a second run goes on where the first stopped.
+`--table` merges the best into what the kernel looks up, but for entries that were tried in a
+draft's step; without a GPU, those of `--out`.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from experiments.measure.timing import Clock, bandwidth, random_packed
+from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.quantized_matmul.api import LARGEST
+from pallas_kernels.quantized_matmul.packing import TILE
+from pallas_kernels.quantized_matmul.reference import dequantized
+from pallas_kernels.quantized_matmul.shapes import MATMUL
+from pallas_kernels.quantized_matmul.tiling import Tiling, bucket, guess, why_not_tiling
+
+SEVEN = ("gate", "down", "qkv", "gate-up", "o", "kv", "head")
+TOLERANCE = 0.01
+"""Largest error over the largest result; bfloat16 rounds by 0.004."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What to time, in this order, until the seconds are used up."""
+
+    shapes: tuple[str, ...] = (
+        *(f"qwen2.5-7b/{s}" for s in SEVEN),
+        *(f"qwen2.5-32b/{s}" for s in SEVEN),
+    )
+    rows: tuple[int, ...] = (6, 1, 16)
+    bits: int = 4
+    group: int = 64
+    large: tuple[int, ...] = (289,)
+    """Counts of rows that are timed last, for `large_shapes` alone."""
+    large_shapes: tuple[str, ...] = ("qwen2.5-7b/gate",)
+    seconds: float = 220
+    repeats: int = 5
+    calls: int = 120
+    """Calls in a timed loop, at least."""
+    rotate_mb: int = 120
+    threads: int = 12
+    tune: bool = True
+    """False: only what the kernel would choose."""
+    out: pathlib.Path | None = None
+    table: pathlib.Path | None = None
+    """Where to merge the best; the kernel reads pallas_kernels/quantized_matmul/tuned.json."""
+
+
+def candidates(rows: int, blocks: int, chunks: int) -> Iterator[Tiling]:
+    """Ways worth a first try, the guess first."""
+    first = guess(rows, blocks, chunks)
+    yield first
+    for times in (0.4, 0.6, 0.8, 1.3, 1.6, 2):
+        yield dataclasses.replace(first, splits=min(chunks, max(1, round(times * first.splits))))
+
+
+def variants(cfg: Tiling, chunks: int) -> Iterator[Tiling]:
+    """Neighbours of one that did well."""
+    change = lambda **new: dataclasses.replace(cfg, **new)
+    yield from (change(stages=stages) for stages in (2, 4))
+    yield from (change(warps=warps) for warps in (1, 4))
+    yield from (change(splits=n) for n in (cfg.splits - 1, cfg.splits + 1) if 0 < n <= chunks)
+
+
+def product(cfg: Tiling | None):
+    way = "triton" if cfg else None
+    return lambda x, w: quantized_matmul(x, w, implementation=way, tiling=cfg)
+
+
+class Log:
+    """The records so far: those of an earlier run and those of this one."""
+
+    def __init__(self, path: pathlib.Path | None):
+        self.path, self.all = path, []
+        if path and path.exists():
+            self.all = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def add(self, record: dict) -> None:
+        self.all.append(record)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def select(self, **fields) -> list[dict]:
+        return [r for r in self.all if all(r.get(k) == v for k, v in fields.items())]
+
+
+def good(records: list[dict]) -> list[dict]:
+    """Those that ran and were right, fastest first."""
+    fine = [r for r in records if "us" in r and r.get("error", 0) < TOLERANCE]
+    return sorted(fine, key=lambda r: r["us"])
+
+
+def tuned(at: dict, x, copies, wanted, clock: Clock, log: Log) -> None:
+    """Times candidates, then variants of the best two."""
+    blocks, chunks = copies[0].words // TILE, copies[0].words_BNSc.shape[1]
+    done = lambda: {json.dumps(r["tiling"]) for r in log.select(kind="tiling", **at)}
+
+    def measure(some):
+        known, todo = done(), {}
+        for cfg in some:
+            name = json.dumps(dataclasses.asdict(cfg))
+            if name not in known and why_not_tiling(cfg, chunks) is None:
+                todo[name] = product(cfg)
+        for name, found in clock.microseconds(todo, x, copies, wanted).items():
+            log.add({"kind": "tiling", **at, "tiling": json.loads(name), **found})
+
+    measure(candidates(x.shape[0], blocks, chunks))
+    best = good(log.select(kind="tiling", **at))[:2]
+    if not clock.over():
+        measure(cfg for r in best for cfg in variants(Tiling(**r["tiling"]), chunks))
+
+
+def one_point(name: str, rows: int, args: Bench, clock: Clock, log: Log, device: str) -> dict:
+    """Tunes one matrix and count of rows, and times its rivals; returns the last record."""
+    shape = MATMUL[name]
+    at = {"device": device, "shape": name, "rows": rows, "bits": args.bits, "group": args.group}
+    keys = jax.random.split(jax.random.key(0), 33)
+    like = shape.packed(args.bits, args.group)
+    count = min(32, max(4, math.ceil(args.rotate_mb * 1e6 / like.size_bytes)))
+    make = jax.jit(lambda key: random_packed(like, key))
+    copies = [make(key) for key in keys[:count]]
+    x = jax.random.normal(keys[-1], (rows, shape.inputs), jnp.bfloat16)
+    wanted = jax.jit(
+        lambda x, w: jnp.matmul(
+            x.astype(jnp.float32), dequantized(w), precision=jax.lax.Precision.HIGHEST
+        )
+    )(x, copies[0])
+    if args.tune and rows <= LARGEST:
+        tuned(at, x, copies, wanted, clock, log)
+    best = good(log.select(kind="tiling", **at))
+    ways = {"kernel": product(Tiling(**best[0]["tiling"]) if best else None)}
+    ways["xla"] = lambda x, w: quantized_matmul(x, w, implementation="xla")
+    found = clock.microseconds(ways, x, copies, wanted)
+    dense = [
+        jax.jit(lambda key: jax.random.normal(key, (shape.inputs, shape.outputs), jnp.bfloat16))(k)
+        for k in keys[: max(4, math.ceil(args.rotate_mb * 1e6 / shape.dense_bytes))][:32]
+    ]
+    found |= clock.microseconds({"bf16": jnp.matmul}, x, dense)
+    record = {
+        "kind": "compare", **at, "tiling": best[0]["tiling"] if best else None,
+        "bytes": like.size_bytes, "copies": count,
+        **{key: value for way, r in found.items() for key, value in named(way, r).items()},
+    }  # fmt: skip
+    log.add(record)
+    return record
+
+
+def named(way: str, found: dict) -> dict:
+    """Fields of one way with its name in front."""
+    return {f"{way}_{key}": value for key, value in found.items()}
+
+
+def merge(log: Log, path: pathlib.Path) -> None:
+    """Puts the best of each point into the table at `path`.
+
+    Entries with `us_in_a_step` were tried in a draft's step, where another one can be best than in
+    a loop of one product, and stay. Records of earlier forms of `Tiling` are left out.
+    """
+    known = {field.name for field in dataclasses.fields(Tiling)}
+    names = ("device", "inputs", "outputs", "bits", "group", "rows")
+    entries = json.loads(path.read_text()) if path.exists() else []
+    table = {tuple(e[n] for n in names): e for e in entries}
+    best: dict[tuple, dict] = {}
+    for r in good(log.select(kind="tiling")):
+        if set(r["tiling"]) != known or bucket(r["rows"]) is None:
+            continue
+        shape = MATMUL[r["shape"]]
+        key = r["device"], shape.inputs, shape.outputs, r["bits"], r["group"], bucket(r["rows"])
+        best.setdefault(key, {**dict(zip(names, key)), "tiling": r["tiling"], "us": r["us"]})
+    kept = {key: e for key, e in table.items() if "us_in_a_step" in e}
+    lines = [json.dumps(e) for _, e in sorted({**table, **best, **kept}.items())]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def view(log: Log, speed: float) -> Table:
+    """Microseconds by matrix and rows, the floor, and how many times faster than 16 bits."""
+    shown = Table("matrix", "rows", "kernel", "floor", "bf16", "faster", "xla", "error", "tiling")
+    for r in log.select(kind="compare"):
+        kernel, bf16 = r.get("kernel_us", math.nan), r.get("bf16_us", math.nan)
+        tiling = " ".join(str(v) for v in (r["tiling"] or {}).values())
+        shown.add_row(
+            r["shape"], str(r["rows"]), f"{kernel:.1f}", f"{r['bytes'] / speed / 1e6:.1f}",
+            f"{bf16:.1f}", f"{bf16 / kernel:.2f}x", f"{r.get('xla_us', math.nan):.1f}",
+            f"{r.get('kernel_error', math.nan):.4f}", tiling,
+        )  # fmt: skip
+    return shown
+
+
+def main(args: Bench, console: Console) -> Log:
+    """All records, also those of earlier runs on the same file."""
+    log = Log(args.out)
+    if jax.default_backend() != "gpu":
+        if not (args.table and log.all):
+            raise SystemExit("error: this times GPU kernels, and there is no GPU")
+        merge(log, args.table)
+        console.print(view(log, log.select(kind="bandwidth")[-1]["read"]))
+        return log
+    device = jax.devices()[0].device_kind
+    clock = Clock(args.seconds, args.repeats, args.calls, args.threads)
+    log.add({"kind": "bandwidth", "device": device, "jax": jax.__version__, **bandwidth(clock)})
+    console.print(log.all[-1])
+    speed = log.all[-1]["read"]
+    points = [(s, m) for s in args.shapes for m in args.rows]
+    points.sort(key=lambda p: (args.rows.index(p[1]), args.shapes.index(p[0])))
+    first = [(args.shapes[0], m) for m in (*args.rows, *args.large)]  # the goal's matrix
+    points = first + [(s, m) for s in args.large_shapes for m in args.large] + points
+    for name, rows in dict.fromkeys(points):
+        if clock.over():
+            break
+        known = {"shape": name, "rows": rows, "bits": args.bits, "group": args.group}
+        if log.select(kind="compare", device=device, **known):
+            continue
+        start = time.monotonic()
+        try:
+            r = one_point(name, rows, args, clock, log, device)
+        except Exception as error:  # no room for the copies, say
+            console.print(name, rows, f"{type(error).__name__}: {str(error)[:300]}")
+            continue
+        console.print(
+            f"{name} x {rows}: kernel {r.get('kernel_us')}, floor {r['bytes'] / speed / 1e6:.1f}, "
+            f"bf16 {r.get('bf16_us')}, xla {r.get('xla_us')} ({time.monotonic() - start:.0f} s)"
+        )
+        if args.table:
+            merge(log, args.table)
+    console.print(view(log, speed))
+    return log
+
+
+if __name__ == "__main__":
+    import tyro
+
+    main(tyro.cli(Bench, description=__doc__), Console(width=180))

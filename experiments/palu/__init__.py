@@ -1,0 +1,1 @@
+"""Low-rank, quantized KV caches: `python -m experiments.palu`."""

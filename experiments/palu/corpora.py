@@ -1,0 +1,209 @@
+"""Text to calibrate on and to be scored: `text(name, part)` for corpora by name, or any file.
+
+`python` is the documentation of the language that CPython carries; it needs no download. The others
+come from a local folder (`--data-dir`, laid out as in `FILES`) or the Hugging Face hub.
+"""
+
+import gzip
+import json
+import random
+import uuid
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from experiments.common.cli import UserError
+
+Part = Literal["calibration", "evaluation"]
+NAMES = ("python", "wikitext2", "c4", "book")
+
+
+class CorpusError(UserError):
+    """Text that cannot be had; the message says where it was looked for and what to do."""
+
+
+FILES: dict[tuple[str, str], tuple[str, ...]] = {
+    # (corpus, part) -> files below the data directory; the first that exists is read
+    ("wikitext2", "evaluation"): (
+        "text/wikitext2/wiki.test.raw.gz",
+        "text/wikitext2/wiki.test.raw",
+    ),
+    ("wikitext2", "calibration"): (
+        "text/wikitext2/wiki.train.raw.gz",
+        "text/wikitext2/wiki.train.raw",
+        "text/wikitext2/valid.tokens.gz",
+    ),
+    ("c4", "calibration"): ("text/c4/mc4_en_snippets.jsonl.gz",),
+    ("c4", "evaluation"): ("text/c4/c4_en_sample.jsonl",),
+    ("book", "calibration"): ("text/gutenberg/war_and_peace_pg2600.txt.gz",),
+    ("book", "evaluation"): ("text/gutenberg/war_and_peace_pg2600.txt.gz",),
+}
+HUB: dict[tuple[str, str], tuple[str, str, str]] = {
+    # (corpus, part) -> (dataset repository, file, revision); parquet files need pyarrow
+    ("wikitext2", "evaluation"): (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        "main",
+    ),
+    ("wikitext2", "calibration"): (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1/train-00000-of-00001.parquet",
+        "main",
+    ),
+    ("c4", "calibration"): ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "main"),
+    ("c4", "evaluation"): ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "main"),
+}
+DOCUMENTS = 1100
+"""Of C4, so many documents are read."""
+
+
+def text(name: str, part: Part, data_dir: Path | None = None) -> str:
+    """A corpus's text. Calibration and evaluation parts do not overlap.
+
+    A path takes the first four fifths of a file for calibration and the rest for evaluation.
+    WikiText-2 is the raw test split as it stands in its file, line by line, which equals the rows
+    of the usual recipe joined by newlines. Raises `CorpusError`.
+    """
+    if name == "python":
+        return _python(part)
+    if name not in NAMES:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            known = ", ".join(NAMES)
+            raise CorpusError(f"{name!r} is neither a corpus ({known}) nor a text file")
+        return _share(_decode(path), part)
+    found = _local(name, part, data_dir) or _hub(name, part, data_dir)
+    return _share(_body(found), part) if name == "book" else found
+
+
+def _python(part: Part) -> str:
+    """The language documentation behind `help()`: every fifth topic is for evaluation.
+
+    Topics repeat each other; what is in the evaluation part is cut out of the other.
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs = lambda topic: [p.strip("\n") for p in topics[topic].split("\n\n")]
+    wanted = {"calibration": [], "evaluation": []}
+    for i, topic in enumerate(sorted(topics)):
+        wanted["evaluation" if i % 5 == 4 else "calibration"] += paragraphs(topic)
+    if part == "evaluation":
+        return "\n\n".join(wanted[part])
+    seen = {" ".join(p.split()) for p in wanted["evaluation"]}
+    return "\n\n".join(p for p in wanted[part] if " ".join(p.split()) not in seen)
+
+
+def _share(whole: str, part: Part) -> str:
+    cut = len(whole) * 4 // 5
+    return whole[:cut] if part == "calibration" else whole[cut:]
+
+
+def _body(book: str) -> str:
+    """A Project Gutenberg book without the text around it."""
+    start, end = book.find("*** START OF"), book.find("*** END OF")
+    if start >= 0:
+        book = book[book.index("\n", start) : end if end > 0 else None]
+    return book.replace("\r\n", "\n").strip()
+
+
+def _local(name: str, part: Part, data_dir: Path | None) -> str | None:
+    if data_dir is None:
+        return None
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise CorpusError(f"the data directory {root} does not exist")
+    for file in FILES.get((name, part), ()):
+        if (root / file).is_file():
+            return _documents(root / file)
+    return None
+
+
+def _hub(name: str, part: Part, data_dir: Path | None) -> str:
+    looked = [str(Path(data_dir) / f) for f in FILES[name, part]] if data_dir else []
+    if (name, part) not in HUB:
+        raise CorpusError(
+            f"no text for {name}: {' and '.join(looked) or 'no --data-dir was given'}; put "
+            f"{FILES[name, part][0]} below a folder and pass it as --data-dir"
+        )
+    repo, file, revision = HUB[name, part]
+    try:
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(repo, file, repo_type="dataset", revision=revision)
+    except Exception as error:  # no network, no repository, no access: one advice
+        raise CorpusError(
+            f"{name} could not be had: looked for {', '.join(looked) or 'no local folder'}, and "
+            f"{repo}/{file} on the hub failed ({str(error).splitlines()[0]}). Pass --data-dir with "
+            f"{FILES[name, part][0]} in it, or use the corpus python, which needs no files"
+        ) from error
+    return _documents(Path(path))
+
+
+def _documents(path: Path) -> str:
+    """The text of a file: of JSON lines their texts, of parquet its rows, else all of it."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return "".join(pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist())
+    whole = _decode(path)
+    if ".json" not in path.name:
+        return whole
+    rows = []
+    for number, line in enumerate(whole.splitlines()[:DOCUMENTS], 1):
+        try:
+            row = json.loads(line)
+            rows.append(row.get("text") or row.get("prompt", "") + row.get("response", ""))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise CorpusError(f"{path}, line {number}: not a JSON object with a text") from error
+    return " ".join(rows)
+
+
+def _decode(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path} cannot be read as (gzipped) UTF-8 text: {error}") from error
+
+
+def windows(tokens, length: int, count: int, seed: int | None = None) -> np.ndarray:
+    """int32 [n, length], n <= count: consecutive pieces, or with a seed from random places.
+
+    `count` 0 takes as many consecutive ones as there are.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    if length < 2 or len(tokens) < length:
+        raise CorpusError(
+            f"the text has {len(tokens)} tokens; {length} are needed for one window of 2 or more"
+        )
+    whole = len(tokens) // length
+    if seed is None:
+        count = min(count, whole) if count else whole
+        return tokens[: count * length].reshape(count, length)
+    starts = np.random.default_rng(seed).integers(0, len(tokens) - length + 1, count or whole)
+    return np.stack([tokens[s : s + length] for s in starts])
+
+
+def kv_retrieval(data_dir: Path | None, count: int, pairs: int = 75, seed: int = 0) -> list[dict]:
+    """Records of key-value retrieval (Lost in the Middle): `pairs` random keys and values, and one
+    of the keys. From the data directory where it has them, else made from the seed."""
+    path = None if data_dir is None else Path(data_dir).expanduser() / "text/kv_retrieval"
+    found: list[dict[str, Any]] = []
+    if path is not None and path.is_dir():
+        for file in sorted(path.glob("*.jsonl.gz")):
+            found += [json.loads(line) for line in _decode(file).splitlines()]
+    rng = random.Random(seed)
+    identifier = lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    records = []
+    for i in range(count):
+        if i < len(found):
+            rows, key = found[i]["ordered_kv_records"], found[i]["key"]
+            gold = next(row for row in rows if row[0] == key)
+            rest = [row for row in rows if row[0] != key][: pairs - 1]
+        else:
+            gold, *rest = ([identifier(), identifier()] for _ in range(pairs))
+        rest.insert(rng.randrange(len(rest) + 1), gold)
+        records.append(dict(pairs=[tuple(row) for row in rest], key=gold[0], value=gold[1]))
+    return records

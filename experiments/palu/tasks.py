@@ -1,0 +1,215 @@
+"""Zero-shot tasks through lm-eval: the harness's own code around a model of ours, cache and all.
+
+Tasks that have a file below the data folder need no network; any other name is looked up in
+lm-eval, which downloads it. `pip install -e '.[eval]'` brings lm-eval.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.common.cli import UserError
+from experiments.palu.evaluate import token_scores_of
+from llm_jax.config import Config
+from llm_jax.generate import generate
+from llm_jax.params import Params
+
+try:
+    import datasets
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ImportError("tasks need lm-eval: pip install -e '.[eval]'") from error
+
+
+class TaskError(UserError):
+    """Tasks that cannot be run; the message says which there are."""
+
+
+QUERY = "{{query.strip()}}"
+ANSWERED = QUERY + "\nAnswer:"
+FILES = {
+    # name: (file in text/zeroshot, prompt)
+    "arc_easy": ("arc_easy.jsonl.gz", ANSWERED),
+    "arc_challenge": ("arc_challenge.jsonl.gz", ANSWERED),
+    "piqa": ("piqa.jsonl.gz", ANSWERED),
+    "boolq": ("boolq.jsonl.gz", ANSWERED),
+    "hellaswag": ("hellaswag_val1000.jsonl.gz", QUERY),
+    "openbookqa": ("openbook_qa.jsonl", QUERY),
+    "copa": ("copa.jsonl", QUERY),
+    "social_iqa": ("siqa.jsonl.gz", QUERY),
+    "commonsense_qa": ("commonsense_qa.jsonl.gz", QUERY),
+    "winogrande": ("winogrande.jsonl.gz", None),
+    "wsc273": ("winograd_wsc.jsonl", None),
+    "lambada_openai": ("lambada_openai.jsonl.gz", None),
+}
+
+
+def config_of(name: str, data_dir: Path) -> dict | None:
+    """The lm-eval configuration of a task over its local file; None where there is no file."""
+    if name not in FILES:
+        return None
+    file, prompt = FILES[name]
+    path = Path(data_dir).expanduser() / "text/zeroshot" / file
+    if not path.is_file():
+        return None
+    mean = lambda metric: dict(metric=metric, aggregation="mean", higher_is_better=True)
+    common = dict(
+        task=name,
+        dataset_path="json",
+        dataset_kwargs=dict(data_files={"test": str(path)}),
+        test_split="test",
+        num_fewshot=0,
+        metadata=dict(version=1.0),
+    )
+    if name == "lambada_openai":
+        perplexity = dict(metric="perplexity", aggregation="perplexity", higher_is_better=False)
+        return common | dict(
+            output_type="loglikelihood",
+            doc_to_text="{{context}}",
+            doc_to_target=" {{continuation}}",
+            metric_list=[perplexity, mean("acc")],
+        )
+    if prompt is None:  # one ending under two beginnings, of which the likelier is the answer
+        return common | dict(
+            output_type="multiple_choice",
+            doc_to_text=lambda doc: doc["gold"],
+            doc_to_target=lambda doc: doc["continuation"],
+            doc_to_choice=lambda doc: doc["context_options"],
+            metric_list=[mean("acc")],
+        )
+    return common | dict(
+        output_type="multiple_choice",
+        doc_to_text=prompt,
+        doc_to_target="gold",
+        doc_to_choice="choices",
+        metric_list=[mean("acc"), mean("acc_norm")],
+    )
+
+
+class Model(LM):
+    """What lm-eval asks of a model; every token is scored through the real cache of its layers."""
+
+    def __init__(self, params: Params, cfg: Config, tokenizer, batch: int = 8, progress=None):
+        super().__init__()
+        self.params, self.cfg, self.tokenizer = params, cfg, tokenizer
+        self.batch, self.progress = batch, progress
+
+    def loglikelihood(self, requests, **_) -> list[tuple[float, bool]]:
+        pairs = []
+        for request in requests:
+            context, ending = request.args
+            kept = context.rstrip()  # its last blanks belong to the ending
+            start = self.tokenizer.encode(kept) if kept else [min(self.tokenizer.eos)]
+            whole = self.tokenizer.encode(kept + context[len(kept) :] + ending)
+            pairs.append((start, whole[len(start) :] if kept else whole))
+        return self._scored(pairs)
+
+    def loglikelihood_rolling(self, requests, **_) -> list[float]:
+        pairs, owner = [], []
+        length = self.cfg.max_length - 1
+        for i, request in enumerate(requests):
+            tokens = [min(self.tokenizer.eos), *self.tokenizer.encode(request.args[0])]
+            for at in range(1, len(tokens), length):  # each token once, after what fits before it
+                part = tokens[at : at + length]
+                before = tokens[max(0, at - (self.cfg.max_length - len(part))) : at]
+                pairs.append((before, part))
+                owner.append(i)
+        totals = [0.0] * len(requests)
+        for i, (score, _) in zip(owner, self._scored(pairs), strict=True):
+            totals[i] += score
+        return totals
+
+    def generate_until(self, requests, **_) -> list[str]:
+        said = []
+        for request in requests:
+            prompt, settings = request.args
+            stops = settings.get("until", [])
+            stops = [stops] if isinstance(stops, str) else stops
+            count = settings.get("max_gen_toks", 64)
+            tokens = self.tokenizer.encode(prompt)[-(self.cfg.max_length - count) :]
+            found = generate(self.params, tokens, self.cfg, count, eos=self.tokenizer.eos)
+            text = self.tokenizer.decode([t for t in found if t not in self.tokenizer.eos])
+            said.append(text[: min([text.find(s) for s in stops if s in text], default=None)])
+        return said
+
+    def _scored(self, pairs) -> list[tuple[float, bool]]:
+        """(log p of the ending, whether it is the greedy one) for pairs of token lists.
+
+        Sorted by length and padded to multiples of 32 behind the text, so programs are few; what is
+        too long loses tokens at its beginning.
+        """
+        size = self.cfg.max_length
+        rows = [(start + ending)[-size:] for start, ending in pairs]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        found: list = [None] * len(rows)
+        for first in range(0, len(order), self.batch):
+            part = order[first : first + self.batch]
+            width = min(-(-len(rows[part[0]]) // 32) * 32, size)
+            tokens = np.zeros((self.batch, width), np.int32)
+            for b, i in enumerate(part):
+                tokens[b, : len(rows[i])] = rows[i]
+            loss, greedy = token_scores_of(self.params, jnp.asarray(tokens), self.cfg)
+            loss, greedy = np.asarray(loss, np.float64), np.asarray(greedy)
+            for b, i in enumerate(part):
+                end = len(rows[i]) - 1
+                ending = slice(max(end - len(pairs[i][1]), 0), end)
+                found[i] = -float(loss[b, ending].sum()), bool(greedy[b, ending].all())
+            if self.progress:
+                self.progress(min(first + self.batch, len(order)) / len(order))
+        return found
+
+
+def run(
+    params: Params,
+    cfg: Config,
+    tokenizer,
+    tasks: Sequence[str],
+    data_dir: Path | None,
+    limit: int | None = None,
+    batch: int = 8,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, dict]:
+    """{task: {metric: value}}, standard errors of accuracies and counts; `limit` documents each."""
+    built = load(tasks, data_dir)
+    model = Model(params, cfg, tokenizer, batch, progress)
+    # Standard errors are made here: lm-eval's bootstrap forks, which a process with JAX must not.
+    results = evaluate(model, built, limit=limit, bootstrap_iters=0, log_samples=False)
+    found = {}
+    for name in tasks:
+        n = results["n-samples"][name]["effective"]
+        keep = {}
+        for key, value in results["results"][name].items():
+            if isinstance(value, float) and math.isfinite(value):
+                metric = key.removesuffix(",none")
+                keep[metric] = value
+                if metric.startswith("acc") and n > 1:
+                    keep[metric + "_stderr"] = math.sqrt(value * (1 - value) / (n - 1))
+        found[name] = keep | dict(n=n)
+    return found
+
+
+def load(tasks: Sequence[str], data_dir: Path | None):
+    """The tasks as lm-eval's `TaskManager.load` gives them, local files before the hub."""
+    datasets.disable_progress_bars()
+    manager = TaskManager()
+    wanted = []
+    for name in tasks:
+        config = None if data_dir is None else config_of(name, data_dir)
+        if config is None and name not in manager.all_tasks:
+            known = ", ".join(FILES)
+            raise TaskError(f"no task {name!r}; local ones are {known}; others are lm-eval's own")
+        wanted.append(name if config is None else ConfigurableTask(config=config))
+    try:
+        return manager.load(wanted)
+    except (OSError, ConnectionError, ValueError) as error:
+        where = "no --data-dir was given" if data_dir is None else f"{data_dir}/text/zeroshot"
+        raise TaskError(
+            f"the tasks {', '.join(tasks)} cannot be loaded ({type(error).__name__}: {error}); "
+            f"local files: {where}, and lm-eval could not download them"
+        ) from error

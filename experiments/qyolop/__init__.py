@@ -1,0 +1,1 @@
+"""Panoptic driving perception in eight bits: `python -m experiments.qyolop`."""

@@ -1,0 +1,322 @@
+"""How fast a network runs: JAX in float32, bfloat16 and int8 beside onnxruntime, and training.
+
+Everything takes turns, so that a machine that slows down does so for all alike; what is timed has
+just run a few times untimed, and its result is waited for. Times are medians with quartiles.
+Multiply-adds a second are set against those of the best large matrix product of the same run.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.common import records
+from experiments.qyolop.engines import DeployError, integer_model, onnx_session, pictures
+from qyolop_jax import export, fold, integer, train
+from qyolop_jax.config import ModelConfig
+from qyolop_jax.graph import build, count
+from qyolop_jax.losses import LossConfig
+from qyolop_jax.model import initial
+from qyolop_jax.postprocess import predict
+from qyolop_jax.scales import DEFAULT, plan
+from qyolop_jax.scenes.generate import Scenes
+from qyolop_jax.sources import Feed, batches
+
+MATMUL = dict(cpu=1536, gpu=8192)
+"""Side of the square matrices of the product that sets the limit."""
+WARM = 0.05
+"""Seconds of untimed calls before a timed one, at least one call: idle threads of what ran before
+still spin for a while, and made onnxruntime twice as slow on two cores."""
+TRAINING_MACS = 3
+"""Of a training step, in those of a forward: one forward, two products backward."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """Latency and throughput of one network, in every precision and engine there is here."""
+
+    run: Path | None = None
+    """Folder of `train`, or a model.safetensors; without it weights are random."""
+    width: float = 0.25
+    """Of random weights."""
+    activation: Literal["silu", "relu", "hardswish"] = "relu"
+    """Of random weights."""
+    size: tuple[int, int] | None = None
+    """Height and width, multiples of 32; default: the training's, 384 640 for random weights."""
+    batch: tuple[int, ...] = (1, 16)
+    repeats: int = 20
+    train_batch: tuple[int, ...] = ()
+    """Also time steps of training with so many images."""
+    output: Path | None = None
+    """A file of JSON lines to append to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """Something to time: `call()` returns when it is done. `key` goes into its record."""
+
+    key: dict
+    call: Callable
+    images: int
+    macs: int
+    """Of one image."""
+    limit: str | None = None
+    """The matrix product that its rate is a share of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The network that is timed."""
+
+    cfg: ModelConfig
+    variables: dict
+    model: integer.IntegerModel | None
+    weights: str
+    macs: int
+    parameters: int
+
+
+def subject(args: Benchmark, console: Console) -> Subject:
+    """What `--run` names, or random weights; `model` is None where there is no integer file."""
+    from experiments.qyolop import __main__ as qyolop
+
+    if args.run is None:
+        cfg = ModelConfig(args.width, args.activation, size=args.size or (384, 640))
+        variables = initial(cfg)
+        graph, params = fold.fold(cfg, variables)
+        parts = plan(graph, DEFAULT).parts
+        scales = {n: jnp.asarray([[-4.0, 4.0]] * (int(p.max()) + 1)) for n, p in parts.items()}
+        model, weights = integer.to_integer(graph, params, scales), "random"
+    else:
+        cfg, variables = qyolop.model_of(args.run)
+        cfg, weights = dataclasses.replace(cfg, size=args.size or cfg.size), str(args.run)
+        folder = args.run if args.run.is_dir() else args.run.parent
+        try:
+            model = integer_model(folder / qyolop.INTEGERS)
+        except DeployError as error:
+            console.print(f"int8 is left out: {error}", style="yellow", soft_wrap=True)
+            model = None
+    parameters, macs = count(build(cfg), cfg.size).total()
+    return Subject(cfg, variables, model, weights, macs, parameters)
+
+
+def forwards(s: Subject, batch: int, console: Console):
+    """Every (engine, precision, function of one of `batch` images to raw outputs on the device)."""
+    graph, params = fold.fold(s.cfg, s.variables)
+    images = np.resize(pictures(min(batch, 4), s.cfg.size), (batch, *s.cfg.size, 3))
+    there = jax.device_put(images)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        cast = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), params)
+        run = lambda p, x, dtype=dtype: fold.run(graph, p, x, dtype)
+        yield "jax", jnp.dtype(dtype).name, run, (cast, there)
+    if s.model is not None:
+        yield "jax", "int8", integer.run, (s.model, there)
+    makes = dict(float32=lambda: export.float_onnx(graph, params, s.cfg.size))
+    if s.model is not None:
+        makes["int8"] = lambda: export.integer_onnx(s.model, s.cfg.size)
+    for precision, make in makes.items():
+        try:
+            session = onnx_session(make().SerializeToString())
+        except ImportError as error:
+            console.print(f"onnxruntime is left out: {error}", style="yellow", soft_wrap=True)
+            return
+        yield "onnxruntime", precision, session, (images,)
+
+
+def inference(s: Subject, batch: int, console: Console):
+    """The `Way`s of one batch size, each with and without post-processing; what fails is told."""
+    on_gpu = jax.default_backend() == "gpu"
+    finish = lambda raw: predict(raw, s.cfg)
+    for engine, precision, run, arguments in forwards(s, batch, console):
+        if engine == "jax":
+            raw = jax.jit(run)
+            both = jax.jit(lambda *a, run=run: finish(run(*a)))
+            limit = precision if on_gpu else "float32"
+        else:
+            after = jax.jit(finish)
+            raw = run
+            both = lambda x, run=run, after=after: after(jax.device_put(run(x), cpu()))
+            limit = "cpu float32" if on_gpu else "float32"
+        for post, f in ((False, raw), (True, both)):
+            call = lambda f=f, arguments=arguments: jax.block_until_ready(f(*arguments))
+            key = dict(engine=engine, precision=precision, batch=batch, postprocessing=post)
+            yield Way(key | dict(task="inference"), call, batch, s.macs, limit)
+
+
+def cpu():
+    """Where onnxruntime's outputs are processed; the accelerator if JAX may use nothing else."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names others
+        return jax.devices()[0]
+
+
+def training(s: Subject, batch: int):
+    """A `Way` a precision of one optimization step; the batch is on the device already."""
+    mesh, config = train.devices_for(batch), train.Optimization()
+    stream = batches(dict(scenes=Scenes(min(batch, 16), s.cfg.size)), Feed(s.cfg.size, batch))
+    data = train.placed(next(stream), mesh, split=True)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        step = train.make_step(train.float_loss(s.cfg, LossConfig(), dtype), config)
+        state = train.new_state(s.variables, train.optimizer(config))
+        held = [train.placed(state, mesh)]  # a step donates it
+
+        def call(step=step, held=held):
+            held[0], parts = step(held[0], data, jnp.float32(1e-6))
+            jax.block_until_ready((held[0], parts))
+
+        name = jnp.dtype(dtype).name
+        limit = name if jax.default_backend() == "gpu" else "float32"
+        key = dict(task="training", engine="jax", precision=name, batch=batch)
+        yield Way(key, call, batch, TRAINING_MACS * s.macs, limit)
+
+
+def products():
+    """A `Way` for every matrix product that is a limit: float32, and on a GPU 16 and 8 bits."""
+    backend = jax.default_backend()
+    device, kinds = jax.devices()[0], dict(float32=jnp.float32)
+    if backend == "gpu":
+        kinds |= dict(bfloat16=jnp.bfloat16, int8=jnp.int8)
+    cases = [(name, kind, device, MATMUL.get(backend, 4096)) for name, kind in kinds.items()]
+    if backend == "gpu":  # onnxruntime's
+        cases.append(("cpu float32", jnp.float32, cpu(), MATMUL["cpu"]))
+    for name, kind, place, n in cases:
+        wide = jnp.int32 if kind == jnp.int8 else kind
+        a = jax.device_put(np.ones((n, n), np.int8), place).astype(kind)
+        dot = jax.jit(lambda a, b, wide=wide: jax.lax.dot(a, b, preferred_element_type=wide))
+        call = lambda dot=dot, a=a: jax.block_until_ready(dot(a, a))
+        key = dict(task="matmul", engine="jax", precision=name, batch=1, side=n)
+        yield Way(key, call, 1, n**3)
+
+
+def warmed(ways, step, console: Console) -> list[Way]:
+    """Those of `ways` that run; compiles them."""
+    good = []
+    for n, way in enumerate(ways, 1):
+        try:
+            way.call()
+            good.append(way)
+        except jax.errors.JaxRuntimeError as error:  # no room
+            what = f"{way.key['engine']} {way.key['precision']} batch {way.key['batch']}"
+            console.print(f"{what} is left out: {str(error)[:200]}", style="yellow")
+        step(n)
+    return good
+
+
+def turns(ways, repeats: int, step) -> list[list[float]]:
+    """Seconds of every call, [ways][repeats]; all take turns, from another one on each time."""
+    took: list[list[float]] = [[] for _ in ways]
+    for n in range(repeats):
+        for k in range(len(ways)):
+            at = (n + k) % len(ways)
+            until = time.perf_counter() + WARM
+            ways[at].call()
+            while time.perf_counter() < until:
+                ways[at].call()
+            began = time.perf_counter()
+            ways[at].call()
+            took[at].append(time.perf_counter() - began)
+            step(n * len(ways) + k + 1)
+    return took
+
+
+def rows_of(ways, took) -> list[dict]:
+    """Records without what is the same for all: times, rates, and ratios."""
+    best = {w.key["precision"]: w.macs / min(t) for w, t in zip(ways, took) if "side" in w.key}
+    rows = []
+    for way, seconds in zip(ways, took):
+        low, middle, high = np.percentile(seconds, (25, 50, 75))
+        rate = way.images * way.macs / (min(seconds) if "side" in way.key else middle)
+        row = way.key | dict(
+            seconds=middle, low=low, high=high, least=min(seconds), repeats=len(seconds),
+            images_per_second=way.images / middle, gmacs_per_second=rate / 1e9,
+        )  # fmt: skip
+        if way.limit in best:
+            row |= dict(limit=f"{way.limit} matmul", share_of_limit=rate / best[way.limit])
+        rows.append(row)
+    same = lambda r: tuple(r.get(k) for k in ("task", "engine", "batch", "postprocessing"))
+    base = {same(r): r["seconds"] for r in rows if r["precision"] == "float32"}
+    for r in rows:
+        if r["task"] != "matmul" and same(r) in base:
+            r["times_float32"] = base[same(r)] / r["seconds"]
+    return rows
+
+
+def main(args: Benchmark, console: Console) -> int:
+    from experiments.qyolop import __main__ as qyolop
+
+    if args.repeats < 1 or min((1, *args.batch, *args.train_batch)) < 1:
+        raise DeployError("repeats and batches are 1 or more")
+    s = subject(args, console)
+    device = jax.devices()[0].device_kind
+    console.print(
+        f"{s.parameters / 1e6:.2f} M parameters, {s.macs / 1e9:.2f} G multiply-adds an image of "
+        f"{s.cfg.size[0]}x{s.cfg.size[1]}, {s.weights} weights, on {device}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    ways = [*products()]
+    for batch in args.batch:
+        ways += inference(s, batch, console)
+    for batch in args.train_batch:
+        ways += training(s, batch)
+    with qyolop.bar(console, "Compiling", len(ways)) as step:
+        ways = warmed(ways, step, console)
+    with qyolop.bar(console, "Timing", len(ways) * args.repeats) as step:
+        rows = rows_of(ways, turns(ways, args.repeats, step))
+    same = dict(
+        weights=s.weights, width=s.cfg.width, activation=s.cfg.activation, size=s.cfg.size,
+        parameters=s.parameters, macs=s.macs, devices=len(jax.devices()),
+        environment=environment(),
+    )  # fmt: skip
+    for r in rows:
+        r["device"] = device if r["engine"] == "jax" and "cpu" not in r["precision"] else "cpu"
+        if args.output:
+            records.append(args.output, r | same)
+    show(rows, console)
+    return 0
+
+
+def environment() -> dict:
+    found = records.environment()
+    for name in ("onnxruntime", "onnx", "flax", "optax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["packages"][name] = importlib.metadata.version(name)
+    return found
+
+
+def show(rows: list[dict], console: Console) -> None:
+    limits = [
+        f"{r['precision']} {r['gmacs_per_second']:,.0f} GMAC/s ({r['side']}x{r['side']})"
+        for r in rows if r["task"] == "matmul"
+    ]  # fmt: skip
+    console.print(f"Best matrix products: {', '.join(limits)}", highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    names = ("", "batch", "ms", "quartiles", "with boxes\nand masks", "images/s", "x\nfloat32",
+             "GMAC/s", "of\nmatmul")  # fmt: skip
+    for name in names:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    ms = lambda s: f"{1e3 * s:.0f}" if s >= 1 else f"{1e3 * s:.4g}"
+    of = lambda r: tuple(r[k] for k in ("task", "engine", "precision", "batch"))
+    whole = {of(r): r["seconds"] for r in rows if r.get("postprocessing")}
+    for r in rows:
+        if r["task"] == "matmul" or r.get("postprocessing"):
+            continue
+        title = f"{r['engine']} {r['precision']}" + " training" * (r["task"] == "training")
+        share, ratio = r.get("share_of_limit"), r.get("times_float32")
+        table.add_row(
+            title, str(r["batch"]), ms(r["seconds"]), f"{ms(r['low'])}-{ms(r['high'])}",
+            ms(whole[of(r)]) if of(r) in whole else "",
+            f"{r['images_per_second']:.1f}", "" if ratio is None else f"{ratio:.2f}",
+            f"{r['gmacs_per_second']:,.1f}", "" if share is None else f"{share:.1%}",
+        )  # fmt: skip
+    console.print(table)

@@ -1,0 +1,126 @@
+"""Which convolutions suffer from 8 bits, and what it would bring to keep those in float."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.common import records
+from qyolop_jax import quantize
+from qyolop_jax.graph import Graph
+from qyolop_jax.scales import Scales, Settings
+
+SHOWN, DRAWN = 12, 30
+TRIED = 3
+"""Convolutions that are tried in float."""
+WORTH = 1.0
+"""dB that the worst output must gain for a suggestion."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A folded graph and how it is quantized."""
+
+    graph: Graph
+    params: Any
+    scales: Scales
+    settings: Settings
+
+
+def run(case: Case, batches: Sequence, folder: Path, about: dict, console: Console) -> dict:
+    """Measures, prints, and leaves sensitivity.jsonl (a line a run) and sensitivity.png.
+
+    The line holds dB of every convolution alone, "alone" {name: dB}; of all at once by output,
+    "all"; the same with the worst in float, "kept" and "with_kept"; and with all in float, "most",
+    where what is passed on still has 8 bits: more no --keep can bring.
+    """
+    from experiments.qyolop import __main__ as qyolop
+
+    total = len(case.graph.convs) * len(batches)
+    with qyolop.bar(console, "Sensitivity of every convolution", total) as step:
+        alone = quantize.sensitivity(
+            case.graph, case.params, case.scales, batches, case.settings, progress=step
+        )
+    ranked = sorted(alone, key=alone.get)
+    tried = tuple([n for n in ranked if n not in case.settings.keep][:TRIED])
+    more = dataclasses.replace(case.settings, keep=case.settings.keep + tried)
+    every = dataclasses.replace(case.settings, keep=tuple(alone))
+    before, after, most = (noise(case, s, batches) for s in (case.settings, more, every))
+    found = dict(alone=alone, all=before, kept=more.keep, with_kept=after, most=most)
+    records.append(folder / "sensitivity.jsonl", found | about)
+    show(case, ranked, found, console)
+    if min(after.values()) - min(before.values()) > WORTH:
+        console.print(f"These help: --keep {' '.join(more.keep)}", highlight=False, soft_wrap=True)
+    else:
+        console.print("No --keep suggested: the noise is not of these alone", highlight=False)
+    written = [str(folder / "sensitivity.jsonl"), *plot(alone, folder)]
+    console.print(f"Written: {', '.join(written)}", style="dim", highlight=False, soft_wrap=True)
+    return found
+
+
+def noise(case: Case, settings: Settings, batches) -> dict[str, float]:
+    """Signal-to-noise ratio of every output in dB, all convolutions quantized; over all batches."""
+    exact = jax.jit(lambda p, x: quantize.tensors(case.graph, p, x)[0])
+    ours = jax.jit(lambda p, s, x: quantize.forward(case.graph, p, s, x, settings))
+    found: dict[str, list] = {name: [] for name in case.graph.outputs}
+    for batch in batches:
+        x = jnp.asarray(quantize.images_of(batch))
+        want, got = exact(case.params, x), ours(case.params, case.scales, x)
+        for name, values in found.items():
+            values.append(quantize.sqnr(want[name], got[name]))
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def show(case: Case, ranked, found: dict, console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("convolution", "kernel", "8 bits in it alone, dB", "kB more in float"):
+        table.add_column(name, justify="left" if name == "convolution" else "right")
+    for name in ranked[:SHOWN]:
+        shape = case.params[name]["kernel"].shape
+        table.add_row(
+            name, "x".join(map(str, shape)), f"{found['alone'][name]:.1f}",
+            f"{3 * math.prod(shape) / 1e3:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    table = Table(box=box.SIMPLE_HEAD)
+    kept = f"{', '.join(found['kept'])} in float"
+    for name in ("output", "all in 8 bits, dB", kept, "all in float, 8 bits between"):
+        table.add_column(name, justify="left" if name == "output" else "right")
+    for name, value in found["all"].items():
+        others = (found[k][name] for k in ("with_kept", "most"))
+        table.add_row(name, f"{value:.1f}", *(f"{v:.1f}" for v in others))
+    console.print(table)
+
+
+def plot(alone: dict[str, float], folder: Path) -> list[str]:
+    """The path of a PNG, the most sensitive convolutions as bars; none without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:  # the table is there without it
+        return []
+    from experiments.speculative.plots import METHODS, STYLE
+
+    rows = sorted((v, n) for n, v in alone.items() if math.isfinite(v))[:DRAWN]
+    if not rows:
+        return []
+    with matplotlib.rc_context({**STYLE, "backend": "Agg"}):
+        figure = Figure(figsize=(8, 1.5 + 0.22 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        axes.barh([n for _, n in rows], [v for v, _ in rows], color=METHODS[0])
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0, labelsize=8)
+        axes.grid(axis="x")
+        axes.set_xlabel("signal-to-noise ratio of the worst output, dB; less is worse")
+        axes.set_title("8 bits in one convolution alone")
+        path = folder / "sensitivity.png"
+        with records.atomic(path) as scratch:
+            figure.savefig(scratch, dpi=150)
+    return [str(path)]

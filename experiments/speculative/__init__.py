@@ -1,0 +1,1 @@
+"""Speculative decoding of models that do not fit: `python -m experiments.speculative`."""

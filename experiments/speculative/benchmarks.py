@@ -1,0 +1,248 @@
+"""Prompts to decode: `load(name, data_dir, samples)` gives the user turns of a public benchmark.
+
+`builtin` ships with the project and needs nothing. Any other name is looked for in three places:
+a local folder, the Hugging Face hub (`huggingface_hub`; parquet files also need `pyarrow`), and
+TensorFlow Datasets read without TensorFlow.
+"""
+
+import csv
+import dataclasses
+import difflib
+import fnmatch
+import gzip
+import io
+import json
+import random
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from experiments.speculative.benchmark_specs import SPECS, BenchmarkError, Row, Spec, user_turns
+
+BUILTIN = Path(__file__).with_name("prompts.jsonl")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One conversation: user turns only, each later one follows the model's own answer."""
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+
+
+NAMES: tuple[str, ...] = ("builtin", *SPECS)
+
+
+# --- Loading -----------------------------------------------------------------------------------
+
+
+def load(
+    name: str, data_dir: Path | None = None, samples: int | None = None, seed: int = 0
+) -> list[Sample]:
+    """The first `samples` conversations of benchmark `name` after a shuffle with `seed`.
+
+    The shuffle depends on the seed and the number of rows only, so two runs (and two machines)
+    decode the same prompts; `builtin` is not shuffled, its order mixes the categories. Fewer
+    conversations than asked for come back where the benchmark holds fewer: compare `len`.
+    TensorFlow Datasets stores rows in an order of its own: its ids begin with `tfds-`.
+    Raises `BenchmarkError`.
+    """
+    if name not in NAMES:
+        close = difflib.get_close_matches(name, NAMES, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise BenchmarkError(f"no benchmark {name!r}.{hint} There are: {', '.join(NAMES)}.")
+    if samples is not None and samples < 1:
+        raise BenchmarkError(f"samples = {samples}; expected 1 or more, or None for all.")
+    if name == "builtin":
+        spec = Spec(user_turns, "turns", "", (), "id", "category")
+        return _samples(name, spec, _rows(BUILTIN))[:samples]
+    found = _find(name, data_dir)
+    random.Random(seed).shuffle(found)
+    return found[:samples]
+
+
+def _samples(name: str, spec: Spec, rows: Iterable[Row], prefix: str = "") -> list[Sample]:
+    samples, first = [], {}
+    for number, row in enumerate(rows):
+        id = prefix + (row.optional(spec.id) or str(number))
+        if id in first:
+            raise BenchmarkError(
+                f"{row.where}: id {id!r} was used before, at {first[id]}; ids name the results,"
+                " so each must occur once. Remove the copy."
+            )
+        first[id] = row.where
+        category = row.optional(spec.category) or name
+        samples.append(Sample(id, category, tuple(spec.turns(row))))
+    return samples
+
+
+def _find(name: str, data_dir: Path | None) -> list[Sample]:
+    """All conversations of a benchmark, in file order, from the first source that has it."""
+    spec, tried = SPECS[name], []
+    sources = (
+        ("local", lambda: _local(name, spec, data_dir), ""),
+        ("hub", lambda: _hub(spec), ""),
+        ("tfds", lambda: _tfds(spec), "tfds-"),
+    )
+    for source, rows, prefix in sources:
+        try:
+            samples = _samples(name, spec, rows(), prefix)
+        except _Unavailable as reason:
+            tried.append(f"  {source:5}  {reason}")
+            continue
+        if not samples:
+            tried.append(f"  {source:5}  the file holds no records")
+            continue
+        return samples
+    base = data_dir or "<data-dir>"
+    raise BenchmarkError(
+        f"no data for benchmark {name!r}. Tried:\n"
+        + "\n".join(tried)
+        + f"\nPut a file {spec.stems[0]}.jsonl (also .jsonl.gz, .parquet, .csv) into"
+        f" {base}/{spec.folder}, or {name}.jsonl into {base}, with fields {spec.needs}, and pass"
+        f" --data-dir {base}. `--benchmark builtin` needs no files and no network."
+    )
+
+
+class _Unavailable(Exception):
+    """Why a source cannot be used; the next one is tried."""
+
+
+def _local(name: str, spec: Spec, data_dir: Path | None) -> Iterator[Row]:
+    if data_dir is None:
+        raise _Unavailable("no data directory was given")
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise BenchmarkError(
+            f"the data directory {str(data_dir)!r} is not a directory. Expected the folder that"
+            f" holds {spec.folder}/ or {name}.jsonl. Correct the path, or leave it out."
+        )
+    folders = [root / "text" / spec.folder, root / spec.folder]
+    folders += [root] if root.name == spec.folder else []
+    files = [folder / f"{stem}{s}" for folder in folders for stem in spec.stems for s in SUFFIXES]
+    files += [folder / "data.zip" for folder in folders if spec.member]
+    files += [root / f"{name}{suffix}" for suffix in SUFFIXES]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        places = [f"{folder}/{'|'.join(spec.stems)}.jsonl[.gz]" for folder in folders]
+        raise _Unavailable(f"none of {', '.join((*places, f'{root}/{name}.jsonl[.gz]'))}")
+    return _rows(path, spec.member)
+
+
+def _hub(spec: Spec) -> Iterator[Row]:
+    if not spec.hub:
+        raise _Unavailable("it is not on the hub in a form this project reads")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise _Unavailable(f"{spec.hub}: pip install huggingface_hub") from None
+    try:  # without a network this answers from the hub's cache, if the files are in it
+        folder = snapshot_download(spec.hub, repo_type="dataset", allow_patterns=spec.hub_files)
+    except Exception as error:  # its own errors, the HTTP client's, the file system's
+        gated = " The data set is gated: accept its terms on its page, then `hf auth login`."
+        raise _Unavailable(
+            f"{spec.hub}: {type(error).__name__}: {_first_line(error)}"
+            + (gated if spec.gated else "")
+        ) from None
+    paths = sorted(Path(folder).glob(spec.hub_files))
+    if not paths:
+        raise _Unavailable(f"{spec.hub}: no file matches {spec.hub_files!r}")
+    return (row for path in paths for row in _rows(path, spec.member))
+
+
+def _tfds(spec: Spec) -> Iterator[Row]:
+    if not spec.tfds:
+        raise _Unavailable("TensorFlow Datasets does not have it")
+    try:
+        import array_record  # noqa: F401  (the only format that needs no TensorFlow)
+        import tensorflow_datasets as tfds
+    except ImportError:
+        packages = "tensorflow-datasets importlib_resources array_record"
+        raise _Unavailable(f"{spec.tfds}: pip install {packages}") from None
+    try:
+        # Asked for by name, or preparing a data set for the first time imports TensorFlow.
+        stored = {"file_format": "array_record"}
+        source = tfds.data_source(spec.tfds, split="test", builder_kwargs=stored)
+    except Exception as error:  # downloads, disk, builders that call TensorFlow
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise _Unavailable(f"{spec.tfds}: {reason}") from None
+
+    def text(value):
+        return value.decode() if isinstance(value, bytes) else value
+
+    return (
+        Row(f"{spec.tfds}, row {i}", {k: text(v) for k, v in record.items()})
+        for i, record in enumerate(source)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+
+
+# --- Files -------------------------------------------------------------------------------------
+
+
+def _rows(path: Path, member: str = "") -> Iterator[Row]:
+    """The records of a .jsonl, .jsonl.gz, .csv, .parquet or .zip (its file `member`) file."""
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+        return
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                name = next(iter(fnmatch.filter(archive.namelist(), member)), None)
+                if name is None:
+                    raise BenchmarkError(f"{path}: no file in it matches {member!r}.")
+                with archive.open(name) as file:
+                    yield from _jsonl(f"{path}/{name}", file)
+        elif path.suffix == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                for number, record in enumerate(csv.DictReader(file)):
+                    yield Row(f"{path}, row {number + 1}", record)
+        else:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                yield from _jsonl(str(path), file)
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error, UnicodeDecodeError) as e:
+        raise BenchmarkError(
+            f"{path} cannot be read: {_first_line(e)}. The file is damaged or not what its name"
+            " says; fetch it again."
+        ) from e
+
+
+def _jsonl(name: str, file: io.BufferedIOBase) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # also a line that is not UTF-8
+            raise BenchmarkError(
+                f"{where}: not JSON ({_first_line(error)}). Expected one JSON object a line; fix"
+                " the line, or fetch the file again."
+            ) from None
+        if not isinstance(record, dict):
+            raise BenchmarkError(f"{where}: expected a JSON object, got {line[:40]!r}. Fix it.")
+        yield Row(where, record)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise _Unavailable(f"{path.name} is there, reading it needs: pip install pyarrow") from None
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
+            for record in batch.to_pylist():
+                number += 1
+                yield Row(f"{path}, row {number}", record)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BenchmarkError(
+            f"{path} cannot be read: {_first_line(error)}. Fetch the file again."
+        ) from error

@@ -1,0 +1,1 @@
+"""Exact 16-bit matrices from a low-bit substitute and its residual."""

@@ -1,0 +1,1 @@
+"""Driving scenes, drawn with exact labels."""

@@ -1,0 +1,197 @@
+"""The loop: propose a tree, verify it in one streamed pass, keep what the target drew.
+
+Plain decoding is the same loop with a proposer that proposes nothing, so it is a fair baseline.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.attention import caches_for
+from llm_jax.cache import KV
+from llm_jax.sample import Sampler
+from subspec_jax import SubspecError
+from subspec_jax.accept import Gate
+from subspec_jax.offload import to_device
+from subspec_jax.propose import Proposer, Round, State
+from subspec_jax.tree import cache_slots, live_sizes, path_to, seedling, step_gains
+from subspec_jax.verify import Target, finish_round, lay_out, run_pass, streamed_prefill
+
+jit_seedling = jax.jit(seedling, static_argnames="spec")
+
+
+class LengthError(SubspecError):
+    """A prompt and its answer do not fit into the cache."""
+
+
+@dataclasses.dataclass
+class Decoder:
+    """A target, a proposer and the cache they share. One sequence at a time, batch of one.
+
+    The output is the target's own: greedy tokens, or for a seed the tokens that plain sampling with
+    that seed draws, except with a `gate`, which trades that for longer acceptance.
+    """
+
+    target: Target
+    proposer: Proposer = dataclasses.field(default_factory=Proposer)
+    sampler: Sampler = Sampler()
+    gate: Gate | None = None
+    max_length: int = 2048
+    """Most tokens of prompt and answer together."""
+    chunk: int = 512
+    """Most prompt tokens of a prefill pass; each pass streams all offloaded layers once."""
+
+    def __post_init__(self):
+        spec = self.proposer.spec
+        self.slots = cache_slots(self.max_length, spec)
+        target = self.target
+        caches = caches_for(target.params, target.cfg, 1, self.slots, spec.places + 1)
+        self.caches = list(to_device(caches))
+        plain = all(isinstance(cache, KV) for cache in caches)
+        self.sizes = live_sizes(self.slots) if plain else [self.slots]
+        self.watch: Callable[[], None] | None = None
+        """Called between the layers of a pass, to look at memory."""
+
+    def rounds(
+        self,
+        prompt: Sequence[int],
+        new_tokens: int,
+        seed: int = 0,
+        eos: Sequence[int] = (),
+        replay: Iterable[int] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[Round]:
+        """Rounds until `new_tokens` are emitted or a token of `eos` is; the first is the prefill's.
+
+        `replay` gives the number of draft tokens to accept in each round, right or wrong: the
+        engine is timed as if they were, and the text means nothing. `progress` hears how much of
+        the prompt is in. Raises LengthError before anything runs if the text cannot fit.
+        """
+        if not len(prompt):
+            raise LengthError("the prompt is empty; give at least one token")
+        if new_tokens < 1:
+            raise LengthError(f"{new_tokens} new tokens were asked for; give at least 1")
+        if len(prompt) + new_tokens > self.max_length:
+            raise LengthError(
+                f"{len(prompt)} prompt tokens and {new_tokens} new ones do not fit into "
+                f"{self.max_length}; shorten the prompt, ask for fewer tokens, or raise max_length"
+            )
+        spec, cfg = self.proposer.spec, self.target.cfg
+        lengths = None if replay is None else iter(replay)
+        key = jax.random.key(seed)
+
+        began = time.perf_counter()
+        logits, streamed = streamed_prefill(self.target, prompt, self.caches, self.chunk, progress)
+        first = self.sampler.draw(logits, key, jnp.array([len(prompt)], jnp.int32))
+        tokens = [*map(int, prompt), int(first[0])]
+        at = to_device(jnp.int32(len(prompt)))
+        tree, live = jit_seedling(first[0], spec), self._live(tokens)
+        state = State(tokens, self.caches, tree, at, key, self.sampler, live)
+        self.proposer.start(state, self.slots, self.chunk)
+        jax.block_until_ready(state.caches)
+        seconds = time.perf_counter() - began
+        yield Round(tokens[-1:], other_s=seconds, streamed_bytes=streamed)
+
+        left, ended = new_tokens - 1, tokens[-1] in eos
+        while left > 0 and not ended:
+            t0 = time.perf_counter()
+            # What the host sends goes before the stream starts, or it would wait behind layers.
+            accept = -1 if lengths is None else next(lengths, None)
+            if accept is None:
+                raise LengthError("the acceptance trace is too short for the tokens asked for")
+            accept = to_device(jnp.int32(accept))
+            state.live = self._live(state.tokens)
+            self.proposer.prepare(state)
+            if self.proposer.on_host:
+                self.proposer.propose(state)
+            stream = self.target.stream()
+            if not self.proposer.on_host:
+                self.proposer.propose(state)
+            tree, tokens_1E, step = lay_out(state.tree, state.at, spec, state.live)
+            jax.block_until_ready(tokens_1E)
+            t1 = time.perf_counter()
+            arrived = stream.arrived_bytes()
+            x = run_pass(self.target, stream, tokens_1E, state.caches, step, self._between(state))
+            jax.block_until_ready(x)
+            t2 = time.perf_counter()
+            emitted_P, length, last, source, planted, next_at, caches = finish_round(
+                self.target.top,
+                x,
+                tree,
+                state.tree,
+                tuple(state.caches),
+                state.at,
+                key,
+                accept,
+                cfg,
+                spec,
+                self.sampler,
+                self.gate,
+                lengths is not None,
+            )
+            state.caches[:] = caches
+            grown = (tree.parent_E, tree.depth_E, tree.score_E, tree.size, tree.forwarded)
+            host = jax.device_get((emitted_P, length, last, *grown))
+            emitted_P, length, last, parent_E, depth_E, score_E, size, forwarded = host
+            emitted = emitted_P[:length].tolist()
+            state.tree = planted
+            self.proposer.advance(state, source, int(last), int(forwarded), emitted)
+            kept = emitted[:left]
+            if hit := [i for i, t in enumerate(kept) if t in eos]:
+                kept, ended = kept[: hit[0] + 1], True
+            state.tokens.extend(emitted)
+            state.at = next_at
+            left -= len(kept)
+            drafted = int((parent_E >= 0).sum())
+            effort = self.proposer.effort(drafted)
+            result = Round(
+                tokens=kept,
+                accepted=int(length) - 1,
+                drafted=drafted,
+                depth=int(np.max(np.where(parent_E >= 0, depth_E, 0))),
+                path=path_to(last, parent_E),
+                gains=() if effort.get("copied") else step_gains(score_E[:size], spec.width),
+                **effort,
+                draft_s=t1 - t0,
+                verify_s=t2 - t1,
+                other_s=time.perf_counter() - t2,
+                streamed_bytes=stream.bytes,
+                pass_bytes=stream.bytes - arrived,
+            )
+            self.proposer.learn(result)
+            yield result
+
+    def warm_up(self, prompt: Sequence[int], new_tokens: int, replay: Callable | None = None):
+        """Decodes a little with every number of live slots that a text this long will have, so that
+        no program is compiled or loaded later. `replay` makes an iterator for `rounds`."""
+        sizes, least = self.sizes, len(prompt) + self.proposer.spec.places
+        below = [0, *sizes]
+        try:
+            for i, size in enumerate(sizes):
+                if size >= least and below[i] < least + new_tokens:
+                    self.sizes = sizes[i:]
+                    for _ in self.rounds(prompt, 4, replay=replay and replay()):
+                        continue
+        finally:
+            self.sizes = sizes
+
+    def _live(self, tokens) -> int:
+        """The slots that attention has to look at: the committed tokens' and a tree's."""
+        needed = len(tokens) - 1 + self.proposer.spec.places
+        return next(size for size in self.sizes if size >= needed)
+
+    def _between(self, state):
+        def between(layer):
+            self.proposer.between(state, layer)
+            if self.watch is not None:
+                self.watch()
+
+        return between
+
+    def generate(self, prompt: Sequence[int], new_tokens: int, **options) -> list[int]:
+        """The new tokens of `rounds`, all at once."""
+        return [t for r in self.rounds(prompt, new_tokens, **options) for t in r.tokens]

@@ -1,0 +1,177 @@
+"""Converting a checkpoint to substitutes and residuals, once; the next start maps the result."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax.checkpoint import Checkpoint, shapes
+from llm_jax.config import Config
+from llm_jax.packed import packed
+from llm_jax.params import joined
+from llm_jax.quantize import check_grouping, quantize
+from pallas_kernels.quantized_matmul import Packed
+from pallas_kernels.residual_decode.code import CODES, FRACTION, LANES, Residual, pad
+from subspec_jax.residual import split as residual_device
+from subspec_jax.residual.encode import encode
+from subspec_jax.residual.files import (
+    LAYER,
+    MANIFEST,
+    TABLES,
+    VERSION,
+    Converted,
+    ResidualError,
+    checksum,
+    read_manifest,
+    write,
+)
+
+
+def identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells one checkpoint from another: names, sizes, first and last MiB of its files."""
+    files = sorted({tensor.file for tensor in checkpoint.contents.tensors.values()})
+    digest, total = hashlib.blake2b(digest_size=16), 0
+    for file in files:
+        size = file.stat().st_size
+        total += size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as f:
+            digest.update(f.read(2**20))
+            f.seek(max(0, size - 2**20))
+            digest.update(f.read())
+    return {"files": [file.name for file in files], "bytes": total, "digest": digest.hexdigest()}
+
+
+def convert(
+    checkpoint: Checkpoint,
+    cfg: Config,
+    path: str | Path,
+    bits: int = 4,
+    group: int = 64,
+    iterations: int = 20,
+    code: str = "levels",
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = 2,
+) -> "Converted":
+    """Writes the model of `checkpoint` to the folder `path` and returns it opened.
+
+    Layers that are there already are kept. Every weight is decoded on the device and compared
+    before its layer's file appears. `workers` matrices are done at a time; `progress(done, total)`
+    counts layers. Raises ResidualError for a folder that was begun from another checkpoint or with
+    other settings, and CheckpointError or ValueError for what cannot be converted at all.
+    """
+    path = Path(path)
+    if code not in CODES:
+        raise ValueError(f"code {code!r} is not one of {', '.join(CODES)}")
+    if cfg.dtype not in FRACTION:
+        raise ResidualError(
+            f"the weights are {cfg.dtype}; residuals are of 16-bit weights: choose --dtype bfloat16"
+        )
+    for name, shape in cfg.layer_matrices.items():
+        check_grouping(name, shape[0], bits, group)
+    checkpoint.check(cfg)
+    settings = dict(version=VERSION, code=code, bits=bits, group=group, iterations=iterations)
+    manifest = settings | {"model": dataclasses.asdict(cfg), "source": identity(checkpoint)}
+    _begin(path, json.loads(json.dumps(manifest)))
+
+    quantizer = bits, group, iterations
+    if not (path / TABLES).exists():
+        tables = {field: checkpoint.read(field, cfg) for field in shapes(cfg)[0]}
+        entries = {name: _entry(a) for name, a in tables.items()}
+        if (shape := residual_device.head_shape(cfg, bits, group)) is not None:
+            head = np.asarray(tables.pop("head_DV"))
+            padded = np.pad(head, ((0, 0), (0, shape[1] - head.shape[1])))
+            arrays, more = _encoded("head_DV", padded, quantizer, code, "the output head")
+            tables |= arrays
+            entries["head_DV"] |= more | {"shape": list(shape)}
+        write(path / TABLES, tables, entries)
+    for index in range(cfg.layers):
+        if not (path / LAYER.format(index)).exists():
+            _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers)
+        if progress:
+            progress(index + 1, cfg.layers)
+    return Converted(path)
+
+
+def is_complete(path: Path, cfg: Config) -> bool:
+    """Whether all files of a model of that many layers are there; what is in them is not read."""
+    names = [MANIFEST, TABLES, *map(LAYER.format, range(cfg.layers))]
+    return all((path / name).exists() for name in names)
+
+
+def _begin(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest, or compares it with the one that is there."""
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / MANIFEST
+    if not file.exists():
+        if any(path.glob("*.safetensors")):
+            raise ResidualError(f"{path} holds other safetensors files; choose an empty folder")
+        scratch = path / f".{MANIFEST}.part"
+        scratch.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        os.replace(scratch, file)
+        return
+    there = read_manifest(file)
+    differences = [
+        f"{key} is {there.get(key)!r}, asked for is {manifest.get(key)!r}"
+        for key in sorted({*there, *manifest})
+        if there.get(key) != manifest.get(key)
+    ]
+    if differences:
+        raise ResidualError(
+            f"{path} was converted otherwise: {'; '.join(differences)}. "
+            "Choose another folder, or delete this one"
+        )
+
+
+def _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers) -> None:
+    def one(field, w):
+        w, name = np.asarray(w), f"{field} of layer {index}"
+        if w.ndim == 1:
+            return {field: w}, {field: _entry(w)}
+        arrays, entry = _encoded(field, w, quantizer, code, name)
+        return arrays, {field: _entry(w) | entry}
+
+    layer = joined(checkpoint.layer(index, cfg), lambda *w: np.concatenate(w, axis=-1))
+    named = [(path[-1].name, leaf) for path, leaf in jax.tree.leaves_with_path(layer)]
+    tensors, entries = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for arrays, entry in pool.map(one, *zip(*named, strict=True)):
+            tensors |= arrays
+            entries |= entry
+    write(path / LAYER.format(index), tensors, entries)
+
+
+def _encoded(field: str, w: np.ndarray, quantizer, code: str, name: str):
+    """(arrays of a matrix in two parts, what its entry says of them); every weight was decoded."""
+    # A copy, because the host may lend the device an array's own memory.
+    q = jax.tree.map(np.array, jax.block_until_ready(quantize(jax.device_put(w), *quantizer)))
+    r, substitute = encode(w, q, code, name), packed(q)
+    wrong = np.count_nonzero(_decoded(r, substitute).view(np.uint16) != w.view(np.uint16))
+    if wrong:
+        raise ResidualError(f"{name}: {wrong} of {w.size} weights decode to other bits")
+    parts = dict(codes=substitute.words_BNSc, top=substitute.top_BNSc, scale=substitute.scale_BQSK)
+    parts |= dict(residual=r.words, low=r.low_DF)
+    arrays = {f"{field}.{part}": np.asarray(a) for part, a in parts.items() if a is not None}
+    return arrays, dict(shape=list(w.shape), patches=r.patches)
+
+
+def _entry(array: np.ndarray) -> dict[str, Any]:
+    return {"crc32": checksum(array)}
+
+
+def _decoded(residual: Residual, substitute: Packed) -> np.ndarray:
+    """The weights by the device's decoder; with room that few programs are compiled for."""
+    raw = residual.shape[0] * residual.shape[1] // (2 * LANES)
+    step, rows = max(32, raw // 32), residual.words.shape[0]
+    padded = pad(residual, rows + -rows % step, 1 << max(10, residual.patches.bit_length()))
+    return np.asarray(_decode(padded, substitute))
+
+
+_decode = jax.jit(residual_device.decode)

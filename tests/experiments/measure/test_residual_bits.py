@@ -1,0 +1,62 @@
+"""The report of bits a weight, on a tiny checkpoint, an encoder's file and normal numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from experiments.measure.residual import Measure, entropy, main, matrices
+from llm_jax.testing import tiny_config, tiny_params, write_gguf
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_normal_numbers(tmp_path, capsys):
+    main(Measure("gaussian:512x512", output=tmp_path / "out.jsonl", time_decoder=True))
+    one, whole = lines(tmp_path / "out.jsonl")
+    assert one["kind"] == "matrix" and whole["kind"] == "whole"
+    assert whole["floor"] < whole["levels"] < whole["planes"] < whole["entropy"] < whole["raw"]
+    assert whole["levels"] < 7.7 and whole["planes"] < 9.2
+    assert whole["weights"] == "full-precision weights" and whole["environment"]["commit"]
+    assert set(one["levels_seconds"]) == {"encode", "decode", "copy", "xla"}
+    assert "full-precision weights" in capsys.readouterr().out
+
+
+def test_a_checkpoint_on_a_grid_says_so(tmp_path):
+    cfg = tiny_config("qwen2", layers=2, d_ff=128)
+    path = write_gguf(tmp_path / "model.gguf", tiny_params(cfg), cfg, "Q4_1")
+    main(Measure(str(path), output=tmp_path / "out.jsonl"))
+    *each, whole = lines(tmp_path / "out.jsonl")
+    assert [(r["layer"], r["matrix"]) for r in each[:2]] == [(0, "q"), (0, "k")] and len(each) == 14
+    assert whole["weights"] == "weights dequantized from Q4_1: they lie on a low-bit grid"
+    assert whole["levels"] <= whole["levels_padded_3"] <= whole["levels_padded_1"]
+
+
+def test_matrices_of_any_safetensors_file(tmp_path):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    tensors = {
+        "embeddings.word.weight": draw(9, 64),
+        "encoder.layer.1.query.weight": draw(32, 64),
+        "encoder.layer.1.query.bias": draw(32),
+        "pooler.weight": draw(64, 64),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = list(matrices(str(tmp_path / "model.safetensors")))
+    assert [(m.layer, m.name, m.w.shape, m.stored) for m in found] == [
+        (1, "query.weight", (64, 32), "F32"),
+        (None, "pooler.weight", (64, 64), "F32"),
+    ]
+    main(Measure(str(tmp_path / "model.safetensors"), matrices=1, output=tmp_path / "out.jsonl"))
+    assert len(lines(tmp_path / "out.jsonl")) == 2
+    save_file({"bias": draw(4)}, tmp_path / "none.safetensors")
+    with pytest.raises(SystemExit, match="holds no matrices"):
+        main(Measure(str(tmp_path / "none.safetensors")))
+
+
+def test_entropy():
+    assert entropy(np.array([1, 1, 2, 2, 3, 3, 4, 4])) == pytest.approx(2)
+    assert entropy(np.zeros(5)) == 0

@@ -1,0 +1,281 @@
+"""quantize, export and benchmark of experiments.qyolop on tiny networks."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.qyolop import __main__ as qyolop
+from experiments.qyolop import benchmark as qyolop_benchmark
+from experiments.qyolop import deploy as qyolop_deploy
+from experiments.qyolop import sensitivity as qyolop_sensitivity
+from qyolop_jax import integer, quantize, weights
+from qyolop_jax.config import ModelConfig
+from qyolop_jax.graph import Graph, Node
+from qyolop_jax.model import initial
+from qyolop_jax.scales import Settings
+from qyolop_jax.scenes.generate import scene
+
+QUIET = Console(quiet=True)
+CFG = ModelConfig(0.125, "relu", size=(64, 96))
+KEPT = ("stem.2", "detect.8")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def images(count=2, size=CFG.size):
+    return np.stack([scene(i, size).image for i in range(count)])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder as a run leaves it before its last stage, and quantized; the model in memory."""
+    path, models, real = tmp_path_factory.mktemp("deploy"), [], integer.save
+    weights.save(path / qyolop.MODEL, CFG, initial(CFG))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integer, "save", lambda model, to: (models.append(model), real(model, to)))
+        assert qyolop.main(quantize_args(path), QUIET) == 0
+    return path, *models
+
+
+@pytest.fixture(scope="module")
+def folder(made):
+    return made[0]
+
+
+def quantize_args(run, **changes):
+    return qyolop_deploy.Quantize(run, **(dict(scenes=4, images=3, held_out=2) | changes))
+
+
+def test_what_is_written_is_what_was_computed(made):
+    path, model = made
+    run, x = jax.jit(integer.run), images()
+    want, found = run(model, x), run(integer.load(path / qyolop.INTEGERS), x)
+    for name, a in want.items():
+        np.testing.assert_array_equal(found[name], a)
+        assert len(np.unique(a)) > 10
+    assert run._cache_size() == 1  # the same shapes too
+
+
+def test_calibration_takes_as_many_images_as_are_asked_for_or_there(folder):
+    for images, want in ((3, [3]), (12, [8, 4]), (99, [8, 8])):
+        args = quantize_args(folder, images=images, scenes=16)
+        found = list(qyolop_deploy.calibration(args, CFG, qyolop.Report()))
+        assert [b["image"].shape for b in found] == [(n, 64, 96, 3) for n in want]
+
+
+def test_quantize_scores_and_leaves_a_better_model_alone(folder, capsys, monkeypatch):
+    monkeypatch.setattr(qyolop, "latency", lambda *a: 0.5)
+    before = (folder / qyolop.INTEGERS).read_bytes()
+    args = quantize_args(folder, observer="absmax", per_tensor=True, symmetric=True, evaluate=True)
+    assert qyolop.main(args, Console(width=140)) == 0
+    assert (folder / qyolop.INTEGERS).read_bytes() == before
+    said = capsys.readouterr().out
+    assert "is there already and stays" in said and "times smaller" in said
+    model = integer.load(folder / "model-int8-ptq.safetensors")
+    assert all(int(p["zero"]) == 0 for p in model.layers.values())
+    rows = lines(folder / "model-int8-ptq.jsonl")
+    assert [r["model"] for r in rows] == ["float32", "int8"]
+    assert rows[1]["bytes"] < 0.4 * rows[0]["bytes"] and rows[1]["seconds"] == 0.5
+    assert "area/mIoU" in rows[0]["result"] and rows[0]["settings"]["per_channel"] is False
+
+
+def test_kept_convolutions_are_float_and_can_be_exported(folder, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    out = tmp_path / "new" / "kept.safetensors"
+    assert qyolop.main(quantize_args(folder, keep=KEPT, output=out), QUIET) == 0
+    for name, layer in integer.load(out).layers.items():
+        assert (layer["kernel"].dtype == jnp.float32) == (name in KEPT)
+    export = qyolop_deploy.Export(out, "onnx", size=CFG.size)
+    assert qyolop.main(export, Console(width=140)) == 0
+    assert "Checked: onnxruntime on 2 scenes" in capsys.readouterr().out
+
+
+def test_sensitivity_ranks_the_convolution_that_is_hurt_first(tmp_path, capsys):
+    """A kernel whose output channels differ a thousandfold, and one scale for it, in one place."""
+    conv = lambda name, x, channels: Node(name, "conv", (x,), channels, norm=False)
+    nodes = (Node("image", "input", (), 3), conv("good", "image", 8), conv("bad", "good", 8))
+    graph = Graph((*nodes, conv("area", "bad", 2)), ("area",))
+    rng, params = np.random.default_rng(0), {}
+    for node in graph.convs:
+        shape = 1, 1, graph.in_channels(node), node.channels
+        kernel = rng.uniform(0.5, 1, shape).astype(np.float32)
+        params[node.name] = dict(kernel=kernel, bias=np.zeros(node.channels, np.float32))
+    spread = np.float32([300, *[0.3] * 7])
+    params["bad"]["kernel"] *= spread
+    params["area"]["kernel"] /= spread[:, None] * np.float32([1e6, *[1] * 7])[:, None]
+    params = jax.tree.map(jnp.asarray, params)
+    settings = Settings("absmax", per_channel=False)
+    batch = dict(image=images(2, (64, 64)))
+    scales = quantize.calibrate(graph, params, [batch], settings)
+    case = qyolop_sensitivity.Case(graph, params, scales, settings)
+    found = qyolop_sensitivity.run(case, [batch, batch], tmp_path, {}, Console(width=140))
+    assert min(found["alone"], key=found["alone"].get) == "bad"
+    assert found["kept"][0] == "bad" and set(found["alone"]) == {"good", "bad", "area"}
+    assert found["all"]["area"] <= found["with_kept"]["area"] + 0.1
+    (record,) = lines(tmp_path / "sensitivity.jsonl")
+    assert record["alone"] == found["alone"]
+    assert (tmp_path / "sensitivity.png").stat().st_size > 5000
+    assert "8 bits in it alone" in capsys.readouterr().out
+
+
+def test_sensitivity_tells_how_far_it_is():
+    graph = Graph(
+        (Node("image", "input", (), 3), Node("area", "conv", ("image",), 2, norm=False)), ("area",)
+    )
+    params = dict(area=dict(kernel=jnp.ones((1, 1, 3, 2)), bias=jnp.zeros(2)))
+    batch, told = images(1, (64, 64)), []
+    scales = quantize.calibrate(graph, params, [batch])
+    found = quantize.sensitivity(graph, params, scales, [batch, batch], progress=told.append)
+    assert told == [1, 2] and math.isfinite(found["area"])
+
+
+@pytest.mark.parametrize(
+    ("form", "precision"), [("onnx", "int8"), ("onnx", "float32"), ("stablehlo", "int8")]
+)
+def test_exports_give_what_the_model_gives(folder, tmp_path, form, precision, capsys):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    out = tmp_path / f"model.{form}"
+    args = qyolop_deploy.Export(folder, form, precision, output=out)
+    assert qyolop.main(args, Console(width=140)) == 0
+    said = capsys.readouterr().out
+    assert "Checked" in said and "any batch of 64x96" in said
+    if precision == "int8":
+        assert "the model's own bits" in said
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+def test_an_export_that_differs_is_not_written(folder, tmp_path, monkeypatch):
+    real = qyolop_deploy.export.integer_onnx
+
+    def wrong(model, size):
+        layer = model.layers["area"]
+        layer = layer | dict(bias=layer["bias"] + 10_000)
+        return real(dataclasses.replace(model, layers=model.layers | dict(area=layer)), size)
+
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.setattr(qyolop_deploy.export, "integer_onnx", wrong)
+    args = qyolop_deploy.Export(folder, "onnx", output=tmp_path / "wrong.onnx")
+    with pytest.raises(qyolop_deploy.DeployError, match="computes area otherwise"):
+        qyolop.main(args, QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quantize", "--run", "nowhere"], "train a model first"),
+        (["quantize", "--run", "RUN", "--keep", "stem.9"], "no convolution 'stem.9'"),
+        (["quantize", "--run", "RUN", "--data", "cityscapes"], "no data set 'cityscapes'; there"),
+        (["quantize", "--run", "RUN", "--data", "camvid"], "needs --data-dir"),
+        (["quantize", "--run", "RUN", "--images", "0"], "expected at least 1"),
+        (["quantize", "--run", "RUN", "--percentile", "7"], "percentile 7"),
+        (["export", "--run", "EMPTY", "--format", "onnx"], "`quantize --run` makes one"),
+        (["export", "--run", "TORN", "--format", "onnx"], "make it again with `quantize --run`"),
+        (["export", "--run", "TORN", "--format", "onnx", "--precision", "float32"], "not a whole"),
+        (["export", "--run", "RUN/model.safetensors", "--format", "onnx"], "make it again"),
+        (["export", "--run", "ALONE", "--format", "onnx"], "give --size"),
+        (["export", "--run", "RUN", "--format", "onnx", "--size", "50", "64"], "multiples of 32"),
+        (["benchmark", "--run", "nowhere"], "train a model first"),
+        (["benchmark", "--size", "50", "64"], "multiples of 32"),
+        (["benchmark", "--repeats", "0"], "1 or more"),
+    ],
+)
+def test_bad_input_is_named(words, said, folder, tmp_path, capsys):
+    data = (folder / qyolop.INTEGERS).read_bytes()
+    (tmp_path / "torn.safetensors").write_bytes(data[: len(data) // 2])
+    (tmp_path / "alone.safetensors").write_bytes(data)
+    places = dict(
+        RUN=folder, EMPTY=tmp_path, TORN=tmp_path / "torn.safetensors",
+        ALONE=tmp_path / "alone.safetensors",
+    )  # fmt: skip
+    for name, path in places.items():
+        words = [w.replace(name, str(path)) for w in words]
+    assert qyolop.cli(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_benchmark_writes_every_way_once(folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.setitem(qyolop_benchmark.MATMUL, "cpu", 256)
+    monkeypatch.setattr(qyolop_benchmark, "WARM", 0.0)
+    out = tmp_path / "speed.jsonl"
+    args = qyolop_benchmark.Benchmark(folder, batch=(2,), repeats=3, output=out)
+    assert qyolop.main(args, Console(width=140)) == 0
+    rows = lines(out)
+    of = lambda r: (r["task"], r["engine"], r["precision"], r.get("postprocessing"))
+    ways = [("jax", p) for p in ("float32", "bfloat16", "int8")]
+    ways += [("onnxruntime", p) for p in ("float32", "int8")]
+    want = {("inference", *w, post) for w in ways for post in (False, True)}
+    assert {of(r) for r in rows} == want | {("matmul", "jax", "float32", None)}
+    assert len(rows) == len(want) + 1
+    macs = qyolop.count(qyolop.build(CFG), CFG.size).total()[1]
+    for r in rows:
+        assert 0 < r["least"] <= r["low"] <= r["seconds"] <= r["high"]
+        assert r["repeats"] == 3 and r["size"] == [64, 96] and r["width"] == 0.125
+        assert r["weights"] == str(folder) and r["device"] and r["environment"]["packages"]["jax"]
+        if r["task"] == "matmul":
+            continue
+        assert r["batch"] == 2 and r["macs"] == macs
+        assert math.isclose(r["images_per_second"], 2 / r["seconds"])
+        assert math.isclose(r["gmacs_per_second"], 2 * macs / r["seconds"] / 1e9)
+        assert r["share_of_limit"] > 0 and r["limit"] == "float32 matmul"
+        assert r["times_float32"] > 0 and (r["precision"] != "float32" or r["times_float32"] == 1)
+    shown = capsys.readouterr().out
+    assert "onnxruntime int8" in shown and "Best matrix products: float32" in shown
+
+
+def test_what_is_not_there_is_left_out_and_said(tmp_path, monkeypatch, capsys):
+    def missing(*args):
+        raise ImportError("No module named 'onnxruntime'")
+
+    weights.save(tmp_path / qyolop.MODEL, CFG, initial(CFG))
+    monkeypatch.setattr(qyolop_benchmark, "onnx_session", missing)
+    subject = qyolop_benchmark.subject(qyolop_benchmark.Benchmark(tmp_path), Console(width=200))
+    found = list(qyolop_benchmark.forwards(subject, 1, Console(width=200)))  # nothing runs
+    assert [f[:2] for f in found] == [("jax", "float32"), ("jax", "bfloat16")]
+    said = capsys.readouterr().out
+    assert "int8 is left out" in said and "onnxruntime is left out: No module" in said
+
+
+def test_all_take_turns_and_ratios_are_within_an_engine():
+    order, clock = [], iter(range(1000))
+    key = dict(task="inference", engine="jax", batch=1, postprocessing=False)
+    ways = [
+        qyolop_benchmark.Way(key | dict(precision=p), lambda p=p: order.append(p), 1, 10, "float32")
+        for p in ("float32", "int8")
+    ]
+    qyolop_benchmark.turns(ways, 2, lambda n: next(clock))
+    firsts = [p for i, p in enumerate(order) if i == 0 or order[i - 1] != p]
+    assert firsts == ["float32", "int8", "float32"] and next(clock) == 4  # then int8 goes first
+    limit = qyolop_benchmark.Way(
+        dict(task="matmul", engine="jax", precision="float32", batch=1, side=10), None, 1, 1000
+    )
+    rows = qyolop_benchmark.rows_of([limit, *ways], [[2.0, 1.0], [0.2, 0.4], [0.1, 0.1]])
+    assert [round(r.get("times_float32", 0), 6) for r in rows] == [0, 1, 3]
+    assert [round(r.get("share_of_limit", 0), 6) for r in rows] == [0, 0.033333, 0.1]
+
+
+def test_training_steps_are_timed(monkeypatch):
+    made = iter(range(9))
+    monkeypatch.setattr(
+        qyolop_benchmark.train, "make_step",
+        lambda loss, config: lambda state, batch, rate: (state, next(made)),
+    )  # fmt: skip
+    args = qyolop_benchmark.Benchmark(width=0.125, size=(64, 96))
+    subject = qyolop_benchmark.subject(args, QUIET)
+    assert subject.weights == "random"
+    ways = list(qyolop_benchmark.training(subject, 2))
+    assert [w.key["precision"] for w in ways] == ["float32", "bfloat16"]
+    for way in ways:
+        way.call(), way.call()
+        assert way.images == 2 and way.macs == 3 * subject.macs
+    assert next(made) == 4

@@ -1,0 +1,506 @@
+"""The whole loop: its tokens are the target's own, whatever is proposed."""
+
+import dataclasses
+import functools
+import itertools
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from llm_jax.attention import causal_step
+from llm_jax.cache import empty_caches
+from llm_jax.config import Config
+from llm_jax.generate import generate, prefill
+from llm_jax.model import forward, hidden
+from llm_jax.params import init, unjoined
+from llm_jax.sample import Sampler
+from llm_jax.testing import tiny_params
+from subspec_jax import decoder as decode
+from subspec_jax import draft, propose, verify
+from subspec_jax import tree as tree_module
+from subspec_jax.accept import Gate
+from subspec_jax.decoder import Decoder, LengthError
+from subspec_jax.draft import extend, grow
+from subspec_jax.load import split_layer
+from subspec_jax.offload import place, streamed_bytes
+from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
+from subspec_jax.residual.split import decode_layer, split_head_shapes, split_shapes
+from subspec_jax.substitute import substitute
+from subspec_jax.tree import TreeSpec, seedling
+from subspec_jax.verify import Target, finish_round, lay_out
+
+PROMPT = [1, 2, 3, 5, 7, 1, 2, 3]
+STEPS, LENGTH = 24, 64
+SAMPLERS = {"greedy": Sampler(), "sampling": Sampler(0.8, top_k=40, top_p=0.95)}
+
+BEAM = TreeSpec("beam", 3, 3)
+PROPOSERS = {
+    "vanilla": lambda tiny: Vanilla(),
+    "chain": lambda tiny: ModelDraft(tiny.draft(4), tiny.cfg, TreeSpec("chain", 4)),
+    "beam": lambda tiny: ModelDraft(tiny.draft(4), tiny.cfg, BEAM),
+    "best-first": lambda tiny: ModelDraft(
+        tiny.draft(4), tiny.cfg, TreeSpec("best-first", 6, 3, budget=12)
+    ),
+    "2 bits": lambda tiny: ModelDraft(tiny.draft(2), tiny.cfg, BEAM),
+    "3 bits": lambda tiny: ModelDraft(tiny.draft(3), tiny.cfg, BEAM),
+    "8 bits": lambda tiny: ModelDraft(tiny.draft(8), tiny.cfg, BEAM),
+    "own cache": lambda tiny: ModelDraft(tiny.draft(2), tiny.cfg, BEAM, own_cache=True),
+    "good own cache": lambda tiny: ModelDraft(tiny.draft(8), tiny.cfg, BEAM, own_cache=True),
+    "another model": lambda tiny: ModelDraft(*another_model(), BEAM, own_cache=True),
+    "auto": lambda tiny: ModelDraft(tiny.draft(3), tiny.cfg, BEAM, stop_gain="auto"),
+    "stop": lambda tiny: ModelDraft(tiny.draft(3), tiny.cfg, BEAM, stop_gain=0.7),
+    "lookup": lambda tiny: PromptLookup(BEAM),
+    "post beam": lambda tiny: ModelDraft(tiny.draft(3), tiny.cfg, TreeSpec("beam", 2, 3, extra=2)),
+    "post best-first": lambda tiny: ModelDraft(
+        tiny.draft(3), tiny.cfg, TreeSpec("best-first", 5, 2, budget=6, extra=4)
+    ),
+    "post chain": lambda tiny: ModelDraft(tiny.draft(4), tiny.cfg, TreeSpec("chain", 2, extra=3)),
+    "post and stop": lambda tiny: ModelDraft(
+        tiny.draft(3), tiny.cfg, TreeSpec("beam", 2, 3, extra=2), stop_gain=0.7
+    ),
+    "post, much": lambda tiny: ModelDraft(
+        tiny.draft(3), tiny.cfg, TreeSpec("best-first", 6, 2, budget=2, extra=4)
+    ),
+}
+SAMPLED = {
+    "uncoupled": lambda tiny: ModelDraft(
+        tiny.draft(4), tiny.cfg, dataclasses.replace(BEAM, coupled=False, sharpen=1.0)
+    ),
+}
+
+
+@functools.cache
+def another_model():
+    """A draft of other sizes that has never seen the target: (params, cfg)."""
+    cfg = Config(1, 16, 2, 1, 8, 24, 97, dtype="float32")
+    return tiny_params(cfg, 9), cfg
+
+
+@pytest.fixture(scope="module")
+def target(tiny):
+    return Target(tiny.placed, tiny.cfg)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    """f(prompt, sampler, seed): what plain decoding of the unstreamed model emits."""
+
+    @functools.cache
+    def tokens(prompt, sampler, seed):
+        return generate(tiny.params, prompt, tiny.cfg, STEPS, sampler, seed)
+
+    return lambda prompt, sampler, seed=0: tokens(tuple(prompt), sampler, seed)
+
+
+SAMPLED_TOO = ("beam", "best-first", "own cache", "lookup", "post beam", "post best-first")
+SAMPLED_TOO += ("auto", "stop", "post and stop")
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [(name, "greedy") for name in PROPOSERS]
+    + [(name, "sampling") for name in (*SAMPLED, *SAMPLED_TOO)],
+)
+def test_tokens_are_those_of_plain_decoding(tiny, target, plain, name, how):
+    sampler = SAMPLERS[how]
+    proposer = (PROPOSERS | SAMPLED)[name](tiny)
+    rounds = list(
+        Decoder(target, proposer, sampler, max_length=LENGTH).rounds(PROMPT, STEPS, seed=3)
+    )
+    got = [t for r in rounds for t in r.tokens]
+    assert got == plain(PROMPT, sampler, 3)
+    assert len(set(got)) > 5
+    spec = proposer.spec
+    for r in rounds[1:-1]:
+        assert len(r.tokens) == r.accepted + 1 <= spec.deepest + 1
+        assert r.drafted <= spec.nodes - 1 and r.depth <= spec.deepest and r.accepted <= r.depth
+        assert r.streamed_bytes == tiny.cfg.layers * 4 * tiny.cfg.layer_matrix_elements
+    accepted = sum(r.accepted for r in rounds)
+    if name in ("chain", "beam", "best-first", "8 bits", "post chain"):
+        assert accepted > len(rounds)  # so that something was speculated at all
+    if name == "vanilla":
+        assert accepted == 0 and len(rounds) == STEPS
+
+
+RESIDUAL = {
+    "vanilla": lambda draft, cfg: Vanilla(),
+    "beam": lambda draft, cfg: ModelDraft(draft, cfg, BEAM),
+    "auto": lambda draft, cfg: ModelDraft(draft, cfg, BEAM, stop_gain="auto"),
+    "own cache": lambda draft, cfg: ModelDraft(draft, cfg, BEAM, own_cache=True),
+    "post beam": lambda draft, cfg: ModelDraft(draft, cfg, TreeSpec("beam", 2, 3, extra=2)),
+    "post best-first": lambda draft, cfg: ModelDraft(
+        draft, cfg, TreeSpec("best-first", 5, 2, budget=6, extra=4)
+    ),
+    "lookup": lambda draft, cfg: PromptLookup(BEAM),
+}
+
+
+@pytest.fixture(scope="module", params=["whole head", "head in two"])
+def residual(tiny, request):
+    """f(resident): a bfloat16 model whose layers are residuals; its plain parameters."""
+    cfg = dataclasses.replace(tiny.cfg, dtype="bfloat16")
+    params = tiny_params(cfg, 4)
+    room = {name: (64, 4096) for name in cfg.joined_matrices}
+    like = split_shapes(cfg, 4, 16, room)
+    layers = tuple(split_layer(layer, like, 20) for layer in params.layers)
+    whole = [unjoined(jax.jit(decode_layer)(layer), cfg) for layer in layers]
+    chex.assert_trees_all_equal(tuple(whole), params.layers)
+    head = params.head_DV
+    if request.param == "head in two":
+        like = split_head_shapes(cfg, 4, 16, (256, 4096))
+        padding = like.shape[1] - cfg.vocab
+        assert padding > 0
+        head = split_layer(jnp.pad(head, ((0, 0), (0, padding))), like, 20)
+
+    @functools.cache
+    def target(resident):
+        placed = dataclasses.replace(params, layers=place(layers, resident), head_DV=head)
+        return Target(placed, cfg)
+
+    return SimpleNamespace(cfg=cfg, params=params, target=target)
+
+
+@pytest.mark.parametrize("resident", [0, 1])
+@pytest.mark.parametrize("how", SAMPLERS)
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_tokens_are_those_of_plain_decoding_where_residuals_stream(residual, name, how, resident):
+    """The stream's bytes are counted; the draft is what the residuals were made against."""
+    cfg, target, sampler = residual.cfg, residual.target(resident), SAMPLERS[how]
+    proposer = RESIDUAL[name](substitute(target.params), cfg)
+    decoder = Decoder(target, proposer, sampler, max_length=LENGTH)
+    rounds = list(decoder.rounds(PROMPT, STEPS, seed=3))
+    got = [t for r in rounds for t in r.tokens]
+    assert got == generate(residual.params, PROMPT, cfg, STEPS, sampler, 3)
+    assert len(set(got)) > 5
+    if name in ("beam", "own cache"):
+        assert sum(r.accepted for r in rounds) > len(rounds) // 2
+    moved = sum(map(streamed_bytes, target.params.layers[resident:]))
+    assert {r.streamed_bytes for r in rounds[1:]} == {moved}
+
+
+def test_a_draft_that_is_the_target_is_accepted_whole(tiny, target):
+    """Post-speculation then starts every round from a tree that is there already."""
+    for spec in (
+        TreeSpec("chain", 3),
+        TreeSpec("chain", 3, extra=2),
+        TreeSpec("beam", 2, 2, extra=2),
+    ):
+        decoder = Decoder(target, ModelDraft(tiny.params, tiny.cfg, spec), max_length=LENGTH)
+        rounds = list(decoder.rounds(PROMPT, STEPS))
+        assert {r.accepted for r in rounds[1:-1]} >= {spec.depth}
+        assert min(r.accepted for r in rounds[1:-1]) >= spec.depth
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_some_layers_resident_and_the_table_on_the_host(tiny, plain, tied):
+    """Layers of the draft may be the target's own; a table that is only looked up may be NumPy."""
+    if tied:
+        cfg = dataclasses.replace(tiny.cfg, tied=True)
+        params = dataclasses.replace(tiny.params, head_DV=None)
+        table = params.embed_VD
+    else:
+        cfg, params, table = tiny.cfg, tiny.params, np.asarray(tiny.params.embed_VD)
+    placed = dataclasses.replace(params, embed_VD=table, layers=place(params.layers, 1))
+    proposer = ModelDraft(substitute(placed, 4, 16, layers=[1]), cfg, BEAM)
+    rounds = list(Decoder(Target(placed, cfg), proposer, max_length=LENGTH).rounds(PROMPT, STEPS))
+    assert [t for r in rounds for t in r.tokens] == generate(params, PROMPT, cfg, STEPS)
+    assert rounds[1].streamed_bytes == 4 * cfg.layer_matrix_elements  # one layer of two
+
+
+def test_one_decoder_serves_prompt_after_prompt(tiny, target, plain):
+    """Whatever the last text left in the caches; also after a text that was abandoned halfway."""
+    decoder = Decoder(target, ModelDraft(tiny.draft(4), tiny.cfg, BEAM), max_length=LENGTH)
+    prompts = [PROMPT, [9] * 20, [50], PROMPT[::-1]]
+    for prompt in prompts:
+        assert decoder.generate(prompt, STEPS) == plain(prompt, Sampler())
+        for _ in itertools.islice(decoder.rounds(prompt[:1], STEPS), 2):
+            pass
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [TreeSpec("chain", 2, extra=4), TreeSpec("best-first", 8, 2, budget=2), BEAM],
+    ids=lambda s: f"{s.kind} {s.extra}",
+)
+def test_a_text_may_fill_the_cache_to_the_end(tiny, target, plain, monkeypatch, spec):
+    """Rows are moved and drafted close to the last slot, and no committed one is touched."""
+    monkeypatch.setattr(decode, "cache_slots", lambda length, spec: length + spec.places)
+    for bits in (2, 4):
+        proposer = ModelDraft(tiny.draft(bits), tiny.cfg, spec)
+        decoder = Decoder(target, proposer, max_length=len(PROMPT) + STEPS)
+        assert decoder.generate(PROMPT, STEPS) == plain(PROMPT, Sampler())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 6])
+def test_the_number_of_tokens_is_exact(tiny, target, plain, steps):
+    decoder = Decoder(target, ModelDraft(tiny.draft(4), tiny.cfg, BEAM), max_length=LENGTH)
+    assert decoder.generate(PROMPT, steps) == plain(PROMPT, Sampler())[:steps]
+
+
+def test_an_end_token_stops(tiny, target, plain):
+    whole = plain(PROMPT, Sampler())
+    decoder = Decoder(target, ModelDraft(tiny.draft(4), tiny.cfg, BEAM), max_length=LENGTH)
+    for at in range(0, 8):
+        want = whole[: whole.index(whole[at]) + 1]
+        assert decoder.generate(PROMPT, STEPS, eos=[whole[at]]) == want
+    assert (
+        decoder.generate(PROMPT, STEPS, eos=[next(t for t in range(97) if t not in whole)]) == whole
+    )
+
+
+# ---------------------------------------------------------------------------------------- caches
+
+
+@pytest.mark.parametrize(
+    "name", ["beam", "2 bits", "post chain", "post best-first", "own cache", "good own cache"]
+)
+def test_caches_hold_what_a_fresh_prefill_gives(tiny, target, name):
+    """After several rounds of overwriting and moving, nothing of the draft is left."""
+    proposer = PROPOSERS[name](tiny)
+    decoder = Decoder(target, proposer, max_length=LENGTH)
+    emitted = []
+    for r in itertools.islice(decoder.rounds(PROMPT, 40), 7):
+        emitted += r.tokens
+    text = PROMPT + emitted[:-1]  # the newest token is in no cache yet
+    _, want = prefill(tiny.params, text, empty_caches(tiny.cfg, 1, LENGTH), tiny.cfg)
+    head = lambda caches: jax.tree.map(lambda a: a[:, : len(text)], tuple(caches))
+    chex.assert_trees_all_close(head(decoder.caches), head(want), rtol=1e-4, atol=2e-5)
+    if proposer.own_cache:
+        _, want = prefill(proposer.params, text, empty_caches(tiny.cfg, 1, LENGTH), tiny.cfg)
+        chex.assert_trees_all_close(head(proposer._caches), head(want), rtol=1e-4, atol=2e-5)
+
+
+# --------------------------------------------------------------------------------- gates, replays
+
+
+def test_replay_accepts_what_the_trace_says(tiny, target):
+    lengths = [3, 0, 2, 1, 3, 3, 0, 1]
+    decoder = Decoder(target, ModelDraft(tiny.draft(2), tiny.cfg, BEAM), max_length=LENGTH)
+    rounds = list(decoder.rounds(PROMPT, 1 + sum(n + 1 for n in lengths), replay=lengths))
+    assert [r.accepted for r in rounds[1:]] == lengths
+    assert [len(r.tokens) for r in rounds[1:]] == [n + 1 for n in lengths]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        TreeSpec("chain", 3, extra=2),
+        TreeSpec("beam", 3, 3, extra=1),
+        TreeSpec("best-first", 4, 2, extra=2),
+    ],
+    ids=lambda s: s.kind,
+)
+def test_replay_with_post_speculation(tiny, target, spec):
+    """The draw at a forced end may be a node of the verified tree; such a tree is not kept."""
+    lengths = [2, 0, 1, 0, 0, 2, 1, 0, 1, 0]
+    decoder = Decoder(target, ModelDraft(tiny.params, tiny.cfg, spec), max_length=LENGTH)
+    rounds = list(decoder.rounds(PROMPT, 1 + sum(n + 1 for n in lengths), replay=lengths))
+    assert [r.accepted for r in rounds[1:]] == lengths
+    assert all(spec.nodes - spec.width <= r.drafted < spec.nodes for r in rounds[1:])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_a_shut_gate_is_exact_and_an_open_one_is_not(tiny, target, plain, sampler):
+    proposer = ModelDraft(tiny.draft(2), tiny.cfg, TreeSpec("beam", 4, 3))
+    run = lambda gate: list(
+        Decoder(target, proposer, sampler, gate, max_length=LENGTH).rounds(PROMPT, STEPS, seed=3)
+    )
+    tokens = lambda rounds: [t for r in rounds for t in r.tokens]
+    want = plain(PROMPT, sampler, 3)
+    shut = run(Gate("entropy", 0.0, 1))
+    assert tokens(shut) == want
+    wide = run(Gate("probability", 0.0, 1))
+    assert tokens(wide) != want and len(tokens(wide)) == STEPS
+    mean = lambda rounds: np.mean([r.accepted for r in rounds[1:-1]])
+    assert mean(wide) >= mean(shut)
+
+
+# ------------------------------------------------------------------------------------------- law
+
+
+def small():
+    cfg = Config(2, 16, 2, 1, 8, 16, 5, dtype="float32")
+    params = init(jax.random.key(1), cfg)
+    # a head of moderate size, so that every token has a chance
+    return cfg, dataclasses.replace(params, head_DV=params.head_DV * 0.4)
+
+
+LAW = Sampler(1.2, top_p=0.97)
+LAW_PROMPT = [3, 1, 4]
+NEVER = jnp.full(4, -jnp.inf)
+
+
+def exact_law(params, cfg, emitted):
+    """Probability of every sequence of `emitted` tokens behind the prompt, by enumeration."""
+    law = {(): 1.0}
+    for _ in range(emitted):
+        texts = jnp.array([[*LAW_PROMPT, *path] for path in law])
+        step = causal_step(0, texts.shape[1], texts.shape[1])
+        caches = empty_caches(cfg, len(texts), texts.shape[1])
+        logits, _ = forward(params, texts, caches, step, cfg)
+        p = np.exp(np.asarray(LAW.scores(logits[:, -1]), np.float64))
+        p /= p.sum(-1, keepdims=True)
+        law = {(*path, t): q * p[i, t] for i, (path, q) in enumerate(law.items()) for t in range(5)}
+    return law
+
+
+def test_first_tokens_follow_the_exact_law():
+    """Chi-square over 5,000 seeds, the loop's own pieces under `vmap`, three kinds of trees."""
+    cfg, params = small()
+    guess = substitute(params, 2, 8)
+    emitted, seeds, slots = 3, 5_000, 24
+    law = exact_law(params, cfg, emitted)
+    _, caches = prefill(params, LAW_PROMPT, empty_caches(cfg, 1, slots), cfg)
+    logits, _ = forward(
+        params, jnp.array([LAW_PROMPT]), caches, causal_step(0, len(LAW_PROMPT), slots), cfg
+    )
+
+    def one(seed, spec):
+        key, at = jax.random.key(seed), jnp.int32(len(LAW_PROMPT))
+        first = LAW.draw(logits[0, -1:], key, jnp.array([len(LAW_PROMPT)]))
+        out, count = jnp.full(16, -1, jnp.int32).at[0].set(first[0]), jnp.int32(1)
+
+        def round_(_, carry):
+            tree, kept, at, out, count = carry
+            tree, kept = grow(guess, tree, kept, at, key, NEVER, cfg, spec, LAW)
+            cut, tokens, step = lay_out(tree, at, spec, slots)
+            x, kept = hidden(params, tokens, kept, step, cfg)
+            for _ in range(spec.extra):
+                tree, kept = extend(guess, tree, kept, at, key, cfg, spec, LAW)
+            accept = jnp.int32(-1)
+            new, length, _, _, tree, *_, kept = finish_round(
+                params, x, cut, tree, kept, at, key, accept, cfg, spec, LAW, None, False
+            )
+            out = jax.lax.dynamic_update_slice(out, new, (count,))
+            return tree, kept, at + length, out, count + length
+
+        start = seedling(first[0], spec), caches, at, out, count
+        # every round emits a token at least
+        out = jax.lax.fori_loop(0, emitted - 1, round_, start)[3]
+        return out[:emitted]
+
+    for spec in (
+        TreeSpec("beam", 2, 2),
+        TreeSpec("chain", 1, extra=2),
+        TreeSpec("best-first", 3, 2, budget=4, extra=1, coupled=False),
+    ):
+        run = jax.jit(jax.vmap(functools.partial(one, spec=spec)))
+        drawn = np.asarray(run(jnp.arange(seeds)))
+        assert (drawn >= 0).all()
+        count = {path: 0 for path in law}
+        for path, n in zip(*np.unique(drawn, axis=0, return_counts=True)):
+            count[tuple(path.tolist())] = int(n)
+        expected = np.array(list(law.values())) * seeds
+        observed = np.array(list(count.values()))
+        usual = expected >= 5
+        assert usual.sum() > 60 and not observed[expected == 0].any()
+        rare = observed[~usual].sum(), expected[~usual].sum()
+        observed, expected = (np.r_[a[usual], b] for a, b in zip((observed, expected), rare))
+        some = expected > 0
+        assert stats.chisquare(observed[some], expected[some]).pvalue > 1e-3, spec
+
+
+def test_the_decoder_draws_the_same_over_many_seeds():
+    """Ties the law above to the real loop: the very same tokens as plain sampling, seed by seed."""
+    cfg, params = small()
+    target = Target(dataclasses.replace(params, layers=place(params.layers, 1)), cfg)
+    spec = TreeSpec("beam", 1, 2, extra=1)
+    decoder = Decoder(
+        target, ModelDraft(substitute(target.params, 2, 8), cfg, spec), LAW, max_length=16
+    )
+    texts = [decoder.generate(LAW_PROMPT, 8, seed=seed) for seed in range(25)]
+    assert texts == [generate(params, LAW_PROMPT, cfg, 8, LAW, seed) for seed in range(25)]
+    assert len({tuple(text) for text in texts}) > 20
+
+
+# --------------------------------------------------------------------------------- error messages
+
+
+@pytest.mark.parametrize(
+    "prompt, steps, words",
+    [
+        ([], 3, "the prompt is empty; give at least one token"),
+        ([1], 0, "0 new tokens were asked for; give at least 1"),
+        ([1] * 10, 7, "10 prompt tokens and 7 new ones do not fit into"),
+    ],
+)
+def test_texts_that_do_not_fit_raise_before_anything_runs(tiny, target, prompt, steps, words):
+    decoder = Decoder(target, max_length=16)
+    with pytest.raises(LengthError) as caught:
+        next(decoder.rounds(prompt, steps))
+    assert words in str(caught.value)
+    assert all(not a.any() for a in jax.tree.leaves(decoder.caches))
+
+
+# ---------------------------------------------------------------------------------- compilations
+
+
+@pytest.mark.parametrize("name", ["vanilla", "beam", "auto", "post beam", "own cache", "lookup"])
+def test_nothing_is_compiled_after_the_first_rounds(tiny, target, name):
+    """One set of programs serves all rounds, and all prompts of the same padded length."""
+    decoder = Decoder(target, PROPOSERS[name](tiny), Sampler(0.9), max_length=LENGTH)
+    decoder.generate(PROMPT, STEPS)
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jitted = [
+        *(draft.grow, draft.extend_once),
+        *(verify.finish_round, verify.lay_out, verify.jit_block, verify.jit_embed),
+        *(propose._only_root, propose._move, propose._remember),
+    ]
+    sizes = [f._cache_size() for f in jitted]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        decoder.generate([7] * 13, STEPS, seed=4)
+        decoder.generate([8, 9], STEPS, seed=5, eos=[3])
+        assert [f._cache_size() for f in jitted] == sizes
+        assert not compiled
+        jax.jit(lambda x: x * 3 - 1)(jnp.float32(len(compiled)))
+        assert compiled  # the listener does hear compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "lookup"])
+def test_nothing_is_compiled_after_a_warm_up(tiny, target, monkeypatch, name):
+    """Whatever numbers of slots a text of that length will look at."""
+    monkeypatch.setattr(tree_module, "SHORTEST", 8)
+    seen = []
+    exact = decode.lay_out
+    monkeypatch.setattr(decode, "lay_out", lambda *a: (seen.append(a[-1]), exact(*a))[1])
+    decoder = Decoder(target, PROPOSERS[name](tiny), max_length=LENGTH)
+    sizes, replay = list(decoder.sizes), lambda: iter(lambda: 0, None)
+    decoder.warm_up(PROMPT, STEPS, replay)
+    warm = set(seen)
+    jitted = draft.grow, draft.grow_along, verify.finish_round, verify.lay_out, verify.jit_block
+    programs = [f._cache_size() for f in jitted]
+    seen.clear()
+    list(decoder.rounds(PROMPT, STEPS, replay=replay()))
+    assert len(set(seen)) > 1 and set(seen) <= warm < set(sizes)
+    assert [f._cache_size() for f in jitted] == programs and decoder.sizes == sizes
+
+
+@pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "post best-first"])
+def test_only_the_live_slots_are_looked_at(tiny, target, plain, monkeypatch, name):
+    """NaN behind them is never read; 0 x NaN of a slot that is only masked would be seen."""
+    monkeypatch.setattr(tree_module, "SHORTEST", 8)
+    seen = []
+    exact = decode.lay_out
+    monkeypatch.setattr(decode, "lay_out", lambda *a: (seen.append(a[-1]), exact(*a))[1])
+    decoder = Decoder(target, PROPOSERS[name](tiny), max_length=LENGTH)
+    assert decoder.slots == 128
+    rounds = decoder.rounds(PROMPT, STEPS)
+    got = list(next(rounds).tokens)  # the prompt's pass looks at all slots
+    dead = lambda a: a.at[:, 64:].set(jnp.nan)
+    decoder.caches[:] = [jax.tree.map(dead, cache) for cache in decoder.caches]
+    got += [token for r in rounds for token in r.tokens]
+    assert got == plain(PROMPT, SAMPLERS["greedy"])
+    assert seen == sorted(seen) and len(set(seen)) > 1 and max(seen) <= 64

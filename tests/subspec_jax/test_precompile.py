@@ -1,0 +1,136 @@
+"""What is compiled ahead is what decoding then asks for: no large program is compiled twice."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from llm_jax.config import Config
+from llm_jax.params import abstract
+from llm_jax.sample import Sampler
+from subspec_jax import tree
+from subspec_jax.accept import Gate
+from subspec_jax.decoder import Decoder
+from subspec_jax.load import make_draft, random_target
+from subspec_jax.plan import NO_DRAFT, Draft, make_plan
+from subspec_jax.precompile import compile_ahead, use_cache
+from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
+from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
+from subspec_jax.tree import TreeSpec
+
+OPTIONS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+LARGE = {"jit_block", "last_logits", "finish_round", "grow", "grow_along", "extend"}
+"""The programs that hold a layer, the head or the draft."""
+
+BEAM = TreeSpec("beam", 2, 2)
+WHOLE, PARTLY = list(range(1, 65)), list(range(1, 43))
+
+
+@pytest.fixture
+def compiled(tmp_path):
+    """f() -> names of the programs that were compiled, and kept, since it was called last."""
+    before = {name: getattr(jax.config, name) for name in OPTIONS}
+    reset_cache()
+    use_cache(tmp_path)
+    seen = set()
+
+    def names():
+        new = {f.name for f in tmp_path.glob("*-cache")} - seen
+        seen.update(new)
+        return {name.removeprefix("jit_").rsplit("-", 2)[0] for name in new}
+
+    yield names
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
+
+
+def model(case: int, **changes) -> Config:
+    """A model whose sizes no other test uses, so that nothing is in JAX's memory yet."""
+    sizes = dict(layers=3, d_model=32, heads=4, kv_heads=2, head_dim=8, d_ff=64, vocab=120 + case)
+    return Config(**(sizes | dict(dtype="float32") | changes))
+
+
+CASES = {
+    # name -> model, tree, what differs in the plan, sampler, gate, whether accepted lengths replay
+    "shared table": (dict(qkv_bias=True), BEAM, {}, Sampler(), None, False),
+    "table on host": ({}, BEAM, dict(table_on_host=True, resident=0), Sampler(), None, False),
+    "tied": (dict(tied=True), BEAM, dict(resident=3), Sampler(), None, False),
+    "gate": (dict(dtype="bfloat16"), BEAM, {}, Sampler(), Gate("entropy", 0.5, 1), False),
+    "replay": ({}, BEAM, dict(draft=Draft(4, 16, share_resident=False)), Sampler(), None, True),
+    "extra": ({}, TreeSpec("beam", 2, 2, extra=2), {}, Sampler(), None, False),
+    "own head": ({}, BEAM, dict(draft=Draft(4, 16, head_bits=8)), Sampler(), None, False),
+    "residual": (dict(dtype="bfloat16"), BEAM, {}, Sampler(), None, False),
+    "residual head": (dict(dtype="bfloat16"), BEAM, {}, Sampler(), None, False),
+    "lookup": ({}, TreeSpec("beam", 2, 2, lookup=4), {}, Sampler(), None, False),
+    "sampling": (
+        dict(qk_norm=True),
+        TreeSpec("best-first", 4, 2, budget=4),
+        {},
+        Sampler(0.8, top_p=0.9),
+        None,
+        False,
+    ),
+}
+
+
+def plan_for(cfg, spec, **changes):
+    fixed = dict(draft=Draft(4, 16), max_length=90, chunk=32, resident=1)
+    return make_plan(cfg, 2**30, spec, **(fixed | changes))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decoding_compiles_no_large_program_again(compiled, name, monkeypatch):
+    monkeypatch.setattr(tree, "SHORTEST", 64)  # the texts below end before and behind it
+    sizes, spec, changes, sampler, gate, replay = CASES[name]
+    cfg = model(list(CASES).index(name), **sizes)
+    if "residual" in name:
+        room = gaussian_room(cfg, 4, 16)
+        layers = (split_shapes(cfg, 4, 16, room),) * cfg.layers
+        shapes = dataclasses.replace(abstract(cfg), layers=layers)
+        if "head" in name:
+            shapes = dataclasses.replace(
+                shapes, head_DV=split_head_shapes(cfg, 4, 16, room["head"])
+            )
+        changes = dict(model=shapes)
+    plan = plan_for(cfg, spec, **changes)
+    compile_ahead(plan, sampler, gate, replay)
+    unused = {"extend": not spec.extra, "grow_along": not spec.lookup}
+    assert LARGE & compiled() == LARGE - {name for name, none in unused.items() if none}
+
+    target = random_target(plan)
+    proposer = ModelDraft(make_draft(target, plan, 0), cfg, spec)
+    decoder = Decoder(target, proposer, sampler, gate, plan.max_length, plan.chunk)
+    lengths = (lambda: iter(lambda: 1, None)) if replay else (lambda: None)
+    assert len(decoder.generate(WHOLE, 6, replay=lengths())) == 6
+    assert not LARGE & compiled()
+    # A shorter last piece of a prompt takes another block, compiled ahead too.
+    assert len(decoder.generate(PARTLY, 6, replay=lengths())) == 6
+    assert not LARGE & compiled()
+
+
+@pytest.mark.parametrize("name", ["vanilla", "ngram"])
+def test_without_a_draft_the_targets_programs_are_compiled(compiled, name):
+    cfg = model(50 + (name == "ngram"))
+    proposer = Vanilla() if name == "vanilla" else PromptLookup(BEAM)
+    plan = plan_for(cfg, proposer.spec, draft=NO_DRAFT)
+    compile_ahead(plan, Sampler())
+    assert LARGE & compiled() == {"jit_block", "last_logits", "finish_round"}
+    decoder = Decoder(random_target(plan), proposer, max_length=90, chunk=32)
+    assert len(decoder.generate(WHOLE, 6)) == 6
+    assert not LARGE & compiled()
+
+
+def test_another_plan_needs_other_programs(compiled):
+    """That the tests above see what is compiled at all."""
+    plan = plan_for(model(60), Vanilla.spec, draft=NO_DRAFT)
+    compile_ahead(plan, Sampler())
+    compiled()
+    decoder = Decoder(random_target(plan), Vanilla(), Sampler(0.5), max_length=200, chunk=16)
+    decoder.generate(WHOLE, 3)
+    assert LARGE & compiled() == {"jit_block", "finish_round"}
