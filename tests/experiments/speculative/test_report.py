@@ -134,7 +134,7 @@ def test_a_killed_writer_leaves_a_file_to_resume_from(tmp_path):
     """A process killed between two appends, with a torn third: two turns are done."""
     path = tmp_path / "records.jsonl"
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom experiments import records\n"
+        "import os, sys\nfrom pathlib import Path\nfrom experiments.common import records\n"
         "path = Path(sys.argv[1])\n"
         "for i in range(2):\n"
         "    records.append(path, {'method': 'm', 'sample': str(i), 'turn': 0, 'settings': 's'})\n"
@@ -387,7 +387,7 @@ def test_plots_without_data_are_left_out(tmp_path, rows, names):
 def test_modules_need_no_jax():
     code = (
         "import sys\nsys.modules['jax'] = None\n"
-        "from experiments import benchmarks, report\nbenchmarks.load('builtin')\n"
+        "from experiments.speculative import benchmarks, report\nbenchmarks.load('builtin')\n"
         "assert 'matplotlib' not in sys.modules"
     )
     root = Path(records.__file__).parents[2]
