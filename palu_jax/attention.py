@@ -79,7 +79,7 @@ def _(p: PaluAttention, cfg: Config, batch: int, slots: int, scratch: int = 0) -
     return PaluCache.empty(p.format, ranks, lead, batch, slots, scratch, cfg.dtype)
 
 
-def rebuild(f: Factors, z_BSR, lead_BS, bias, head_dim: int):
+def rebuild(f: Factors, z_BSR, mean_coefficient_BS, bias, head_dim: int):
     """The projection's output from its latents, [B, S, K, H]."""
     with jax.named_scope("rebuild"):
         parts, at = [], 0
@@ -91,15 +91,15 @@ def rebuild(f: Factors, z_BSR, lead_BS, bias, head_dim: int):
         y_BSKH = jnp.concatenate(parts, axis=2)
         if f.mean_F is not None:
             mean = f.mean_F.reshape(1, 1, -1, head_dim)
-            y_BSKH = y_BSKH + lead_BS[..., None, None].astype(y_BSKH.dtype) * mean
+            y_BSKH = y_BSKH + mean_coefficient_BS[..., None, None].astype(y_BSKH.dtype) * mean
         if bias is not None:
             y_BSKH = y_BSKH + bias.reshape(1, 1, -1, head_dim)
         return y_BSKH
 
 
-def keys(p: PaluAttention, z_BSR, lead_BS, position_BS, cfg: Config):
+def keys(p: PaluAttention, z_BSR, mean_coefficient_BS, position_BS, cfg: Config):
     """Rotated keys from latents, [B, S, K, H]."""
-    k_BSKH = rebuild(p.k, z_BSR, lead_BS, p.k_bias, cfg.head_dim)
+    k_BSKH = rebuild(p.k, z_BSR, mean_coefficient_BS, p.k_bias, cfg.head_dim)
     if p.k_norm is not None:
         k_BSKH = rms_norm(k_BSKH, p.k_norm, cfg.norm_eps)
     return rope(k_BSKH, position_BS, cfg)
@@ -147,7 +147,7 @@ def _fused(p, q_BTNH, cache, step, cfg):
         position_BS=step.slot_BS,
         k_bias_KH=heads(p.k_bias),
         v_bias_KH=heads(p.v_bias),
-        lead_BS=cache.lead_BS,
+        mean_coefficient_BS=cache.mean_coefficient_BS,
         k_mean_KH=heads(p.k.mean_F),
         v_mean_KH=heads(p.v.mean_F),
         k_norm_H=p.k_norm,
@@ -161,14 +161,14 @@ def _fused(p, q_BTNH, cache, step, cfg):
 def _rebuilt(p, q_BTNH, cache, step, cfg):
     """Keys and values rebuilt for all slots, then dense attention: for prefill."""
     zk, zv = cache.stored(q_BTNH.dtype)
-    k = keys(p, zk, cache.lead_BS, slot_positions(step, cache.slots), cfg)
-    return dense_attention(q_BTNH, k, _values(p, zv, cache.lead_BS, cfg), step.mask_BTS)
+    k = keys(p, zk, cache.mean_coefficient_BS, slot_positions(step, cache.slots), cfg)
+    return dense_attention(q_BTNH, k, _values(p, zv, cache.mean_coefficient_BS, cfg), step.mask_BTS)
 
 
-def _values(p, zv_BSR, lead_BS, cfg):
+def _values(p, zv_BSR, mean_coefficient_BS, cfg):
     """What the attention weights average: values, or with a fused output projection latents."""
     if p.v.up_gRKH is not None:
-        return rebuild(p.v, zv_BSR, lead_BS, p.v_bias, cfg.head_dim)
+        return rebuild(p.v, zv_BSR, mean_coefficient_BS, p.v_bias, cfg.head_dim)
     B, S, _ = zv_BSR.shape
     groups = len(p.v.ranks)
     return jnp.repeat(zv_BSR.reshape(B, S, groups, -1), cfg.kv_heads // groups, axis=2)
@@ -197,8 +197,8 @@ def _mixed(p, q_BTNH, before, cache, new, step, cfg):
     behind_BTS = step.position_BT[:, :, None] - position_BS[:, None]
     old_BTS = (behind_BTS >= f.window) & (jnp.arange(slots) >= f.sinks)[None, None]
     kinds = cache.stored(dtype), before.recent(*new, step.at, dtype)
-    k_old, k_exact = (keys(p, zk, cache.lead_BS, position_BS, cfg) for zk, _ in kinds)
-    v_old, v_exact = (_values(p, zv, cache.lead_BS, cfg) for _, zv in kinds)
+    k_old, k_exact = (keys(p, zk, cache.mean_coefficient_BS, position_BS, cfg) for zk, _ in kinds)
+    v_old, v_exact = (_values(p, zv, cache.mean_coefficient_BS, cfg) for _, zv in kinds)
     return attend_either(q_BTNH, (k_old, v_old), (k_exact, v_exact), step.mask_BTS, old_BTS)
 
 

@@ -185,7 +185,7 @@ class PaluCache:
 
     k: Latents
     v: Latents
-    lead_BS: jax.Array | None
+    mean_coefficient_BS: jax.Array | None
     """The mean split's coefficient of each token, in 16 bits."""
     exact: Exact | None
     """Key and value latents side by side."""
@@ -216,7 +216,11 @@ class PaluCache:
         put = lambda old, new: jax.tree.map(lambda a, b: write(a, b, at), old, new)
         k = put(self.k, encode(zk_BTR, f.key_bits, self.k.blocks, f.shares(f.key_bits)))
         v = put(self.v, encode(zv_BTR, f.value_bits, self.v.blocks, f.shares(f.value_bits)))
-        lead = None if self.lead_BS is None else write(self.lead_BS, lead_BT, at)
+        lead = (
+            None
+            if self.mean_coefficient_BS is None
+            else write(self.mean_coefficient_BS, lead_BT, at)
+        )
         exact = self.exact and self.exact.write(jnp.concatenate([zk_BTR, zv_BTR], -1), at, real)
         return PaluCache(k, v, lead, exact, f)
 
@@ -224,7 +228,9 @@ class PaluCache:
         """Slots `source[R]` to at … at+R-1, exact latents with them."""
         rows = lambda tree: jax.tree.map(lambda a: move_rows(a, source, at), tree)
         exact = self.exact and self.exact.move(source, at)
-        return PaluCache(rows(self.k), rows(self.v), rows(self.lead_BS), exact, self.format)
+        return PaluCache(
+            rows(self.k), rows(self.v), rows(self.mean_coefficient_BS), exact, self.format
+        )
 
     def stored(self, dtype):
         """(key latents, value latents) [B, S, R] as their codes say, every slot."""

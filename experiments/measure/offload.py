@@ -28,8 +28,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.common.plots import STYLE
 from experiments.common.records import atomic, environment
-from experiments.speculative.plots import STYLE
 
 PCIE4, GDDR = 25e9, 1.008e12
 """Bytes a second of an RTX 4090: its link as measured by SubSpec's authors, and its memory."""

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
+from experiments.common.plots import STYLE
 from experiments.measure import stop_rules
-from experiments.speculative.plots import STYLE
 from subspec_jax.decoder import Round
 from subspec_jax.shape import TreeCosts, best_shape, measured_costs, predicted
 

@@ -8,9 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.common.plots import METHODS, STYLE
 from experiments.common.records import atomic
 from experiments.palu.methods import PLANNED
-from experiments.speculative.plots import METHODS, STYLE
 
 Record = dict[str, Any]
 SHOWN = ("acc", "acc_norm", "perplexity")

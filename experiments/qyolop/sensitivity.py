@@ -106,7 +106,7 @@ def plot(alone: dict[str, float], folder: Path) -> list[str]:
         from matplotlib.figure import Figure
     except ImportError:  # the table is there without it
         return []
-    from experiments.speculative.plots import METHODS, STYLE
+    from experiments.common.plots import METHODS, STYLE
 
     rows = sorted((v, n) for n, v in alone.items() if math.isfinite(v))[:DRAWN]
     if not rows:

@@ -5,24 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.common.plots import STYLE, method_colors
 from experiments.common.records import atomic
 
 Record = dict[str, Any]
 
-METHODS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a00", "#444444")
 PARTS = {"draft": "#56b4e9", "verify": "#0b3c5d", "other": "#c4c8cc"}
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#555555",
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-}
 
 
 def plots(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -89,7 +77,7 @@ def _accepted_length(drafting: dict[str, dict[str, list]], subtitle: str):
     count = len(drafting)
     longest = max(max(c["accepted"], default=0) for c in drafting.values())
     figure, axes = _figure(count, 1.5 + 1.5 * count, sharex=True)
-    for axis, color, (label, columns) in zip(axes, _cycle(count), drafting.items()):
+    for axis, color, (label, columns) in zip(axes, method_colors(count), drafting.items()):
         accepted = columns["accepted"]
         share = [accepted.count(k) / len(accepted) for k in range(longest + 1)]
         mean = sum(accepted) / len(accepted)
@@ -145,7 +133,7 @@ def _acceptance_by_depth(drafting: dict[str, dict[str, list]], subtitle: str):
         return None
     figure, (axis,) = _figure(1, 4.6)
     for color, marker, (label, curve) in zip(
-        _cycle(len(curves)), "os^Dv<>p" * len(curves), curves.items()
+        method_colors(len(curves)), "os^Dv<>p" * len(curves), curves.items()
     ):
         levels = [d for d, _, _ in curve]
         low, high = zip(*(wilson(hits, trials) for _, trials, hits in curve))
@@ -198,7 +186,3 @@ def _time_per_round(rounds: dict[str, dict[str, list]], subtitle: str):
 
 def _ms(value: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
-
-
-def _cycle(count: int) -> list[str]:
-    return [METHODS[i % len(METHODS)] for i in range(count)]

@@ -62,7 +62,7 @@ def lowrank_attention(
     position_BS: jax.Array | None = None,
     k_bias_KH: jax.Array | None = None,
     v_bias_KH: jax.Array | None = None,
-    lead_BS: jax.Array | None = None,
+    mean_coefficient_BS: jax.Array | None = None,
     k_mean_KH: jax.Array | None = None,
     v_mean_KH: jax.Array | None = None,
     k_norm_H: jax.Array | None = None,
@@ -94,17 +94,17 @@ def lowrank_attention(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
     ranks, heads = _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads)
-    if (k_mean_KH is not None or v_mean_KH is not None) and lead_BS is None:
-        raise ValueError("means without leads: pass lead_BS")
+    if (k_mean_KH is not None or v_mean_KH is not None) and mean_coefficient_BS is None:
+        raise ValueError("means without leads: pass mean_coefficient_BS")
     keys = dict(
-        mask_BTS=mask_BTS, position_BS=position_BS, k_bias_KH=k_bias_KH, lead_BS=lead_BS,
-        k_mean_KH=k_mean_KH, k_norm_H=k_norm_H, norm_eps=norm_eps,
+        mask_BTS=mask_BTS, position_BS=position_BS, k_bias_KH=k_bias_KH,
+        mean_coefficient_BS=mean_coefficient_BS, k_mean_KH=k_mean_KH, k_norm_H=k_norm_H, norm_eps=norm_eps,
     )  # fmt: skip
     if implementation != "xla" and (implementation or interpret or on_gpu()):
         reason = why_not_triton(q_BTNH, k, v, up_k_gRKH, ranks, heads)
         if reason is None:
             if k_mean_KH is None and v_mean_KH is None:
-                keys["lead_BS"] = None
+                keys["mean_coefficient_BS"] = None
             y, leads = lowrank_attention_triton(
                 q_BTNH, k, v, up_k_gRKH, frequencies, lengths_B, interpret=interpret, **keys
             )

@@ -82,7 +82,7 @@ def _kernel(*refs, tile, span, M, rows, sets, chunks, packing, lead, dtype, inte
         y_ref[b, i, x, pl.ds(own + start, packing.chunk), :] = part
 
 
-def average(score_BiSM, top_BiXM, v: Latents, lengths_B, lead_BS, cfg, interpret=False):
+def average(score_BiSM, top_BiXM, v: Latents, lengths_B, mean_coefficient_BS, cfg, interpret=False):
     """(averaged value latents float32 [B, i, M, R], averaged leads [B, i, M])."""
     B, i, _, M = score_BiSM.shape
     X, packing = top_BiXM.shape[2], Packing(v.bits, v.blocks[0])
@@ -91,11 +91,11 @@ def average(score_BiSM, top_BiXM, v: Latents, lengths_B, lead_BS, cfg, interpret
     # codes of few bits are unpacked in registers: nothing to copy ahead
     stages = 1 if v.bits < 16 else 3 if chunks == 1 else 2
     inputs = [lengths_B, top_BiXM, score_BiSM]
-    inputs += [] if lead_BS is None else [lead_BS.astype(jnp.float32)]
+    inputs += [] if mean_coefficient_BS is None else [mean_coefficient_BS.astype(jnp.float32)]
     kernel = functools.partial(
         _kernel, tile=cfg.tile, span=cfg.span, M=M, rows=rows, sets=i // len(v.blocks),
-        chunks=chunks, packing=packing, lead=lead_BS is not None, dtype=operand_dtype(v),
-        interpret=interpret,
+        chunks=chunks, packing=packing, lead=mean_coefficient_BS is not None,
+        dtype=operand_dtype(v), interpret=interpret,
     )  # fmt: skip
     y, stats = pl.pallas_call(
         kernel,

@@ -179,8 +179,8 @@ def _turns(position, frequencies):
 
 def rebuilt_scores(
     q_BTNH, k: Latents, up_k_gRKH, frequencies, lengths_B, rows: Rows, cfg, *, mask_BTS=None,
-    position_BS=None, k_bias_KH=None, lead_BS=None, k_mean_KH=None, k_norm_H=None, norm_eps=1e-6,
-    interpret=False,
+    position_BS=None, k_bias_KH=None, mean_coefficient_BS=None, k_mean_KH=None, k_norm_H=None,
+    norm_eps=1e-6, interpret=False,
 ):  # fmt: skip
     """(scores [B, i, spans * span, M], largest of each span [B, i, X, M]), base 2, float32."""
     B, T, N, H = q_BTNH.shape
@@ -201,7 +201,7 @@ def rebuilt_scores(
         inputs += _turns(position_BS, frequencies)
     if mask_BTS is not None:
         inputs.append(mask_BTS[:, 0] if T == 1 else mask_BTS)
-    inputs += [] if k_mean_KH is None else [lead_BS.astype(f32)]
+    inputs += [] if k_mean_KH is None else [mean_coefficient_BS.astype(f32)]
     inputs += [heads(a) for a in (k_mean_KH, k_bias_KH) if a is not None]
     if k_norm_H is not None:
         inputs.append(k_norm_H.astype(f32).reshape(2, half))

@@ -92,7 +92,7 @@ def lowrank_attention_reference(
     position_BS=None,
     k_bias_KH=None,
     v_bias_KH=None,
-    lead_BS=None,
+    mean_coefficient_BS=None,
     k_mean_KH=None,
     v_mean_KH=None,
     k_norm_H=None,
@@ -107,7 +107,11 @@ def lowrank_attention_reference(
     exists_BS = jnp.arange(S, dtype=jnp.int32)[None] < lengths_B[:, None]
     kept = lambda z_BSR: jnp.where(exists_BS[..., None], z_BSR, 0)  # what is beyond may be NaN
     zk, zv = kept(dense(k, dtype)), kept(dense(v, dtype))
-    lead = None if lead_BS is None else jnp.where(exists_BS, lead_BS.astype(f32), 0)
+    lead = (
+        None
+        if mean_coefficient_BS is None
+        else jnp.where(exists_BS, mean_coefficient_BS.astype(f32), 0)
+    )
     if position_BS is None:
         position_BS = jnp.arange(S, dtype=jnp.int32)[None]
     seen = exists_BS[:, None] if mask_BTS is None else exists_BS[:, None] & mask_BTS

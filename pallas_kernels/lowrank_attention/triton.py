@@ -91,8 +91,8 @@ def can_absorb(q_BTNH, heads: int, groups: int, frequencies, span: int, others) 
 
 def lowrank_attention_triton(
     q_BTNH, k, v, up_k_gRKH, frequencies, lengths_B, *, mask_BTS=None, position_BS=None,
-    k_bias_KH=None, lead_BS=None, k_mean_KH=None, k_norm_H=None, norm_eps=1e-6, interpret=False,
-    cfg: Tiling | None = None, absorb: bool | None = None,
+    k_bias_KH=None, mean_coefficient_BS=None, k_mean_KH=None, k_norm_H=None, norm_eps=1e-6,
+    interpret=False, cfg: Tiling | None = None, absorb: bool | None = None,
 ):  # fmt: skip
     """(averaged value latents float32 [B, T, N, R_v], averaged leads [B, T, N])."""
     B, T, N, _ = q_BTNH.shape
@@ -109,12 +109,12 @@ def lowrank_attention_triton(
         found = absorbed_scores(
             q_BTNH[:, 0], k, up_k_gRKH, frequencies, lengths, mask, cfg, interpret
         )
-        y, leads = average(*found, v, lengths, lead_BS, cfg, interpret)
+        y, leads = average(*found, v, lengths, mean_coefficient_BS, cfg, interpret)
         return y.reshape(B, 1, N, -1), leads.reshape(B, 1, N)
     found = rebuilt_scores(
         q_BTNH, k, up_k_gRKH, frequencies, lengths, rows, cfg, mask_BTS=mask_BTS,
-        position_BS=position_BS, k_bias_KH=k_bias_KH, lead_BS=lead_BS, k_mean_KH=k_mean_KH,
-        k_norm_H=k_norm_H, norm_eps=norm_eps, interpret=interpret,
+        position_BS=position_BS, k_bias_KH=k_bias_KH, mean_coefficient_BS=mean_coefficient_BS,
+        k_mean_KH=k_mean_KH, k_norm_H=k_norm_H, norm_eps=norm_eps, interpret=interpret,
     )  # fmt: skip
-    y, leads = average(*found, v, lengths, lead_BS, cfg, interpret)
+    y, leads = average(*found, v, lengths, mean_coefficient_BS, cfg, interpret)
     return rows.restored(y, T), rows.restored(leads[..., None], T)[..., 0]

@@ -59,7 +59,7 @@ def problem(
         ),
         "bias": lambda: dict(k_bias_KH=draw(K, size), v_bias_KH=draw(K, size)),
         "mean": lambda: dict(
-            lead_BS=draw(batch, slots), k_mean_KH=draw(K, size), v_mean_KH=draw(K, size)
+            mean_coefficient_BS=draw(batch, slots), k_mean_KH=draw(K, size), v_mean_KH=draw(K, size)
         ),
         "norm": lambda: dict(k_norm_H=draw(size), norm_eps=1e-5),
     }
@@ -71,8 +71,8 @@ ALL = ("mask", "position", "bias", "mean", "norm")
 
 def in_float64(
     q, k, v, up_k, up_v, frequencies, lengths, mask_BTS=None, position_BS=None, k_bias_KH=None,
-    v_bias_KH=None, lead_BS=None, k_mean_KH=None, v_mean_KH=None, k_norm_H=None, norm_eps=1e-6,
-    kv_heads=None,
+    v_bias_KH=None, mean_coefficient_BS=None, k_mean_KH=None, v_mean_KH=None, k_norm_H=None,
+    norm_eps=1e-6, kv_heads=None,
 ):  # fmt: skip
     """The formula of the docstring, one number after another."""
     B, T, N, H = q.shape
@@ -87,7 +87,9 @@ def in_float64(
             group, head = divmod(kv, most)
             own = [slice(s[group], s[group + 1]) for s in starts]
             rows = [z[b, : int(lengths[b]), o] for z, o in zip((zk, zv), own)]
-            lead = None if lead_BS is None else f64(lead_BS)[b, : len(rows[0])]
+            lead = (
+                None if mean_coefficient_BS is None else f64(mean_coefficient_BS)[b, : len(rows[0])]
+            )
             keys = rows[0] @ up_k[group, : rows[0].shape[1], head]
             values = rows[1] @ up_v[group, : rows[1].shape[1], head]
             if lead is not None:
@@ -353,7 +355,7 @@ def test_wrong_arguments_are_refused():
     positional, _ = problem(slots=9)
     with pytest.raises(ValueError, match="implementation is 'cuda'"):
         lowrank_attention(*positional, implementation="cuda")
-    with pytest.raises(ValueError, match="lead_BS"):
+    with pytest.raises(ValueError, match="mean_coefficient_BS"):
         lowrank_attention(*positional, k_mean_KH=jnp.zeros((4, 32), jnp.bfloat16))
     unequal = Latents(positional[1].codes_BSP, None, None, 16, (20, 12))
     assert "differ between groups" in why_not(positional[0], unequal, *positional[2:])

@@ -173,9 +173,11 @@ def test_writing_leaves_older_codes_alone():
     rng = np.random.default_rng(0)
     new = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     cache = jit_write(cache, new(1, 6, 12), new(1, 6, 16), new(1, 6), 0)
-    before = jax.tree.map(np.asarray, (cache.k, cache.v, cache.lead_BS))
+    before = jax.tree.map(np.asarray, (cache.k, cache.v, cache.mean_coefficient_BS))
     cache = jit_write(cache, new(1, 1, 12), new(1, 1, 16), new(1, 1), 6)
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves((cache.k, cache.v, cache.lead_BS))):
+    for a, b in zip(
+        jax.tree.leaves(before), jax.tree.leaves((cache.k, cache.v, cache.mean_coefficient_BS))
+    ):
         np.testing.assert_array_equal(a[:, :6], np.asarray(b)[:, :6])
         assert np.asarray(b)[:, 6].any()
 
@@ -187,7 +189,7 @@ def test_moved_rows_are_the_same_bits():
     new = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     cache = PaluCache.write(cache, new(2, 12, 6), new(2, 12, 8), new(2, 12), 0)
     moved = jax.jit(PaluCache.move)(cache, jnp.array([7, 9, 10]), jnp.int32(7))
-    slots = lambda c: jax.tree.leaves((c.k, c.v, c.lead_BS))
+    slots = lambda c: jax.tree.leaves((c.k, c.v, c.mean_coefficient_BS))
     for old, got in zip(slots(cache), slots(moved), strict=True):
         old, got = np.asarray(old), np.asarray(got)
         np.testing.assert_array_equal(got[:, 7:10], old[:, [7, 9, 10]])
@@ -246,7 +248,7 @@ def test_live_bytes_of_exact_rows_and_leads():
     cache = PaluCache.empty(form, ((24, 17), (10, 9)), True, 3, 100, 7, "float16")
     codes = (12 + 9) + (3 + 2) + (3 + 2)  # 24 and 17 of 4 bits; 10 and 9 of 3, in planes
     assert bytes_of((cache.k, cache.v)) == 3 * 100 * (codes + 4 * (2 + 2))
-    assert bytes_of(cache.lead_BS) == 3 * 100 * 2
+    assert bytes_of(cache.mean_coefficient_BS) == 3 * 100 * 2
     assert bytes_of(cache.exact) == 3 * (32 + 20 + 7) * (24 + 17 + 10 + 9) * 2
     few = PaluCache.empty(form, ((24, 17), (10, 9)), True, 3, 40, 7, "float16")
     assert few.exact.rows_BXR.shape == (3, 32 + 27, 60)  # never more in the ring than slots

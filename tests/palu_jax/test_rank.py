@@ -115,7 +115,7 @@ def test_bytes_per_token_are_the_live_ones(bits, lead):
     live = sum(a.nbytes for c in caches for a in (c.k.codes_BSP, c.v.codes_BSP))
     live += sum(a.nbytes for c in caches for l in (c.k, c.v) for a in (l.step_BSg, l.offset_BSg)
                 if a is not None)  # fmt: skip
-    live += sum(c.lead_BS.nbytes for c in caches) if lead else 0
+    live += sum(c.mean_coefficient_BS.nbytes for c in caches) if lead else 0
     assert rank.bytes_per_token(ranks, form, lead) == live / 16
 
 
