@@ -98,7 +98,8 @@ def lowrank_attention(
         raise ValueError("means without leads: pass mean_coefficient_BS")
     keys = dict(
         mask_BTS=mask_BTS, position_BS=position_BS, k_bias_KH=k_bias_KH,
-        mean_coefficient_BS=mean_coefficient_BS, k_mean_KH=k_mean_KH, k_norm_H=k_norm_H, norm_eps=norm_eps,
+        mean_coefficient_BS=mean_coefficient_BS, k_mean_KH=k_mean_KH, k_norm_H=k_norm_H,
+        norm_eps=norm_eps,
     )  # fmt: skip
     if implementation != "xla" and (implementation or interpret or on_gpu()):
         reason = why_not_triton(q_BTNH, k, v, up_k_gRKH, ranks, heads)
