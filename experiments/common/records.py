@@ -1,6 +1,5 @@
 """Run records on disk: one JSON object a line, appended so that a killed run can be resumed."""
 
-import contextlib
 import importlib.metadata
 import json
 import logging
@@ -8,13 +7,13 @@ import math
 import os
 import platform
 import subprocess
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from experiments.common.cli import UserError
+from llm_jax.files import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -111,21 +110,8 @@ def done(records: Iterable[Record]) -> set[tuple]:
 
 def write_json(path: Path, obj: Any) -> None:
     """Writes `obj` as JSON; a reader sees the old file or the new one, never a part."""
-    with atomic(path) as scratch:
+    with atomic_file(path) as scratch:
         scratch.write_text(json.dumps(_plain(obj), indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path` that takes its place when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-        scratch = Path(folder) / path.name
-        yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
 
 
 def _plain(value: Any) -> Any:

@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common.plots import STYLE
-from experiments.common.records import atomic, environment
+from experiments.common.records import environment
+from llm_jax.files import atomic_file
 
 PCIE4, GDDR = 25e9, 1.008e12
 """Bytes a second of an RTX 4090: its link as measured by SubSpec's authors, and its memory."""
@@ -227,7 +228,7 @@ def plot(records: list[dict], path: Path) -> None:
         axes.set_xlabel("tokens a second")
         settings = rows[0]["settings"] if rows else {}
         axes.set_title(f"{settings.get('model')} in {settings.get('memory_limit')}")
-        with atomic(path) as scratch:
+        with atomic_file(path) as scratch:
             figure.savefig(scratch, dpi=150, format="png")
 
 

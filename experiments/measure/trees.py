@@ -28,6 +28,7 @@ from rich.table import Table
 from experiments.common import records
 from experiments.common.plots import STYLE
 from experiments.measure import stop_rules
+from llm_jax.files import atomic_file
 from subspec_jax.decoder import Round
 from subspec_jax.shape import TreeCosts, best_shape, measured_costs, predicted
 
@@ -158,7 +159,7 @@ def heat_map(rate_LW, path: Path, subtitle: str) -> None:
         axis.set_title(f"Predicted tokens/s ({subtitle})")
         figure.colorbar(image, ax=axis, label="tokens/s")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with records.atomic(path) as scratch:
+        with atomic_file(path) as scratch:
             figure.savefig(scratch, dpi=150)
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common.plots import METHODS, STYLE
-from experiments.common.records import atomic
 from experiments.palu.methods import PLANNED
+from llm_jax.files import atomic_file
 
 Record = dict[str, Any]
 SHOWN = ("acc", "acc_norm", "perplexity")
@@ -111,7 +111,7 @@ def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
     with matplotlib.rc_context({**STYLE, "backend": "Agg"}):
         figure = _figure(series, dense)
         path = Path(folder) / "quality_against_size.png"
-        with atomic(path) as scratch:
+        with atomic_file(path) as scratch:
             figure.savefig(scratch, dpi=150)
     return [path]
 

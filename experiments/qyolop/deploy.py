@@ -12,6 +12,7 @@ from rich.console import Console
 from experiments.common import records
 from experiments.qyolop import sensitivity as qyolop_sensitivity
 from experiments.qyolop.engines import DeployError, checked, integer_model
+from llm_jax.files import atomic_file
 from qyolop_jax import export, fold, integer, quantize
 from qyolop_jax.evaluate import evaluate, float_forward
 from qyolop_jax.export import ExportError
@@ -209,7 +210,7 @@ def export_command(args: Export, console: Console) -> int:
     end = ".onnx" if args.format == "onnx" else ".stablehlo"
     stem = path.stem if args.precision == "int8" else f"{path.stem}-float32"
     target = args.output or path.parent / (stem + end)
-    with console.status(f"Exporting {path}"), records.atomic(target) as scratch:
+    with console.status(f"Exporting {path}"), atomic_file(target) as scratch:
         if args.format == "onnx":
             scratch.write_bytes(_needs("onnx", onnx).SerializeToString())
         else:

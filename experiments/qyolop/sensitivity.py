@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
+from llm_jax.files import atomic_file
 from qyolop_jax import quantize
 from qyolop_jax.graph import Graph
 from qyolop_jax.scales import Scales, Settings
@@ -121,6 +122,6 @@ def plot(alone: dict[str, float], folder: Path) -> list[str]:
         axes.set_xlabel("signal-to-noise ratio of the worst output, dB; less is worse")
         axes.set_title("8 bits in one convolution alone")
         path = folder / "sensitivity.png"
-        with records.atomic(path) as scratch:
+        with atomic_file(path) as scratch:
             figure.savefig(scratch, dpi=150)
     return [str(path)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.plots import STYLE, method_colors
-from experiments.common.records import atomic
+from llm_jax.files import atomic_file
 
 Record = dict[str, Any]
 
@@ -31,7 +31,7 @@ def plots(records: Sequence[Record], folder: Path) -> list[Path]:
             if figure is None:
                 continue
             path = Path(folder) / f"{name}.png"
-            with atomic(path) as scratch:
+            with atomic_file(path) as scratch:
                 figure.savefig(scratch, dpi=150)
             drawn.append(path)
     return drawn

@@ -25,7 +25,6 @@ from experiments.common.records import (
     Record,
     RecordError,
     append,
-    atomic,
     done,
     environment,
     read,
@@ -34,7 +33,7 @@ from experiments.common.records import (
 from experiments.speculative.plots import plots
 
 __all__ = [
-    "Record", "RecordError", "append", "atomic", "done", "environment", "notes", "plots",
+    "Record", "RecordError", "append", "done", "environment", "notes", "plots",
     "print_table", "read", "summarize", "table", "write_json",
 ]  # fmt: skip
 
