@@ -16,7 +16,7 @@ from jax.tree_util import register_dataclass
 from llm_jax.cache import KV, write
 from llm_jax.config import Config
 from llm_jax.linear import linear, terms
-from llm_jax.params import Attention, JoinedAttention
+from llm_jax.params import Attention, JoinedAttention, Weight
 from pallas_kernels.rotary_cache import rotary_cache
 from pallas_kernels.tree_attention import tree_attention
 
@@ -126,23 +126,45 @@ def attention(p, x_BTD, cache, step: Step, cfg: Config):
     )
 
 
-def projected(w, bias, x_BTD, head_dim: int):
-    """A projection split into heads, [B, T, heads, H]."""
+def projected(w: Weight, bias: jax.Array | None, x_BTD: jax.Array, head_dim: int) -> jax.Array:
+    """A projection and its bias, split into heads: [B, T, heads, H]."""
     return split_heads(linear(w, x_BTD), bias, head_dim)
 
 
-def split_heads(y_BTF, bias, head_dim: int):
-    """A product and its bias, [B, T, heads, H]."""
+def split_heads(y_BTF: jax.Array, bias: jax.Array | None, head_dim: int) -> jax.Array:
+    """A product with its bias added, split into heads: [B, T, heads, H]."""
     if bias is not None:
         y_BTF = y_BTF + along_last(bias, y_BTF)
     return y_BTF.reshape(*y_BTF.shape[:2], -1, head_dim)
 
 
+def qkv_heads(
+    p: Attention | JoinedAttention, x_BTD: jax.Array, cfg: Config
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(q_BTNH, k_BTKH, v_BTKH): the three projections with their biases, neither normed nor
+    rotated."""
+    if isinstance(p, JoinedAttention):
+        return _joined_heads(p, terms(p.qkv, x_BTD), x_BTD.dtype, cfg)
+    pairs = ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias))
+    q, k, v = (projected(w, bias, x_BTD, cfg.head_dim) for w, bias in pairs)
+    return q, k, v
+
+
+def normed(x_BTNH: jax.Array, gain: jax.Array | None, cfg: Config) -> jax.Array:
+    """The heads with their RMS norm (Qwen3), or as they are where `gain` is None."""
+    return x_BTNH if gain is None else rms_norm(x_BTNH, gain, cfg.norm_eps)
+
+
+def rotated(
+    x_BTNH: jax.Array, gain: jax.Array | None, position_BT: jax.Array, cfg: Config
+) -> jax.Array:
+    """Queries or keys ready for attention: normed where there is a gain, then rotated."""
+    return rope(normed(x_BTNH, gain, cfg), position_BT, cfg)
+
+
 @attention.register
 def _(p: Attention, x_BTD, cache: KV, step: Step, cfg: Config):
-    pairs = ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias))
-    heads = (projected(w, bias, x_BTD, cfg.head_dim) for w, bias in pairs)
-    return _over_cache(p, *heads, cache, step, cfg)
+    return _over_cache(p, *qkv_heads(p, x_BTD, cfg), cache, step, cfg)
 
 
 @attention.register
@@ -150,15 +172,18 @@ def _(p: JoinedAttention, x_BTD, cache: KV, step: Step, cfg: Config):
     y_XBTF = terms(p.qkv, x_BTD)
     if len(y_XBTF) > 1 and len(x_BTD) == 1 and p.q_norm is None:
         return _in_one_go(p, y_XBTF, cache, step, cfg)
-    heads = split_heads(sum(y_XBTF[1:], y_XBTF[0]).astype(x_BTD.dtype), p.qkv_bias, cfg.head_dim)
-    parts = jnp.split(heads, (cfg.heads, cfg.heads + cfg.kv_heads), axis=2)
-    return _over_cache(p, *parts, cache, step, cfg)
+    return _over_cache(p, *_joined_heads(p, y_XBTF, x_BTD.dtype, cfg), cache, step, cfg)
+
+
+def _joined_heads(p: JoinedAttention, y_XBTF, dtype, cfg: Config):
+    """`qkv_heads` from the terms of the joined product."""
+    heads = split_heads(sum(y_XBTF[1:], y_XBTF[0]).astype(dtype), p.qkv_bias, cfg.head_dim)
+    return jnp.split(heads, (cfg.heads, cfg.heads + cfg.kv_heads), axis=2)
 
 
 def _over_cache(p, q, k, v, cache: KV, step: Step, cfg: Config):
-    if p.q_norm is not None:
-        q, k = rms_norm(q, p.q_norm, cfg.norm_eps), rms_norm(k, p.k_norm, cfg.norm_eps)
-    q, k = rope(q, step.position_BT, cfg), rope(k, step.position_BT, cfg)
+    q = rotated(q, p.q_norm, step.position_BT, cfg)
+    k = rotated(k, p.k_norm, step.position_BT, cfg)
     cache = KV(write(cache.k_BSKH, k, step.at), write(cache.v_BSKH, v, step.at))
     return _read(p, q, cache, step)
 

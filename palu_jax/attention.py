@@ -18,9 +18,8 @@ from llm_jax.attention import (
     attention,
     empty_cache,
     projected,
-    rms_norm,
-    rope,
     rope_frequencies,
+    rotated,
 )
 from llm_jax.config import Config
 from llm_jax.linear import linear, precision
@@ -100,9 +99,7 @@ def rebuild(f: Factors, z_BSR, mean_coefficient_BS, bias, head_dim: int):
 def keys(p: PaluAttention, z_BSR, mean_coefficient_BS, position_BS, cfg: Config):
     """Rotated keys from latents, [B, S, K, H]."""
     k_BSKH = rebuild(p.k, z_BSR, mean_coefficient_BS, p.k_bias, cfg.head_dim)
-    if p.k_norm is not None:
-        k_BSKH = rms_norm(k_BSKH, p.k_norm, cfg.norm_eps)
-    return rope(k_BSKH, position_BS, cfg)
+    return rotated(k_BSKH, p.k_norm, position_BS, cfg)
 
 
 def slot_positions(step: Step, slots: int):
@@ -114,9 +111,7 @@ def slot_positions(step: Step, slots: int):
 def _(p: PaluAttention, x_BTD, cache: PaluCache, step: Step, cfg: Config):
     B, T, _ = x_BTD.shape
     q = projected(p.q, p.q_bias, x_BTD, cfg.head_dim)
-    if p.q_norm is not None:
-        q = rms_norm(q, p.q_norm, cfg.norm_eps)
-    q = rope(q, step.position_BT, cfg)
+    q = rotated(q, p.q_norm, step.position_BT, cfg)
     zk, zv = linear(p.k.down_DR, x_BTD), linear(p.v.down_DR, x_BTD)
     lead = None
     if p.lead_D is not None:

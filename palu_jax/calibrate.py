@@ -20,7 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
-from llm_jax.attention import Step, attend, attention, causal_step, projected, rms_norm, rope
+from llm_jax.attention import (
+    Step,
+    attend,
+    attention,
+    causal_step,
+    normed,
+    projected,
+    qkv_heads,
+    rms_norm,
+    rotated,
+)
 from llm_jax.config import Config
 from llm_jax.linear import linear
 from llm_jax.model import block, embed, unembed
@@ -79,13 +89,10 @@ class Probed:
 @attention.register
 def _(p: Probed, x_BTD, cache, step: Step, cfg: Config):
     a = p.attn
-    q = projected(a.q, a.q_bias, x_BTD, cfg.head_dim)
-    k = projected(a.k, a.k_bias, x_BTD, cfg.head_dim) + p.dk_BTKH
-    v = projected(a.v, a.v_bias, x_BTD, cfg.head_dim) + p.dv_BTKH
-    if a.q_norm is not None:
-        q, k = rms_norm(q, a.q_norm, cfg.norm_eps), rms_norm(k, a.k_norm, cfg.norm_eps)
-    q, k = rope(q, step.position_BT, cfg), rope(k, step.position_BT, cfg)
-    y_BTNH = attend(q, k, v, step.mask_BTS)
+    q, k, v = qkv_heads(a, x_BTD, cfg)
+    q = rotated(q, a.q_norm, step.position_BT, cfg)
+    k = rotated(k + p.dk_BTKH, a.k_norm, step.position_BT, cfg)
+    y_BTNH = attend(q, k, v + p.dv_BTKH, step.mask_BTS)
     return linear(a.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cache
 
 
@@ -105,8 +112,7 @@ def _forward(layer, x_BTD, cfg):
     zero = _no_change(x_BTD, cfg)
     h = rms_norm(x_BTD, layer.attn_norm, cfg.norm_eps)
     q = projected(layer.attn.q, layer.attn.q_bias, h, cfg.head_dim)
-    if layer.attn.q_norm is not None:
-        q = rms_norm(q, layer.attn.q_norm, cfg.norm_eps)
+    q = normed(q, layer.attn.q_norm, cfg)
     h, q = h.astype(jnp.float32), q.astype(jnp.float32)
     q_BTKGH = q.reshape(*q.shape[:2], cfg.kv_heads, -1, cfg.head_dim)
     gram = jnp.einsum("BTD,BTE->DE", h, h, precision=HIGHEST)

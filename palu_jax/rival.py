@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from llm_jax.attention import Step, attention, empty_cache, projected, rms_norm, rope
+from llm_jax.attention import Step, attention, empty_cache, qkv_heads, rotated
 from llm_jax.cache import write
 from llm_jax.config import Config
 from llm_jax.linear import linear
@@ -160,12 +160,9 @@ def _(p: CachedAttention, cfg: Config, batch: int, slots: int, scratch: int = 0)
 @attention.register
 def _(p: CachedAttention, x_BTD, cache, step: Step, cfg: Config):
     d, f, (B, T, _) = p.dense, p.format, x_BTD.shape
-    q = projected(d.q, d.q_bias, x_BTD, cfg.head_dim)
-    k = projected(d.k, d.k_bias, x_BTD, cfg.head_dim)
-    v = projected(d.v, d.v_bias, x_BTD, cfg.head_dim)
-    if d.q_norm is not None:
-        q, k = rms_norm(q, d.q_norm, cfg.norm_eps), rms_norm(k, d.k_norm, cfg.norm_eps)
-    q, k = rope(q, step.position_BT, cfg), rope(k, step.position_BT, cfg)
+    q, k, v = qkv_heads(d, x_BTD, cfg)
+    q = rotated(q, d.q_norm, step.position_BT, cfg)
+    k = rotated(k, d.k_norm, step.position_BT, cfg)
     k, v = k.reshape(B, T, -1), v.reshape(B, T, -1)
     before = cache
     if isinstance(cache, ChannelCache):
