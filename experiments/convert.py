@@ -1,28 +1,28 @@
-"""Writes a model as 4-bit substitutes and the residuals that complete them exactly, once.
+"""Writes a model once as low-bit substitutes, and the residuals that complete them exactly.
 
     python -m experiments.convert --model qwen2.5-7b --to ~/models/qwen2.5-7b-split
     python -m experiments.speculative --model qwen2.5-7b --stream residual --converted <that folder>
 
-The folder is mapped into memory when it is used: the next start reads it and quantizes nothing, and
-host memory holds about half of the 16-bit weights. An interrupted conversion goes on where it was;
-every weight is decoded and compared before its layer's file appears.
+When the folder is used, it is mapped into memory: the next start quantizes nothing, and residuals
+take about half of the host memory that the 16-bit weights would. An interrupted conversion
+continues where it stopped. Every weight is decoded and compared before its layer's file appears.
 """
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments.common.cli import UserError, run
+from experiments.common.progress import bar
 from llm_jax import registry
-from llm_jax.checkpoint import CheckpointError, open_checkpoint
-from llm_jax.config import ConfigError
+from llm_jax.checkpoint import open_checkpoint
+from llm_jax.quantize import check_grouping
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual.convert import convert
-from subspec_jax.residual.files import ResidualError
 
 ITERATIONS = {"hqq": 20, "nearest": 0}
 
@@ -32,7 +32,7 @@ class Convert:
     """What to convert, how, and where to."""
 
     to: Path
-    """The folder; one that was begun with the same settings is gone on with."""
+    """The folder to write. One that was begun with the same settings is continued."""
     model: str = "smollm2-135m"
     checkpoint: Path | None = None
     """A local folder with safetensors, or a GGUF file, in place of the registered source."""
@@ -41,9 +41,9 @@ class Convert:
     draft_group: int = 64
     quantizer: Literal["hqq", "nearest"] = "hqq"
     code: Literal["levels", "planes"] = "levels"
-    """levels: 7.5 to 7.7 bits a weight; planes: 9.1, easier to decode."""
+    """levels: 7.5 to 7.7 bits a weight; planes: 9.1 bits, but easier to decode."""
     workers: int = 4
-    """Matrices that are encoded at a time."""
+    """Matrices that are encoded at the same time."""
 
 
 def main(args: Convert, console: Console) -> None:
@@ -52,13 +52,14 @@ def main(args: Convert, console: Console) -> None:
     )
     checkpoint = open_checkpoint(path)
     cfg = checkpoint.config(args.dtype)
-    columns = (TextColumn("Converting layers"), BarColumn(), MofNCompleteColumn())
-    options = dict(console=console, transient=True, disable=not console.is_terminal)
-    with Progress(*columns, TimeElapsedColumn(), **options) as progress:
-        task = progress.add_task("", total=cfg.layers)
-        iterations = ITERATIONS[args.quantizer]
-        quantizer = args.draft_bits, args.draft_group, iterations, args.code
-        report = lambda done, total: progress.update(task, completed=done)
+    try:
+        for name, shape in cfg.layer_matrices.items():
+            check_grouping(name, shape[0], args.draft_bits, args.draft_group)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    quantizer = args.draft_bits, args.draft_group, ITERATIONS[args.quantizer], args.code
+    with bar(console, "Converting layers", cfg.layers) as progress:
+        report = lambda done, total: progress(done)
         model = convert(checkpoint, cfg, args.to, *quantizer, report, args.workers)
     streamed = sum(map(streamed_bytes, model.model.layers))
     weights = cfg.layers * cfg.layer_matrix_elements
@@ -70,19 +71,8 @@ def main(args: Convert, console: Console) -> None:
     )
 
 
-def cli() -> int:
-    args = tyro.cli(Convert, description=__doc__)
-    try:
-        main(args, Console())
-    except (CheckpointError, ConfigError, ResidualError, ValueError, OSError) as error:
-        Console(stderr=True).print(
-            f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
-        return 2
-    except KeyboardInterrupt:
-        Console(stderr=True).print("\ninterrupted; the same command goes on")
-        return 130
-    return 0
+def cli(words: Sequence[str] | None = None) -> int:
+    return run(Convert, main, __doc__, words, again="the same command continues")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command line that every command shares: flags, console, and errors without a traceback."""
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -37,9 +38,10 @@ def run(
     """The exit status of `main(flags, console)`: 0 or what it returns, 2 for a user's error.
 
     `command` is a dataclass of flags, or a union of subcommands, for `tyro`; `doc` is shown by
-    --help; `words` stand for the words of the command line. Where output is not a terminal, tables
+    --help; `words` replace the words of the command line. Where output is not a terminal, tables
     are `width` columns wide, because 80 would cut them. `again` tells how an interrupted run is
-    continued.
+    continued. An OSError that names a file, such as a folder that cannot be written, and a full
+    disk are a user's errors, too.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     flags = tyro.cli(command, args=words, description=doc)
@@ -57,6 +59,11 @@ def run(
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        fail(str(error))
+        return 2
     except RuntimeError as error:  # JaxRuntimeError, without importing jax here
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -4,18 +4,24 @@ import contextlib
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 
 class Bar:
     """A progress bar as a callable: `bar(done)`, or `bar(done, "what it is doing")`."""
 
-    def __init__(self, progress: Progress, task):
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
     def __call__(self, done: float, title: str | None = None) -> None:
-        more = {} if title is None else {"description": title}
-        self._progress.update(self._task, completed=done, **more)
+        self._progress.update(self._task, completed=done, description=title)
 
     def add(self, count: float) -> None:
         """Moves the bar on by `count`."""
@@ -24,7 +30,7 @@ class Bar:
 
 @contextlib.contextmanager
 def bar(console: Console, title: str, total: float) -> Iterator[Bar]:
-    """A `Bar` that counts to `total` and is gone at the end."""
+    """A `Bar` that counts to `total` and disappears at the end."""
     hidden = not console.is_terminal
     if hidden:
         console.print(f"{title} …", style="dim", highlight=False)

@@ -1,4 +1,4 @@
-"""Run records on disk: one JSON object a line, appended so that a killed run can be resumed."""
+"""Records on disk: one JSON object a line, appended so that a killed run can be resumed."""
 
 import importlib.metadata
 import json
@@ -7,10 +7,10 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from experiments.common.cli import UserError
 from llm_jax.files import atomic_file
@@ -18,6 +18,8 @@ from llm_jax.files import atomic_file
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+TURN = ("method", "sample", "turn")
+"""The fields that every record of a decoded turn has."""
 
 
 class RecordError(UserError):
@@ -25,13 +27,14 @@ class RecordError(UserError):
 
 
 def append(path: Path, record: Record) -> None:
-    """Writes `record` as one line at the end of `path` and waits until the disk has it.
+    """Writes `record` as one line at the end of `path`, and waits until it is on the disk.
 
-    A line that an earlier, killed run left half-written is removed first, so it cannot swallow
-    the new one. NumPy and JAX values become numbers and lists, NaN and infinities null.
+    A half-written line that an earlier, killed run left is removed first, so the new one cannot
+    become part of it. NumPy and JAX values become numbers and lists, NaN and infinities null.
+    Raises TypeError for what JSON cannot hold; the file then stays as it was.
     """
     path = Path(path)
-    line = json.dumps(_plain(record)).encode() + b"\n"  # first: it may raise, the file may not
+    line = json.dumps(_plain(record)).encode() + b"\n"  # first, because it may raise
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         _mend(file)
@@ -40,8 +43,8 @@ def append(path: Path, record: Record) -> None:
         os.fsync(file.fileno())
 
 
-def _mend(file) -> None:
-    """Ends the last line of an open file: with a newline where it is whole, else by removal."""
+def _mend(file: BinaryIO) -> None:
+    """Ends the last line of an open file with a newline if it is whole, and else removes it."""
     if file.seek(0, os.SEEK_END) == 0:
         return
     file.seek(-1, os.SEEK_END)
@@ -49,17 +52,17 @@ def _mend(file) -> None:
         return
     file.seek(0)
     tail = file.read().rpartition(b"\n")[2]
-    if _parse(tail) is None:
+    if _parse(tail, ()) is None:
         file.truncate(file.seek(0, os.SEEK_END) - len(tail))
     else:
         file.write(b"\n")
 
 
-def read(path: Path) -> list[Record]:
-    """The records in `path`, none where there is no file.
+def read(path: Path, fields: Sequence[str] = TURN) -> list[Record]:
+    """The records in `path`, all of which must have `fields`; none if there is no file.
 
-    A half-written last line is dropped and logged as a warning. Raises `RecordError` for a line
-    before it that is no record, because a kill cannot have done that.
+    A half-written last line is dropped, with a warning in the log. Raises `RecordError` for any
+    other line that is no record, because a killed run cannot have left it.
     """
     path = Path(path)
     if not path.exists():
@@ -67,20 +70,20 @@ def read(path: Path) -> list[Record]:
     *lines, tail = path.read_bytes().split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):
-        record = _parse(line) if line.strip() else None
+        record = _parse(line, fields) if line.strip() else None
         if record is None and line.strip():
             raise RecordError(
                 f"{path}, line {number}: not a record ({line[:40]!r}). Expected one JSON object a"
-                " line with method, sample and turn. Delete the line; its turn is run again."
+                f" line with {', '.join(fields)}. Delete the line; what it recorded is run again."
             )
         if record is not None:
             records.append(record)
     if tail.strip():
-        record = _parse(tail)
+        record = _parse(tail, fields)
         if record is None:
             log.warning(
                 "%s: dropped the half-written last line (line %d) that an interrupted run left;"
-                " its turn will be run again",
+                " what it recorded will be run again",
                 path,
                 len(lines) + 1,
             )
@@ -89,21 +92,19 @@ def read(path: Path) -> list[Record]:
     return records
 
 
-def _parse(line: bytes) -> Record | None:
-    """The record on a line, or None."""
+def _parse(line: bytes, fields: Sequence[str]) -> Record | None:
+    """The record on a line, or None if it is no JSON object with `fields`."""
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return (
-        record if isinstance(record, dict) and {"method", "sample", "turn"} <= set(record) else None
-    )
+    return record if isinstance(record, dict) and set(fields) <= set(record) else None
 
 
 def done(records: Iterable[Record]) -> set[tuple]:
-    """The (method, sample, turn, settings) of every record: what a resumed run may skip.
+    """The (method, sample, turn, settings) of every record, which a resumed run may skip.
 
-    The benchmark is no part of it, so it belongs into the hash that `settings` is.
+    The benchmark is not among them, so the hash in `settings` must cover it.
     """
     return {(r["method"], r["sample"], r["turn"], r.get("settings")) for r in records}
 
@@ -115,7 +116,7 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in the types JSON has; NaN and infinities, which it has not, as None."""
+    """`value` in types that JSON has. NaN and infinities become None, since JSON lacks them."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -159,7 +160,7 @@ def _commit(root: Path) -> dict[str, Any]:
             command, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
 
-    try:  # an installed copy may lie inside some other repository: that one's commit says nothing
+    try:  # an installed copy may lie inside another repository, whose commit says nothing
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
             return {"commit": None, "modified": None}
         commit = git("rev-parse", "HEAD")

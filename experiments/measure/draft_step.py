@@ -1,45 +1,47 @@
-"""A draft's tree, timed and taken apart into kernels: what a step costs beside the bytes it reads.
+"""Times the draft's tree and lists its kernels: what does a step cost, beside the bytes it reads?
 
     python -m experiments.measure.draft_step --model qwen2.5-7b --output steps.jsonl
 
-The weights are zeros, in the shapes of low-bit substitutes of every layer; nothing streams. A step
-is the slope between a whole tree and one that stops half way, so that what a tree costs once is not
-in it. The floor is the draft's bytes over the bandwidth of a large read in the same run. Kernels
-are those of the profiler, on a GPU. `--head-bits 4` gives the draft an output head of its own.
+The weights are zeros in the shapes of low-bit substitutes of every layer, and nothing streams. The
+time of a step is the slope between a whole tree and one that stops half way, so it does not hold
+what a tree costs once. The floor is the draft's bytes over the bandwidth of a large read in the
+same run. On a GPU the profiler lists the kernels. `--head-bits 4` gives the draft its own output
+head.
 """
 
 import collections
 import dataclasses
 import functools
 import statistics
+import sys
 import tempfile
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
-from experiments.measure.timing import Clock, bandwidth
+from experiments.common.cli import run
+from experiments.measure.timing import Clock, bandwidth, wall_seconds
 from llm_jax import registry
 from llm_jax.attention import caches_for
-from llm_jax.checkpoint import CheckpointError
 from llm_jax.config import Config
 from llm_jax.packed import packed
 from llm_jax.params import Params, abstract, joined
 from llm_jax.quantize import quantize
 from llm_jax.sample import Sampler
-from subspec_jax.draft import grow
+from subspec_jax.draft import Drafting, grow
 from subspec_jax.offload import to_device
 from subspec_jax.tree import TreeSpec, cache_slots, live_sizes, seedling
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """What to time."""
+class DraftStep:
+    """Time one step of a draft's tree."""
 
     model: str = "qwen2.5-7b"
     depth: int = 48
@@ -49,14 +51,14 @@ class Step:
     head_bits: int | None = None
     """None: the target's 16-bit head."""
     length: int = 512
-    """Committed tokens."""
+    """Tokens that are committed before the tree."""
     max_length: int = 2048
     repeats: int = 5
     output: Path | None = None
 
 
 def draft_shapes(cfg: Config, bits: int, group: int, head_bits: int | None) -> Params:
-    """Substitutes of all layers and the head, as shapes."""
+    """The shapes of the substitutes of all layers, and of the head in `head_bits` if given."""
     low = lambda w, bits: packed(quantize(w, bits, group, 0))
 
     def make(model: Params) -> Params:
@@ -69,8 +71,8 @@ def draft_shapes(cfg: Config, bits: int, group: int, head_bits: int | None) -> P
     return jax.eval_shape(make, abstract(cfg))
 
 
-def time_tree(args: Step, cfg: Config) -> dict:
-    """Seconds and bytes: {"step", "tree", "bytes", "kernels"}."""
+def time_tree(args: DraftStep, cfg: Config) -> dict[str, Any]:
+    """{"tree": and "step": seconds, "steps": of a tree, "bytes": of the draft, "kernels"}."""
     spec = TreeSpec("beam", args.depth, args.width)
     slots = cache_slots(args.max_length, spec)
     live = next(n for n in live_sizes(slots) if n >= args.length + spec.places)
@@ -85,21 +87,24 @@ def time_tree(args: Step, cfg: Config) -> dict:
         for n in (half, spec.steps)
     }
 
-    def run(steps):
+    def size(steps: int) -> jax.Array:
         tree, state[0] = grow(
-            draft, jax.tree.map(jnp.copy, to_device(fresh)), state[0], at, key, least[steps], cfg,
-            spec, Sampler(), live,
-        )  # fmt: skip
+            Drafting(
+                params=draft,
+                tree=jax.tree.map(jnp.copy, to_device(fresh)),
+                caches=state[0],
+                at=at,
+                key=key,
+                cfg=cfg,
+                spec=spec,
+                sampler=Sampler(),
+                live=live,
+                least_L=least[steps],
+            )
+        )
         return tree.size
 
-    def seconds(steps):
-        times = []
-        for _ in range(args.repeats + 1):
-            began = time.perf_counter()
-            jax.block_until_ready(run(steps))
-            times.append(time.perf_counter() - began)
-        return statistics.median(times[1:])
-
+    seconds = lambda steps: statistics.median(wall_seconds(size, steps, repeats=args.repeats))
     whole, part = seconds(spec.steps), seconds(half)
     weights = draft.layers, draft.head_DV
     return {
@@ -107,18 +112,18 @@ def time_tree(args: Step, cfg: Config) -> dict:
         "step": (whole - part) / (spec.steps - half) if half < spec.steps else whole,
         "steps": spec.steps,
         "bytes": sum(a.nbytes for a in jax.tree.leaves(weights)),
-        "kernels": kernels(lambda: run(spec.steps), spec.steps),
+        "kernels": kernels(lambda: size(spec.steps), spec.steps),
     }
 
 
-def kernels(run, steps: int) -> list[dict]:
-    """[{"name", "count", "us"}] a step, the longest first; nothing without a GPU."""
+def kernels(grow_tree: Callable, steps: int) -> list[dict[str, Any]]:
+    """[{"name", "count", "us"}] of one step, the longest first; empty without a GPU."""
     if jax.default_backend() != "gpu":
         return []
     found = collections.defaultdict(lambda: [0, 0.0])
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(run())
+            jax.block_until_ready(grow_tree())
         for path in Path(folder).glob("**/*.xplane.pb"):
             for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
                 lines = plane.lines if "GPU" in plane.name else ()
@@ -130,11 +135,8 @@ def kernels(run, steps: int) -> list[dict]:
     return sorted(rows, key=lambda r: -r["us"])
 
 
-def main(args: Step, console: Console) -> dict:
-    try:
-        cfg = dataclasses.replace(registry.find_model(args.model).config, dtype="bfloat16")
-    except CheckpointError as error:
-        raise SystemExit(f"error: {error}") from error
+def main(args: DraftStep, console: Console) -> dict[str, Any]:
+    cfg = dataclasses.replace(registry.find_model(args.model).config, dtype="bfloat16")
     read = bandwidth(Clock(60, 5, 64, 2))["read"] * 1e12
     found = time_tree(args, cfg)
     floor = found["bytes"] / read
@@ -163,5 +165,9 @@ def main(args: Step, console: Console) -> dict:
     return record
 
 
+def cli(words: Sequence[str] | None = None) -> int:
+    return run(DraftStep, main, __doc__, words)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Step, description=__doc__), Console(width=110))
+    sys.exit(cli())

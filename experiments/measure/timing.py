@@ -1,7 +1,9 @@
-"""Timing of microsecond kernels: many calls in a jitted loop over more weights than a cache holds.
+"""How the commands of this folder measure time.
 
-A call waits for the one before through `optimization_barrier`, which costs no kernel. Nothing is
-subtracted: launches are part of what a decoding loop pays.
+`wall_seconds` times whole calls. `Clock` times kernels that take microseconds: many calls in a
+jitted loop over more weights than a cache holds. In that loop a call waits for the one before it
+through `optimization_barrier`, which costs no kernel. Nothing is subtracted, because a decoding
+loop pays for launches too.
 """
 
 import concurrent.futures
@@ -9,7 +11,8 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,22 @@ import jax.numpy as jnp
 from pallas_kernels.quantized_matmul import Packed
 
 
-def random_packed(like: Packed, key) -> Packed:
-    """A matrix of random codes and steps near 0.01 around zero."""
+def wall_seconds(f: Callable, *args: Any, repeats: int = 5) -> list[float]:
+    """The seconds that each of `repeats` calls of `f(*args)` takes until its result is ready.
+
+    One call before them, which may compile, is not counted.
+    """
+    jax.block_until_ready(f(*args))
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def random_packed(like: Packed, key: jax.Array) -> Packed:
+    """A matrix in the shapes of `like`, with random codes around zero and steps near 0.01."""
     bits = lambda a, key: None if a is None else jax.random.bits(key, a.shape, a.dtype)
     words, top, steps = jax.random.split(key, 3)
     *most, K = like.scale_BQSK.shape
@@ -33,8 +50,11 @@ def random_packed(like: Packed, key) -> Packed:
     )
 
 
-def chained(f: Callable, turns: int):
-    """x, copies -> the last results of turns * len(copies) calls of f, one after another."""
+def chained(f: Callable, turns: int) -> Callable:
+    """A function (x, copies) that calls f(x, copy) turns * len(copies) times, one after another.
+
+    It returns x and the results of the last turn.
+    """
 
     def once(x, copies):
         results = []
@@ -51,32 +71,49 @@ def chained(f: Callable, turns: int):
 
 
 class Clock:
-    """Times compiled loops; knows how much of the budget is left."""
+    """Times compiled loops, and knows when its time, `seconds` from now on, is over.
+
+    A loop makes at least `calls` calls and runs `repeats` times; `threads` loops compile at once.
+    """
 
     def __init__(self, seconds: float, repeats: int, calls: int, threads: int):
         self.end = time.monotonic() + seconds
         self.repeats, self.calls, self.threads = repeats, calls, threads
 
     def over(self) -> bool:
+        """Whether the time is used up."""
         return time.monotonic() > self.end
 
-    def turns(self, copies) -> int:
+    def turns(self, copies: Sequence) -> int:
+        """How often a loop goes over all copies."""
         return math.ceil(self.calls / len(copies))
 
-    def compiled(self, functions: dict, x, copies) -> dict:
-        """{name: compiled loop, or the error as text}, compiled side by side."""
+    def compiled(
+        self, functions: Mapping[str, Callable], x: jax.Array, copies: Sequence
+    ) -> dict[str, Any]:
+        """{name: its compiled loop, or why it does not compile, as text}."""
 
         def one(f):
             try:
                 return jax.jit(chained(f, self.turns(copies))).lower(x, copies).compile()
-            except Exception as error:  # whatever a compiler does not like: the next one may do
+            except Exception as error:  # one that does not compile must not stop the others
                 return f"{type(error).__name__}: {str(error)[:300]}"
 
         with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
             return dict(zip(functions, pool.map(one, functions.values()), strict=True))
 
-    def microseconds(self, functions: dict, x, copies, wanted=None) -> dict:
-        """{name: {"us": median of one call, "error": of the result} or {"failed": why}}."""
+    def microseconds(
+        self,
+        functions: Mapping[str, Callable],
+        x: jax.Array,
+        copies: Sequence,
+        wanted: jax.Array | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """The time of one call of each function, in microseconds, by name.
+
+        {"us": the median, "best_us": the least} or {"failed": why}. Given the result that is
+        `wanted` with the first copy, also {"error": the largest error over the largest number}.
+        """
         found, loops = {}, {}
         for name, loop in self.compiled(functions, x, copies).items():
             if isinstance(loop, str):
@@ -104,7 +141,7 @@ class Clock:
 
 
 def bandwidth(clock: Clock) -> dict[str, float]:
-    """TB/s of a large read and of a large copy (bytes read and written), timed like the rest."""
+    """TB/s of a large read, and of a large copy, whose bytes are counted read and written."""
     arrays = [jnp.full((2**28,), i, jnp.float32) for i in range(4)]
     ways = {"read": lambda x, w: jnp.sum(w * x), "copy": lambda x, w: w + x}
     found = clock.microseconds(ways, jnp.ones((), jnp.float32), arrays)

@@ -1,19 +1,21 @@
-"""Draft trees at every position of texts that the target wrote: a trace to judge stop rules with.
+"""Records draft trees at every position of the target's answers, a trace to judge stop rules with.
 
     python -m experiments.measure.tree_trace trace.jsonl \\
         --checkpoint SmolLM2-135M-Instruct.Q4_1.gguf \\
         --data-dir ../shared/data
 
-Each tree has the full depth, and greedy decoding's text tells what of it the target would accept,
-so nothing is verified; `experiments.measure.trees trace.jsonl --stop-rules` then replays any rule,
-round by round, exactly. On two busy CPU cores sixteen trees took 52 to 100 seconds.
+Each tree has the full depth. The greedily decoded text tells which part of it the target would
+accept, so no tree is verified. `experiments.measure.trees trace.jsonl --stop-rules` then replays
+any rule, round by round, exactly. On two busy CPU cores sixteen trees took 52 to 100 seconds.
 `experiments/results/cpu_smollm2_trees.jsonl` has 48 trees of each of four MT-Bench answers.
 """
 
 import dataclasses
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +24,22 @@ import tyro
 from rich.console import Console
 
 from experiments.common import records
+from experiments.common.cli import run
 from experiments.speculative import benchmarks
-from experiments.speculative.__main__ import USER_ERRORS
 from llm_jax import registry
 from llm_jax.cache import empty_caches
 from llm_jax.checkpoint import open_checkpoint
+from llm_jax.config import Config
 from llm_jax.generate import generate, prefill
+from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.quantized_matmul.reference import dequantized
-from subspec_jax.draft import extend
+from subspec_jax.draft import Drafting, extend
 from subspec_jax.load import load_target
 from subspec_jax.plan import make_plan
 from subspec_jax.substitute import substitute
-from subspec_jax.tree import TreeSpec, cache_slots, commit, path_to, seedling, step_gains
+from subspec_jax.tree import Tree, TreeSpec, cache_slots, commit, path_to, seedling, step_gains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,10 @@ class TreeTrace:
     benchmark: tuple[str, ...] = ("mt-bench",)
     data_dir: Path | None = None
     samples: int = 4
-    """Of each benchmark."""
+    """Conversations of each benchmark."""
     seed: int = 0
     tokens: int = 96
-    """Of each answer; the last `depth` are known text for trees before them and have none."""
+    """Tokens of each answer. The last `depth` of them have no tree: they judge the trees before."""
     max_length: int = 416
     depth: int = 48
     width: int = 6
@@ -60,9 +64,9 @@ class TreeTrace:
     draft_bits: int = 4
     draft_group: int = 64
     batch: int = 16
-    """Trees grown at once."""
+    """Trees that grow at the same time."""
     minutes: float = 14.0
-    """No batch is begun after that time."""
+    """After this time no new batch begins."""
 
 
 def main(args: TreeTrace, console: Console) -> int:
@@ -79,7 +83,7 @@ def main(args: TreeTrace, console: Console) -> int:
     slots = cache_slots(args.max_length, spec)
     grow = tree_grower(draft, cfg, spec)
     for name in args.benchmark:
-        for sample in benchmarks.load(name, args.data_dir, args.samples, args.seed):
+        for sample in benchmarks.load_conversations(name, args.data_dir, args.samples, args.seed):
             prompt = tokenizer.chat([{"role": "user", "content": sample.turns[0]}])
             if len(prompt) + args.tokens > args.max_length:
                 continue
@@ -105,13 +109,14 @@ def main(args: TreeTrace, console: Console) -> int:
     return 0
 
 
-def tree_grower(draft, cfg, spec: TreeSpec):
-    """f(caches, text, ats) -> trees rooted at the positions `ats`, in NumPy, one after the other.
+def tree_grower(draft: Params, cfg: Config, spec: TreeSpec) -> Callable[..., list[Tree]]:
+    """f(caches, text, ats) -> a list of trees in NumPy, with their roots at the positions `ats`.
 
-    The caches hold the text, which a tree's mask cuts before its root, as a shared cache would be.
+    The caches hold the whole text; a tree's mask hides what comes after its root.
     """
+    fixed = dict(cfg=cfg, spec=spec, sampler=Sampler())
     one = lambda tree, caches, at, draft: extend(
-        draft, tree, caches, at, jax.random.key(0), cfg, spec, Sampler()
+        Drafting(draft, tree, caches, at, jax.random.key(0), **fixed)
     )
     step = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None)), donate_argnums=(0, 1))
     last = jax.jit(jax.vmap(lambda tree: commit(tree, spec)))
@@ -128,8 +133,8 @@ def tree_grower(draft, cfg, spec: TreeSpec):
     return grow
 
 
-def judged(tree, following: list[int], spec: TreeSpec) -> dict:
-    """What a `Round` tells of a tree behind which the target says `following`."""
+def judged(tree: Tree, following: Sequence[int], spec: TreeSpec) -> dict[str, Any]:
+    """The columns of a `Round` for a tree, given the tokens the target writes after its root."""
     here = 0
     for token in following[: spec.depth]:
         child = np.flatnonzero((tree.parent_E == here) & (tree.token_E == token))
@@ -146,12 +151,8 @@ def judged(tree, following: list[int], spec: TreeSpec) -> dict:
     }
 
 
-def cli() -> int:
-    try:
-        return main(tyro.cli(TreeTrace, description=__doc__), Console(width=110))
-    except USER_ERRORS as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return 2
+def cli(words: Sequence[str] | None = None) -> int:
+    return run(TreeTrace, main, __doc__, words)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Which draft tree pays, replayed from the records of a run with a larger one.
+"""Which draft tree is the fastest? Replayed from the records of a run with a larger tree.
 
     python -m experiments.measure.trees records.jsonl --draft-ms 2.1 --verify-ms 66
     python -m experiments.measure.trees experiments/results/cpu_smollm2_trees.jsonl \\
         --draft-ms 2.1 --verify-ms 66 --other-ms 5 --stop-rules
 
-The first prints tokens per second over depth and width, draws them, and names the flags of the best
-tree; costs not given are taken from the records. `--stop-rules` compares rules for stopping a tree
-early: none, the best depth in hindsight, the draft's uncalibrated scores, scores calibrated on
-finished rounds (`subspec_jax.stop`), and an oracle that knows what will be accepted.
+The first command prints and draws tokens per second over depth and width, and names the flags of
+the best tree. Costs that are not given are taken from the records. `--stop-rules` compares rules
+that stop a tree early: none, the best depth in hindsight, the draft's uncalibrated scores, scores
+calibrated on finished rounds (`subspec_jax.stop`), and an oracle that knows what will be accepted.
 
 The second, on real trees of SmolLM2-135M with the costs of Qwen2.5-7B in 8 GB of an H200, printed
 tokens/s of: depth 48 97.8, depth 22 123.1, uncalibrated 109.2, calibrated 140.6, oracle 161.3; and
@@ -18,7 +18,9 @@ With an RTX 4090's (6.5, 160 and 10 ms): 34.9, 46.3, 39.7, 52.4, 61.6; without 1
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -26,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
+from experiments.common.cli import UserError, run
 from experiments.common.plots import STYLE
 from experiments.measure import stop_rules
 from llm_jax.files import atomic_file
@@ -40,9 +43,9 @@ class TreeShape:
     records: tyro.conf.Positional[Path]
     """A records.jsonl of experiments.speculative, or what experiments.measure.tree_trace wrote."""
     method: str = "subspec"
-    """Whose records: a method that drafts beams with a model."""
+    """The method whose records count; it must draft beams with a model."""
     leave_out: tuple[str, ...] = ()
-    """Samples not to count."""
+    """Samples that do not count."""
     draft_ms: float | None = None
     """Milliseconds of a draft step; the records' median if not given."""
     verify_ms: float | None = None
@@ -50,9 +53,9 @@ class TreeShape:
     other_ms: float | None = None
     """Milliseconds of the rest of a round."""
     stop_rules: bool = False
-    """Compare rules for stopping a tree early, too."""
+    """Also compare rules that stop a tree early."""
     plot: Path | None = None
-    """Where the heat map goes; tree_shape.png beside the records if not given."""
+    """The file of the heat map; tree_shape.png beside the records if not given."""
     output: Path | None = None
     """A file to which the numbers are appended as JSON lines."""
     label: str = "recorded rounds, costs as given"
@@ -69,7 +72,7 @@ def main(args: TreeShape, console: Console) -> int:
     costs = given_costs(args, rounds, deepest, wide)
     rate_LW = predicted(paths, depths, wide, costs)
     depth, width, best = best_shape(paths, depths, wide, costs)
-    show(console, rate_LW, deepest)
+    print_rates(console, rate_LW, deepest)
     whole = rate_LW[-1, -1]
     console.print(
         f"best: --depth {depth} --width {width}, {best:.1f} tokens/s predicted "
@@ -87,16 +90,16 @@ def main(args: TreeShape, console: Console) -> int:
     }
     lines = [dict(about, kind="shape", depth=depth, width=width, tokens_per_s=best)]
     if args.stop_rules:
-        found = stop_rules.compare(texts, costs, width=wide)
-        show_rules(console, found)
+        found = stop_rules.compare_rules(texts, costs, width=wide)
+        print_rules(console, found)
         lines += [dict(about, kind="stop rule", **line) for line in found]
     for line in lines if args.output else ():
         records.append(args.output, line)
     return 0
 
 
-def given_costs(args, rounds: list[Round], deepest: int, wide: int) -> TreeCosts:
-    """The measured costs, with what was given in their place."""
+def given_costs(args: TreeShape, rounds: list[Round], deepest: int, wide: int) -> TreeCosts:
+    """The costs that the rounds measured, replaced by those given as flags."""
     found = measured_costs({(deepest, wide): rounds})
     change = {}
     if args.draft_ms is not None:
@@ -107,11 +110,12 @@ def given_costs(args, rounds: list[Round], deepest: int, wide: int) -> TreeCosts
         change["other_s"] = args.other_ms / 1e3
     costs = dataclasses.replace(found, **change)
     if not costs.step_s(wide) or not costs.pass_s(1):
-        raise ValueError("the records have no times; give --draft-ms and --verify-ms")
+        raise UserError("the records have no times; give --draft-ms and --verify-ms")
     return costs
 
 
-def show(console, rate_LW, deepest: int) -> None:
+def print_rates(console: Console, rate_LW: np.ndarray, deepest: int) -> None:
+    """A row for every fourth depth and for the best depth of each width."""
     table = Table(title="predicted tokens/s", title_justify="left")
     table.add_column("depth", justify="right")
     for width in range(1, rate_LW.shape[1] + 1):
@@ -126,7 +130,8 @@ def show(console, rate_LW, deepest: int) -> None:
     console.print(table)
 
 
-def show_rules(console, found) -> None:
+def print_rules(console: Console, found: Sequence[dict[str, Any]]) -> None:
+    """A row for each rule of `stop_rules.compare_rules`."""
     table = Table(title="rules for stopping a tree", title_justify="left")
     for column in ("rule", "tokens/s", "tokens a round", "levels a round", "rounds"):
         table.add_column(column, justify="left" if column == "rule" else "right")
@@ -136,8 +141,8 @@ def show_rules(console, found) -> None:
     console.print(table)
 
 
-def heat_map(rate_LW, path: Path, subtitle: str) -> None:
-    """Tokens per second over depth and width, the best tree marked, as a PNG file."""
+def heat_map(rate_LW: np.ndarray, path: Path, subtitle: str) -> None:
+    """Draws tokens per second over depth and width into a PNG file, and marks the best tree."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -163,12 +168,8 @@ def heat_map(rate_LW, path: Path, subtitle: str) -> None:
             figure.savefig(scratch, dpi=150)
 
 
-def cli() -> int:
-    try:
-        return main(tyro.cli(TreeShape, description=__doc__), Console(width=110))
-    except (records.RecordError, ValueError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return 2
+def cli(words: Sequence[str] | None = None) -> int:
+    return run(TreeShape, main, __doc__, words)
 
 
 if __name__ == "__main__":

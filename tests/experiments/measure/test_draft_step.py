@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from experiments.measure import draft_step
-from experiments.measure.draft_step import Step, draft_shapes, main
+from experiments.measure.draft_step import DraftStep, cli, draft_shapes, main
 from llm_jax.registry import MODELS
 from llm_jax.testing import tiny_config
 from pallas_kernels.quantized_matmul import Packed
@@ -17,10 +17,10 @@ from pallas_kernels.quantized_matmul import Packed
 def test_a_step_and_its_floor(tmp_path, monkeypatch, head_bits):
     cfg = tiny_config("qwen2", layers=2, d_model=128)
     model = dataclasses.replace(MODELS["qwen2.5-7b"], config=cfg)
-    monkeypatch.setattr(draft_step.registry, "lookup", lambda name: model)
+    monkeypatch.setattr(draft_step.registry, "find_model", lambda name: model)
     monkeypatch.setattr(draft_step, "bandwidth", lambda clock: {"read": 2e-6})
     out = tmp_path / "out.jsonl"
-    args = Step(depth=4, width=2, group=32, length=5, max_length=64, head_bits=head_bits,
+    args = DraftStep(depth=4, width=2, group=32, length=5, max_length=64, head_bits=head_bits,
                 output=out, repeats=2)  # fmt: skip
     r = main(args, Console(quiet=True))
     assert json.loads(out.read_text())["bytes"] == r["bytes"] and r["kernels"] == []
@@ -28,9 +28,9 @@ def test_a_step_and_its_floor(tmp_path, monkeypatch, head_bits):
     assert r["step_over_floor"] == pytest.approx(r["step"] / r["floor"])
 
 
-def test_a_model_that_is_not_known():
-    with pytest.raises(SystemExit, match=r"error: .*nothing"):
-        main(Step(model="nothing"), Console(quiet=True))
+def test_a_model_that_is_not_known(capsys):
+    assert cli(["--model", "nothing"]) == 2
+    assert "error: no model is named 'nothing'" in capsys.readouterr().err
 
 
 def test_the_draft_of_a_7b_reads_what_the_plan_says():

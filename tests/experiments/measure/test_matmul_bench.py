@@ -6,6 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
+from experiments.common.cli import UserError
 from experiments.measure import matmul as bench
 from pallas_kernels.quantized_matmul.shapes import MatmulShape
 from pallas_kernels.quantized_matmul.tiling import Tiling, why_not_tiling
@@ -16,8 +17,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "MATMUL", {"small": MatmulShape(128, 512)})
     monkeypatch.setattr(bench.jax, "default_backend", lambda: "gpu")
     few = [Tiling(8, 1), Tiling(8, 2), Tiling(16, 1)]
-    monkeypatch.setattr(bench, "candidates", lambda *a: iter(few))
-    monkeypatch.setattr(bench, "variants", lambda *a: iter(()))
+    monkeypatch.setattr(bench, "tiling_candidates", lambda *a: iter(few))
+    monkeypatch.setattr(bench, "tiling_variants", lambda *a: iter(()))
     monkeypatch.setattr(bench, "bandwidth", lambda clock: {"read": 1.0, "copy": 1.0})
 
     def product(cfg):
@@ -26,8 +27,8 @@ def small(monkeypatch, tmp_path):
             return raise_it
         return lambda x, w: bench.quantized_matmul(x, w, implementation="xla")
 
-    monkeypatch.setattr(bench, "product", product)
-    return bench.Bench(
+    monkeypatch.setattr(bench, "tiled_product", product)
+    return bench.MatmulTuning(
         shapes=("small",), rows=(2,), large=(17,), large_shapes=("small",), calls=4, repeats=3,
         rotate_mb=0, threads=2, out=tmp_path / "log.jsonl", table=tmp_path / "tuned.json",
     )  # fmt: skip
@@ -54,7 +55,7 @@ def test_budget_and_merging_without_a_gpu(small, monkeypatch):
     assert [r["kind"] for r in bench.main(short, Console(quiet=True)).all] == ["bandwidth"]
     monkeypatch.setattr(bench.jax, "default_backend", lambda: "cpu")
     bench.main(short, Console(quiet=True))
-    with pytest.raises(SystemExit, match="no GPU"):
+    with pytest.raises(UserError, match="no GPU"):
         bench.main(dataclasses.replace(short, table=None), Console(quiet=True))
 
 
@@ -67,7 +68,7 @@ def test_entries_that_were_tried_in_a_step_stay(small):
     good = log.select(kind="tiling", rows=2)[0]
     for odd in ({"tiling": {"way": "group"}}, {"rows": 289}):
         log.all.append(good | {"us": 0.001} | odd)
-    bench.merge(log, small.table)
+    bench.merge_tuned(log, small.table)
     assert json.loads(small.table.read_text()) == chosen
 
 
@@ -79,6 +80,6 @@ def test_more_rows_than_the_kernel_takes_are_only_compared(small):
 
 @pytest.mark.parametrize("rows", [1, 6, 22])
 def test_candidates_and_variants_fit(rows):
-    some = list(bench.candidates(rows, 74, 56))
-    some += [c for cfg in some for c in bench.variants(cfg, 56)]
+    some = list(bench.tiling_candidates(rows, 74, 56))
+    some += [c for cfg in some for c in bench.tiling_variants(cfg, 56)]
     assert all(why_not_tiling(cfg, 56) is None for cfg in some) and len(set(some)) > 30

@@ -10,22 +10,28 @@ import pytest
 import tyro
 from rich.console import Console
 
+from experiments.common.cli import UserError
 from experiments.measure import offload as offload_benchmark
 from experiments.measure.offload import (
     FOREIGN,
     ON_TEXT,
     STEPS,
-    Benchmark,
+    Comparison,
     command,
+    comparison_table,
     configurations,
     main,
     measured,
-    plot,
+    plot_rates,
     project,
-    run,
-    table,
+    run_configuration,
 )
-from experiments.measure.offload_baselines import Baseline, hf_config, resident_layers, sizes
+from experiments.measure.offload_baselines import (
+    Baseline,
+    resident_layers,
+    sizes,
+    transformers_config,
+)
 from experiments.measure.offload_baselines import main as baseline
 from experiments.speculative.__main__ import Speculative
 from llm_jax.registry import MODELS
@@ -69,7 +75,7 @@ def test_a_projection_is_bytes_over_bandwidths_and_the_measured_rest():
 
 @pytest.mark.parametrize("checkpoint", [None, "model"])
 def test_every_command_is_one_that_its_program_takes(tmp_path, checkpoint):
-    args = Benchmark(tmp_path, checkpoint=checkpoint, flags="--chunk 64")
+    args = Comparison(tmp_path, checkpoint=checkpoint, flags="--chunk 64")
     names = configurations(args)
     assert names == [*STEPS, *(ON_TEXT if checkpoint else ()), *FOREIGN]
     for name in names:
@@ -87,12 +93,12 @@ def test_every_command_is_one_that_its_program_takes(tmp_path, checkpoint):
 
 
 def test_an_unknown_name_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="none of"):
-        configurations(Benchmark(tmp_path, only=("vanila",)))
+    with pytest.raises(UserError, match="none of"):
+        configurations(Comparison(tmp_path, only=("vanila",)))
 
 
 def test_what_fails_is_told_and_stops_nothing(tmp_path, monkeypatch):
-    args = Benchmark(tmp_path, seconds=5)
+    args = Comparison(tmp_path, seconds=5)
     seen = []
 
     def fake(command, env, timeout, **_):
@@ -102,11 +108,11 @@ def test_what_fails_is_told_and_stops_nothing(tmp_path, monkeypatch):
         return SimpleNamespace(returncode=2, stdout="", stderr="warning\nerror: no room\n")
 
     monkeypatch.setattr(offload_benchmark.subprocess, "run", fake)
-    assert run("vanilla", args) == {"failed": "not done after 5 s"}
-    assert run("raw", args) == {"failed": "error: no room"}
+    assert run_configuration("vanilla", args) == {"failed": "not done after 5 s"}
+    assert run_configuration("raw", args) == {"failed": "error: no room"}
     assert seen == [None, "off"]  # the one way without kernels
     monkeypatch.setattr(offload_benchmark, "_installed", lambda m: m != "accelerate")
-    assert run("accelerate", args) == {"skipped": "needs pip install accelerate"}
+    assert run_configuration("accelerate", args) == {"skipped": "needs pip install accelerate"}
 
 
 def test_a_second_call_does_what_is_missing(tmp_path, monkeypatch):
@@ -116,16 +122,16 @@ def test_a_second_call_does_what_is_missing(tmp_path, monkeypatch):
         ran.append(name)
         return measured(META) if name != "raw" else {"failed": "no room"}
 
-    monkeypatch.setattr(offload_benchmark, "run", fake)
-    monkeypatch.setattr(offload_benchmark, "environment", dict)
-    args, console = Benchmark(tmp_path, only=("vanilla", "raw", "residual")), Console(file=None)
+    monkeypatch.setattr(offload_benchmark, "run_configuration", fake)
+    monkeypatch.setattr(offload_benchmark.records, "environment", dict)
+    args, console = Comparison(tmp_path, only=("vanilla", "raw", "residual")), Console(file=None)
     first = main(args, console)
     assert ran == ["vanilla", "raw", "residual"] and len(first) == 3
     main(args, console)
     assert ran[3:] == ["raw"]  # what failed is tried again
     lines = (tmp_path / "offload.jsonl").read_text().splitlines()
     assert [json.loads(line)["configuration"] for line in lines] == [*ran]
-    main(Benchmark(tmp_path, only=("vanilla",), tokens=7), console)
+    main(Comparison(tmp_path, only=("vanilla",), tokens=7), console)
     assert ran[4:] == ["vanilla"]  # other settings
     assert (tmp_path / "offload.png").stat().st_size > 1000
 
@@ -138,17 +144,18 @@ def test_the_table_has_a_row_for_each(tmp_path):
         {"configuration": "accelerate", "skipped": "needs pip install accelerate"},
     ]
     console = Console(width=150, record=True, file=io.StringIO())
-    console.print(table(rows))
+    console.print(comparison_table(rows))
     text = console.export_text()
     assert "11.4" in text and "1.08" in text and "needs pip install" in text and "1.01" in text
-    plot(rows, tmp_path / "x.png")
+    plot_rates(rows, tmp_path / "x.png")
 
 
+@pytest.mark.slow
 def test_for_real_on_a_small_checkpoint(tmp_path):
     cfg = tiny_config("qwen2", layers=3)
     checkpoint = write_safetensors(tmp_path / "model", tiny_params(cfg), cfg)
     flags = "--dtype bfloat16 --samples 1 --depth 2 --width 2 --draft-group 16 --max-length 192"
-    args = Benchmark(
+    args = Comparison(
         tmp_path / "out", checkpoint=checkpoint, only=("vanilla", "residual"), tokens=6,
         memory_limit="16MB", flags=f"{flags} --chunk 64 --resident 1",
     )  # fmt: skip
@@ -174,9 +181,9 @@ def test_transformers_on_a_cpu(tmp_path):
     transformers = pytest.importorskip("transformers")
     for lookup in (0, 3):
         out = tmp_path / f"{lookup}.json"
-        found = baseline(Baseline(out, "tiny", lookup=lookup, tokens=4))
+        found = baseline(Baseline(out, "tiny", lookup=lookup, tokens=4), Console(quiet=True))
         assert found == json.loads(out.read_text())
         assert found["tokens_per_s"] > 0 and "nothing is offloaded" in found["note"]
     cfg = sizes("tiny")
-    same = transformers.AutoModelForCausalLM.from_config(hf_config(cfg))
+    same = transformers.AutoModelForCausalLM.from_config(transformers_config(cfg))
     assert sum(p.numel() for p in same.parameters()) == cfg.parameter_count

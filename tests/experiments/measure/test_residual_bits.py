@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import save_file
 
-from experiments.measure.residual import Measure, entropy, main, matrices
+from experiments.measure.residual import ResidualBits, cli, entropy, main, matrices
 from llm_jax.testing import tiny_config, tiny_params, write_gguf
 
 
@@ -15,7 +16,8 @@ def lines(path):
 
 
 def test_normal_numbers(tmp_path, capsys):
-    main(Measure("gaussian:512x512", output=tmp_path / "out.jsonl", time_decoder=True))
+    args = ResidualBits("gaussian:512x512", output=tmp_path / "out.jsonl", time_decoder=True)
+    main(args, Console())
     one, whole = lines(tmp_path / "out.jsonl")
     assert one["kind"] == "matrix" and whole["kind"] == "whole"
     assert whole["floor"] < whole["levels"] < whole["planes"] < whole["entropy"] < whole["raw"]
@@ -28,14 +30,14 @@ def test_normal_numbers(tmp_path, capsys):
 def test_a_checkpoint_on_a_grid_says_so(tmp_path):
     cfg = tiny_config("qwen2", layers=2, d_ff=128)
     path = write_gguf(tmp_path / "model.gguf", tiny_params(cfg), cfg, "Q4_1")
-    main(Measure(str(path), output=tmp_path / "out.jsonl"))
+    main(ResidualBits(str(path), output=tmp_path / "out.jsonl"), Console(quiet=True))
     *each, whole = lines(tmp_path / "out.jsonl")
     assert [(r["layer"], r["matrix"]) for r in each[:2]] == [(0, "q"), (0, "k")] and len(each) == 14
     assert whole["weights"] == "weights dequantized from Q4_1: they lie on a low-bit grid"
     assert whole["levels"] <= whole["levels_padded_3"] <= whole["levels_padded_1"]
 
 
-def test_matrices_of_any_safetensors_file(tmp_path):
+def test_matrices_of_any_safetensors_file(tmp_path, capsys):
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     tensors = {
@@ -44,17 +46,19 @@ def test_matrices_of_any_safetensors_file(tmp_path):
         "encoder.layer.1.query.bias": draw(32),
         "pooler.weight": draw(64, 64),
     }
-    save_file(tensors, tmp_path / "model.safetensors")
-    found = list(matrices(str(tmp_path / "model.safetensors")))
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    found = list(matrices(str(path)))
     assert [(m.layer, m.name, m.w.shape, m.stored) for m in found] == [
         (1, "query.weight", (64, 32), "F32"),
         (None, "pooler.weight", (64, 64), "F32"),
     ]
-    main(Measure(str(tmp_path / "model.safetensors"), matrices=1, output=tmp_path / "out.jsonl"))
+    args = ResidualBits(str(path), matrices=1, output=tmp_path / "out.jsonl")
+    main(args, Console(quiet=True))
     assert len(lines(tmp_path / "out.jsonl")) == 2
     save_file({"bias": draw(4)}, tmp_path / "none.safetensors")
-    with pytest.raises(SystemExit, match="holds no matrices"):
-        main(Measure(str(tmp_path / "none.safetensors")))
+    assert cli(["--model", str(tmp_path / "none.safetensors")]) == 2
+    assert "holds no matrices" in capsys.readouterr().err
 
 
 def test_entropy():

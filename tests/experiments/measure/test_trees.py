@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -30,17 +29,17 @@ def tree(accepted, gains=GAINS):
 
 def test_rules_pay_for_what_they_draft():
     text = stop_rules.Text([tree(3), tree(0), tree(4)])
-    walk = lambda rule: stop_rules.walk(text, rule, COSTS, 2).tolist()
-    assert walk(stop_rules.Fixed(4)) == pytest.approx([10, 3 * 1.9, 12, 3])
-    assert walk(stop_rules.Fixed(2)) == pytest.approx([3 + 1 + 3, 3 * 1.7, 6, 3])
-    assert walk(stop_rules.Oracle()) == pytest.approx([10, 3 * 1.5 + 0.8, 8, 3])
+    replay = lambda rule: stop_rules.replay(text, rule, COSTS, 2).tolist()
+    assert replay(stop_rules.Fixed(4)) == pytest.approx([10, 3 * 1.9, 12, 3])
+    assert replay(stop_rules.Fixed(2)) == pytest.approx([3 + 1 + 3, 3 * 1.7, 6, 3])
+    assert replay(stop_rules.Oracle()) == pytest.approx([10, 3 * 1.5 + 0.8, 8, 3])
 
 
 def test_a_rule_goes_on_where_it_stopped():
     """With a tree for every position, n tokens lead to the n-th tree behind."""
     text = stop_rules.Text([tree(4), tree(9), tree(1), tree(0), tree(2)], every=True)
     # two levels: 3 tokens from tree 0, 1 token from tree 3, 3 from tree 4
-    got = stop_rules.walk(text, stop_rules.Fixed(2), COSTS, 2)
+    got = stop_rules.replay(text, stop_rules.Fixed(2), COSTS, 2)
     assert got.tolist() == pytest.approx([7, 3 * 1.7, 6, 3])
 
 
@@ -75,7 +74,7 @@ def test_the_calibrated_rule_is_the_drafts_own():
 def test_the_recorded_trace_says_that_calibration_pays():
     """192 trees of SmolLM2, an H200's costs: the numbers of experiments/results."""
     texts = stop_rules.texts_of(records.read(TRACE), "subspec")
-    found = stop_rules.compare(texts, TreeCosts({6: 2.2e-3}, {289: 0.075}, 3e-3), 6, starts=4)
+    found = stop_rules.compare_rules(texts, TreeCosts({6: 2.2e-3}, {289: 0.075}, 3e-3), 6, starts=4)
     rate = {line["rule"].split(",")[0]: line["tokens_per_s"] for line in found[:4] + found[5:]}
     whole, best = (rate[name] for name in list(rate)[:2])
     assert whole < rate["uncalibrated"] < best < rate["calibrated"] < rate["oracle"]
@@ -87,13 +86,11 @@ def test_the_recorded_trace_says_that_calibration_pays():
 def call(module, *flags):
     """(exit code, standard output, standard error) of a command run in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = module.cli()
-            except SystemExit as stopped:
-                code = stopped.code
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = module.cli([*map(str, flags)])
+        except SystemExit as stopped:
+            code = stopped.code
     return code, out.getvalue(), err.getvalue()
 
 
