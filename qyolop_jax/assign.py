@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from qyolop_jax.boxes import ANCHORS, Cells, Decoded, anchors, area, cells, intersection, iou
+from qyolop_jax.boxes import (
+    ANCHORS_PER_CELL,
+    Cells,
+    Decoded,
+    anchors,
+    area,
+    cells,
+    intersection,
+    iou,
+)
 from qyolop_jax.config import ModelConfig
 
 RATIO = 4.0  # an anchor fits a box if neither side is this many times the other's
@@ -30,7 +39,7 @@ class Assignment:
     """bool: without a box of its own and inside a crowd, so without objectness loss."""
 
 
-def candidates(boxes_M4, fixed: Cells, cfg: ModelConfig):
+def box_candidates(boxes_M4, fixed: Cells, cfg: ModelConfig):
     """Indices [M, 27] of predictions that could describe each box, and which of them count [M, 27].
 
     A level's anchor counts where its width and height are within a factor `RATIO` of the box's;
@@ -53,7 +62,11 @@ def candidates(boxes_M4, fixed: Cells, cfg: ModelConfig):
         present = jnp.stack([jnp.ones_like(inside[:, 0]), inside[:, 0], inside[:, 1]], 1)
         ratio = wh[:, None, :] / anchor[None]
         fits = jnp.max(jnp.maximum(ratio, 1 / jnp.maximum(ratio, 1e-9)), -1) < RATIO
-        index = start + (y * columns + x)[:, :, None] * ANCHORS + jnp.arange(ANCHORS)[None, None]
+        index = (
+            start
+            + (y * columns + x)[:, :, None] * ANCHORS_PER_CELL
+            + jnp.arange(ANCHORS_PER_CELL)[None, None]
+        )
         indices.append(index.reshape(len(wh), -1))
         counts.append((present[:, :, None] & fits[:, None, :]).reshape(len(wh), -1))
     return jnp.concatenate(indices, 1), jnp.concatenate(counts, 1)
@@ -68,7 +81,7 @@ def match(boxes_P4, obj_P, cls_PC, targets_M4, classes_M, usable_M, fixed: Cells
     (YOLOX, arXiv 2107.08430, as YOLOv7 uses it; but a box only takes candidates of its own,
     which its decoding can reach, never those of a neighbour).
     """
-    index_MK, counts_MK = candidates(targets_M4, fixed, cfg)
+    index_MK, counts_MK = box_candidates(targets_M4, fixed, cfg)
     counts_MK &= usable_M[:, None]
     overlap_MK = iou(boxes_P4[index_MK], targets_M4[:, None, :])
     overlap_MK = jnp.where(counts_MK, overlap_MK, 0)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llm_jax.extras import need
 from qyolop_jax import QyolopError
 from qyolop_jax.config import IGNORE
 from qyolop_jax.postprocess import Transform
 from qyolop_jax.samples import Sample, SampleError
-from qyolop_jax.scenes.clutter import need_cv2
 
 GREY = 114  # what is outside of all images
 
@@ -71,7 +71,7 @@ class AugmentConfig:
             )
 
 
-def fit(size: tuple[int, int], into: tuple[int, int]) -> float:
+def largest_scale(size: tuple[int, int], into: tuple[int, int]) -> float:
     """The largest scale at which an image of this size (H, W) fits into another."""
     return min(into[0] / size[0], into[1] / size[1])
 
@@ -112,7 +112,7 @@ def warp_image(image, matrix, size: tuple[int, int], border: int | None = GREY) 
 
     `border` is the grey around it, or None to go on with the pixels of its edge.
     """
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "warping images")
     height, width = image.shape[:2]
     # local scales along x and y, at the image's middle
     middle = np.array([width / 2, height / 2])
@@ -134,7 +134,7 @@ def warp_image(image, matrix, size: tuple[int, int], border: int | None = GREY) 
 
 def warp_mask(mask, matrix, size: tuple[int, int], border: int = IGNORE) -> np.ndarray:
     """A mask [H, W] through a homography: the value under each pixel's centre."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "warping images")
     return cv2.warpPerspective(
         mask, _pixels(matrix), size[::-1], flags=cv2.INTER_NEAREST,
         borderMode=cv2.BORDER_CONSTANT, borderValue=border,
@@ -183,7 +183,7 @@ def compose(
 
 def paste(s: Sample, matrix, onto) -> None:
     """Draws a sample through a homography onto (image, area, lane), where it has pixels."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "warping images")
     size, source = onto[0].shape[:2], s.image.shape[:2]
     extent = map_boxes(matrix, [[0, 0, source[1], source[0]]])[0]
     if not np.isfinite(extent).all():  # it crosses the horizon
@@ -220,7 +220,7 @@ def keep_boxes(full_n4, size: tuple[int, int], cfg: AugmentConfig | None):
 
 def letterbox_matrix(size, into) -> tuple[np.ndarray, Transform]:
     """The homography that centres an image in another size, and the same as a `Transform`."""
-    scale = fit(size, into)
+    scale = largest_scale(size, into)
     dy, dx = ((n - m * scale) / 2 for n, m in zip(into, size, strict=True))
     return moved(dx, dy) @ scaled(scale, scale), Transform(scale, dx, dy, tuple(size))
 
@@ -268,7 +268,7 @@ def mosaic_parts(samples: Sequence[Sample], size, rng) -> list[tuple[Sample, np.
     parts = []
     for i, s in enumerate(samples):
         height, width = s.image.shape[:2]
-        scale = fit((height, width), size)
+        scale = largest_scale((height, width), size)
         left, up = i % 2 == 0, i < 2
         at = moved(x - left * width * scale, y - up * height * scale)
         parts.append((s, at @ scaled(scale, scale)))
@@ -288,7 +288,7 @@ def flip(s: Sample) -> Sample:
 
 def recolour(image, rng, cfg: AugmentConfig) -> np.ndarray:
     """The image with hue, saturation and value changed by random factors, as YOLO does."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "warping images")
     gain = 1 + rng.uniform(-1, 1, 3) * (cfg.hue, cfg.saturation, cfg.value)
     if not (cfg.hue or cfg.saturation or cfg.value):
         return image

@@ -16,7 +16,7 @@ from qyolop_jax import QyolopError
 from qyolop_jax.config import ModelConfig
 
 ANCHOR_WIDTH = 640  # the image width at which `ModelConfig.anchors` are pixels
-ANCHORS = 3  # of each cell
+ANCHORS_PER_CELL = 3  # of each cell
 
 
 class BoxError(QyolopError):
@@ -46,7 +46,7 @@ class Cells:
     @property
     def starts(self) -> tuple[int, ...]:
         """Index of the first prediction of each level, and the number of them all."""
-        counts = [rows * columns * ANCHORS for rows, columns in self.shapes]
+        counts = [rows * columns * ANCHORS_PER_CELL for rows, columns in self.shapes]
         return tuple(int(n) for n in np.cumsum([0, *counts]))
 
 
@@ -57,10 +57,10 @@ def anchors(cfg: ModelConfig) -> np.ndarray:
     keeps them when it is run on images of another size.
     """
     table = np.asarray(cfg.anchors, np.float32)
-    if table.shape != (len(cfg.strides), ANCHORS, 2) or (table <= 0).any():
+    if table.shape != (len(cfg.strides), ANCHORS_PER_CELL, 2) or (table <= 0).any():
         raise BoxError(
-            f"anchors of shape {table.shape}; expected {len(cfg.strides)} levels of {ANCHORS} "
-            "positive (width, height) pairs"
+            f"anchors of shape {table.shape}; expected {len(cfg.strides)} levels of "
+            f"{ANCHORS_PER_CELL} positive (width, height) pairs"
         )
     return table * np.float32(cfg.size[1] / ANCHOR_WIDTH)
 
@@ -75,8 +75,8 @@ def cells(cfg: ModelConfig, size: tuple[int, int]) -> Cells:
         y, x = np.mgrid[:rows, :columns]
         corner = np.stack([x, y], -1).reshape(-1, 1, 2).astype(np.float32)
         shapes.append((rows, columns))
-        xy.append(np.repeat(corner, ANCHORS, 1).reshape(-1, 2))
-        stride.append(np.full(rows * columns * ANCHORS, step, np.float32))
+        xy.append(np.repeat(corner, ANCHORS_PER_CELL, 1).reshape(-1, 2))
+        stride.append(np.full(rows * columns * ANCHORS_PER_CELL, step, np.float32))
         anchor.append(np.tile(level, (rows * columns, 1)))
     return Cells(*(np.concatenate(a) for a in (xy, stride, anchor)), tuple(shapes))
 
@@ -89,13 +89,13 @@ def image_size(raw, cfg: ModelConfig) -> tuple[int, int]:
     rows, columns = raw[wanted[0]].shape[1:3]
     height, width = rows * cfg.strides[0], columns * cfg.strides[0]
     for name, step in zip(wanted, cfg.strides, strict=True):
-        shape = (height // step, width // step, ANCHORS * (5 + len(cfg.detection)))
+        shape = (height // step, width // step, ANCHORS_PER_CELL * (5 + len(cfg.detection)))
         if raw[name].ndim != 4 or raw[name].shape[1:] != shape:
             raise BoxError(f"{name} has shape {raw[name].shape}; expected [B, {shape}]")
     return height, width
 
 
-def decode(raw, cfg: ModelConfig) -> Decoded:
+def decode_boxes(raw, cfg: ModelConfig) -> Decoded:
     """All predictions of a batch as boxes in pixels and logits [B, P].
 
     YOLOv7's form, s the sigmoid of the output: centre (2s - 0.5 + cell) * stride, size

@@ -23,7 +23,7 @@ ANCHORS = (
 Activation = Literal["silu", "relu", "hardswish"]
 
 
-class ConfigError(QyolopError):
+class ModelConfigError(QyolopError):
     """A model that cannot be; the message says what is possible."""
 
 
@@ -43,19 +43,19 @@ class ModelConfig:
 
     def __post_init__(self):
         if not 0 < self.width <= 4:
-            raise ConfigError(f"width is {self.width}; expected above 0 and at most 4")
+            raise ModelConfigError(f"width is {self.width}; expected above 0 and at most 4")
         if self.activation not in ("silu", "relu", "hardswish"):
-            raise ConfigError(
+            raise ModelConfigError(
                 f"activation {self.activation!r}; possible are silu, relu and hardswish"
             )
         if any(n < 32 or n % 32 for n in self.size):
-            raise ConfigError(f"size is {self.size}; expected multiples of 32 (height, width)")
+            raise ModelConfigError(f"size is {self.size}; expected multiples of 32 (height, width)")
         if not self.detection or len(self.area) < 2 or len(self.lane) < 2:
-            raise ConfigError(
+            raise ModelConfigError(
                 "expected at least one object class, and a background and one more of each mask"
             )
         if len(self.anchors) != 3 or any(len(level) != 3 for level in self.anchors):
-            raise ConfigError("expected three anchors for each of the strides 8, 16 and 32")
+            raise ModelConfigError("expected three anchors for each of the strides 8, 16 and 32")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

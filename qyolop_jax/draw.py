@@ -1,12 +1,14 @@
 """Images with boxes, areas and lanes drawn on them, and panels of several to look at."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
+from llm_jax.extras import need
+from llm_jax.files import atomic_file
 from qyolop_jax.config import UNKNOWN, ModelConfig
 from qyolop_jax.samples import SampleError
-from qyolop_jax.scenes.clutter import need_cv2
 
 DETECTION_COLORS = (
     (255, 92, 92), (72, 180, 255), (255, 176, 40), (196, 120, 255), (120, 230, 160),
@@ -43,7 +45,7 @@ def overlay(
     perhaps scores [n]: a `Sample`, or `postprocess.Found`. Boxes that score below `conf` are left
     out, crowds are grey. `width` enlarges or shrinks the result to that many columns.
     """
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "drawing on images")
     cfg = ModelConfig() if cfg is None else cfg
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -77,13 +79,15 @@ def overlay(
         x1, y1, x2, y2 = (int(v) for v in np.round(boxes[i] * factor))
         cv2.rectangle(canvas, (x1, y1), (max(x2 - 1, x1), max(y2 - 1, y1)), color, thick)
         text = cfg.detection[kind] + ("" if scores is None else f" {scores[i]:.2f}")
-        write(canvas, text + (" (crowd)" if crowd[i] else ""), x1, y1, color)
+        write_text(canvas, text + (" (crowd)" if crowd[i] else ""), x1, y1, color)
     return canvas
 
 
-def write(canvas, text: str, x: int, y: int, color, larger: float = 1.0, back: bool = True) -> None:
+def write_text(
+    canvas, text: str, x: int, y: int, color, larger: float = 1.0, back: bool = True
+) -> None:
     """Puts text above (x, y), inside the image, on a plate of this colour."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "drawing on images")
     scale = max(0.3, canvas.shape[1] / 1800) * larger
     (wide, high), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
     x = max(min(x, canvas.shape[1] - wide - 2), 0)
@@ -103,7 +107,7 @@ def panel(
 
     Rows are usually (labels, prediction) of one image each; a shorter row leaves its end dark.
     """
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "drawing on images")
     if not rows or not rows[0]:
         raise SampleError("a panel of no images; expected at least one row of at least one")
     columns = max(len(r) for r in rows)
@@ -116,7 +120,7 @@ def panel(
     for j, title in enumerate(titles):
         x = gap + j * (width + gap)
         strip = canvas[: head + gap, x : x + width]
-        write(strip, title, 0, head, (235, 235, 235), 1.7, back=False)
+        write_text(strip, title, 0, head, (235, 235, 235), 1.7, back=False)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
             y, x = head + gap + i * (height + gap), gap + j * (width + gap)
@@ -128,7 +132,7 @@ def panel(
 
 def legend(cfg: ModelConfig | None = None, width: int = 640) -> np.ndarray:
     """A strip that says which colour is which class."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "drawing on images")
     cfg = ModelConfig() if cfg is None else cfg
     entries = [
         *zip(cfg.detection, DETECTION_COLORS, strict=False),
@@ -151,12 +155,15 @@ def legend(cfg: ModelConfig | None = None, width: int = 640) -> np.ndarray:
     return canvas
 
 
-def save(path, image) -> None:
+def save_image(path, image) -> None:
     """Writes an RGB image; the folder is made, the suffix decides the format."""
-    from pathlib import Path
-
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "drawing on images")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), np.ascontiguousarray(np.asarray(image)[..., ::-1])):
+    try:
+        good, data = cv2.imencode(path.suffix, np.ascontiguousarray(np.asarray(image)[..., ::-1]))
+    except cv2.error:  # a suffix that it does not know
+        good = False
+    if not good:
         raise SampleError(f"{path} could not be written as an image; take .png or .jpg")
+    with atomic_file(path) as scratch:
+        scratch.write_bytes(data.tobytes())

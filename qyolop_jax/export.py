@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.extras import need
 from qyolop_jax import QyolopError
 from qyolop_jax.graph import Graph, GraphError, Node, check_size
 from qyolop_jax.integer import IntegerModel
@@ -59,9 +60,9 @@ class Writer:
 
     def __init__(self, graph: Graph, size: tuple[int, int]):
         check_size((1, *size, 3))
-        import onnx
-
-        self.onnx, self.graph, self.size = onnx, graph, size
+        self.onnx = need("onnx", "vision", "writing ONNX")
+        self.numpy_helper = need("onnx.numpy_helper", "vision", "writing ONNX")
+        self.graph, self.size = graph, size
         self.nodes, self.constants = [], []
 
     def op(self, kind: str, *inputs: str, **attributes) -> str:
@@ -74,7 +75,7 @@ class Writer:
         array = np.ascontiguousarray(value, dtype)
         if np.ndim(value) == 0:
             array = array.reshape(())
-        self.constants.append(self.onnx.numpy_helper.from_array(array, name))
+        self.constants.append(self.numpy_helper.from_array(array, name))
         return name
 
     def kernel(self, kernel_HWIO, dtype) -> str:

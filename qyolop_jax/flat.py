@@ -29,7 +29,7 @@ class Layout:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class FlatTree:
     """A tree of arrays as one float32 vector and what is not float32; `tree` gives it back."""
 
     vector: jax.Array
@@ -49,7 +49,7 @@ class Packed:
         return jax.tree.unflatten(layout.treedef, found)
 
 
-def pack(tree) -> Packed:
+def flatten(tree) -> FlatTree:
     """The `Packed` of a tree of arrays."""
     leaves, treedef = jax.tree.flatten(tree)
     leaves = [jnp.asarray(a) for a in leaves]
@@ -59,7 +59,7 @@ def pack(tree) -> Packed:
     kernels = sum(leaves[i].size for i in order if leaves[i].ndim > 1)
     shapes = tuple(a.shape for a in leaves)
     layout = Layout(treedef, shapes, tuple(order), tuple(beside), kernels)
-    return Packed(_join([leaves[i] for i in order]), [leaves[i] for i in beside], layout)
+    return FlatTree(_join([leaves[i] for i in order]), [leaves[i] for i in beside], layout)
 
 
 def _join(arrays) -> jax.Array:

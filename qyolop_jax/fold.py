@@ -14,11 +14,11 @@ from qyolop_jax.graph import (
     Graph,
     GraphError,
     activate,
-    build,
+    build_graph,
     check_size,
     convolve,
     normalized,
-    walk,
+    run_graph,
 )
 from qyolop_jax.model import EPSILON
 
@@ -28,7 +28,7 @@ Folded = dict[str, dict[str, jnp.ndarray]]
 
 def fold(model: ModelConfig | Graph, variables) -> tuple[Graph, Folded]:
     """(graph without norms, branches and implicit vectors, its parameters)."""
-    graph = build(model) if isinstance(model, ModelConfig) else model
+    graph = build_graph(model) if isinstance(model, ModelConfig) else model
     params, stats = variables["params"], variables.get("batch_stats", {})
     nodes, folded = [], {}
     for node in graph.nodes:
@@ -74,7 +74,7 @@ def _normed(kernel, norm, stats):
     return kernel * factor, f64(norm["bias"]) - f64(stats["mean"]) * factor
 
 
-def run(graph: Graph, params: Folded, images_u8, dtype=jnp.float32) -> dict:
+def run_folded(graph: Graph, params: Folded, images_u8, dtype=jnp.float32) -> dict:
     """Raw outputs of a folded graph, float32; the same as the model's to rounding."""
     check_size(images_u8.shape)
 
@@ -83,5 +83,5 @@ def run(graph: Graph, params: Folded, images_u8, dtype=jnp.float32) -> dict:
         y = convolve(x, p["kernel"].astype(dtype), node) + p["bias"].astype(dtype)[None, None, None]
         return activate(y, node.act)
 
-    raw = walk(graph, normalized(images_u8).astype(dtype), conv)
+    raw = run_graph(graph, normalized(images_u8).astype(dtype), conv)
     return {name: x.astype(jnp.float32) for name, x in raw.items()}

@@ -5,16 +5,17 @@ background, 1 direct, 2 alternative). Lane, one byte: bits 0 to 2 what (0 crossw
 4 curb, 5 to 7 single line), bit 3 background, bit 4 dashed, bit 5 across the road.
 """
 
+import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from llm_jax.extras import need
+from llm_jax.files import atomic_file
 from qyolop_jax import QyolopError
 from qyolop_jax.config import IGNORE, UNKNOWN
 from qyolop_jax.relabel import Object
-from qyolop_jax.scenes.clutter import need_cv2
 
 CATEGORY_OUT = {
     "pedestrian": "pedestrian",
@@ -46,7 +47,7 @@ def lane_table() -> np.ndarray:
     return table
 
 
-def table(of: dict[int, int], rest: int = IGNORE) -> np.ndarray:
+def value_table(of: dict[int, int], rest: int = IGNORE) -> np.ndarray:
     """[256] uint8 with these entries, and `rest` elsewhere."""
     full = np.full(256, rest, np.uint8)
     for value, ours in of.items():
@@ -55,11 +56,11 @@ def table(of: dict[int, int], rest: int = IGNORE) -> np.ndarray:
 
 
 AREA_TABLES = {
-    "masks": table({0: 1, 1: 2, 2: 0, 254: UNKNOWN}),
-    "labels": table({0: 0, 1: 1, 2: 2}),
-    "binary": table({0: 0}, rest=UNKNOWN),
+    "masks": value_table({0: 1, 1: 2, 2: 0, 254: UNKNOWN}),
+    "labels": value_table({0: 0, 1: 1, 2: 2}),
+    "binary": value_table({0: 0}, rest=UNKNOWN),
 }
-LANE_TABLES = {"bits": lane_table(), "binary": table({0: 0}, rest=UNKNOWN)}
+LANE_TABLES = {"bits": lane_table(), "binary": value_table({0: 0}, rest=UNKNOWN)}
 
 
 def _bytes(path: Path) -> bytes:
@@ -76,7 +77,7 @@ def _bytes(path: Path) -> bytes:
 
 def read_image(path: Path) -> np.ndarray:
     """[H, W, 3] uint8 RGB in the pixel order of the file, which is that of its labels."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "reading and writing images")
     data = _bytes(path)
     cut = (data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < len(data) // 2) or (
         data[:4] == b"\x89PNG" and b"IEND" not in data[-64:]
@@ -95,20 +96,17 @@ def read_image(path: Path) -> np.ndarray:
 
 def read_mask(path: Path, size: tuple[int, int], color: bool = False) -> np.ndarray:
     """[H, W] uint8 values, a palette's indices; or [H, W, 3] colours. ReadError on a wrong size."""
-    import io
-
-    from PIL import Image, UnidentifiedImageError
-
+    pillow = need("PIL.Image", "vision", "reading masks")
     data = _bytes(path)
     try:
-        with Image.open(io.BytesIO(data)) as file:
+        with pillow.open(io.BytesIO(data)) as file:
             if color:
                 mask = np.asarray(file.convert("RGB"))
             elif file.mode in ("L", "P", "1"):
                 mask = np.asarray(file).astype(np.uint8)
             else:
                 raise ReadError(f"{path} has pixels of mode {file.mode}; expected one byte a pixel")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError) as error:
         raise ReadError(f"{path} is corrupt, or no image: {error}") from error
     if mask.shape[:2] != tuple(size):
         raise ReadError(
@@ -170,16 +168,14 @@ def objects_of(entry: dict, where: str) -> list[Object]:
 
 def write_png(path: Path, mask) -> None:
     """Writes a mask, whole or not at all."""
-    cv2 = need_cv2()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2 = need("cv2", "vision", "reading and writing images")
     _, data = cv2.imencode(".png", np.asarray(mask, np.uint8))
-    _replace(path, data.tobytes())
+    _write(path, data.tobytes())
 
 
-def _replace(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(data)
-    scratch.replace(path)
+def _write(path: Path, data: bytes) -> None:
+    with atomic_file(path) as scratch:
+        scratch.write_bytes(data)
 
 
 class Bdd100kWriter:
@@ -225,17 +221,15 @@ class Bdd100kWriter:
             if there:
                 values = found.area if task == "drivable" else found.lane
                 folder = self.root / "labels" / task / "masks" / self.split
-                write_png(folder / f"{stem}.png", table(out)[np.asarray(values)])
+                write_png(folder / f"{stem}.png", value_table(out)[np.asarray(values)])
         if image is not None:
-            cv2 = need_cv2()
+            cv2 = need("cv2", "vision", "reading and writing images")
             path = self.root / "images" / "100k" / self.split / f"{stem}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
             quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
             _, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), quality)
-            _replace(path, data.tobytes())
+            _write(path, data.tobytes())
 
     def close(self) -> None:
         """Writes the JSON of all that was added."""
         path = self.root / "labels" / "det_20" / f"det_{self.split}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(self.entries).encode())
+        _write(path, json.dumps(self.entries).encode())

@@ -156,7 +156,7 @@ class Builder:
         return self.logits(name, x, classes, kernel=3)
 
 
-def build(cfg: ModelConfig) -> Graph:
+def build_graph(cfg: ModelConfig) -> Graph:
     """The network's `Graph`; outputs detect.8, detect.16, detect.32, area and lane."""
     b = Builder(cfg)
     x = b.conv("stem.1", "image", 32, 3)
@@ -237,7 +237,7 @@ def normalized(images_u8) -> jax.Array:
     return (images_u8.astype(jnp.float32) - 128) / 64
 
 
-def walk(graph: Graph, x, conv: Callable) -> dict[str, jax.Array]:
+def run_graph(graph: Graph, x, conv: Callable) -> dict[str, jax.Array]:
     """The outputs by name; `conv(node, x)` does the convolutions, the rest is always the same."""
     values: dict[str, jax.Array] = {}
     for node in graph.nodes:

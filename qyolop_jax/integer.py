@@ -1,7 +1,7 @@
 """The quantized network in integers: 8-bit tensors, 32-bit sums, no float but one factor a channel.
 
     model = to_integer(graph, params, scales)
-    raw = jax.jit(run)(model, images)          # the same bits as run_numpy(model, images)
+    raw = jax.jit(run_integer)(model, images)  # the same bits as run_numpy(model, images)
 
 A convolution is s8 x s8 -> s32 (`sums`); its sums times a float32 factor a channel, rounded half to
 even, plus the zero point, cut to s8, are the next tensor; silu and hardswish look that up in a
@@ -11,9 +11,6 @@ table of 256. Padding is the zero point. Letters: B H W C, I channels in, O out.
 import dataclasses
 import functools
 import json
-import os
-import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +18,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from llm_jax.files import atomic_file
 from qyolop_jax import QyolopError
 from qyolop_jax.config import ModelConfig
-from qyolop_jax.graph import Graph, Node, activate, check_size, convolve, walk
+from qyolop_jax.graph import Graph, Node, activate, check_size, convolve, run_graph
 from qyolop_jax.scales import (
     DEFAULT,
     PRE,
@@ -32,7 +30,7 @@ from qyolop_jax.scales import (
     factor,
     fixed,
     has_table,
-    is_free,
+    is_unread,
     steps_of,
     weight_scale,
 )
@@ -85,7 +83,7 @@ def _to_integer(graph, params, scales, settings):
         (step_in, zero_in), (step, zero) = steps(node.inputs[0]), steps(node.name)
         if node.name in settings.keep:
             layer = dict(kernel=kernel, bias=bias, step_in=step_in.reshape(()))
-            if is_free(graph, node):
+            if is_unread(graph, node):
                 floating.add(node.name)
             else:
                 layer |= dict(step=step.reshape(()), zero=_s8(zero[:1]))
@@ -99,7 +97,7 @@ def _to_integer(graph, params, scales, settings):
         layer = dict(kernel=q, bias=shift - drift, zero_in=_s8(zero_in))
         if has_table(node):
             step_pre, zero_pre = steps(node.name + PRE)
-            layer["table"] = table(node.act, step_pre, zero_pre, step, zero)
+            layer["table"] = activation_table(node.act, step_pre, zero_pre, step, zero)
             step, zero = step_pre, zero_pre
         low = zero[:1] if node.act == "relu" else jnp.full(1, -128, jnp.float32)
         layers[node.name] = layer | dict(
@@ -117,7 +115,7 @@ def _s8(one):
     return one.reshape(()).astype(jnp.int8)
 
 
-def table(act: str, step_pre, zero_pre, step, zero):
+def activation_table(act: str, step_pre, zero_pre, step, zero):
     """s8 [256]: the activation of each s8 value from -128 on."""
     x = (jnp.arange(-128, 128, dtype=jnp.float32) - zero_pre) * step_pre
     near = jnp.round(activate(x, act) / step)
@@ -162,7 +160,7 @@ def _patches_dot(x_BHWI, kernel_HWIO, stride: int):
     return y[:, :O].reshape(B, h, w, O)
 
 
-def run(model: IntegerModel, images_u8) -> dict:
+def run_integer(model: IntegerModel, images_u8) -> dict:
     """Raw outputs, float32, of uint8 images [B, H, W, 3]; to be jitted."""
     check_size(images_u8.shape)
     wide = lambda a: a.reshape(1, 1, 1, -1)
@@ -184,7 +182,7 @@ def run(model: IntegerModel, images_u8) -> dict:
             return p["table"][y.astype(jnp.int32) + 128]
         return jnp.maximum(y, p["low"])
 
-    raw = walk(model.graph, (images_u8.astype(jnp.int16) - 128).astype(jnp.int8), conv)
+    raw = run_graph(model.graph, (images_u8.astype(jnp.int16) - 128).astype(jnp.int8), conv)
     for name, p in model.outputs.items():
         steps = raw[name].astype(jnp.float32) - p["zero"].astype(jnp.float32)
         raw[name] = steps * wide(p["step"])
@@ -245,9 +243,8 @@ def _conv_numpy(node, p, x):
 FORMAT, CONFIG = "qyolop integer model 1", "config"
 
 
-def save(model: IntegerModel, path) -> None:
+def save_integer_model(model: IntegerModel, path) -> None:
     """Writes a safetensors file, whole or not at all; about a byte a weight."""
-    path = Path(path)
     flat = {
         f"{kind}/{name}/{key}": np.asarray(a, order="C")  # scalars stay scalars
         for kind in ("layers", "outputs")
@@ -258,17 +255,11 @@ def save(model: IntegerModel, path) -> None:
     meta = dict(format=FORMAT, nodes=json.dumps(nodes), outputs=json.dumps(model.graph.outputs))
     if model.config:
         meta[CONFIG] = model.config.to_json()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    os.close(handle)
-    try:
-        save_file(flat, temporary, meta)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as scratch:
+        save_file(flat, scratch, meta)
 
 
-def load(path) -> IntegerModel:
+def load_integer_model(path) -> IntegerModel:
     """The `IntegerModel` of a file of `save`."""
     try:
         with safe_open(path, "numpy") as file:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from qyolop_jax import QyolopError
 from qyolop_jax.assign import assign
-from qyolop_jax.boxes import cells, ciou, decode, image_size, iou
+from qyolop_jax.boxes import cells, ciou, decode_boxes, image_size, iou
 from qyolop_jax.config import UNKNOWN, ModelConfig
 
 
@@ -103,7 +103,7 @@ def detection_losses(raw, batch, cfg: ModelConfig, loss_cfg: LossConfig) -> dict
     """
     size = image_size(raw, cfg)
     fixed = cells(cfg, size)
-    decoded = decode(raw, cfg)
+    decoded = decode_boxes(raw, cfg)
     found = assign(decoded, batch, cfg, size)
     positive = found.box_BP >= 0
     own = jnp.maximum(found.box_BP, 0)
@@ -173,7 +173,7 @@ def planes(x_BHWC) -> tuple[jax.Array, ...]:
 planes.defvjp(lambda x: (planes(x), None), lambda _, gradients: (jnp.stack(gradients, -1),))
 
 
-def read_mask(logits_BHWC, mask_BHW, labelled_B) -> Mask:
+def prepare_mask(logits_BHWC, mask_BHW, labelled_B) -> Mask:
     """Probabilities and targets of a head. The target of a class is 1 on its pixels.
 
     UNKNOWN pixels have the model's own distribution over the foreground classes, without gradient,
@@ -265,7 +265,7 @@ def mask_losses(
             f"a mask of shape {mask.shape} for logits of shape {logits.shape}; expected "
             f"{logits.shape[:3]}"
         )
-    read = read_mask(logits.astype(jnp.float32), mask, labelled)
+    read = prepare_mask(logits.astype(jnp.float32), mask, labelled)
     masses = overlaps(read)
     l = loss_cfg
     return {

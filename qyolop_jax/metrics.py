@@ -12,10 +12,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from llm_jax.extras import need
 from qyolop_jax import QyolopError
 from qyolop_jax.config import IGNORE, UNKNOWN
 
-INSTALL = "pip install -e '.[vision]'"
+Protocol = Literal["pooled", "yolop"]
+"""How the IoU of a data set is averaged; see `Confusion`."""
 
 
 class MetricError(QyolopError):
@@ -61,7 +63,7 @@ class Confusion:
     """
 
     names: tuple[str, ...]
-    protocol: Literal["pooled", "yolop"] = "pooled"
+    protocol: Protocol = "pooled"
 
     def __post_init__(self):
         if self.protocol not in ("pooled", "yolop"):
@@ -172,16 +174,13 @@ def average_precision(
     that lie in it cost nothing. At most `limit` boxes of a class an image. Shares of 1; means are
     over classes that have a true box, NaN stands for those without.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise ImportError(f"average precision needs pycocotools: {INSTALL}") from error
+    coco_format = need("pycocotools.coco", "vision", "average precision")
+    cocoeval = need("pycocotools.cocoeval", "vision", "average precision")
     if len(truths) != len(found):
         raise MetricError(f"predictions of {len(found)} images for {len(truths)}")
 
     def store(images, what):
-        coco = COCO()
+        coco = coco_format.COCO()
         coco.dataset = {
             "images": [{"id": i} for i in range(len(images))],
             "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
@@ -194,7 +193,7 @@ def average_precision(
         keys = ("AP50", "AP", "recall50", *(f"AP50 {name}" for name in names))
         return dict.fromkeys(keys, float("nan"))
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = COCOeval(store(truths, "true"), store(found, "predicted"), "bbox")
+        judge = cocoeval.COCOeval(store(truths, "true"), store(found, "predicted"), "bbox")
         judge.params.maxDets = [limit]
         judge.params.areaRng, judge.params.areaRngLbl = [[0, 1e10]], ["all"]
         judge.evaluate()
@@ -213,7 +212,7 @@ def average_precision(
 
 
 RADII = (1, 2, 5)  # pixels, of the lane benchmark
-BITS = {  # of BDD100K's lane byte: task -> (lowest bit, names by value)
+LANE_BITS = {  # of BDD100K's lane byte: task -> (lowest bit, names by value)
     "direction": (5, ("parallel", "vertical")),
     "style": (4, ("solid", "dashed")),
     "category": (0, ("crosswalk", "double other", "double white", "double yellow", "road curb",
@@ -227,10 +226,7 @@ def boundary_f1(truth, predicted, radii: Sequence[int] = RADII) -> np.ndarray:
     Precision is the share of predicted pixels within the disk of a true one, recall the other way
     round. NaN where both masks are empty, 0 where one is. As bdd100k/eval/lane.py measures it.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError(f"lane F1 needs OpenCV: {INSTALL}") from error
+    cv2 = need("cv2", "vision", "F1 of lane boundaries")
     truth, predicted = np.asarray(truth, bool), np.asarray(predicted, bool)
     if truth.shape != predicted.shape or truth.ndim != 2:
         raise MetricError(f"lane masks of {truth.shape} and {predicted.shape}; expected two [H, W]")
@@ -258,7 +254,7 @@ def bdd100k_lanes(byte_HW) -> dict[str, np.ndarray]:
     marked = (byte >> 3) & 1 == 0
     return {
         f"{task}/{name}": marked & ((byte >> low) & (len(names) - 1) == value)
-        for task, (low, names) in BITS.items()
+        for task, (low, names) in LANE_BITS.items()
         for value, name in enumerate(names)
     }
 

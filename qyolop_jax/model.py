@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from qyolop_jax.config import ModelConfig
-from qyolop_jax.graph import Node, activate, build, check_size, convolve, normalized, walk
+from qyolop_jax.graph import (
+    Node,
+    activate,
+    build_graph,
+    check_size,
+    convolve,
+    normalized,
+    run_graph,
+)
 
 EPSILON, MOMENTUM = 1e-3, 0.97
 """Of batch norm, as YOLOv7 has them; the running value keeps so much of itself."""
@@ -95,13 +103,13 @@ class Panoptic(nn.Module):
     @nn.compact
     def __call__(self, images_u8, train: bool):
         check_size(images_u8.shape)
-        cfg, graph = self.cfg, build(self.cfg)
+        cfg, graph = self.cfg, build_graph(self.cfg)
 
         def conv(node: Node, x):
             bias = lambda key, shape: jnp.asarray(logit_bias(cfg, node.name, shape))
             return Conv(node, self.dtype, bias, name=node.name)(x, train)
 
-        raw = walk(graph, normalized(images_u8).astype(self.dtype), conv)
+        raw = run_graph(graph, normalized(images_u8).astype(self.dtype), conv)
         return {name: x.astype(jnp.float32) for name, x in raw.items()}
 
 

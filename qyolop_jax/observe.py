@@ -12,7 +12,7 @@ import numpy as np
 
 from qyolop_jax import QyolopError
 
-Kind = Literal["absmax", "ema", "percentile", "mse"]
+ObserverKind = Literal["absmax", "ema", "percentile", "mse"]
 BINS = 8192
 """Of a histogram, a power of two; its steps are at most 2 / 4096 of the largest magnitude."""
 
@@ -27,7 +27,7 @@ class Observer(Protocol):
     def range(self) -> tuple[float, float]: ...
 
 
-def observer(kind: Kind, percentile: float = 99.99, symmetric: bool = False) -> Observer:
+def observer(kind: ObserverKind, percentile: float = 99.99, symmetric: bool = False) -> Observer:
     """A fresh `Observer`; `percentile` is for its own kind, `symmetric` for what mse searches."""
     if kind == "absmax":
         return Extremes()

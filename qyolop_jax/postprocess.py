@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from qyolop_jax import QyolopError
-from qyolop_jax.boxes import decode, image_size, pairwise_iou
+from qyolop_jax.boxes import decode_boxes, image_size, pairwise_iou
 from qyolop_jax.config import ModelConfig
 
 CANDIDATES = 512  # best-scored predictions of an image that enter NMS
@@ -69,7 +69,7 @@ def nms(boxes_N4, scores_N, classes_N, iou: float, limit: int):
     return order, kept_N[order] & (jnp.arange(limit) < count)
 
 
-def predict(
+def to_predictions(
     raw, cfg: ModelConfig, conf: float = 0.05, iou: float = 0.25, limit: int = 100
 ) -> Predictions:
     """The `Predictions` of a batch from its raw outputs; defaults are the paper's thresholds.
@@ -80,7 +80,7 @@ def predict(
     if limit < 1:
         raise PostprocessError(f"limit is {limit}; expected at least 1 box an image")
     height, width = image_size(raw, cfg)
-    found = decode(raw, cfg)
+    found = decode_boxes(raw, cfg)
 
     def one(boxes_P4, obj_P, cls_PC):
         per_class = jax.nn.sigmoid(obj_P)[:, None] * jax.nn.sigmoid(cls_PC)
@@ -98,10 +98,10 @@ def predict(
         detections = jax.vmap(one)(found.boxes_BP4, found.obj_BP, found.cls_BPC)
         area = jnp.argmax(raw["area"], -1).astype(jnp.uint8)
         lane = jnp.argmax(raw["lane"], -1).astype(jnp.uint8)
-    return Predictions(*detections, area, lane, merge(area, lane, cfg))
+    return Predictions(*detections, area, lane, merge_masks(area, lane, cfg))
 
 
-def merge(area, lane, cfg: ModelConfig):
+def merge_masks(area, lane, cfg: ModelConfig):
     """One mask of drivable and lane classes, lanes on top; 0 is background in all three."""
     shift = jnp.uint8(len(cfg.area) - 1)
     return jnp.where(lane > 0, lane + shift, area)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qyolop_jax.graph import Graph, Node, activate, check_size, convolve, walk
+from qyolop_jax.graph import Graph, Node, activate, check_size, convolve, run_graph
 from qyolop_jax.observe import observer
 from qyolop_jax.scales import (
     DEFAULT,
@@ -31,13 +31,13 @@ from qyolop_jax.scales import (
     factor,
     fixed,
     has_table,
-    is_free,
-    plan,
+    is_unread,
+    plan_quantization,
     steps_of,
     weight_scale,
 )
 
-SAMPLE = 16384
+SAMPLED_VALUES = 16384
 """Values of a tensor that percentiles in training are taken of."""
 
 
@@ -99,11 +99,11 @@ def _forward(graph, params, scales, images_u8, settings, flags):
         else:
             y = activate(y, node.act) * _wide(factor(step_in, by, step))
         seen[node.name] = [y * step]
-        if free and is_free(graph, node):
+        if free and is_unread(graph, node):
             return y
         return round_to(y, -128 - zero, 127 - zero)
 
-    raw = walk(graph, images_u8.astype(jnp.float32) - 128, conv)
+    raw = run_graph(graph, images_u8.astype(jnp.float32) - 128, conv)
     return {name: x * _wide(steps(name)[0]) for name, x in raw.items()}, seen
 
 
@@ -116,7 +116,7 @@ def qat_forward(graph: Graph, params, scales: Scales, images_u8, settings: Setti
     raw, seen = _forward(graph, params, scales, images_u8, settings, None)
     if settings.observer == "mse":
         return raw, scales
-    made = plan(graph, settings)
+    made = plan_quantization(graph, settings)
     found: dict[str, list] = {}
     for name, values in seen.items():
         key = made.groups.get(name, name)
@@ -133,7 +133,7 @@ def _limits(x_BHWC, part, settings):
         y = x if len(part) == 1 else x[..., np.flatnonzero(part == k)]
         C, flat = y.shape[-1], y.ravel()
         if settings.observer == "percentile":
-            stride = max(1, flat.size // SAMPLE)
+            stride = max(1, flat.size // SAMPLED_VALUES)
             while math.gcd(stride, C) > 1:  # or some channels are never looked at
                 stride += 1
             flat = jnp.sort(flat[::stride])
@@ -150,12 +150,14 @@ def follow(scales: Scales, seen: Scales, decay: float) -> Scales:
     return {name: decay * a + (1 - decay) * seen[name] for name, a in scales.items()}
 
 
-def forward(graph: Graph, params, scales: Scales, images_u8, settings: Settings = DEFAULT):
+def simulated_forward(
+    graph: Graph, params, scales: Scales, images_u8, settings: Settings = DEFAULT
+):
     """Raw outputs as 8 bits give them, float32; for evaluation."""
     return _forward(graph, params, scales, images_u8, settings, None)[0]
 
 
-def tensors(graph: Graph, params, images_u8) -> tuple[dict, dict]:
+def float_tensors(graph: Graph, params, images_u8) -> tuple[dict, dict]:
     """(raw outputs, {name: values} of all that is quantized) of the float network."""
     check_size(images_u8.shape)
     seen = {}
@@ -168,7 +170,7 @@ def tensors(graph: Graph, params, images_u8) -> tuple[dict, dict]:
         seen[node.name] = activate(y, node.act)
         return seen[node.name]
 
-    raw = walk(graph, (images_u8.astype(jnp.float32) - 128) * INPUT_SCALE, conv)
+    raw = run_graph(graph, (images_u8.astype(jnp.float32) - 128) * INPUT_SCALE, conv)
     return raw, seen
 
 
@@ -176,10 +178,12 @@ def images_of(batch) -> jax.Array:
     return batch["image"] if isinstance(batch, dict) else batch
 
 
-def calibrate(graph: Graph, params, batches: Iterable, settings: Settings = DEFAULT) -> Scales:
+def calibrate_scales(
+    graph: Graph, params, batches: Iterable, settings: Settings = DEFAULT
+) -> Scales:
     """`Scales` from what the float network does with `batches`: uint8 [B, H, W, 3], or dicts
     with it as "image"."""
-    made = plan(graph, settings)
+    made = plan_quantization(graph, settings)
     watch = {
         name: [
             observer(settings.observer, settings.percentile, settings.symmetric)
@@ -187,7 +191,7 @@ def calibrate(graph: Graph, params, batches: Iterable, settings: Settings = DEFA
         ]
         for name in made.names(graph)
     }
-    run = jax.jit(lambda p, x: tensors(graph, p, x)[1])
+    run = jax.jit(lambda p, x: float_tensors(graph, p, x)[1])
     count = 0
     for batch in batches:
         count += 1

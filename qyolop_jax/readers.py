@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from llm_jax.extras import need
 from qyolop_jax import formats
 from qyolop_jax.config import AREA, DETECTION, IGNORE, LANE, UNKNOWN
 from qyolop_jax.formats import ReadError
 from qyolop_jax.relabel import relabel
-from qyolop_jax.samples import TASKS, Report, Sample, check, clip_boxes, sample
+from qyolop_jax.samples import TASKS, Report, Sample, check_sample, clip_boxes, make_sample
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 TYPED = dict(background=0, main=1, alternative=2, double=3, dashed=4, single=5)
 """Values of typed masks, unless a data set has others."""
 
@@ -25,13 +26,13 @@ def images_in(folder: Path) -> list[Path]:
     """Images of a folder by name; ReadError if there are none."""
     if not folder.is_dir():
         raise ReadError(f"there is no folder {folder}")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise ReadError(f"{folder} has no images ({', '.join(SUFFIXES)})")
+        raise ReadError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 
-class Folder(Sequence):
+class ImageFolder(Sequence):
     """What all readers share: images by index, and the labels that `labels` finds for each."""
 
     def __init__(self, images: list[Path], split: str, classes, report: Report | None):
@@ -58,7 +59,7 @@ class Folder(Sequence):
                 classes=found["classes"][inside],
                 crowd=found["crowd"][inside],
             )
-        return check(sample(image, name=path.stem, **found), self.classes)
+        return check_sample(make_sample(image, name=path.stem, **found), self.classes)
 
     def labels(self, path: Path, size: tuple[int, int]) -> dict:
         """The labels of an image as arguments of `samples.sample`; absent is unlabelled."""
@@ -79,7 +80,7 @@ class Folder(Sequence):
         return formats.colored_area(mask) if color else table[mask]
 
 
-class Bdd100k(Folder):
+class Bdd100k(ImageFolder):
     """BDD100K in its own layouts, or YOLOP's; whichever of them lie under `root`.
 
     `tasks` are those that must have labels, an error otherwise; None takes what there is.
@@ -156,7 +157,7 @@ class Bdd100k(Folder):
         return found
 
 
-class TypedLanes(Folder):
+class TypedLanes(ImageFolder):
     """iVS-style folders: `images/SPLIT`, `masks/SPLIT` of one value a pixel, `det/SPLIT` if any.
 
     Lanes cover drivable area in such masks, so area is ignored below them. `ids` are the values of
@@ -174,7 +175,7 @@ class TypedLanes(Folder):
             raise ReadError(f"ids name {sorted(ids)}; expected {sorted(TYPED)}")
         areas = {v: AREA.index(k) if k in AREA else IGNORE for k, v in ids.items()}
         lanes = {v: LANE.index(k) if k in LANE else 0 for k, v in ids.items()}
-        self.tables = formats.table(areas), formats.table(lanes)
+        self.tables = formats.value_table(areas), formats.value_table(lanes)
 
     def labels(self, path, size):
         file = self.masks / f"{path.stem}.png"
@@ -191,7 +192,7 @@ class TypedLanes(Folder):
         return found
 
 
-class CamVid(Folder):
+class CamVid(ImageFolder):
     """CamVid with 11 classes: boxes, road as drivable area of unknown kind, derived lanes.
 
     The lanes (`lane_pseudo`) come from a filter, not from people: `UNKNOWN`, for training only.
@@ -208,7 +209,7 @@ class CamVid(Folder):
                 raise ReadError(f"there is no folder {root / folder / split}")
         self.lanes = lanes
         kinds = {i: 0 for i in range(11)} | {self.ROAD: UNKNOWN, self.UNLABELLED: IGNORE}
-        self.table = formats.table(kinds)
+        self.table = formats.value_table(kinds)
 
     def labels(self, path, size):
         at = lambda folder, suffix: self.root / folder / self.split / f"{path.stem}{suffix}"
@@ -223,15 +224,17 @@ class CamVid(Folder):
         return found
 
 
-class ApolloScape(Folder):
+class ApolloScape(ImageFolder):
     """ApolloScape lane marks: typed lanes alone. `lane3` masks, or the class ids in `label`."""
 
-    IDS = formats.table({200: 1, 204: 1, 206: 2, 207: 2, 209: 2, 201: 3, 203: 3, 255: IGNORE}, 0)
+    IDS = formats.value_table(
+        {200: 1, 204: 1, 206: 2, 207: 2, 209: 2, 201: 3, 203: 3, 255: IGNORE}, 0
+    )
 
     def __init__(self, root, split="train", report=None):
         root = Path(root)
         super().__init__(images_in(root / "images" / split), split, DETECTION, report)
-        plain = formats.table({i: i for i in range(4)})
+        plain = formats.value_table({i: i for i in range(4)})
         options = ((root / "lane3" / split, plain), (root / "label" / split, self.IDS))
         there = [o for o in options if o[0].is_dir()]
         if not there:
@@ -243,7 +246,7 @@ class ApolloScape(Folder):
         return dict(lane=self._mask("lane", file, size, self.table))
 
 
-class TuSimple(Folder):
+class TuSimple(ImageFolder):
     """TuSimple lanes of unknown kind: polylines drawn `width` pixels wide, or masks of them.
 
     `root` has `label_data*.json` (split train) or `test_label.json` (test), one JSON a line; or
@@ -287,7 +290,7 @@ class TuSimple(Folder):
         if self.lines is None:
             file = self.root / "gt_binary" / f"{path.stem}.png"
             return dict(lane=self._mask("lane", file, size, formats.LANE_TABLES["binary"]))
-        cv2 = formats.need_cv2()
+        cv2 = need("cv2", "vision", "drawing lanes")
         mask = np.zeros(size, np.uint8)
         rows, lanes = self.lines[path]
         for x in lanes:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llm_jax.extras import need
 from qyolop_jax.config import DETECTION
-from qyolop_jax.samples import Report, SampleError
+from qyolop_jax.samples import Report
 
 RIDER = "rider"
 CATEGORIES = {
@@ -67,14 +68,9 @@ def affinity(riders_n4, cycles_m4) -> np.ndarray:
 
 def pair_riders(riders_n4, cycles_m4) -> list[tuple[int, int]]:
     """Pairs (rider, cycle) of the largest summed affinity, each at most once, in rider order."""
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise SampleError(
-            "riders are paired with scipy, which is not installed; pip install -e '.[vision]'"
-        ) from error
+    assignment = need("scipy.optimize", "vision", "pairing riders with cycles")
     fit = affinity(riders_n4, cycles_m4)
-    rows, columns = linear_sum_assignment(fit, maximize=True)
+    rows, columns = assignment.linear_sum_assignment(fit, maximize=True)
     return [(int(i), int(j)) for i, j in zip(rows, columns, strict=True) if fit[i, j] > 0]
 
 

@@ -47,7 +47,9 @@ class Sample:
     name: str = ""
 
 
-def sample(image, boxes=None, classes=None, crowd=None, area=None, lane=None, name="") -> Sample:
+def make_sample(
+    image, boxes=None, classes=None, crowd=None, area=None, lane=None, name=""
+) -> Sample:
     """A `Sample` of the labels that are given; a task whose label is None is unlabelled."""
     image = np.asarray(image)
     ignored = np.full(image.shape[:2], IGNORE, np.uint8)
@@ -65,7 +67,7 @@ def sample(image, boxes=None, classes=None, crowd=None, area=None, lane=None, na
     )
 
 
-def check(
+def check_sample(
     sample: Sample,
     detection: Sequence[str] = DETECTION,
     area: Sequence[str] = AREA,

@@ -16,7 +16,7 @@ import numpy as np
 
 from qyolop_jax import QyolopError
 from qyolop_jax.graph import Graph, GraphError, Node
-from qyolop_jax.observe import Kind, check_percentile, observer
+from qyolop_jax.observe import ObserverKind, check_percentile, observer
 
 Scales = dict[str, jax.Array]
 """float32 [P, 2], lowest and highest value, by the tensor's name: that of the first convolution of
@@ -35,7 +35,7 @@ class QuantizeError(QyolopError):
 class Settings:
     """How to quantize. `NAIVE` is how not to."""
 
-    observer: Kind = "percentile"
+    observer: ObserverKind = "percentile"
     percentile: float = 99.99
     per_channel: bool = True
     """A scale for each output channel of a kernel, else one."""
@@ -56,7 +56,7 @@ NAIVE = Settings("absmax", per_channel=False, per_field=False, symmetric=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """Which tensors share a range, and which channels of a tensor have one of their own."""
 
     groups: dict[str, str]
@@ -74,7 +74,7 @@ def has_table(node: Node) -> bool:
     return node.act in ("silu", "hardswish")
 
 
-def plan(graph: Graph, settings: Settings) -> Plan:
+def plan_quantization(graph: Graph, settings: Settings) -> QuantizationPlan:
     """`Plan`; checks that the graph is folded and that the settings name what is there."""
     root = {}
 
@@ -113,7 +113,7 @@ def plan(graph: Graph, settings: Settings) -> Plan:
     for name in settings.keep:
         if name not in known:
             raise QuantizeError(f"no convolution {name!r} to keep in float")
-    return Plan(groups, parts)
+    return QuantizationPlan(groups, parts)
 
 
 def is_detection(graph: Graph, node: Node) -> bool:
@@ -128,7 +128,7 @@ def fields(channels: int) -> np.ndarray:
     return np.tile([0, 0, 1, 1, 2] + [3] * (each - 5), 3)
 
 
-def is_free(graph: Graph, node: Node) -> bool:
+def is_unread(graph: Graph, node: Node) -> bool:
     """Whether nothing in the graph reads it: then it may stay in float."""
     return not graph.consumers(node.name)
 
@@ -145,7 +145,7 @@ def scale_and_zero(limits_P2, symmetric: bool):
 
 def steps_of(graph: Graph, scales: Scales, settings: Settings) -> Callable:
     """name of a node, or of one with `PRE` -> (step, zero) float32, [C] each or [1]."""
-    made, cache = plan(graph, settings), {}
+    made, cache = plan_quantization(graph, settings), {}
 
     def steps(name: str):
         key = made.groups.get(name, name)

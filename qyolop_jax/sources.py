@@ -10,12 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from llm_jax.extras import need
 from qyolop_jax import QyolopError
 from qyolop_jax.augment import GREY, AugmentConfig, augment, letterbox
 from qyolop_jax.formats import ReadError
 from qyolop_jax.postprocess import Transform
-from qyolop_jax.samples import Batch, Report, Sample, SampleError, check, collate, sample
-from qyolop_jax.scenes.clutter import need_cv2
+from qyolop_jax.samples import (
+    Batch,
+    Report,
+    Sample,
+    SampleError,
+    check_sample,
+    collate,
+    make_sample,
+)
 
 TRIES = 20  # broken samples in a row that are skipped, before it is an error
 
@@ -49,24 +57,14 @@ class Feed:
             raise SourceError(f"size is {self.size}; expected multiples of 32 (height, width)")
 
 
-def _grain():
-    try:
-        import grain
-    except ImportError as error:
-        raise SourceError(
-            "batches are made with grain, which is not installed; pip install -e '.[vision]'"
-        ) from error
-    return grain
-
-
-def load(dataset: Sequence[Sample], index: int, report: Report) -> Sample:
+def load_sample(dataset: Sequence[Sample], index: int, report: Report) -> Sample:
     """The sample, or the next good one behind it where it is broken, which `report` counts."""
     count = len(dataset)
     for step in range(min(TRIES, count)):
         at = (index + step) % count
         try:
             s = dataset[at]
-            return s if isinstance(dataset, Cached) else check(s)
+            return s if isinstance(dataset, Cached) else check_sample(s)
         except (ReadError, SampleError) as error:
             report.count("broken sample skipped", f"{at}: {error}")
             last = error
@@ -114,7 +112,7 @@ def batches(
     """
     if start < 0:
         raise SourceError(f"start is {start}; expected a batch number from 0 on")
-    grain = _grain()
+    grain = need("grain", "vision", "making batches")
     report = Report() if report is None else report
     used, shares = _mixed(datasets, weights)
     picks = [
@@ -153,14 +151,14 @@ class _Make:
     def __call__(self, n: int, pick: tuple[int, int]) -> Sample:
         k, index = pick
         dataset, cfg = self.datasets[k], self.feed.augment
-        first = load(dataset, index, self.report)
+        first = load_sample(dataset, index, self.report)
         if cfg is None:
             return letterbox(first, self.feed.size)[0]
         rng = np.random.default_rng([self.feed.seed, 1, int(n)])
         samples = [first]
         if rng.random() < cfg.mosaic:
             others = rng.integers(0, len(dataset), 3)
-            samples += [load(dataset, int(i), self.report) for i in others]
+            samples += [load_sample(dataset, int(i), self.report) for i in others]
         return augment(samples, self.feed.size, rng, cfg)
 
 
@@ -173,11 +171,11 @@ def in_order(
     samples are left out and counted. Nothing is augmented, whatever the settings say.
     """
     report = Report() if report is None else report
-    grain = _grain()
+    grain = need("grain", "vision", "making batches")
 
     def one(index):
         try:
-            s = check(dataset[int(index)])
+            s = check_sample(dataset[int(index)])
         except (ReadError, SampleError) as error:
             report.count("broken sample left out", f"{int(index)}: {error}")
             return None
@@ -188,7 +186,7 @@ def in_order(
         num_threads=feed.threads,
         prefetch_buffer_size=max(feed.threads and feed.ahead, 0) * feed.batch,
     )
-    blank = sample(np.full((*feed.size, 3), GREY, np.uint8))
+    blank = make_sample(np.full((*feed.size, 3), GREY, np.uint8))
     waiting = []
     wrapped = grain.MapDataset.range(len(dataset)).map(lambda i: (one(i),))
     for (found,) in wrapped.to_iter_dataset(options):
@@ -225,7 +223,7 @@ class Cached(Sequence):
         with self._lock:
             if index in self._kept:
                 return self._kept[index]
-        s = check(self.dataset[index])
+        s = check_sample(self.dataset[index])
         if self.long_side is not None:
             s = shrunk(s, self.long_side)
         with self._lock:
@@ -234,7 +232,7 @@ class Cached(Sequence):
 
 def shrunk(s: Sample, long_side: int) -> Sample:
     """The sample with its longer side at most this many pixels; boxes below a pixel stay."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "shrinking images")
     height, width = s.image.shape[:2]
     scale = long_side / max(height, width)
     if scale >= 1:

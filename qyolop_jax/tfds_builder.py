@@ -12,24 +12,19 @@ in our values, with riders paired and lanes typed.
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from llm_jax.extras import need
 from qyolop_jax.formats import ReadError
 from qyolop_jax.readers import Bdd100k, TypedLanes
-from qyolop_jax.samples import Report, Sample, SampleError, check
-from qyolop_jax.scenes.clutter import need_cv2
+from qyolop_jax.samples import Report, Sample, SampleError, check_sample
 
-try:
-    import tensorflow_datasets as tfds
-except ImportError as error:
-    raise SampleError(
-        "tensorflow-datasets is not installed; pip install -e '.[eval]', "
-        "or use the readers in qyolop_jax.readers, which do without"
-    ) from error
+tfds: Any = need("tensorflow_datasets", "eval", "this builder")
 
 READERS = {"bdd100k": Bdd100k, "ivs": TypedLanes}
-SPLITS = ("train", "val")
+STORED_SPLITS = ("train", "val")
 
 
 class PanopticDriving(tfds.core.GeneratorBasedBuilder):
@@ -71,7 +66,7 @@ class PanopticDriving(tfds.core.GeneratorBasedBuilder):
         root = Path(dl_manager.manual_dir)
         make = READERS[self.builder_config.name]
         found, problems = {}, []
-        for split in SPLITS:
+        for split in STORED_SPLITS:
             try:
                 found[split] = make(root, split, report=self.report)
             except ReadError as error:
@@ -81,7 +76,7 @@ class PanopticDriving(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(reader) for split, reader in found.items()}
 
     def _generate_examples(self, reader):
-        cv2 = need_cv2()
+        cv2 = need("cv2", "vision", "writing a data set")
         png = lambda mask: io.BytesIO(cv2.imencode(".png", mask)[1].tobytes())
         for i, path in enumerate(reader.images):
             try:
@@ -120,7 +115,7 @@ def prepare(manual_dir, data_dir, config: str = "bdd100k") -> PanopticDriving:
     return builder
 
 
-class Stored(Sequence):
+class StoredSamples(Sequence):
     """The `Sample`s of a data source of `PanopticDriving`."""
 
     def __init__(self, source):
@@ -134,7 +129,7 @@ class Stored(Sequence):
             raise IndexError(f"sample {index} of {len(self)}")
         stored = self.source[index]
         text = stored["name"]
-        return check(
+        return check_sample(
             Sample(
                 np.asarray(stored["image"]),
                 np.asarray(stored["boxes"], np.float32).reshape(-1, 4),

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from llm_jax.extras import need
 from qyolop_jax.postprocess import Found
-from qyolop_jax.scenes.clutter import need_cv2
 
 PATCH = 100
 """An area smaller than the image divided by this is taken for its surroundings."""
@@ -24,7 +24,7 @@ def tidy(found: Found) -> Found:
 
 def commonest(mask, counts, across: int) -> np.ndarray:
     """The class that most of the pixels that count have within a square, uint8 [H, W]."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "smoothing masks")
     side = (max(1, across),) * 2
     layers = range(int(mask.max(initial=0)) + 1)
     votes = [cv2.boxFilter(((mask == c) & counts).astype(np.float32), -1, side) for c in layers]
@@ -33,7 +33,7 @@ def commonest(mask, counts, across: int) -> np.ndarray:
 
 def smoothed(mask, across: int) -> np.ndarray:
     """The commonest class around each pixel [H, W], and patches in that of their surroundings."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "smoothing masks")
     calm = commonest(mask, np.ones(mask.shape, bool), across)
     small = np.zeros(mask.shape, bool)
     for c in range(int(calm.max(initial=0)) + 1):
@@ -45,7 +45,7 @@ def smoothed(mask, across: int) -> np.ndarray:
 
 def one_kind(mask) -> np.ndarray:
     """Every group of foreground pixels that touch in its commonest kind; specks go."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "smoothing masks")
     count, where = cv2.connectedComponents((mask > 0).astype(np.uint8), connectivity=8)
     votes = np.zeros((count, int(mask.max(initial=0)) + 1), np.int64)
     np.add.at(votes, (where.ravel(), mask.ravel()), 1)

@@ -1,12 +1,12 @@
 """Trained variables in one safetensors file, with the model's description in its header."""
 
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.files import atomic_file
 from qyolop_jax import QyolopError
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.model import Panoptic
@@ -18,19 +18,16 @@ class WeightsError(QyolopError):
     """A file that is not of this model; the message says what it is."""
 
 
-def save(path: Path, cfg: ModelConfig, variables) -> None:
+def save_weights(path: Path, cfg: ModelConfig, variables) -> None:
     """Writes the variables of `Panoptic(cfg)`, whole or not at all."""
     from safetensors.numpy import save_file
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     flat = {_name(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(variables)}
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    save_file(flat, scratch, metadata={KEY: cfg.to_json()})
-    scratch.replace(path)
+    with atomic_file(path) as scratch:
+        save_file(flat, scratch, metadata={KEY: cfg.to_json()})
 
 
-def load(path: Path) -> tuple[ModelConfig, dict]:
+def load_weights(path: Path) -> tuple[ModelConfig, dict]:
     """(the model's config, its variables). Raises WeightsError for what `save` has not written."""
     from safetensors import SafetensorError, safe_open
 

@@ -11,7 +11,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,24 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
+from experiments.common.progress import bar
 from experiments.qyolop.engines import DeployError, integer_model, onnx_session, pictures
-from qyolop_jax import export, fold, integer, train
+from llm_jax.extras import MissingPackage
+from qyolop_jax import export, integer, optimization
 from qyolop_jax.config import ModelConfig
-from qyolop_jax.graph import build, count
+from qyolop_jax.fold import fold, run_folded
+from qyolop_jax.graph import build_graph, count
 from qyolop_jax.losses import LossConfig
 from qyolop_jax.model import initial
-from qyolop_jax.postprocess import predict
-from qyolop_jax.scales import DEFAULT, plan
-from qyolop_jax.scenes.generate import Scenes
+from qyolop_jax.network import INTEGER_FILE, MODEL_FILE
+from qyolop_jax.postprocess import to_predictions
+from qyolop_jax.scales import DEFAULT, plan_quantization
+from qyolop_jax.scenes import Scenes
 from qyolop_jax.sources import Feed, batches
+from qyolop_jax.training import float_loss
+from qyolop_jax.weights import load_weights
 
-MATMUL = dict(cpu=1536, gpu=8192)
+MATMUL_SIDE = dict(cpu=1536, gpu=8192)
 """Side of the square matrices of the product that sets the limit."""
 WARM = 0.05
 """Seconds of untimed calls before a timed one, at least one call: idle threads of what ran before
@@ -42,7 +48,7 @@ TRAINING_MACS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Benchmark:
+class BenchmarkNetwork:
     """Latency and throughput of one network, in every precision and engine there is here."""
 
     run: Path | None = None
@@ -86,48 +92,47 @@ class Subject:
     parameters: int
 
 
-def subject(args: Benchmark, console: Console) -> Subject:
+def subject(args: BenchmarkNetwork, console: Console) -> Subject:
     """What `--run` names, or random weights; `model` is None where there is no integer file."""
-    from experiments.qyolop import __main__ as qyolop
-
     if args.run is None:
         cfg = ModelConfig(args.width, args.activation, size=args.size or (384, 640))
         variables = initial(cfg)
-        graph, params = fold.fold(cfg, variables)
-        parts = plan(graph, DEFAULT).parts
+        graph, params = fold(cfg, variables)
+        parts = plan_quantization(graph, DEFAULT).parts
         scales = {n: jnp.asarray([[-4.0, 4.0]] * (int(p.max()) + 1)) for n, p in parts.items()}
         model, weights = integer.to_integer(graph, params, scales), "random"
     else:
-        cfg, variables = qyolop.model_of(args.run)
+        folder = args.run.expanduser()
+        cfg, variables = load_weights(folder / MODEL_FILE if folder.is_dir() else folder)
         cfg, weights = dataclasses.replace(cfg, size=args.size or cfg.size), str(args.run)
-        folder = args.run if args.run.is_dir() else args.run.parent
+        folder = folder if folder.is_dir() else folder.parent
         try:
-            model = integer_model(folder / qyolop.INTEGERS)
+            model = integer_model(folder / INTEGER_FILE)
         except DeployError as error:
             console.print(f"int8 is left out: {error}", style="yellow", soft_wrap=True)
             model = None
-    parameters, macs = count(build(cfg), cfg.size).total()
+    parameters, macs = count(build_graph(cfg), cfg.size).total()
     return Subject(cfg, variables, model, weights, macs, parameters)
 
 
 def forwards(s: Subject, batch: int, console: Console):
     """Every (engine, precision, function of one of `batch` images to raw outputs on the device)."""
-    graph, params = fold.fold(s.cfg, s.variables)
+    graph, params = fold(s.cfg, s.variables)
     images = np.resize(pictures(min(batch, 4), s.cfg.size), (batch, *s.cfg.size, 3))
     there = jax.device_put(images)
     for dtype in (jnp.float32, jnp.bfloat16):
         cast = jax.tree.map(lambda a, dtype=dtype: a.astype(dtype), params)
-        run = lambda p, x, dtype=dtype: fold.run(graph, p, x, dtype)
+        run = lambda p, x, dtype=dtype: run_folded(graph, p, x, dtype)
         yield "jax", jnp.dtype(dtype).name, run, (cast, there)
     if s.model is not None:
-        yield "jax", "int8", integer.run, (s.model, there)
+        yield "jax", "int8", integer.run_integer, (s.model, there)
     makes = dict(float32=lambda: export.float_onnx(graph, params, s.cfg.size))
     if s.model is not None:
         makes["int8"] = lambda: export.integer_onnx(s.model, s.cfg.size)
     for precision, make in makes.items():
         try:
             session = onnx_session(make().SerializeToString())
-        except ImportError as error:
+        except MissingPackage as error:
             console.print(f"onnxruntime is left out: {error}", style="yellow", soft_wrap=True)
             return
         yield "onnxruntime", precision, session, (images,)
@@ -136,7 +141,7 @@ def forwards(s: Subject, batch: int, console: Console):
 def inference(s: Subject, batch: int, console: Console):
     """The `Way`s of one batch size, each with and without post-processing; what fails is told."""
     on_gpu = jax.default_backend() == "gpu"
-    finish = lambda raw: predict(raw, s.cfg)
+    finish = lambda raw: to_predictions(raw, s.cfg)
     for engine, precision, run, arguments in forwards(s, batch, console):
         if engine == "jax":
             raw = jax.jit(run)
@@ -163,13 +168,13 @@ def cpu():
 
 def training(s: Subject, batch: int):
     """A `Way` a precision of one optimization step; the batch is on the device already."""
-    mesh, config = train.devices_for(batch), train.Optimization()
+    mesh, config = optimization.devices_for(batch), optimization.OPTIMIZATION
     stream = batches(dict(scenes=Scenes(min(batch, 16), s.cfg.size)), Feed(s.cfg.size, batch))
-    data = train.placed(next(stream), mesh, split=True)
+    data = optimization.placed(next(stream), mesh, split=True)
     for dtype in (jnp.float32, jnp.bfloat16):
-        step = train.make_step(train.float_loss(s.cfg, LossConfig(), dtype), config)
-        state = train.new_state(s.variables, train.optimizer(config))
-        held = [train.placed(state, mesh)]  # a step donates it
+        step = optimization.make_step(float_loss(s.cfg, LossConfig(), dtype), config)
+        state = optimization.new_state(s.variables, optimization.optimizer(config))
+        held = [optimization.placed(state, mesh)]  # a step donates it
 
         def call(step=step, held=held):
             held[0], parts = step(held[0], data, jnp.float32(1e-6))
@@ -187,9 +192,9 @@ def products():
     device, kinds = jax.devices()[0], dict(float32=jnp.float32)
     if backend == "gpu":
         kinds |= dict(bfloat16=jnp.bfloat16, int8=jnp.int8)
-    cases = [(name, kind, device, MATMUL.get(backend, 4096)) for name, kind in kinds.items()]
+    cases = [(name, kind, device, MATMUL_SIDE.get(backend, 4096)) for name, kind in kinds.items()]
     if backend == "gpu":  # onnxruntime's
-        cases.append(("cpu float32", jnp.float32, cpu(), MATMUL["cpu"]))
+        cases.append(("cpu float32", jnp.float32, cpu(), MATMUL_SIDE["cpu"]))
     for name, kind, place, n in cases:
         wide = jnp.int32 if kind == jnp.int8 else kind
         a = jax.device_put(np.ones((n, n), np.int8), place).astype(kind)
@@ -230,7 +235,7 @@ def turns(ways, repeats: int, step) -> list[list[float]]:
     return took
 
 
-def rows_of(ways, took) -> list[dict]:
+def speed_rows(ways, took) -> list[dict]:
     """Records without what is the same for all: times, rates, and ratios."""
     best = {w.key["precision"]: w.macs / min(t) for w, t in zip(ways, took) if "side" in w.key}
     rows = []
@@ -252,9 +257,7 @@ def rows_of(ways, took) -> list[dict]:
     return rows
 
 
-def main(args: Benchmark, console: Console) -> int:
-    from experiments.qyolop import __main__ as qyolop
-
+def benchmark_command(args: BenchmarkNetwork, console: Console) -> int:
     if args.repeats < 1 or min((1, *args.batch, *args.train_batch)) < 1:
         raise DeployError("repeats and batches are 1 or more")
     s = subject(args, console)
@@ -269,24 +272,24 @@ def main(args: Benchmark, console: Console) -> int:
         ways += inference(s, batch, console)
     for batch in args.train_batch:
         ways += training(s, batch)
-    with qyolop.bar(console, "Compiling", len(ways)) as step:
+    with bar(console, "Compiling", len(ways)) as step:
         ways = warmed(ways, step, console)
-    with qyolop.bar(console, "Timing", len(ways) * args.repeats) as step:
-        rows = rows_of(ways, turns(ways, args.repeats, step))
+    with bar(console, "Timing", len(ways) * args.repeats) as step:
+        rows = speed_rows(ways, turns(ways, args.repeats, step))
     same = dict(
         weights=s.weights, width=s.cfg.width, activation=s.cfg.activation, size=s.cfg.size,
         parameters=s.parameters, macs=s.macs, devices=len(jax.devices()),
-        environment=environment(),
+        environment=_environment(),
     )  # fmt: skip
     for r in rows:
         r["device"] = device if r["engine"] == "jax" and "cpu" not in r["precision"] else "cpu"
         if args.output:
             records.append(args.output, r | same)
-    show(rows, console)
+    _print_speed(rows, console)
     return 0
 
 
-def environment() -> dict:
+def _environment() -> dict[str, Any]:
     found = records.environment()
     for name in ("onnxruntime", "onnx", "flax", "optax"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -294,7 +297,7 @@ def environment() -> dict:
     return found
 
 
-def show(rows: list[dict], console: Console) -> None:
+def _print_speed(rows: list[dict], console: Console) -> None:
     limits = [
         f"{r['precision']} {r['gmacs_per_second']:,.0f} GMAC/s ({r['side']}x{r['side']})"
         for r in rows if r["task"] == "matmul"

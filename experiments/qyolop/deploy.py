@@ -1,34 +1,36 @@
 """Trained models made ready for use: in 8 bits without training, as StableHLO, as ONNX."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from rich.console import Console
 
 from experiments.common import records
-from experiments.qyolop import sensitivity as qyolop_sensitivity
-from experiments.qyolop.engines import DeployError, checked, integer_model
+from experiments.common.progress import Bar, bar
+from experiments.qyolop.datasets import HELD_OUT_SEED, dataset
+from experiments.qyolop.engines import DeployError, check_export, integer_model
+from experiments.qyolop.evaluate import latency, print_report, print_scores
+from experiments.qyolop.sensitivity import Case, measure_sensitivity
 from llm_jax.files import atomic_file
-from qyolop_jax import export, fold, integer, quantize
-from qyolop_jax.evaluate import evaluate, float_forward
-from qyolop_jax.export import ExportError
-from qyolop_jax.graph import GraphError
-from qyolop_jax.observe import Kind, ObserveError
+from qyolop_jax import export, integer
+from qyolop_jax.config import ModelConfig
+from qyolop_jax.evaluation import evaluate
+from qyolop_jax.fold import fold, run_folded
+from qyolop_jax.network import INTEGER_FILE, MODEL_FILE, Network, float_forward
+from qyolop_jax.observe import ObserverKind
+from qyolop_jax.quantize import calibrate_scales
 from qyolop_jax.samples import Report
-from qyolop_jax.scales import QuantizeError, Settings, plan
-from qyolop_jax.scenes.generate import Scenes
+from qyolop_jax.scales import Settings, plan_quantization
+from qyolop_jax.scenes import Scenes
 from qyolop_jax.sources import Cached, Feed, batches
+from qyolop_jax.weights import load_weights
 
 BATCH = 8
-"""Images that are calibrated with at a time."""
-
-ERRORS = (
-    DeployError, ExportError, GraphError, integer.IntegerError, ObserveError, QuantizeError,
-)  # fmt: skip
+"""Images in a batch of the calibration."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +40,13 @@ class Quantize:
     run: Path
     """Folder of `train`, or a model.safetensors."""
     data: tuple[str, ...] = ("scenes",)
-    """Data sets as `train` names them; their training images are calibrated with."""
+    """Data sets as `train` names them; ranges are taken from their training images."""
     data_dir: Path | None = None
     scenes: int = 256
-    """Generated scenes, if that is the data."""
+    """Number of generated scenes, if that is the data."""
     images: int = 64
-    """To calibrate with."""
-    observer: Kind = "percentile"
+    """Number of images to calibrate with."""
+    observer: ObserverKind = "percentile"
     """How a range follows from the values seen."""
     percentile: float = 99.99
     per_tensor: bool = False
@@ -58,7 +60,7 @@ class Quantize:
     evaluate: bool = False
     """Score the model on validation data before and after."""
     held_out: int = 64
-    """Generated scenes to score on."""
+    """Number of generated scenes to score on."""
     seed: int = 0
     output: Path | None = None
     """Default: model-int8.safetensors beside the model; model-int8-ptq if that is there."""
@@ -79,27 +81,27 @@ class Export:
 
 
 def quantize_command(args: Quantize, console: Console) -> int:
-    from experiments.qyolop import __main__ as qyolop
-
-    source = args.run / qyolop.MODEL if args.run.is_dir() else args.run
-    cfg, variables = qyolop.model_of(args.run)
+    """Calibrates, writes the integer network, and measures what was asked for."""
+    run = args.run.expanduser()
+    source = run / MODEL_FILE if run.is_dir() else run
+    cfg, variables = load_weights(source)
     if args.images < 1:
         raise DeployError(f"{args.images} images to calibrate with; expected at least 1")
     settings = Settings(
         args.observer, args.percentile, not args.per_tensor, symmetric=args.symmetric,
         keep=args.keep,
     )  # fmt: skip
-    graph, params = fold.fold(cfg, variables)
-    plan(graph, settings)  # a wrong name in `keep` is an error now, not in a minute
+    graph, params = fold(cfg, variables)
+    plan_quantization(graph, settings)  # a wrong name in `keep` is an error now, not in a minute
     report = Report()
     few = list(calibration(args, cfg, report))
     total = sum(len(batch["image"]) for batch in few)
-    with qyolop.bar(console, f"Calibrating with {total} images", total) as step:
-        scales = quantize.calibrate(graph, params, _counted(few, step), settings)
+    with bar(console, f"Calibrating with {total} images", total) as step:
+        scales = calibrate_scales(graph, params, _counted(few, step), settings)
     model = integer.to_integer(graph, params, scales, settings, cfg)
-    target = args.output or free_name(source.parent / qyolop.INTEGERS, console)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    integer.save(model, target)
+    target = args.output or _free_name(source.parent / INTEGER_FILE, console)
+    network = Network(cfg, integer.run_integer, model)
+    network.save(target)
     before, after = source.stat().st_size, target.stat().st_size
     console.print(
         f"Written: {target}, {before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after: "
@@ -111,21 +113,19 @@ def quantize_command(args: Quantize, console: Console) -> int:
         environment=records.environment(), device=jax.devices()[0].device_kind,
     )  # fmt: skip
     if args.sensitivity:
-        case = qyolop_sensitivity.Case(graph, params, scales, settings)
-        qyolop_sensitivity.run(case, few[:2], target.parent, about, console)
+        case = Case(graph, params, scales, settings)
+        measure_sensitivity(case, few[:2], target.parent, about, console)
     if args.evaluate:
-        ways = [
-            ("float32", float_forward(cfg), variables, before), ("int8", integer.run, model, after)
-        ]  # fmt: skip
-        for r in (rows := scores(args, cfg, ways, report, console)):
+        floats = Network(cfg, float_forward(cfg), variables)
+        ways = [("float32", floats, before), ("int8", network, after)]
+        for r in (rows := _scores(args, ways, report, console)):
             records.append(target.with_suffix(".jsonl"), r | about)
-        qyolop.print_scores(console, rows)
-    if report:
-        console.print(str(report), style="dim", highlight=False)
+        print_scores(console, rows)
+    print_report(console, report)
     return 0
 
 
-def free_name(path: Path, console: Console) -> Path:
+def _free_name(path: Path, console: Console) -> Path:
     """`path`, or one beside it: `train` leaves a better model there, which is not to be lost."""
     if not path.exists():
         return path
@@ -136,10 +136,12 @@ def free_name(path: Path, console: Console) -> Path:
     return path.with_stem(path.stem + "-ptq")
 
 
-def calibration(args: Quantize, cfg, report: Report) -> Iterator[dict]:
-    """Letterboxed batches of `args.images` training images, or of as many as there are."""
+def calibration(
+    args: Quantize, cfg: ModelConfig, report: Report
+) -> Iterator[dict[str, np.ndarray]]:
+    """Letterboxed batches of `args.images` training images, or of all where there are fewer."""
     drawn = Scenes(args.scenes, cfg.size, args.seed)
-    used = {n: _dataset(n, "train", args, drawn, report) for n in args.data}
+    used = {n: dataset(n, "train", args.data_dir, drawn, report) for n in args.data}
     used = {n: Cached(d, 2 * max(cfg.size)) for n, d in used.items()}
     left = min(args.images, sum(map(len, used.values())))
     stream = batches(used, Feed(cfg.size, BATCH, seed=args.seed), report=report)
@@ -149,15 +151,7 @@ def calibration(args: Quantize, cfg, report: Report) -> Iterator[dict]:
         left -= BATCH
 
 
-def _dataset(name, split, args, drawn, report):
-    from experiments.qyolop import __main__ as qyolop
-
-    if name not in ("scenes", *qyolop.FOLDERS):
-        raise DeployError(f"no data set {name!r}; there are scenes, {', '.join(qyolop.FOLDERS)}")
-    return qyolop.dataset(name, split, args.data_dir, drawn, report)
-
-
-def _counted(few, step):
+def _counted(few: Sequence[dict], step: Bar) -> Iterator[dict]:
     done = 0
     for batch in few:
         yield batch
@@ -165,18 +159,18 @@ def _counted(few, step):
         step(done)
 
 
-def scores(args: Quantize, cfg, ways, report: Report, console: Console) -> list[dict]:
-    """A row of scores for each of `ways` (name, forward, values, bytes) and each data set."""
-    from experiments.qyolop import __main__ as qyolop
-
+def _scores(
+    args: Quantize, ways: Sequence[tuple[str, Network, int]], report: Report, console: Console
+) -> list[dict[str, Any]]:
+    """A row of scores for each of `ways` (name, network, bytes) and each data set."""
     rows = []
     for data in args.data:
-        drawn = Scenes(args.held_out, cfg.size, qyolop.HELD_OUT)
-        held = Cached(_dataset(data, "val", args, drawn, report))
-        for name, forward, values, size in ways:
-            with qyolop.bar(console, f"{name}: {data} val", len(held)) as step:
-                found = evaluate(forward, values, held, cfg, report=report, progress=step)
-            seconds = qyolop.latency(forward, values, cfg)
+        drawn = Scenes(args.held_out, ways[0][1].cfg.size, HELD_OUT_SEED)
+        held = Cached(dataset(data, "val", args.data_dir, drawn, report))
+        for name, network, size in ways:
+            with bar(console, f"{name}: {data} val", len(held)) as step:
+                found = evaluate(network, held, report=report, progress=step)
+            seconds = latency(network)
             rows.append(
                 dict(model=name, data=data, split="val", result=found, bytes=size, seconds=seconds)
             )
@@ -184,48 +178,40 @@ def scores(args: Quantize, cfg, ways, report: Report, console: Console) -> list[
 
 
 def export_command(args: Export, console: Console) -> int:
-    from experiments.qyolop import __main__ as qyolop
-
+    """Writes the file and runs it once; nothing is written where it differs from the model."""
     path, size = args.run.expanduser(), args.size
     if args.precision == "int8":
-        path = path / qyolop.INTEGERS if path.is_dir() else path
+        path = path / INTEGER_FILE if path.is_dir() else path
         model = integer_model(path)
-        forward = lambda images: integer.run(model, images)
+        forward = lambda images: integer.run_integer(model, images)
         onnx = lambda: export.integer_onnx(model, size)
         steps = {n: np.asarray(p["step"]) for n, p in model.outputs.items()}
         mixed = any("factor" not in layer for layer in model.layers.values())
         if size is None:
-            beside = path.parent / qyolop.MODEL
+            beside = path.parent / MODEL_FILE
             if not beside.is_file():
                 raise DeployError(f"{path} does not say its size, and {beside} is not there; "
                                   "give --size HEIGHT WIDTH")  # fmt: skip
-            size = qyolop.model_of(beside)[0].size
+            size = load_weights(beside)[0].size
     else:
-        path = path / qyolop.MODEL if path.is_dir() else path
-        cfg, variables = qyolop.model_of(path)
-        graph, params = fold.fold(cfg, variables)
+        path = path / MODEL_FILE if path.is_dir() else path
+        cfg, variables = load_weights(path)
+        graph, params = fold(cfg, variables)
         size, steps, mixed = size or cfg.size, {}, True
-        forward = lambda images: fold.run(graph, params, images)
+        forward = lambda images: run_folded(graph, params, images)
         onnx = lambda: export.float_onnx(graph, params, size)
     end = ".onnx" if args.format == "onnx" else ".stablehlo"
     stem = path.stem if args.precision == "int8" else f"{path.stem}-float32"
     target = args.output or path.parent / (stem + end)
     with console.status(f"Exporting {path}"), atomic_file(target) as scratch:
         if args.format == "onnx":
-            scratch.write_bytes(_needs("onnx", onnx).SerializeToString())
+            scratch.write_bytes(onnx().SerializeToString())
         else:
             scratch.write_bytes(export.serialize(forward, size))
-        said = checked(scratch, args.format, args.precision, forward, size, steps, mixed)
+        said = check_export(scratch, args.format, args.precision, forward, size, steps, mixed)
     console.print(
         f"Written: {target}, {target.stat().st_size / 1e6:.2f} MB, any batch of {size[0]}x{size[1]}"
         f"\n{said}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return 0
-
-
-def _needs(package: str, make):
-    try:
-        return make()
-    except ImportError as error:
-        raise DeployError(f"{error}; pip install '{package}', or -e '.[vision]'") from error

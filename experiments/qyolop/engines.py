@@ -1,14 +1,17 @@
 """Trained models as other programs run them, and whether those compute the same."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.common.cli import UserError
+from llm_jax.extras import MissingPackage, need
 from qyolop_jax import export, integer, quantize
-from qyolop_jax.scenes.generate import scene
+from qyolop_jax.scenes import scene
 
 EXACT = 1e-3
 """Share of 8-bit outputs that onnxruntime may round otherwise."""
@@ -28,25 +31,34 @@ def integer_model(path: Path) -> integer.IntegerModel:
             "`quantize --run` makes one of a float model"
         )
     try:
-        return integer.load(path)
+        return integer.load_integer_model(path)
     except integer.IntegerError as error:
         raise DeployError(f"{error}; or make it again with `quantize --run`") from error
 
 
-def checked(path: Path, form: str, precision: str, forward, size, steps, mixed: bool):
-    """What came of running the file on two scenes. DeployError if it is not the model.
+def check_export(
+    path: Path,
+    form: str,
+    precision: str,
+    forward: Callable[[jax.Array], dict[str, jax.Array]],
+    size: tuple[int, int],
+    steps: dict[str, np.ndarray],
+    mixed: bool,
+) -> str:
+    """Runs an exported file on two scenes and says how it compares. DeployError if it differs.
 
-    `steps` are those of 8-bit outputs; `mixed` says that some convolutions sum floats.
+    `steps` are the sizes of a step of 8-bit outputs; `mixed` says that some convolutions add
+    floats, so that equal bits cannot be expected.
     """
     images = pictures(2, size)
     want = {n: np.asarray(a) for n, a in jax.jit(forward)(jnp.asarray(images)).items()}
-    alike = lambda found, by: compared(want, found, by, precision, steps, mixed)
+    alike = lambda found, by: _compared(want, found, by, precision, steps, mixed)
     if form == "stablehlo":
         return alike(export.deserialize(path.read_bytes())(jnp.asarray(images)), "jax.export")
     try:
         found = onnx_session(path.read_bytes())(images)
-    except ImportError:
-        return "Not run: onnxruntime is not installed (pip install onnxruntime)"
+    except MissingPackage as error:
+        return f"Not run: {error}"
     try:
         return alike(found, "onnxruntime")
     except DeployError:
@@ -56,7 +68,7 @@ def checked(path: Path, form: str, precision: str, forward, size, steps, mixed: 
         return f"{said}, but only with session.x64quantprecision=1: this processor has no VNNI"
 
 
-def compared(want, found, by: str, precision: str, steps, mixed: bool) -> str:
+def _compared(want: dict, found: dict, by: str, precision: str, steps: dict, mixed: bool) -> str:
     if set(found) != set(want):
         raise DeployError(f"{by} gives {sorted(found)}; expected {sorted(want)}")
     said = {}
@@ -87,14 +99,13 @@ def pictures(count: int, size: tuple[int, int]) -> np.ndarray:
     return np.stack([scene(i, (max(H, 64), max(W, 64))).image[:H, :W] for i in range(count)])
 
 
-def onnx_session(data: bytes, precise: bool = False):
+def onnx_session(data: bytes, precise: bool = False) -> Callable[[Any], dict[str, np.ndarray]]:
     """A function of uint8 images [B, H, W, 3] to {output: array}, by onnxruntime on the CPU.
 
-    `precise` is for processors without VNNI, on which it cuts sums of products off at 16 bits, and
-    slower on all.
+    `precise` is for processors without VNNI: there onnxruntime otherwise cuts off sums of products
+    at 16 bits. It is slower on every processor. MissingPackage without onnxruntime.
     """
-    import onnxruntime
-
+    onnxruntime = need("onnxruntime", "vision", "running ONNX")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.x64quantprecision", "1" if precise else "0")

@@ -1,26 +1,26 @@
 """What a trained model sees in images, folders and videos, drawn over them and as labels."""
 
+import collections
 import dataclasses
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from rich.console import Console
 
 from experiments.common.cli import UserError
+from experiments.common.progress import bar
+from llm_jax.extras import need
+from llm_jax.files import atomic_file
 from qyolop_jax import draw
-from qyolop_jax.augment import letterbox_image
-from qyolop_jax.config import IGNORE, ModelConfig
-from qyolop_jax.evaluate import predictor
 from qyolop_jax.formats import Bdd100kWriter, read_image
-from qyolop_jax.postprocess import to_original
-from qyolop_jax.readers import SUFFIXES
-from qyolop_jax.scenes.clutter import need_cv2
+from qyolop_jax.network import Network, load
+from qyolop_jax.postprocess import Found
+from qyolop_jax.readers import IMAGE_SUFFIXES
 from qyolop_jax.tidy import tidy
 
 ROADS = Path(__file__).parents[1] / "checkpoints" / "roads-int8.safetensors"
+"""The network for roads: in the repository, not in the wheel; non-commercial, as its data is."""
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
@@ -35,7 +35,8 @@ class Predict:
     input: Path
     """An image, a folder of images, or a video."""
     run: Path = ROADS
-    """Folder of `train`, or a file of `train` or `quantize`; default: what comes with this."""
+    """Folder of `train`, or a file of `train` or `quantize`; default: the network for roads that a
+    clone of the repository has (non-commercial, as its data is)."""
     output: Path | None = None
     """A folder; for a video also a file name that ends in .mp4. Default: beside the run."""
     conf: float = 0.3
@@ -47,45 +48,33 @@ class Predict:
     """Write BDD100K-format JSON and masks too (not for videos)."""
 
 
-def pair(batch, p, b: int, cfg: ModelConfig):
-    """(labels drawn over an image, predictions over the same), for a panel.
-
-    Predicted masks are left out where none is labelled, as in the padding.
-    """
-    image, real, ours = batch["image"][b], batch["valid"][b], p.valid[b]
-    nothing = (batch["area"][b] == IGNORE) & (batch["lane"][b] == IGNORE)
-    truth = SimpleNamespace(
-        boxes=batch["boxes"][b][real], classes=batch["classes"][b][real],
-        crowd=batch["crowd"][b][real], area=batch["area"][b], lane=batch["lane"][b],
-    )  # fmt: skip
-    found = SimpleNamespace(
-        boxes=p.boxes[b][ours], classes=p.classes[b][ours], scores=p.scores[b][ours],
-        area=np.where(nothing, 0, p.area[b]), lane=np.where(nothing, 0, p.lane[b]),
-    )  # fmt: skip
-    return [draw.overlay(image, found_, cfg, conf=0.2, width=640) for found_ in (truth, found)]
-
-
-def main(args: Predict, cfg: ModelConfig, forward, values, console: Console) -> int:
+def predict_command(args: Predict, console: Console) -> int:
+    """Runs the network over the input and writes what it finds."""
+    if args.run == ROADS and not ROADS.is_file():
+        raise PredictError(
+            f"{ROADS} is not there: the network for roads is part of the repository alone "
+            "(experiments/checkpoints, for non-commercial use, as its data's terms say), not of an "
+            "installed package. Run this in a clone of the repository, or give --run"
+        )
+    network = load(args.run)
     path = args.input.expanduser()
     if not path.exists():
         raise PredictError(f"there is no {path}")
-    both = predictor(forward, cfg, min(args.conf, 0.05))
-    run = lambda images: both(values, images)
     if path.suffix.lower() in VIDEOS:
-        return video(args, path, run, cfg, console)
+        return _video(args, path, network, console)
     files = [path] if path.is_file() else sorted(
-        f for f in path.iterdir() if f.suffix.lower() in SUFFIXES
+        f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES
     )  # fmt: skip
-    if not files or files[0].suffix.lower() not in SUFFIXES:
+    if not files or files[0].suffix.lower() not in IMAGE_SUFFIXES:
         raise PredictError(
-            f"{path}: expected {', '.join(SUFFIXES + VIDEOS)}, or a folder of images"
+            f"{path}: expected {', '.join(IMAGE_SUFFIXES + VIDEOS)}, or a folder of images"
         )
     folder = args.output or Path("runs") / f"predict-{path.stem}"
-    writer = Bdd100kWriter(folder, "val", cfg.detection)
+    writer = Bdd100kWriter(folder, "val", network.cfg.detection)
     images = ((f.name, read_image(f)) for f in files)
-    with progress(console, len(files)) as step:
-        for n, (name, image, found) in enumerate(_found(images, run, cfg, args), 1):
-            draw.save(folder / f"{Path(name).stem}.png", drawn(image, found, cfg, args))
+    with bar(console, "Predicting", len(files)) as step:
+        for n, (name, image, found) in enumerate(_found(images, network, args), 1):
+            draw.save_image(folder / f"{Path(name).stem}.png", _drawn(image, found, network, args))
             if args.labels:
                 writer.add(name, found)
             step(n)
@@ -95,8 +84,8 @@ def main(args: Predict, cfg: ModelConfig, forward, values, console: Console) -> 
     return 0
 
 
-def video(args, path, run, cfg, console) -> int:
-    cv2 = need_cv2()
+def _video(args: Predict, path: Path, network: Network, console: Console) -> int:
+    cv2 = need("cv2", "vision", "reading a video")
     reader = cv2.VideoCapture(str(path))
     if not reader.isOpened():
         raise PredictError(f"{path} cannot be read as a video")
@@ -104,10 +93,8 @@ def video(args, path, run, cfg, console) -> int:
     target = args.output or Path("runs") / f"predict-{path.stem}.mp4"
     if target.suffix.lower() != ".mp4":
         target = target / f"{path.stem}.mp4"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{os.getpid()}-{target.name}")
 
-    def frames():
+    def frames() -> Iterator[tuple[str, np.ndarray]]:
         n = 0
         while True:
             there, frame = reader.read()
@@ -117,50 +104,37 @@ def video(args, path, run, cfg, console) -> int:
             n += 1
 
     writer, count = None, 0
-    total = int(reader.get(cv2.CAP_PROP_FRAME_COUNT))
-    with progress(console, total) as step:
-        for _, image, found in _found(frames(), run, cfg, args):
-            shown = drawn(image, found, cfg, args)
+    total = max(int(reader.get(cv2.CAP_PROP_FRAME_COUNT)), 1)
+    with atomic_file(target) as scratch, bar(console, "Predicting", total) as step:
+        for _, image, found in _found(frames(), network, args):
+            shown = _drawn(image, found, network, args)
             if writer is None:
                 size = shown.shape[1], shown.shape[0]
                 writer = cv2.VideoWriter(str(scratch), cv2.VideoWriter_fourcc(*"mp4v"), rate, size)
             writer.write(np.ascontiguousarray(shown[..., ::-1]))
             count += 1
             step(count)
-    if writer is None:
-        raise PredictError(f"{path} has no frames")
-    writer.release()
-    scratch.replace(target)
+        if writer is None:
+            raise PredictError(f"{path} has no frames")
+        writer.release()
     console.print(f"Written: {count} frames in {target}", highlight=False)
     return 0
 
 
-def progress(console: Console, total: int):
-    from experiments.qyolop.__main__ import bar
-
-    return bar(console, "Predicting", max(total, 1))
+def _drawn(image: np.ndarray, found: Found, network: Network, args: Predict) -> np.ndarray:
+    return draw.overlay(image, tidy(found) if args.tidy else found, network.cfg, args.conf)
 
 
-def drawn(image, found, cfg: ModelConfig, args: Predict) -> np.ndarray:
-    return draw.overlay(image, tidy(found) if args.tidy else found, cfg, args.conf)
+def _found(
+    images: Iterable[tuple[str, np.ndarray]], network: Network, args: Predict
+) -> Iterator[tuple[str, np.ndarray, Found]]:
+    """(name, image, what was found in it) of each, `args.batch` at a time."""
+    waiting: collections.deque[tuple[str, np.ndarray]] = collections.deque()
 
+    def pixels() -> Iterator[np.ndarray]:
+        for item in images:
+            waiting.append(item)
+            yield item[1]
 
-def _found(images, run, cfg: ModelConfig, args) -> Iterator:
-    """(name, image, `postprocess.Found` at its original size) of each, `args.batch` at a time."""
-    waiting = []
-
-    def flush():
-        boxed = [letterbox_image(image, cfg.size) for _, image in waiting]
-        stack = np.stack([b for b, _ in boxed])
-        full = np.concatenate([stack, np.repeat(stack[-1:], args.batch - len(stack), 0)])
-        p = run(full)
-        for b, (name, image) in enumerate(waiting):
-            yield name, image, to_original(p, b, boxed[b][1])
-
-    for item in images:
-        waiting.append(item)
-        if len(waiting) == args.batch:
-            yield from flush()
-            waiting = []
-    if waiting:
-        yield from flush()
+    for found in network.stream(pixels(), min(args.conf, 0.05), args.batch):
+        yield *waiting.popleft(), found

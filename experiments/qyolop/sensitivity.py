@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
+from experiments.common.progress import bar
 from llm_jax.files import atomic_file
 from qyolop_jax import quantize
 from qyolop_jax.graph import Graph
 from qyolop_jax.scales import Scales, Settings
 
-SHOWN, DRAWN = 12, 30
+ROWS_SHOWN, BARS_DRAWN = 12, 30
 TRIED = 3
-"""Convolutions that are tried in float."""
+"""Number of convolutions that are tried in float."""
 WORTH = 1.0
 """dB that the worst output must gain for a suggestion."""
 
@@ -35,41 +36,42 @@ class Case:
     settings: Settings
 
 
-def run(case: Case, batches: Sequence, folder: Path, about: dict, console: Console) -> dict:
-    """Measures, prints, and leaves sensitivity.jsonl (a line a run) and sensitivity.png.
+def measure_sensitivity(
+    case: Case, batches: Sequence, folder: Path, about: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Measures, prints, and writes sensitivity.jsonl (one line per run) and sensitivity.png.
 
-    The line holds dB of every convolution alone, "alone" {name: dB}; of all at once by output,
-    "all"; the same with the worst in float, "kept" and "with_kept"; and with all in float, "most",
-    where what is passed on still has 8 bits: more no --keep can bring.
+    The line holds signal-to-noise ratios in dB: with 8 bits in one convolution alone, "alone"
+    {name: dB}; with 8 bits everywhere, by output, "all"; the same with the worst convolutions
+    ("kept") in float, "with_kept"; and with all of them in float, "most", where only the tensors
+    between them have 8 bits: no --keep can do better.
     """
-    from experiments.qyolop import __main__ as qyolop
-
     total = len(case.graph.convs) * len(batches)
-    with qyolop.bar(console, "Sensitivity of every convolution", total) as step:
+    with bar(console, "Sensitivity of every convolution", total) as step:
         alone = quantize.sensitivity(
             case.graph, case.params, case.scales, batches, case.settings, progress=step
         )
-    ranked = sorted(alone, key=alone.get)
+    ranked = sorted(alone, key=lambda name: alone[name])
     tried = tuple([n for n in ranked if n not in case.settings.keep][:TRIED])
     more = dataclasses.replace(case.settings, keep=case.settings.keep + tried)
     every = dataclasses.replace(case.settings, keep=tuple(alone))
-    before, after, most = (noise(case, s, batches) for s in (case.settings, more, every))
+    before, after, most = (output_noise(case, s, batches) for s in (case.settings, more, every))
     found = dict(alone=alone, all=before, kept=more.keep, with_kept=after, most=most)
     records.append(folder / "sensitivity.jsonl", found | about)
-    show(case, ranked, found, console)
+    _print_sensitivity(case, ranked, found, console)
     if min(after.values()) - min(before.values()) > WORTH:
         console.print(f"These help: --keep {' '.join(more.keep)}", highlight=False, soft_wrap=True)
     else:
         console.print("No --keep suggested: the noise is not of these alone", highlight=False)
-    written = [str(folder / "sensitivity.jsonl"), *plot(alone, folder)]
+    written = [str(folder / "sensitivity.jsonl"), *plot_sensitivity(alone, folder)]
     console.print(f"Written: {', '.join(written)}", style="dim", highlight=False, soft_wrap=True)
     return found
 
 
-def noise(case: Case, settings: Settings, batches) -> dict[str, float]:
+def output_noise(case: Case, settings: Settings, batches: Sequence) -> dict[str, float]:
     """Signal-to-noise ratio of every output in dB, all convolutions quantized; over all batches."""
-    exact = jax.jit(lambda p, x: quantize.tensors(case.graph, p, x)[0])
-    ours = jax.jit(lambda p, s, x: quantize.forward(case.graph, p, s, x, settings))
+    exact = jax.jit(lambda p, x: quantize.float_tensors(case.graph, p, x)[0])
+    ours = jax.jit(lambda p, s, x: quantize.simulated_forward(case.graph, p, s, x, settings))
     found: dict[str, list] = {name: [] for name in case.graph.outputs}
     for batch in batches:
         x = jnp.asarray(quantize.images_of(batch))
@@ -79,11 +81,11 @@ def noise(case: Case, settings: Settings, batches) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def show(case: Case, ranked, found: dict, console: Console) -> None:
+def _print_sensitivity(case: Case, ranked: list[str], found: dict, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("convolution", "kernel", "8 bits in it alone, dB", "kB more in float"):
         table.add_column(name, justify="left" if name == "convolution" else "right")
-    for name in ranked[:SHOWN]:
+    for name in ranked[:ROWS_SHOWN]:
         shape = case.params[name]["kernel"].shape
         table.add_row(
             name, "x".join(map(str, shape)), f"{found['alone'][name]:.1f}",
@@ -100,7 +102,7 @@ def show(case: Case, ranked, found: dict, console: Console) -> None:
     console.print(table)
 
 
-def plot(alone: dict[str, float], folder: Path) -> list[str]:
+def plot_sensitivity(alone: dict[str, float], folder: Path) -> list[str]:
     """The path of a PNG, the most sensitive convolutions as bars; none without matplotlib."""
     try:
         import matplotlib
@@ -109,7 +111,7 @@ def plot(alone: dict[str, float], folder: Path) -> list[str]:
         return []
     from experiments.common.plots import METHODS, STYLE
 
-    rows = sorted((v, n) for n, v in alone.items() if math.isfinite(v))[:DRAWN]
+    rows = sorted((v, n) for n, v in alone.items() if math.isfinite(v))[:BARS_DRAWN]
     if not rows:
         return []
     with matplotlib.rc_context({**STYLE, "backend": "Agg"}):

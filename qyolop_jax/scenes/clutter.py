@@ -5,7 +5,7 @@ None of it has labels.
 
 import numpy as np
 
-from qyolop_jax.samples import SampleError
+from llm_jax.extras import need
 from qyolop_jax.scenes.figures import shade
 
 WALLS = (
@@ -23,21 +23,9 @@ LOOKS = {
 }
 
 
-def need_cv2():
-    """OpenCV; SampleError that says how to install it where it is missing."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise SampleError(
-            "images are read, drawn and warped with OpenCV, which is not installed; "
-            "pip install -e '.[vision]'"
-        ) from error
-    return cv2
-
-
 def backdrop(w, rng) -> tuple[np.ndarray, dict]:
     """An image [H, W, 3] uint8 without road, and the colours and sight that the road takes."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "drawing scenes")
     above, below, _, sight, shadow = LOOKS[w.weather]
     jitter = lambda color, by=10: tuple(
         np.clip(np.asarray(color) + rng.uniform(-by, by, 3), 0, 255)
@@ -158,7 +146,7 @@ def _mast(w, polygon, s, x, z):
 
 def light_and_noise(w, rng, image, lamps, ground) -> np.ndarray:
     """The finished uint8 image: light and weather, lamps that glow, the camera's faults."""
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "drawing scenes")
     bright = LOOKS[w.weather][2] * rng.uniform(0.9, 1.1)
     height, width = w.height, w.width
     line = int(np.ceil(w.horizon)) + 1

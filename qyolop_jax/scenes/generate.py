@@ -10,10 +10,11 @@ from functools import partial
 
 import numpy as np
 
+from llm_jax.extras import need
 from qyolop_jax.config import DETECTION
-from qyolop_jax.samples import Sample, SampleError, sample
+from qyolop_jax.samples import Sample, SampleError, make_sample
 from qyolop_jax.scenes import figures
-from qyolop_jax.scenes.clutter import backdrop, light_and_noise, need_cv2
+from qyolop_jax.scenes.clutter import backdrop, light_and_noise
 from qyolop_jax.scenes.figures import Figure
 from qyolop_jax.scenes.road import World, road, shadow, world
 
@@ -69,7 +70,7 @@ def rasterize(shapes, height: int, width: int):
 
     None where nothing is inside, or less than a quarter of the extent.
     """
-    cv2 = need_cv2()
+    cv2 = need("cv2", "vision", "drawing scenes")
     every = np.concatenate([c for rings, _ in shapes for c in rings])
     low, high = every.min(0), every.max(0)
     x1, y1 = np.maximum(np.floor(low), 0).astype(int)
@@ -143,7 +144,7 @@ def scene(seed, size: tuple[int, int] = (192, 320)) -> Sample:
     if rng.random() < 0.3:  # traffic on the left
         image, area, lane = (np.ascontiguousarray(a[:, ::-1]) for a in (image, area, lane))
         boxes = [(width - x2, y1, width - x1, y2) for x1, y1, x2, y2 in boxes]
-    return sample(image, boxes, classes, None, area, lane, f"scene {seed}")
+    return make_sample(image, boxes, classes, None, area, lane, f"scene {seed}")
 
 
 @dataclasses.dataclass(frozen=True)

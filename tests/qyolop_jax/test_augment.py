@@ -11,7 +11,7 @@ from qyolop_jax import augment as aug
 from qyolop_jax.augment import AugmentConfig, AugmentError
 from qyolop_jax.config import IGNORE
 from qyolop_jax.postprocess import boxes_to_original, mask_to_original
-from qyolop_jax.samples import SampleError, check, sample
+from qyolop_jax.samples import SampleError, check_sample, make_sample
 
 SIZE = (96, 160)
 STILL = AugmentConfig(0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -26,7 +26,7 @@ def marked(size=(120, 170), box=(40, 50, 90, 85), value=1, color=(250, 20, 20), 
     image[y1:y2, x1:x2] = color
     area[y1:y2, x1:x2] = value
     lane[y1:y2, x1:x2] = value + 1
-    return sample(image, [box], [value], None, area, lane, name)
+    return make_sample(image, [box], [value], None, area, lane, name)
 
 
 def extent(mask):
@@ -52,7 +52,7 @@ def test_a_box_stays_around_its_rectangle(seed, mosaic):
     else:
         sources = [marked()]
     cfg = dataclasses.replace(WILD, flip=0.5, value=0.2)
-    s = check(aug.augment(sources, SIZE, rng, cfg))
+    s = check_sample(aug.augment(sources, SIZE, rng, cfg))
     found = np.flatnonzero(s.classes == 1)
     if not len(found):
         assert (s.area == 1).sum() < 0.2 * 50 * 35
@@ -189,7 +189,7 @@ def test_it_is_the_generators_seed_that_decides():
 def test_mosaic_is_four_images_around_a_point():
     """Without a warp the canvas is drawn by hand: each scaled image touches the point."""
     colors = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
-    solid = [sample(np.full((*SIZE, 3), c, np.uint8), area=np.full(SIZE, v, np.uint8))
+    solid = [make_sample(np.full((*SIZE, 3), c, np.uint8), area=np.full(SIZE, v, np.uint8))
              for c, v in zip(colors, (0, 1, 2, 0), strict=True)]  # fmt: skip
     canvas_size = (2 * SIZE[0], 2 * SIZE[1])
     points = set()
@@ -223,11 +223,11 @@ def test_mosaic_of_partly_labelled_images():
     make = lambda some: aug.compose(
         aug.mosaic_parts(some, SIZE, np.random.default_rng(0)), (192, 320)
     )
-    mixed = check(make([full, no_area, full, full]))
+    mixed = check_sample(make([full, no_area, full, full]))
     assert mixed.labelled == (True, True, True) and len(mixed.boxes) == 4
     assert (mixed.area != IGNORE).sum() < 0.8 * (mixed.lane != IGNORE).sum()
-    assert check(make([no_area] * 4)).labelled == (True, False, True)
-    blind = check(make([full, full, no_boxes, full]))
+    assert check_sample(make([no_area] * 4)).labelled == (True, False, True)
+    blind = check_sample(make([full, full, no_boxes, full]))
     assert blind.labelled == (False, True, True) and len(blind.boxes) == 0
     with pytest.raises(SampleError, match="mosaic of 3"):
         aug.mosaic_parts([full] * 3, SIZE, np.random.default_rng(0))
@@ -275,9 +275,11 @@ def test_settings_that_cannot_be(settings, words):
 
 
 def test_empty_images_pass():
-    s = sample(np.zeros((50, 60, 3), np.uint8), [], [], None, np.zeros((50, 60), np.uint8))
+    s = make_sample(np.zeros((50, 60, 3), np.uint8), [], [], None, np.zeros((50, 60), np.uint8))
     for sources in ([s], [s] * 4):
-        out = check(aug.augment(sources, SIZE, np.random.default_rng(0), AugmentConfig(rotate=5)))
+        out = check_sample(
+            aug.augment(sources, SIZE, np.random.default_rng(0), AugmentConfig(rotate=5))
+        )
         chex.assert_shape(out.boxes, (0, 4))
         assert out.labelled == (True, True, False)
     assert aug.flip(s).boxes.shape == (0, 4)

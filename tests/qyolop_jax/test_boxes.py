@@ -42,7 +42,7 @@ def reference_iou(a, b):
 @pytest.mark.parametrize("size", [(64, 96), (96, 64)])
 def test_decode_is_the_formula_cell_by_cell(size):
     raw = raw_outputs(0, size=size)
-    got = jax.jit(lambda r: boxes.decode(r, CFG))(raw)
+    got = jax.jit(lambda r: boxes.decode_boxes(r, CFG))(raw)
     sigmoid = lambda x: 1 / (1 + np.exp(-np.float64(x)))
     at = 0
     for level, stride in enumerate(CFG.strides):
@@ -139,7 +139,7 @@ def test_raw_outputs_that_do_not_fit(change, words):
     raw = raw_outputs(0)
     change(raw)
     with pytest.raises(boxes.BoxError, match=words):
-        boxes.decode(raw, CFG)
+        boxes.decode_boxes(raw, CFG)
 
 
 def test_sizes_and_anchors_that_do_not_fit():

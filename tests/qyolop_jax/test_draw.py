@@ -8,7 +8,7 @@ import pytest
 
 from qyolop_jax import draw
 from qyolop_jax.config import IGNORE, UNKNOWN, ModelConfig
-from qyolop_jax.samples import SampleError, sample
+from qyolop_jax.samples import SampleError, make_sample
 from qyolop_jax.scenes.generate import scene
 
 SIZE = (96, 160)
@@ -17,7 +17,7 @@ SIZE = (96, 160)
 def blank(**changed):
     grey = np.full((*SIZE, 3), 100, np.uint8)
     zero = np.zeros(SIZE, np.uint8)
-    return dataclasses.replace(sample(grey, [], [], None, zero, zero.copy()), **changed)
+    return dataclasses.replace(make_sample(grey, [], [], None, zero, zero.copy()), **changed)
 
 
 @dataclasses.dataclass
@@ -126,6 +126,6 @@ def test_a_legend_has_every_colour(tmp_path):
     seen = {tuple(c) for c in strip.reshape(-1, 3).tolist()}
     wanted = [*draw.DETECTION_COLORS[:4], *draw.AREA_COLORS[:2], *draw.LANE_COLORS[:3]]
     assert set(wanted) <= seen
-    draw.save(tmp_path / "deep/legend.png", strip)
+    draw.save_image(tmp_path / "deep/legend.png", strip)
     back = cv2.imread(str(tmp_path / "deep/legend.png"))[..., ::-1]
     np.testing.assert_array_equal(back, strip)

@@ -11,21 +11,21 @@ from quantcase import conv, images, random_params, small_graph
 from qyolop_jax.graph import Graph, GraphError, Node
 from qyolop_jax.observe import ObserveError
 from qyolop_jax.quantize import (
-    calibrate,
+    calibrate_scales,
+    float_tensors,
     follow,
-    forward,
     qat_forward,
     rounded,
     sensitivity,
+    simulated_forward,
     sqnr,
-    tensors,
 )
 from qyolop_jax.scales import (
     NAIVE,
     QuantizeError,
     Settings,
     fields,
-    plan,
+    plan_quantization,
     scale_and_zero,
     weight_scale,
 )
@@ -35,7 +35,7 @@ from qyolop_jax.scales import (
 def case():
     graph = small_graph("silu")
     params = random_params(graph)
-    return graph, params, calibrate(graph, params, [images()])
+    return graph, params, calibrate_scales(graph, params, [images()])
 
 
 def single(act="none", k=3):
@@ -84,7 +84,7 @@ def test_one_convolution_against_numpy():
     graph, x = single("relu"), images(2, (1, 32, 32, 3))
     params = random_params(graph)
     scales = {"area": jnp.asarray([[0.0, 3.0]])}
-    found = forward(graph, params, scales, x)["area"]
+    found = simulated_forward(graph, params, scales, x)["area"]
     w, b = (np.asarray(params["area"][k], np.float64) for k in ("kernel", "bias"))
     sw = np.abs(w).max((0, 1, 2)) / 127
     w, b = np.round(w / sw) * sw, np.round(b / (sw / 64)) * sw / 64
@@ -136,7 +136,7 @@ def linear_graph():
 def test_gradients_of_a_linear_network_are_those_of_its_rounded_weights():
     graph, x = linear_graph(), images()
     params = random_params(graph)
-    ranges = calibrate(graph, params, [x], Settings("absmax"))
+    ranges = calibrate_scales(graph, params, [x], Settings("absmax"))
     scales = {k: a * 1.5 for k, a in ranges.items()}  # nothing is cut off
     weigh = np.random.default_rng(0).normal(size=(2, 32, 48, 3)).astype(np.float32)
     gradient = lambda run: jax.jit(jax.grad(lambda p: (run(p)["area"] * weigh).sum()))
@@ -146,7 +146,7 @@ def test_gradients_of_a_linear_network_are_those_of_its_rounded_weights():
         by = np.abs(np.asarray(p["kernel"])).max((0, 1, 2)) / 127
         kernel = np.round(np.asarray(p["kernel"]) / by) * by
         near[name] = dict(kernel=jnp.asarray(kernel), bias=p["bias"])
-    exact = gradient(lambda p: tensors(graph, p, x)[0])(near)
+    exact = gradient(lambda p: float_tensors(graph, p, x)[0])(near)
     for name in params:
         bias, kernel = (np.asarray(exact[name][k]) for k in ("bias", "kernel"))
         np.testing.assert_allclose(
@@ -169,7 +169,7 @@ def test_gradients_reach_every_kernel_and_bias(case):
 def test_no_gradient_from_outside_the_range():
     graph, x = single(k=1), images(2, (1, 32, 32, 3))
     params = random_params(graph)
-    y = np.asarray(tensors(graph, params, x)[0]["area"])
+    y = np.asarray(float_tensors(graph, params, x)[0]["area"])
     scales = {"area": jnp.asarray([[-0.5, 0.5]])}
     grad = jax.grad(lambda p: qat_forward(graph, p, scales, x)[0]["area"].sum())(params)
     step, zero = 1 / 255, round(-128 + 127.5)
@@ -181,7 +181,7 @@ def test_no_gradient_from_outside_the_range():
 
 def test_what_meets_shares(case):
     graph, _, scales = case
-    groups = plan(graph, Settings()).groups
+    groups = plan_quantization(graph, Settings()).groups
     together = {"stem", "pool", "a", "b", "ab", "mid", "up", "cat"}
     # stem pools into b's input alone: its own group
     assert groups["stem"] == groups["pool"] != groups["b"]
@@ -195,8 +195,8 @@ def test_what_meets_shares(case):
 def test_calibration_sees_all_members_and_fields(case):
     graph, params, _ = case
     batches = [images(1), dict(image=images(2))]
-    found = calibrate(graph, params, batches, Settings("absmax"))
-    runs = [tensors(graph, params, images(i)) for i in (1, 2)]
+    found = calibrate_scales(graph, params, batches, Settings("absmax"))
+    runs = [float_tensors(graph, params, images(i)) for i in (1, 2)]
     for name, members in {"a": ("a", "b", "mid"), "down": ("down",), "b:pre": ("b:pre",)}.items():
         both = np.concatenate([np.asarray(r[1][m]).ravel() for r in runs for m in members])
         np.testing.assert_allclose(found[name], [[both.min(), both.max()]], rtol=1e-6)
@@ -210,7 +210,7 @@ def test_seen_ranges_and_their_average(case):
     x = images(4)
     _, seen = jax.jit(lambda s: qat_forward(graph, params, s, x, Settings("absmax")))(scales)
     assert jax.tree.map(jnp.shape, seen) == jax.tree.map(jnp.shape, scales)
-    stem = np.asarray(tensors(graph, params, x)[1]["stem"])
+    stem = np.asarray(float_tensors(graph, params, x)[1]["stem"])
     np.testing.assert_allclose(seen["stem"], [[stem.min(), stem.max()]], atol=0.05)
     _, cut = jax.jit(lambda s: qat_forward(graph, params, s, x, Settings(percentile=99.0)))(scales)
     np.testing.assert_allclose(cut["stem"][0], np.percentile(stem, [1, 99]), atol=0.15)
@@ -233,10 +233,10 @@ def test_naive_is_worse(case):
         "detect.8": params["detect.8"] | dict(kernel=jnp.asarray(kernel, jnp.float32))
     }
     x, found = images(6), {}
-    exact = tensors(graph, uneven, x)[0]["detect.8"][..., field == 2]
+    exact = float_tensors(graph, uneven, x)[0]["detect.8"][..., field == 2]
     for name, settings in dict(ours=Settings(), naive=NAIVE).items():
-        scales = calibrate(graph, uneven, [images(7)], settings)
-        raw = forward(graph, uneven, scales, x, settings)
+        scales = calibrate_scales(graph, uneven, [images(7)], settings)
+        raw = simulated_forward(graph, uneven, scales, x, settings)
         found[name] = sqnr(exact, raw["detect.8"][..., field == 2])
     assert found["ours"] > 20 > 10 > found["naive"]
 
@@ -257,9 +257,9 @@ def test_kept_layers_are_float(case):
     graph, params, scales = case
     every = Settings(keep=tuple(n.name for n in graph.convs))
     x = images(3)
-    exact = tensors(graph, params, x)[0]
-    plain = forward(graph, params, scales, x)
-    kept = forward(graph, params, scales, x, every)
+    exact = float_tensors(graph, params, x)[0]
+    plain = simulated_forward(graph, params, scales, x)
+    kept = simulated_forward(graph, params, scales, x, every)
     assert sqnr(exact["area"], kept["area"]) > sqnr(exact["area"], plain["area"])
     assert len(np.unique(plain["area"])) <= 256 < len(np.unique(kept["area"]))
 
@@ -271,19 +271,19 @@ def test_errors_name_what_is_wrong(case):
     with pytest.raises(ObserveError, match="'median'"):
         Settings("median")
     with pytest.raises(QuantizeError, match="no convolution 'nowhere'"):
-        plan(graph, Settings(keep=("nowhere",)))
+        plan_quantization(graph, Settings(keep=("nowhere",)))
     with pytest.raises(QuantizeError, match="scales lack stem"):
-        forward(graph, params, {k: v for k, v in scales.items() if k != "stem"}, images())
+        simulated_forward(graph, params, {k: v for k, v in scales.items() if k != "stem"}, images())
     with pytest.raises(QuantizeError, match="no batch to calibrate"):
-        calibrate(graph, params, [])
+        calibrate_scales(graph, params, [])
     with pytest.raises(QuantizeError, match="no batch to measure"):
         sensitivity(graph, params, scales, [])
     for change in (dict(norm=True), dict(rep=True), dict(implicit=True)):
         nodes = tuple(dataclasses.replace(n, **change) if n.name == "a" else n for n in graph.nodes)
         with pytest.raises(GraphError, match="a is not folded"):
-            plan(Graph(nodes, graph.outputs), Settings())
+            plan_quantization(Graph(nodes, graph.outputs), Settings())
     nodes = (*graph.nodes, Node("bad", "concat", ("image", "up"), 11))
     with pytest.raises(GraphError, match="shares its scale with the image"):
-        plan(Graph(nodes, graph.outputs), Settings())
+        plan_quantization(Graph(nodes, graph.outputs), Settings())
     with pytest.raises(GraphError, match="expected 3"):
         fields(16)

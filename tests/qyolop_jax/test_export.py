@@ -7,10 +7,10 @@ import pytest
 from quantcase import images, random_params, small_graph
 
 from qyolop_jax.export import ExportError, deserialize, float_onnx, integer_onnx, serialize
-from qyolop_jax.fold import run as run_float
+from qyolop_jax.fold import run_folded as run_float
 from qyolop_jax.graph import Graph, GraphError, Node
-from qyolop_jax.integer import run, run_numpy, to_integer
-from qyolop_jax.quantize import calibrate, sqnr
+from qyolop_jax.integer import run_integer, run_numpy, to_integer
+from qyolop_jax.quantize import calibrate_scales, sqnr
 from qyolop_jax.scales import DEFAULT, NAIVE, Settings
 
 SIZE = (64, 96)
@@ -19,7 +19,7 @@ SIZE = (64, 96)
 def prepared(act, settings=DEFAULT):
     graph = small_graph(act)
     params = random_params(graph)
-    scales = calibrate(graph, params, [images()], settings)
+    scales = calibrate_scales(graph, params, [images()], settings)
     return graph, params, to_integer(graph, params, scales, settings)
 
 
@@ -37,7 +37,7 @@ def ort(model, x):
 @pytest.mark.parametrize("act", ["relu", "silu"])
 def test_stablehlo_round_trip_is_bit_equal_for_any_batch(act):
     _, _, model = prepared(act)
-    data = serialize(lambda x: run(model, x), SIZE)
+    data = serialize(lambda x: run_integer(model, x), SIZE)
     back = deserialize(data)
     for batch in (1, 3):
         x = images(batch, (batch, *SIZE, 3))
@@ -82,7 +82,7 @@ def test_integer_onnx_by_onnxruntime(act, settings):
 def test_integer_onnx_with_layers_in_float():
     pytest.importorskip("onnx", reason="onnx is not installed")
     _, _, model = prepared("silu", Settings(keep=("area", "mid", "detect.8")))
-    found, want = ort(integer_onnx(model, SIZE), images(5)), jax.jit(run)(model, images(5))
+    found, want = ort(integer_onnx(model, SIZE), images(5)), jax.jit(run_integer)(model, images(5))
     for name, a in want.items():
         assert sqnr(a, found[name]) > 35, name
 
@@ -101,7 +101,7 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ExportError, match="4 bytes are no exported program"):
         deserialize(b"torn")
     for make in (
-        lambda size: serialize(lambda x: run(model, x), size),
+        lambda size: serialize(lambda x: run_integer(model, x), size),
         lambda size: integer_onnx(model, size),
         lambda size: float_onnx(graph, params, size),
     ):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qyolop_jax.flat import pack
+from qyolop_jax.flat import flatten
 
 
 def tree():
@@ -15,7 +15,7 @@ def tree():
 
 
 def test_there_and_back_on_host_and_device():
-    packed = pack(tree())
+    packed = flatten(tree())
     assert packed.layout.kernels == 10 and packed.vector.size == 13
     np.testing.assert_array_equal(packed.vector[:10], [0, 1, 2, 3, 4, 5, -1, -1, -1, -1])
     host = jax.device_get(packed)
@@ -23,7 +23,7 @@ def test_there_and_back_on_host_and_device():
         same = jax.tree.map(lambda x, y: bool((x == y).all() and x.dtype == y.dtype), back, tree())
         assert all(jax.tree.leaves(same))
     assert isinstance(host.tree["a"]["bias"], np.ndarray)
-    assert pack({}).tree == {} and pack({}).vector.size == 1
+    assert flatten({}).tree == {} and flatten({}).vector.size == 1
 
 
 def test_gradients_are_those_of_the_tree():
@@ -37,12 +37,12 @@ def test_gradients_are_those_of_the_tree():
             for w, x in zip(jax.tree.leaves(weight), jax.tree.leaves(t))
         )
 
-    packed = pack(tree())
+    packed = flatten(tree())
     by_vector = jax.grad(lambda v: loss(type(packed)(v, packed.beside, packed.layout).tree))
     floats = {k: {n: a for n, a in v.items() if n != "count"} for k, v in tree().items()}
 
     def of_floats(f):
         return loss({k: v | ({"count": jnp.array(3)} if k == "b" else {}) for k, v in f.items()})
 
-    want = pack(jax.grad(of_floats)(floats)).vector
+    want = flatten(jax.grad(of_floats)(floats)).vector
     np.testing.assert_allclose(by_vector(packed.vector), want, rtol=1e-6)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qyolop_jax.config import ModelConfig
-from qyolop_jax.fold import fold, run
+from qyolop_jax.fold import fold, run_folded
 from qyolop_jax.graph import GraphError
 from qyolop_jax.model import Panoptic, initial
 
@@ -32,7 +32,7 @@ def test_folded_is_the_same(activation, images):
     want = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
     graph, params = fold(cfg, variables)
     assert not any(n.norm or n.rep or n.implicit for n in graph.convs)
-    found = jax.jit(lambda p, x: run(graph, p, x))(params, images)
+    found = jax.jit(lambda p, x: run_folded(graph, p, x))(params, images)
     assert set(found) == set(want)
     for name, x in want.items():
         np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-4 * np.abs(x).max())

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qyolop_jax.config import ConfigError, ModelConfig
-from qyolop_jax.graph import GraphError, build, count
+from qyolop_jax.config import ModelConfig, ModelConfigError
+from qyolop_jax.graph import GraphError, build_graph, count
 
 WIDTHS = {  # parameters M, multiply-adds G of all / backbone / area / lane at 384x640
     1.0: (37.4, 38.8, 19.8, 4.7, 3.1),
@@ -16,7 +16,7 @@ WIDTHS = {  # parameters M, multiply-adds G of all / backbone / area / lane at 3
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_counts(width):
-    counts = count(build(ModelConfig(width)), (384, 640))
+    counts = count(build_graph(ModelConfig(width)), (384, 640))
     parameters, macs, backbone, area, lane = WIDTHS[width]
     near = lambda n, unit, want, rel=0.05: n / unit == pytest.approx(want, rel=rel)
     assert near(counts.total()[0], 1e6, parameters)
@@ -29,7 +29,7 @@ def test_counts(width):
 def test_without_masks_it_is_yolov7():
     """104 GFLOP and 36.9 M parameters, as published, at 640x640 with 80 classes."""
     cfg = ModelConfig(detection=tuple(map(str, range(80))), size=(640, 640))
-    counts = count(build(cfg), (640, 640))
+    counts = count(build_graph(cfg), (640, 640))
     parameters, macs = counts.total()
     for task in ("area", "lane"):
         parameters -= counts.total(task)[0]
@@ -39,7 +39,7 @@ def test_without_masks_it_is_yolov7():
 
 
 def test_nodes_come_after_their_inputs_and_are_used():
-    graph = build(ModelConfig(0.25))
+    graph = build_graph(ModelConfig(0.25))
     seen = set()
     for node in graph.nodes:
         assert set(node.inputs) <= seen and node.name not in seen
@@ -51,7 +51,7 @@ def test_nodes_come_after_their_inputs_and_are_used():
 
 
 def test_decoders_tap_before_and_behind_the_fpn():
-    graph = build(ModelConfig(1.0))
+    graph = build_graph(ModelConfig(1.0))
 
     def before(name):
         found = {name}
@@ -75,5 +75,5 @@ def test_decoders_tap_before_and_behind_the_fpn():
     ],
 )
 def test_what_cannot_be_is_said(changes, words):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ModelConfigError, match=words):
         ModelConfig(**changes)

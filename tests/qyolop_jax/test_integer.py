@@ -12,10 +12,17 @@ from qyolop_jax import integer
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.fold import fold
 from qyolop_jax.graph import Graph, GraphError, Node
-from qyolop_jax.integer import IntegerError, load, run, run_numpy, save, to_integer
+from qyolop_jax.integer import (
+    IntegerError,
+    load_integer_model,
+    run_integer,
+    run_numpy,
+    save_integer_model,
+    to_integer,
+)
 from qyolop_jax.model import initial
-from qyolop_jax.quantize import calibrate, forward, sqnr, tensors
-from qyolop_jax.scales import NAIVE, QuantizeError, Settings, plan
+from qyolop_jax.quantize import calibrate_scales, float_tensors, simulated_forward, sqnr
+from qyolop_jax.scales import NAIVE, QuantizeError, Settings, plan_quantization
 
 CASES = {
     "default": Settings(),
@@ -28,7 +35,7 @@ CASES = {
 def prepared(act, settings, seed=0):
     graph = small_graph(act)
     params = random_params(graph, seed)
-    return graph, params, calibrate(graph, params, [images(seed)], settings)
+    return graph, params, calibrate_scales(graph, params, [images(seed)], settings)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +47,8 @@ def test_jax_numpy_and_fake_quantization_agree(act, case):
     settings = CASES[case]
     graph, params, scales = prepared(act, settings)
     model, x = to_integer(graph, params, scales, settings), images(5)
-    found, want = jax.jit(run)(model, x), run_numpy(model, x)
-    fake = jax.jit(lambda p, s, x: forward(graph, p, s, x, settings))(params, scales, x)
+    found, want = jax.jit(run_integer)(model, x), run_numpy(model, x)
+    fake = jax.jit(lambda p, s, x: simulated_forward(graph, p, s, x, settings))(params, scales, x)
     for name, a in want.items():
         np.testing.assert_array_equal(found[name], a)
         assert len(np.unique(a)) > 10  # something flows
@@ -55,11 +62,11 @@ def test_the_whole_network():
     cfg = ModelConfig(0.125, "relu", size=(64, 96))
     graph, params = fold(cfg, initial(cfg))
     x = images(1, (1, 64, 96, 3))
-    scales = calibrate(graph, params, [x])
+    scales = calibrate_scales(graph, params, [x])
     model = to_integer(graph, params, scales)
-    found, want = jax.jit(run)(model, x), run_numpy(model, x)
+    found, want = jax.jit(run_integer)(model, x), run_numpy(model, x)
     # (as arguments: the compiler folds constants in another precision of its own)
-    fake = jax.jit(lambda p, s, x: forward(graph, p, s, x))(params, scales, x)
+    fake = jax.jit(lambda p, s, x: simulated_forward(graph, p, s, x))(params, scales, x)
     for name, a in want.items():
         np.testing.assert_array_equal(found[name], a)
         off = np.abs(np.asarray(fake[name]) - a) / np.asarray(model.outputs[name]["step"])
@@ -94,7 +101,9 @@ def test_a_single_convolution_by_hand():
     np.testing.assert_array_equal(p["kernel"].ravel(), [127, -50, 25])
     assert int(p["bias"][0]) == 640 and int(p["zero"]) == -28
     want = round(3655 / 64) * 0.01  # 57 steps
-    np.testing.assert_allclose(run(model, x)["area"], np.full((1, 32, 32, 1), want), rtol=1e-5)
+    np.testing.assert_allclose(
+        run_integer(model, x)["area"], np.full((1, 32, 32, 1), want), rtol=1e-5
+    )
 
 
 def test_kept_in_float():
@@ -103,9 +112,9 @@ def test_kept_in_float():
     graph, params, scales = prepared("silu", settings)
     model, x = to_integer(graph, params, scales, settings), images(3)
     assert "area" not in model.outputs and model.layers["mid"]["kernel"].dtype == jnp.float32
-    found = jax.jit(run)(model, x)
-    fake = jax.jit(lambda x: forward(graph, params, scales, x, settings))(x)
-    exact = tensors(graph, params, x)[0]
+    found = jax.jit(run_integer)(model, x)
+    fake = jax.jit(lambda x: simulated_forward(graph, params, scales, x, settings))(x)
+    exact = float_tensors(graph, params, x)[0]
     plain = run_numpy(to_integer(graph, params, scales), x)
     spread = float(jnp.abs(exact["area"]).max())
     assert np.abs(np.asarray(found["area"] - fake["area"])).max() < 0.03 * spread
@@ -118,16 +127,16 @@ def test_kept_in_float():
 def test_round_trip_through_a_file(tmp_path):
     graph, params, scales = prepared("silu", Settings())
     model = to_integer(graph, params, scales)
-    save(model, tmp_path / "small.safetensors")
-    back = load(tmp_path / "small.safetensors")
+    save_integer_model(model, tmp_path / "small.safetensors")
+    back = load_integer_model(tmp_path / "small.safetensors")
     assert back.graph == model.graph
     assert jax.tree.structure(back) == jax.tree.structure(model)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype and a.shape == b.shape
     x = images(1)
-    for name, a in run(model, x).items():
-        np.testing.assert_array_equal(run(back, x)[name], a)
+    for name, a in run_integer(model, x).items():
+        np.testing.assert_array_equal(run_integer(back, x)[name], a)
     assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
 
 
@@ -136,9 +145,9 @@ def test_a_byte_a_weight(tmp_path):
     nodes += [conv(f"c{i + 1}", f"c{i}", 128, 3, 1, "silu") for i in range(3)]
     graph = Graph(tuple(nodes), ("c3",))
     params = random_params(graph)
-    names = plan(graph, Settings()).names(graph)
+    names = plan_quantization(graph, Settings()).names(graph)
     scales = {name: jnp.asarray([[-1.0, 1.0]]) for name in names}
-    save(to_integer(graph, params, scales), tmp_path / "q.safetensors")
+    save_integer_model(to_integer(graph, params, scales), tmp_path / "q.safetensors")
     weights = sum(p["kernel"].size for p in params.values())
     assert weights < (tmp_path / "q.safetensors").stat().st_size < 1.03 * weights
 
@@ -146,7 +155,7 @@ def test_a_byte_a_weight(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     graph, params, scales = prepared("relu", Settings())
     model, path = to_integer(graph, params, scales), tmp_path / "q.safetensors"
-    save(model, path)
+    save_integer_model(model, path)
     before = path.read_bytes()
 
     def fail(*args):
@@ -154,7 +163,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(integer, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
-        save(model, path)
+        save_integer_model(model, path)
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -163,7 +172,7 @@ def test_errors_name_what_is_wrong(tmp_path):
     graph, params, scales = prepared("silu", Settings())
     model = to_integer(graph, params, scales)
     with pytest.raises(GraphError, match="multiples of 32"):
-        run(model, jnp.zeros((1, 33, 64, 3), jnp.uint8))
+        run_integer(model, jnp.zeros((1, 33, 64, 3), jnp.uint8))
     lacking = {k: v for k, v in scales.items() if k != "mid:pre"}
     with pytest.raises(QuantizeError, match="scales lack mid:pre"):
         to_integer(graph, params, lacking)
@@ -175,9 +184,9 @@ def test_errors_name_what_is_wrong(tmp_path):
         to_integer(Graph(nodes, graph.outputs), params, scales)
     (tmp_path / "torn").write_bytes(b"torn")
     with pytest.raises(IntegerError, match="no safetensors file"):
-        load(tmp_path / "torn")
+        load_integer_model(tmp_path / "torn")
     from safetensors.numpy import save_file
 
     save_file({"a": np.zeros(1)}, tmp_path / "other")
     with pytest.raises(IntegerError, match="has format None"):
-        load(tmp_path / "other")
+        load_integer_model(tmp_path / "other")

@@ -10,10 +10,10 @@ import pytest
 
 from qyolop_jax import losses
 from qyolop_jax.assign import assign
-from qyolop_jax.boxes import cells, decode
+from qyolop_jax.boxes import cells, decode_boxes
 from qyolop_jax.config import IGNORE, UNKNOWN, ModelConfig
 from qyolop_jax.losses import LossConfig
-from qyolop_jax.postprocess import predict
+from qyolop_jax.postprocess import to_predictions
 
 SIZE = (64, 96)
 CFG = ModelConfig(size=(256, 384))  # anchors of a size that fits 64 x 96 images
@@ -206,7 +206,7 @@ def test_ignored_pixels_do_not_count():
 
 def reference_detection(raw, batch, box_loss):
     """Class, objectness and box as functions of raw detection outputs, assignment held fixed."""
-    fixed, decoded = cells(CFG, SIZE), decode(raw, CFG)
+    fixed, decoded = cells(CFG, SIZE), decode_boxes(raw, CFG)
     found = assign(decoded, batch, CFG, SIZE)
     own, ignore = np.asarray(found.box_BP), np.asarray(found.ignore_BP)
     positive, labelled = own >= 0, np.asarray(batch["labelled"])[:, 0]
@@ -321,7 +321,7 @@ def test_gradients_are_finite_and_zero_where_nothing_is_labelled(box, what):
 
 def test_crowds_get_no_objectness_loss():
     raw, batch = example()
-    found = assign(decode(raw, CFG), batch, CFG, SIZE)
+    found = assign(decode_boxes(raw, CFG), batch, CFG, SIZE)
     detect = {k: v for k, v in raw.items() if k.startswith("detect")}
     gradient = detection_gradient(detect, batch, "objectness")
     flat = jnp.concatenate([gradient[f"detect.{s}"].reshape(3, -1, 9) for s in CFG.strides], 1)
@@ -350,7 +350,7 @@ def test_descending_on_the_outputs_themselves_finds_every_box_and_mask(box):
 
     (raw, _, _), values = jax.lax.scan(step, (raw, zero, zero), length=250)
     assert values[-1] < 0.05 * values[0]
-    found = jax.jit(lambda raw: predict(raw, CFG, conf=0.3))(raw)
+    found = jax.jit(lambda raw: to_predictions(raw, CFG, conf=0.3))(raw)
     for b in range(2):
         for m in range(2):  # the third box is a crowd
             box_m, kind = np.asarray(batch["boxes"][b, m]), int(batch["classes"][b, m])

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_jax.extras import MissingPackage
 from qyolop_jax import metrics
 from qyolop_jax.config import IGNORE, LANE, UNKNOWN
 from qyolop_jax.metrics import Boxes, Confusion, LaneF1
@@ -203,9 +204,11 @@ def test_impossible_boxes(truths, found, words):
 def test_missing_packages_are_named(monkeypatch):
     for name in ("pycocotools.coco", "pycocotools.cocoeval", "cv2"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pycocotools: pip install -e '.\[vision\]'"):
+    with pytest.raises(MissingPackage, match=r"precision needs pycocotools.*thimble-jax\[vision\]"):
         metrics.average_precision([], [], ("a",))
-    with pytest.raises(ImportError, match=r"OpenCV: pip install -e '.\[vision\]'"):
+    with pytest.raises(
+        MissingPackage, match=r"lane boundaries needs cv2.*\[vision\]"
+    ):
         metrics.boundary_f1(np.ones((2, 2)), np.ones((2, 2)))
 
 
@@ -268,7 +271,7 @@ def test_lane_bytes():
             assert names == {
                 f"direction/{'vertical' if value & 32 else 'parallel'}",
                 f"style/{'dashed' if value & 16 else 'solid'}",
-                f"category/{metrics.BITS['category'][1][value & 7]}",
+                f"category/{metrics.LANE_BITS['category'][1][value & 7]}",
             }
     with pytest.raises(metrics.MetricError, match="expected uint8"):
         metrics.bdd100k_lanes(byte.astype(int))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qyolop_jax.config import ModelConfig
-from qyolop_jax.graph import GraphError, Node, activate, build, max_pool, upsample
+from qyolop_jax.graph import GraphError, Node, activate, build_graph, max_pool, upsample
 from qyolop_jax.model import EPSILON, MOMENTUM, BatchNorm, Conv, Panoptic, initial, logit_bias
 
 CFG = ModelConfig(width=0.125, size=(64, 96))
@@ -152,8 +152,8 @@ def test_initial_variables_are_those_of_init():
     chex.assert_trees_all_equal_shapes_and_dtypes(found, want)
     assert not np.array_equal(*(initial(CFG, s)["params"]["stem.2"]["kernel"] for s in (3, 4)))
     for name in ("stem.4", "head.16", "detect.16", "lane"):
-        node = build(CFG).node(name)
-        x = jnp.zeros((1, 4, 4, build(CFG).in_channels(node)))
+        node = build_graph(CFG).node(name)
+        x = jnp.zeros((1, 4, 4, build_graph(CFG).in_channels(node)))
         bias = lambda key, shape, name=name: jnp.asarray(logit_bias(CFG, name, shape))
         own = Conv(node, jnp.float32, bias).init(jax.random.key(0), x, False)["params"]
         for leaf, b in own.items():

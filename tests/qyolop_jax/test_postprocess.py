@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qyolop_jax import postprocess
-from qyolop_jax.boxes import decode
+from qyolop_jax.boxes import decode_boxes
 from qyolop_jax.config import ModelConfig
 
 SIZE = (64, 96)
@@ -70,14 +70,14 @@ def outputs(seed, samples=2, objects=-2.0):
 
 @functools.partial(jax.jit, static_argnames="limit")
 def predict(raw, conf, iou, limit):
-    return postprocess.predict(raw, CFG, conf, iou, limit)
+    return postprocess.to_predictions(raw, CFG, conf, iou, limit)
 
 
 @pytest.mark.parametrize(("conf", "limit"), [(0.3, 100), (0.3, 7), (0.999, 100)])
 def test_predictions(conf, limit):
     raw = outputs(0)
     got = predict(raw, conf, 0.25, limit)
-    decoded = decode(raw, CFG)
+    decoded = decode_boxes(raw, CFG)
     for b in range(2):
         boxes = np.float64(decoded.boxes_BP4[b])
         p = 1 / (1 + np.exp(-np.float64(decoded.cls_BPC[b])))
@@ -104,7 +104,9 @@ def test_predictions(conf, limit):
 
 
 def test_thresholds_are_not_compiled_in():
-    traced = chex.assert_max_traces(lambda r, c, i: postprocess.predict(r, CFG, c, i, 400).valid, 1)
+    traced = chex.assert_max_traces(
+        lambda r, c, i: postprocess.to_predictions(r, CFG, c, i, 400).valid, 1
+    )
     program = jax.jit(traced)
     raw = outputs(1)
     counts = [int(program(raw, *t).sum()) for t in ((0.4, 0.25), (0.05, 0.25), (0.05, 0.9))]
@@ -122,10 +124,10 @@ def test_more_boxes_asked_for_than_there_are_predictions():
     small = ModelConfig(size=(32, 32))
     raw = {f"detect.{s}": jnp.ones((1, 32 // s, 32 // s, 27)) for s in small.strides}
     raw |= {"area": jnp.zeros((1, 32, 32, 3)), "lane": jnp.zeros((1, 32, 32, 4))}
-    got = postprocess.predict(raw, small, 0.05, 0.9, 80)  # 63 predictions in all
+    got = postprocess.to_predictions(raw, small, 0.05, 0.9, 80)  # 63 predictions in all
     assert got.boxes.shape == (1, 80, 4) and 0 < got.valid.sum() <= 63
     with pytest.raises(postprocess.PostprocessError, match="at least 1 box"):
-        postprocess.predict(raw, small, limit=0)
+        postprocess.to_predictions(raw, small, limit=0)
 
 
 @pytest.mark.parametrize("size", [(30, 80), (150, 75), (64, 96)])

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from qyolop_jax.config import IGNORE
-from qyolop_jax.samples import Report, SampleError, check, clip_boxes, collate, sample
+from qyolop_jax.samples import Report, SampleError, check_sample, clip_boxes, collate, make_sample
 
 
 def one(n=2, size=(64, 96), seed=0, **changed):
     rng = np.random.default_rng(seed)
     low = rng.uniform(0, 30, (n, 2))
-    s = sample(
+    s = make_sample(
         rng.integers(0, 256, (*size, 3), np.uint8),
         np.concatenate([low, low + rng.uniform(3, 30, (n, 2))], 1),
         rng.integers(0, 4, n),
@@ -28,12 +28,12 @@ def one(n=2, size=(64, 96), seed=0, **changed):
 
 
 def test_what_is_not_given_is_unlabelled():
-    s = check(sample(np.zeros((4, 6, 3), np.uint8)))
+    s = check_sample(make_sample(np.zeros((4, 6, 3), np.uint8)))
     assert s.labelled == (False, False, False) and s.boxes.shape == (0, 4)
     assert (s.area == IGNORE).all() and (s.lane == IGNORE).all()
-    empty = check(sample(np.zeros((4, 6, 3), np.uint8), boxes=[], classes=[]))
+    empty = check_sample(make_sample(np.zeros((4, 6, 3), np.uint8), boxes=[], classes=[]))
     assert empty.labelled == (True, False, False)  # labelled, and nothing there
-    assert check(one()) is not None
+    assert check_sample(one()) is not None
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_is_not_given_is_unlabelled():
 )
 def test_what_cannot_be_is_named(changed, words):
     with pytest.raises(SampleError, match=f"(?s)sample s0.*{words}"):
-        check(one(**changed))
+        check_sample(one(**changed))
 
 
 def test_a_batch_holds_every_sample_in_its_place():

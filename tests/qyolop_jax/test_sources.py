@@ -14,7 +14,7 @@ from qyolop_jax.config import DETECTION, IGNORE
 from qyolop_jax.formats import Bdd100kWriter, ReadError
 from qyolop_jax.postprocess import boxes_to_original
 from qyolop_jax.readers import Bdd100k
-from qyolop_jax.samples import Report, sample
+from qyolop_jax.samples import Report, make_sample
 from qyolop_jax.scenes.generate import Scenes, scene
 from qyolop_jax.sources import (
     Cached,
@@ -22,7 +22,7 @@ from qyolop_jax.sources import (
     SourceError,
     batches,
     in_order,
-    load,
+    load_sample,
     per_epoch,
     shrunk,
 )
@@ -46,8 +46,8 @@ class Numbered:
             raise ReadError(f"number {i} is corrupt")
         image = np.full((*self.size, 3), self.first + i, np.uint8)
         if self.boxes:
-            return sample(image, [[0, 0, 40, 40]], [1], name=f"n{i}")
-        return sample(image, lane=np.ones(self.size, np.uint8), name=f"n{i}")
+            return make_sample(image, [[0, 0, 40, 40]], [1], name=f"n{i}")
+        return make_sample(image, lane=np.ones(self.size, np.uint8), name=f"n{i}")
 
 
 def same(a, b):
@@ -145,20 +145,20 @@ def test_a_sample_that_cannot_be_counts_as_broken():
             return dataclasses.replace(s, classes=np.array([9], np.int32)) if i == 1 else s
 
     report = Report()
-    assert load(Wrong(3), 1, report).name == "n2"
+    assert load_sample(Wrong(3), 1, report).name == "n2"
     assert "class 9; there are 4 classes" in str(report)
 
 
 def test_too_many_broken_ones_are_an_error():
     with pytest.raises(SourceError, match=r"5 samples in a row are broken, from 2 on.*corrupt"):
-        load(Numbered(5, broken=range(5)), 2, Report())
+        load_sample(Numbered(5, broken=range(5)), 2, Report())
     stream = batches(dict(a=Numbered(50, broken=range(50))), Feed(SIZE, 2, threads=1))
     with pytest.raises(SourceError, match="20 samples in a row"):
         next(stream)
 
 
 def test_boxes_that_do_not_fit_are_reported():
-    crowded = [sample(np.zeros((*SIZE, 3), np.uint8), [[0, 0, 9, 9]] * 5, [1] * 5)] * 4
+    crowded = [make_sample(np.zeros((*SIZE, 3), np.uint8), [[0, 0, 9, 9]] * 5, [1] * 5)] * 4
     report = Report()
     batch = next(batches(dict(a=crowded), Feed(SIZE, 4, max_boxes=3, threads=0), report=report))
     assert batch["valid"].sum() == 12 and report.counts["box beyond 3 an image"] == 8
@@ -240,7 +240,7 @@ def test_tensorflow_datasets_without_tensorflow(tmp_path, capsys):
     pytest.importorskip("tensorflow_datasets", reason="pip install -e '.[eval]'")
     pytest.importorskip("importlib_resources", reason="pip install -e '.[eval]'")
     pytest.importorskip("array_record", reason="pip install -e '.[eval]'")
-    from qyolop_jax.tfds_builder import Stored, prepare
+    from qyolop_jax.tfds_builder import StoredSamples, prepare
 
     had = "tensorflow" in sys.modules
     for split, count in (("train", 4), ("val", 2)):
@@ -255,7 +255,7 @@ def test_tensorflow_datasets_without_tensorflow(tmp_path, capsys):
     assert builder.report.counts == {"broken sample left out": 1}
     reader = Bdd100k(tmp_path / "bdd")
     by_name = {reader[i].name: reader[i] for i in range(3)}
-    stored = Stored(builder.as_data_source("train"))
+    stored = StoredSamples(builder.as_data_source("train"))
     assert len(stored) == 3 and len(builder.as_data_source("val")) == 2
     for s in stored:
         want = by_name.pop(s.name)

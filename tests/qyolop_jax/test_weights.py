@@ -15,8 +15,8 @@ CFG = ModelConfig(0.125, "relu", detection=("car", "bus"), size=(64, 96))
 
 def test_round_trip(tmp_path):
     variables = initial(CFG, 1)
-    weights.save(tmp_path / "a/model.safetensors", CFG, variables)
-    cfg, found = weights.load(tmp_path / "a/model.safetensors")
+    weights.save_weights(tmp_path / "a/model.safetensors", CFG, variables)
+    cfg, found = weights.load_weights(tmp_path / "a/model.safetensors")
     assert cfg == CFG
     assert jax.tree.structure(found) == jax.tree.structure(variables)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(variables), strict=True):
@@ -26,16 +26,16 @@ def test_round_trip(tmp_path):
 
 def test_what_is_something_else_is_named(tmp_path):
     with pytest.raises(WeightsError, match="there is no file"):
-        weights.load(tmp_path / "none")
+        weights.load_weights(tmp_path / "none")
     save_file({"a": np.zeros(3)}, tmp_path / "other")
     with pytest.raises(WeightsError, match="holds no Q-YOLOP model"):
-        weights.load(tmp_path / "other")
-    weights.save(tmp_path / "m", CFG, initial(CFG))
+        weights.load_weights(tmp_path / "other")
+    weights.save_weights(tmp_path / "m", CFG, initial(CFG))
     (tmp_path / "cut").write_bytes((tmp_path / "m").read_bytes()[:5000])
     with pytest.raises(WeightsError, match="not a whole safetensors file"):
-        weights.load(tmp_path / "cut")
+        weights.load_weights(tmp_path / "cut")
     variables = initial(CFG)
     del variables["params"]["stem.1"]["kernel"]
-    weights.save(tmp_path / "lacking", CFG, variables)
+    weights.save_weights(tmp_path / "lacking", CFG, variables)
     with pytest.raises(WeightsError, match=r"1 arrays do not fit this version.*stem\.1/kernel"):
-        weights.load(tmp_path / "lacking")
+        weights.load_weights(tmp_path / "lacking")

@@ -9,10 +9,12 @@ import pytest
 from rich.console import Console
 
 from experiments.qyolop import __main__ as qyolop
+from experiments.qyolop import predict as qyolop_predict
 from qyolop_jax import weights
+from qyolop_jax.network import load
 from qyolop_jax.readers import Bdd100k
-from qyolop_jax.scenes.generate import scene
-from qyolop_jax.train import TrainError
+from qyolop_jax.scenes import scene
+from qyolop_jax.stages import TrainError
 
 
 def arguments(output, **changes):
@@ -35,7 +37,7 @@ def lines(path):
 
 
 def test_a_run_leaves_a_model_scores_and_panels(run):
-    cfg, _ = weights.load(run / "model.safetensors")
+    cfg, _ = weights.load_weights(run / "model.safetensors")
     assert cfg.size == (64, 96) and cfg.width == 0.125
     rows = lines(run / "records.jsonl")
     assert [r["model"] for r in rows] == ["float32", "naive PTQ", "PTQ", "QAT", "int8"]
@@ -76,7 +78,7 @@ def test_predict_images_and_labels(run, tmp_path):
     for i in range(3):
         image = scene(i, (90, 170)).image
         cv2.imwrite(str(source / f"{i}.png"), image[..., ::-1])
-    args = qyolop.qyolop_predict.Predict(source, run, tmp_path / "out", conf=0.01, batch=2)
+    args = qyolop_predict.Predict(source, run, tmp_path / "out", conf=0.01, batch=2)
     assert qyolop.main(args, Console(quiet=True)) == 0
     for i in range(3):
         drawn = cv2.imread(str(tmp_path / f"out/{i}.png"))
@@ -88,9 +90,12 @@ def test_predict_images_and_labels(run, tmp_path):
 
 
 def test_the_checkpoint_that_comes_along_is_whole():
-    cfg, forward, model = qyolop.runnable(qyolop.qyolop_predict.ROADS)
+    network = load(qyolop_predict.ROADS)
+    cfg = network.cfg
     assert (cfg.width, cfg.size) == (0.25, (384, 640))
-    raw = jax.eval_shape(forward, model, jax.ShapeDtypeStruct((1, *cfg.size, 3), "uint8"))
+    raw = jax.eval_shape(
+        network.forward, network.values, jax.ShapeDtypeStruct((1, *cfg.size, 3), "uint8")
+    )
     assert raw["lane"].shape == (1, *cfg.size, 4) and raw["area"].shape == (1, *cfg.size, 3)
 
 
@@ -100,7 +105,7 @@ def test_predict_a_video(run, tmp_path):
     for i in range(5):
         writer.write(np.ascontiguousarray(scene(i, (96, 160)).image[..., ::-1]))
     writer.release()
-    args = qyolop.qyolop_predict.Predict(
+    args = qyolop_predict.Predict(
         path, run / "model-int8.safetensors", tmp_path / "seen.mp4", batch=2
     )
     assert qyolop.main(args, Console(quiet=True)) == 0

@@ -14,12 +14,15 @@ from experiments.qyolop import __main__ as qyolop
 from experiments.qyolop import benchmark as qyolop_benchmark
 from experiments.qyolop import deploy as qyolop_deploy
 from experiments.qyolop import sensitivity as qyolop_sensitivity
-from qyolop_jax import integer, quantize, weights
+from llm_jax.extras import MissingPackage
+from qyolop_jax import integer, network, quantize, weights
 from qyolop_jax.config import ModelConfig
-from qyolop_jax.graph import Graph, Node
+from qyolop_jax.graph import Graph, Node, build_graph, count
 from qyolop_jax.model import initial
+from qyolop_jax.network import INTEGER_FILE, MODEL_FILE
+from qyolop_jax.samples import Report
 from qyolop_jax.scales import Settings
-from qyolop_jax.scenes.generate import scene
+from qyolop_jax.scenes import scene
 
 QUIET = Console(quiet=True)
 CFG = ModelConfig(0.125, "relu", size=(64, 96))
@@ -37,10 +40,12 @@ def images(count=2, size=CFG.size):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder as a run leaves it before its last stage, and quantized; the model in memory."""
-    path, models, real = tmp_path_factory.mktemp("deploy"), [], integer.save
-    weights.save(path / qyolop.MODEL, CFG, initial(CFG))
+    path, models, real = tmp_path_factory.mktemp("deploy"), [], network.save_integer_model
+    weights.save_weights(path / MODEL_FILE, CFG, initial(CFG))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integer, "save", lambda model, to: (models.append(model), real(model, to)))
+        patch.setattr(
+            network, "save_integer_model", lambda model, to: (models.append(model), real(model, to))
+        )
         assert qyolop.main(quantize_args(path), QUIET) == 0
     return path, *models
 
@@ -56,8 +61,8 @@ def quantize_args(run, **changes):
 
 def test_what_is_written_is_what_was_computed(made):
     path, model = made
-    run, x = jax.jit(integer.run), images()
-    want, found = run(model, x), run(integer.load(path / qyolop.INTEGERS), x)
+    run, x = jax.jit(integer.run_integer), images()
+    want, found = run(model, x), run(integer.load_integer_model(path / INTEGER_FILE), x)
     for name, a in want.items():
         np.testing.assert_array_equal(found[name], a)
         assert len(np.unique(a)) > 10
@@ -67,19 +72,19 @@ def test_what_is_written_is_what_was_computed(made):
 def test_calibration_takes_as_many_images_as_are_asked_for_or_there(folder):
     for images, want in ((3, [3]), (12, [8, 4]), (99, [8, 8])):
         args = quantize_args(folder, images=images, scenes=16)
-        found = list(qyolop_deploy.calibration(args, CFG, qyolop.Report()))
+        found = list(qyolop_deploy.calibration(args, CFG, Report()))
         assert [b["image"].shape for b in found] == [(n, 64, 96, 3) for n in want]
 
 
 def test_quantize_scores_and_leaves_a_better_model_alone(folder, capsys, monkeypatch):
-    monkeypatch.setattr(qyolop, "latency", lambda *a: 0.5)
-    before = (folder / qyolop.INTEGERS).read_bytes()
+    monkeypatch.setattr(qyolop_deploy, "latency", lambda *a: 0.5)
+    before = (folder / INTEGER_FILE).read_bytes()
     args = quantize_args(folder, observer="absmax", per_tensor=True, symmetric=True, evaluate=True)
     assert qyolop.main(args, Console(width=140)) == 0
-    assert (folder / qyolop.INTEGERS).read_bytes() == before
+    assert (folder / INTEGER_FILE).read_bytes() == before
     said = capsys.readouterr().out
     assert "is there already and stays" in said and "times smaller" in said
-    model = integer.load(folder / "model-int8-ptq.safetensors")
+    model = integer.load_integer_model(folder / "model-int8-ptq.safetensors")
     assert all(int(p["zero"]) == 0 for p in model.layers.values())
     rows = lines(folder / "model-int8-ptq.jsonl")
     assert [r["model"] for r in rows] == ["float32", "int8"]
@@ -91,7 +96,7 @@ def test_kept_convolutions_are_float_and_can_be_exported(folder, tmp_path, capsy
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     out = tmp_path / "new" / "kept.safetensors"
     assert qyolop.main(quantize_args(folder, keep=KEPT, output=out), QUIET) == 0
-    for name, layer in integer.load(out).layers.items():
+    for name, layer in integer.load_integer_model(out).layers.items():
         assert (layer["kernel"].dtype == jnp.float32) == (name in KEPT)
     export = qyolop_deploy.Export(out, "onnx", size=CFG.size)
     assert qyolop.main(export, Console(width=140)) == 0
@@ -114,9 +119,11 @@ def test_sensitivity_ranks_the_convolution_that_is_hurt_first(tmp_path, capsys):
     params = jax.tree.map(jnp.asarray, params)
     settings = Settings("absmax", per_channel=False)
     batch = dict(image=images(2, (64, 64)))
-    scales = quantize.calibrate(graph, params, [batch], settings)
+    scales = quantize.calibrate_scales(graph, params, [batch], settings)
     case = qyolop_sensitivity.Case(graph, params, scales, settings)
-    found = qyolop_sensitivity.run(case, [batch, batch], tmp_path, {}, Console(width=140))
+    found = qyolop_sensitivity.measure_sensitivity(
+        case, [batch, batch], tmp_path, {}, Console(width=140)
+    )
     assert min(found["alone"], key=found["alone"].get) == "bad"
     assert found["kept"][0] == "bad" and set(found["alone"]) == {"good", "bad", "area"}
     assert found["all"]["area"] <= found["with_kept"]["area"] + 0.1
@@ -132,7 +139,7 @@ def test_sensitivity_tells_how_far_it_is():
     )
     params = dict(area=dict(kernel=jnp.ones((1, 1, 3, 2)), bias=jnp.zeros(2)))
     batch, told = images(1, (64, 64)), []
-    scales = quantize.calibrate(graph, params, [batch])
+    scales = quantize.calibrate_scales(graph, params, [batch])
     found = quantize.sensitivity(graph, params, scales, [batch, batch], progress=told.append)
     assert told == [1, 2] and math.isfinite(found["area"])
 
@@ -190,7 +197,7 @@ def test_an_export_that_differs_is_not_written(folder, tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_is_named(words, said, folder, tmp_path, capsys):
-    data = (folder / qyolop.INTEGERS).read_bytes()
+    data = (folder / INTEGER_FILE).read_bytes()
     (tmp_path / "torn.safetensors").write_bytes(data[: len(data) // 2])
     (tmp_path / "alone.safetensors").write_bytes(data)
     places = dict(
@@ -205,10 +212,10 @@ def test_bad_input_is_named(words, said, folder, tmp_path, capsys):
 
 def test_benchmark_writes_every_way_once(folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    monkeypatch.setitem(qyolop_benchmark.MATMUL, "cpu", 256)
+    monkeypatch.setitem(qyolop_benchmark.MATMUL_SIDE, "cpu", 256)
     monkeypatch.setattr(qyolop_benchmark, "WARM", 0.0)
     out = tmp_path / "speed.jsonl"
-    args = qyolop_benchmark.Benchmark(folder, batch=(2,), repeats=3, output=out)
+    args = qyolop_benchmark.BenchmarkNetwork(folder, batch=(2,), repeats=3, output=out)
     assert qyolop.main(args, Console(width=140)) == 0
     rows = lines(out)
     of = lambda r: (r["task"], r["engine"], r["precision"], r.get("postprocessing"))
@@ -217,7 +224,7 @@ def test_benchmark_writes_every_way_once(folder, tmp_path, monkeypatch, capsys):
     want = {("inference", *w, post) for w in ways for post in (False, True)}
     assert {of(r) for r in rows} == want | {("matmul", "jax", "float32", None)}
     assert len(rows) == len(want) + 1
-    macs = qyolop.count(qyolop.build(CFG), CFG.size).total()[1]
+    macs = count(build_graph(CFG), CFG.size).total()[1]
     for r in rows:
         assert 0 < r["least"] <= r["low"] <= r["seconds"] <= r["high"]
         assert r["repeats"] == 3 and r["size"] == [64, 96] and r["width"] == 0.125
@@ -235,15 +242,17 @@ def test_benchmark_writes_every_way_once(folder, tmp_path, monkeypatch, capsys):
 
 def test_what_is_not_there_is_left_out_and_said(tmp_path, monkeypatch, capsys):
     def missing(*args):
-        raise ImportError("No module named 'onnxruntime'")
+        raise MissingPackage("running ONNX needs onnxruntime")
 
-    weights.save(tmp_path / qyolop.MODEL, CFG, initial(CFG))
+    weights.save_weights(tmp_path / MODEL_FILE, CFG, initial(CFG))
     monkeypatch.setattr(qyolop_benchmark, "onnx_session", missing)
-    subject = qyolop_benchmark.subject(qyolop_benchmark.Benchmark(tmp_path), Console(width=200))
+    subject = qyolop_benchmark.subject(
+        qyolop_benchmark.BenchmarkNetwork(tmp_path), Console(width=200)
+    )
     found = list(qyolop_benchmark.forwards(subject, 1, Console(width=200)))  # nothing runs
     assert [f[:2] for f in found] == [("jax", "float32"), ("jax", "bfloat16")]
     said = capsys.readouterr().out
-    assert "int8 is left out" in said and "onnxruntime is left out: No module" in said
+    assert "int8 is left out" in said and "onnxruntime is left out: running ONNX" in said
 
 
 def test_all_take_turns_and_ratios_are_within_an_engine():
@@ -259,7 +268,7 @@ def test_all_take_turns_and_ratios_are_within_an_engine():
     limit = qyolop_benchmark.Way(
         dict(task="matmul", engine="jax", precision="float32", batch=1, side=10), None, 1, 1000
     )
-    rows = qyolop_benchmark.rows_of([limit, *ways], [[2.0, 1.0], [0.2, 0.4], [0.1, 0.1]])
+    rows = qyolop_benchmark.speed_rows([limit, *ways], [[2.0, 1.0], [0.2, 0.4], [0.1, 0.1]])
     assert [round(r.get("times_float32", 0), 6) for r in rows] == [0, 1, 3]
     assert [round(r.get("share_of_limit", 0), 6) for r in rows] == [0, 0.033333, 0.1]
 
@@ -267,10 +276,10 @@ def test_all_take_turns_and_ratios_are_within_an_engine():
 def test_training_steps_are_timed(monkeypatch):
     made = iter(range(9))
     monkeypatch.setattr(
-        qyolop_benchmark.train, "make_step",
+        qyolop_benchmark.optimization, "make_step",
         lambda loss, config: lambda state, batch, rate: (state, next(made)),
     )  # fmt: skip
-    args = qyolop_benchmark.Benchmark(width=0.125, size=(64, 96))
+    args = qyolop_benchmark.BenchmarkNetwork(width=0.125, size=(64, 96))
     subject = qyolop_benchmark.subject(args, QUIET)
     assert subject.weights == "random"
     ways = list(qyolop_benchmark.training(subject, 2))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qyolop_jax.config import DETECTION
-from qyolop_jax.samples import SampleError, check
+from qyolop_jax.samples import SampleError, check_sample
 from qyolop_jax.scenes import figures as scene_figures
 from qyolop_jax.scenes import generate as scenes
 from qyolop_jax.scenes import road as scene_road
@@ -67,7 +67,7 @@ def test_all_classes_and_all_weathers_come():
     rng = np.random.default_rng(0)
     assert {scene_road.world(rng, *SIZE).weather for _ in range(60)} == set(LOOKS)
     found, masks = set(), [set(), set()]
-    for s in map(check, Scenes(40, (128, 192), 1)):
+    for s in map(check_sample, Scenes(40, (128, 192), 1)):
         found |= set(s.classes.tolist())
         masks[0] |= set(np.unique(s.area).tolist())
         masks[1] |= set(np.unique(s.lane).tolist())
@@ -78,7 +78,7 @@ def test_all_classes_and_all_weathers_come():
 
 @pytest.mark.parametrize("shape", [(64, 96), (192, 320), (384, 640)])
 def test_sizes(shape):
-    s = check(scene(7, shape))
+    s = check_sample(scene(7, shape))
     assert s.image.shape == (*shape, 3) and (s.area == 1).any()
 
 

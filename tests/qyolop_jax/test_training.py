@@ -13,9 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from qyolop_jax import train
-from qyolop_jax.flat import pack
-from qyolop_jax.train import Optimization, Phase, Stage, TrainError, fit
+from qyolop_jax import optimization
+from qyolop_jax.flat import flatten
+from qyolop_jax.optimization import Optimization
+from qyolop_jax.stages import Phase, Stage, TrainError
+from qyolop_jax.training import fit
 
 
 class Numbers:
@@ -63,10 +65,10 @@ def phases():
 def test_a_step_is_adam_on_a_clipped_gradient():
     config = Optimization(momentum=0.9, decay=0.0, clip=0.5, average=0.9)
     variables, batch = begin(None), next(Numbers(0))
-    state = train.new_state(variables, train.optimizer(config))
-    state, parts = train.make_step(loss, config)(state, batch, jnp.float32(0.1))
+    state = optimization.new_state(variables, optimization.optimizer(config))
+    state, parts = optimization.make_step(loss, config)(state, batch, jnp.float32(0.1))
     grads = jax.grad(lambda p: loss(dict(variables, params=p), batch)[0])(variables["params"])
-    now, averaged = (train.unpacked(state[k]) for k in ("variables", "average"))
+    now, averaged = (optimization.unpacked(state[k]) for k in ("variables", "average"))
     norm = float(optax.tree.norm(grads))
     assert norm > 0.5 and float(parts["gradient"]) == pytest.approx(norm, rel=1e-5)
     for name, g in grads.items():
@@ -81,11 +83,14 @@ def test_a_step_is_adam_on_a_clipped_gradient():
 
 def test_decay_is_for_kernels_and_rates_follow_the_stage():
     stage = Stage("one", 4, 4, 0.1, 0.01, warmup=1)
-    rate, tx = train.rates(stage, 40, 10), train.optimizer(Optimization(decay=0.5))
+    rate, tx = (
+        optimization.learning_rate(stage, 40, 10),
+        optimization.optimizer(Optimization(decay=0.5)),
+    )
     found = [float(rate(i)) for i in (0, 5, 10, 25, 40)]
     assert found[0] == 0 and found[1] == pytest.approx(0.05) and found[2] == pytest.approx(0.1)
     assert found[3] == pytest.approx(0.055) and found[4] == pytest.approx(0.01)
-    params = pack(begin(None)["params"])
+    params = flatten(begin(None)["params"])
     state = tx.init(params)
     zero = jax.tree.map(jnp.zeros_like, params)
     with jax.numpy_dtype_promotion("standard"):
@@ -131,7 +136,7 @@ def test_a_killed_process_loses_nothing(tmp_path):
     script = (
         "import sys, pathlib, time\n"
         "sys.path[:0] = sys.argv[2:]\n"
-        "import test_train as t\n"
+        "import test_training as t\n"
         "slow = lambda *a: time.sleep(0.05)\n"
         "t.fit(pathlib.Path(sys.argv[1]), t.phases(), save_every=2, progress=slow)\n"
         "print('finished')\n"
@@ -186,23 +191,23 @@ def test_batches_are_split_among_all_devices():
     script = """
 import sys
 sys.path[:0] = sys.argv[1:]
-import jax, numpy as np, test_train as t
-from qyolop_jax import train
-config = train.Optimization()
-mesh = train.devices_for(4)
+import jax, numpy as np, test_training as t
+from qyolop_jax import optimization
+config = optimization.Optimization()
+mesh = optimization.devices_for(4)
 assert mesh.size == 2, mesh
-tx, rate = train.optimizer(config), np.float32(0.1)
-step = train.make_step(t.loss, config)
+tx, rate = optimization.optimizer(config), np.float32(0.1)
+step = optimization.make_step(t.loss, config)
 batch = next(t.Numbers(0))
-two = train.placed(train.new_state(t.begin(None), tx), mesh)
-two, parts = step(two, train.placed(batch, mesh, split=True), rate)
+two = optimization.placed(optimization.new_state(t.begin(None), tx), mesh)
+two, parts = step(two, optimization.placed(batch, mesh, split=True), rate)
 assert len(two["variables"]["params"].vector.devices()) == 2
-one, alone = step(train.new_state(t.begin(None), tx), batch, rate)
+one, alone = step(optimization.new_state(t.begin(None), tx), batch, rate)
 for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 try:
-    train.devices_for(3)
-except train.TrainError as error:
+    optimization.devices_for(3)
+except t.TrainError as error:
     assert "split among 2 devices" in str(error)
 else:
     raise SystemExit("accepted")

@@ -1,0 +1,106 @@
+"""Scores of a trained network on labelled data, and the table that shows scores."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.common import records
+from experiments.common.progress import bar
+from experiments.qyolop.datasets import HELD_OUT_SEED, DataName, dataset
+from qyolop_jax.evaluation import evaluate
+from qyolop_jax.network import Network, load
+from qyolop_jax.samples import Report
+from qyolop_jax.scenes import Scenes
+
+SCORE_COLUMNS = {
+    "mAP50": "detection/AP50", "mAP": "detection/AP", "recall50": "detection/recall50",
+    "drivable mIoU": "area/mIoU", "drivable or not": "area/binary mIoU",
+    "lane IoU": "lane/foreground IoU", "lane mIoU": "lane/mIoU", "lane F1@2": "lane/F1@2 any",
+}  # fmt: skip
+"""Title of a column -> name of the score."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Scores of a trained model on labelled data."""
+
+    run: Path
+    """Folder of `train`, or a file of `train` or `quantize`."""
+    data: tuple[DataName, ...] = ("scenes",)
+    data_dir: Path | None = None
+    split: Literal["val", "train", "test"] = "val"
+    scenes: int = 64
+    """Number of generated scenes, if that is the data."""
+    batch: int = 8
+    protocol: Literal["pooled", "yolop"] = "pooled"
+    """yolop averages IoU over batches, to compare with its published numbers."""
+    output: Path | None = None
+    """A file of JSON lines to append to."""
+
+
+def evaluate_command(args: Evaluate, console: Console) -> int:
+    """Evaluates, prints a table, appends records."""
+    network, report, rows = load(args.run), Report(), []
+    for name in args.data:
+        scenes = Scenes(args.scenes, network.cfg.size, HELD_OUT_SEED * (args.split == "val"))
+        data = dataset(name, args.split, args.data_dir, scenes, report)
+        with bar(console, f"Evaluating on {name} {args.split}", len(data)) as step:
+            found = evaluate(
+                network, data, args.batch, protocol=args.protocol, report=report, progress=step
+            )
+        rows.append(dict(model=args.run.name, data=name, split=args.split, result=found))
+        if args.output:
+            records.append(args.output, dict(
+                rows[-1], protocol=args.protocol, environment=records.environment(),
+                device=jax.devices()[0].device_kind,
+            ))  # fmt: skip
+    print_scores(console, rows)
+    print_report(console, report)
+    return 0
+
+
+def print_report(console: Console, report: Report) -> None:
+    """Prints what was skipped in the data, if anything was."""
+    if report:
+        console.print(str(report), style="dim", highlight=False)
+
+
+def print_scores(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """A table of the rows (model, data, split, result, and perhaps bytes and seconds)."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("model")
+    table.add_column("data")
+    for name in (*SCORE_COLUMNS, "file MB", "ms an image"):
+        table.add_column(name.replace(" ", "\n", 1), justify="right")
+    for r in rows:
+        cells = [r["result"].get(key, float("nan")) for key in SCORE_COLUMNS.values()]
+        size, seconds = r.get("bytes"), r.get("seconds")
+        table.add_row(
+            r["model"], f"{r['data']} {r['split']}",
+            *("" if np.isnan(v) else f"{v:.3f}" for v in cells),
+            "" if size is None else f"{size / 1e6:.2f}",
+            "" if seconds is None else f"{seconds * 1e3:.1f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def latency(network: Network, repeats: int = 20) -> float:
+    """Median seconds from one image to its raw outputs."""
+    run = jax.jit(network.forward)
+    image = jnp.zeros((1, *network.cfg.size, 3), jnp.uint8)
+    jax.block_until_ready(run(network.values, image))
+    took = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(run(network.values, image))
+        took.append(time.perf_counter() - began)
+    return float(np.median(took))
