@@ -112,7 +112,7 @@ class Speculative:
     """Layers on their way while one is in use."""
     table_on_host: bool | None = None
     """Keep an untied embedding table in host memory; whatever streams less if not given."""
-    benchmark: Literal[benchmarks.NAMES] = "builtin"  # type: ignore[valid-type]
+    benchmark: benchmarks.BenchmarkName = "builtin"
     data_dir: Path | None = None
     """Folder with benchmark data; without it they come from the hub or tensorflow-datasets."""
     samples: int = 3
@@ -151,7 +151,7 @@ def main(args: Speculative, console: Console) -> int:
     source = settings.converted(args, cfg, checkpoint, console)
     limit, pool = settings.memory_limit(args, cfg, setups, console, source)
     plans = {s.name: settings.make_plan(args, cfg, s, limit, source=source) for s in setups}
-    samples = benchmarks.load(args.benchmark, args.data_dir, args.samples, args.seed)
+    samples = benchmarks.load_conversations(args.benchmark, args.data_dir, args.samples, args.seed)
     run = Run(args, console, cfg, setups, plans, output_folder(args))
     run.open(checkpoint, source, limit, pool)
     run.decode(samples)

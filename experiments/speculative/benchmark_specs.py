@@ -1,24 +1,24 @@
-"""What each benchmark is: where its records are found and how one becomes user turns.
+"""What each benchmark is: where its records are, and how a record becomes the user's turns.
 
-The instructions around the questions are this project's own, so accuracies are not comparable with
-leaderboards; speed and acceptance are. `experiments.speculative.benchmarks` reads the records.
+The instructions around the questions are this project's own. So accuracies cannot be compared with
+leaderboards, but speed and acceptance can. `experiments.speculative.benchmarks` reads the records.
 """
 
 import dataclasses
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from experiments.common.cli import UserError
 
 
 class BenchmarkError(UserError):
-    """What was wrong with the prompts asked for, what was expected, and what to do."""
+    """What is wrong with the requested prompts, what was expected, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A record of a data file and where it stands, for messages that can be acted upon."""
+    """A record of a data file and its place there, so that messages can name it."""
 
     where: str
     fields: dict[str, Any]
@@ -104,7 +104,7 @@ def _longbench(instruction: str) -> Callable[[Row], list[str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Where a benchmark lives and how a record becomes user turns."""
+    """Where a benchmark's records are, and how a record becomes the user's turns."""
 
     turns: Callable[[Row], list[str]]
     needs: str  # the fields read, for messages
@@ -196,3 +196,34 @@ SPECS |= {
     )
     for task, instruction in LONGBENCH.items()
 }  # fmt: skip
+
+BenchmarkName = Literal[
+    "builtin",
+    "mt-bench",
+    "spec-bench",
+    "gsm8k",
+    "humaneval",
+    "alpaca",
+    "cnn-dm",
+    "math-500",
+    "aime",
+    "gpqa",
+    "livecodebench",
+    "longbench-hotpotqa",
+    "longbench-2wikimqa",
+    "longbench-musique",
+    "longbench-narrativeqa",
+    "longbench-qasper",
+    "longbench-multifieldqa_en",
+    "longbench-gov_report",
+    "longbench-qmsum",
+    "longbench-multi_news",
+    "longbench-trec",
+    "longbench-triviaqa",
+    "longbench-samsum",
+    "longbench-passage_count",
+    "longbench-passage_retrieval_en",
+    "longbench-lcc",
+    "longbench-repobench-p",
+]
+"""builtin and the keys of SPECS, written out for type checkers and for the command line."""

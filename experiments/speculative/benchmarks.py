@@ -1,8 +1,8 @@
-"""Prompts to decode: `load(name, data_dir, samples)` gives the user turns of a public benchmark.
+"""Prompts to decode: `load_conversations(name, data_dir, samples)` reads a public benchmark.
 
-`builtin` ships with the project and needs nothing. Any other name is looked for in three places:
-a local folder, the Hugging Face hub (`huggingface_hub`; parquet files also need `pyarrow`), and
-TensorFlow Datasets read without TensorFlow.
+`builtin` comes with the project and needs nothing. Any other name is looked for in three places:
+a local folder, the Hugging Face hub, and TensorFlow Datasets, which is read without TensorFlow.
+The packages for the hub, for parquet files and for TensorFlow Datasets are the extra `eval`.
 """
 
 import csv
@@ -10,50 +10,55 @@ import dataclasses
 import difflib
 import fnmatch
 import gzip
-import io
 import json
 import random
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO, get_args
 
-from experiments.speculative.benchmark_specs import SPECS, BenchmarkError, Row, Spec, user_turns
+from experiments.speculative.benchmark_specs import (
+    SPECS,
+    BenchmarkError,
+    BenchmarkName,
+    Row,
+    Spec,
+    user_turns,
+)
+from llm_jax.extras import need
 
+BENCHMARKS: tuple[str, ...] = get_args(BenchmarkName)
 BUILTIN = Path(__file__).with_name("prompts.jsonl")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """One conversation: user turns only, each later one follows the model's own answer."""
+class Conversation:
+    """The user's turns of one conversation; each later one follows the model's own answer."""
 
     id: str
     category: str
     turns: tuple[str, ...]
 
 
-NAMES: tuple[str, ...] = ("builtin", *SPECS)
-
-
 # --- Loading -----------------------------------------------------------------------------------
 
 
-def load(
+def load_conversations(
     name: str, data_dir: Path | None = None, samples: int | None = None, seed: int = 0
-) -> list[Sample]:
+) -> list[Conversation]:
     """The first `samples` conversations of benchmark `name` after a shuffle with `seed`.
 
-    The shuffle depends on the seed and the number of rows only, so two runs (and two machines)
-    decode the same prompts; `builtin` is not shuffled, its order mixes the categories. Fewer
-    conversations than asked for come back where the benchmark holds fewer: compare `len`.
-    TensorFlow Datasets stores rows in an order of its own: its ids begin with `tfds-`.
-    Raises `BenchmarkError`.
+    The shuffle depends only on the seed and the number of rows, so two runs (and two machines)
+    decode the same prompts. `builtin` is not shuffled, because its order mixes the categories. A
+    benchmark with fewer conversations returns all it has. TensorFlow Datasets stores rows in
+    another order, so its ids begin with `tfds-`. Raises `BenchmarkError`.
     """
-    if name not in NAMES:
-        close = difflib.get_close_matches(name, NAMES, 1)
+    if name not in BENCHMARKS:
+        close = difflib.get_close_matches(name, BENCHMARKS, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise BenchmarkError(f"no benchmark {name!r}.{hint} There are: {', '.join(NAMES)}.")
+        raise BenchmarkError(f"no benchmark {name!r}.{hint} There are: {', '.join(BENCHMARKS)}.")
     if samples is not None and samples < 1:
         raise BenchmarkError(f"samples = {samples}; expected 1 or more, or None for all.")
     if name == "builtin":
@@ -64,8 +69,9 @@ def load(
     return found[:samples]
 
 
-def _samples(name: str, spec: Spec, rows: Iterable[Row], prefix: str = "") -> list[Sample]:
-    samples, first = [], {}
+def _samples(name: str, spec: Spec, rows: Iterable[Row], prefix: str = "") -> list[Conversation]:
+    samples: list[Conversation] = []
+    first: dict[str, str] = {}
     for number, row in enumerate(rows):
         id = prefix + (row.optional(spec.id) or str(number))
         if id in first:
@@ -75,11 +81,11 @@ def _samples(name: str, spec: Spec, rows: Iterable[Row], prefix: str = "") -> li
             )
         first[id] = row.where
         category = row.optional(spec.category) or name
-        samples.append(Sample(id, category, tuple(spec.turns(row))))
+        samples.append(Conversation(id, category, tuple(spec.turns(row))))
     return samples
 
 
-def _find(name: str, data_dir: Path | None) -> list[Sample]:
+def _find(name: str, data_dir: Path | None) -> list[Conversation]:
     """All conversations of a benchmark, in file order, from the first source that has it."""
     spec, tried = SPECS[name], []
     sources = (
@@ -90,7 +96,7 @@ def _find(name: str, data_dir: Path | None) -> list[Sample]:
     for source, rows, prefix in sources:
         try:
             samples = _samples(name, spec, rows(), prefix)
-        except _Unavailable as reason:
+        except (_Unavailable, ImportError) as reason:
             tried.append(f"  {source:5}  {reason}")
             continue
         if not samples:
@@ -108,7 +114,7 @@ def _find(name: str, data_dir: Path | None) -> list[Sample]:
 
 
 class _Unavailable(Exception):
-    """Why a source cannot be used; the next one is tried."""
+    """Why a source cannot be used. The next source is tried."""
 
 
 def _local(name: str, spec: Spec, data_dir: Path | None) -> Iterator[Row]:
@@ -122,9 +128,9 @@ def _local(name: str, spec: Spec, data_dir: Path | None) -> Iterator[Row]:
         )
     folders = [root / "text" / spec.folder, root / spec.folder]
     folders += [root] if root.name == spec.folder else []
-    files = [folder / f"{stem}{s}" for folder in folders for stem in spec.stems for s in SUFFIXES]
+    files = [folder / f"{stem}{s}" for folder in folders for stem in spec.stems for s in _SUFFIXES]
     files += [folder / "data.zip" for folder in folders if spec.member]
-    files += [root / f"{name}{suffix}" for suffix in SUFFIXES]
+    files += [root / f"{name}{suffix}" for suffix in _SUFFIXES]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         places = [f"{folder}/{'|'.join(spec.stems)}.jsonl[.gz]" for folder in folders]
@@ -135,12 +141,9 @@ def _local(name: str, spec: Spec, data_dir: Path | None) -> Iterator[Row]:
 def _hub(spec: Spec) -> Iterator[Row]:
     if not spec.hub:
         raise _Unavailable("it is not on the hub in a form this project reads")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise _Unavailable(f"{spec.hub}: pip install huggingface_hub") from None
+    hub = need("huggingface_hub", "eval", f"fetching {spec.hub}")
     try:  # without a network this answers from the hub's cache, if the files are in it
-        folder = snapshot_download(spec.hub, repo_type="dataset", allow_patterns=spec.hub_files)
+        folder = hub.snapshot_download(spec.hub, repo_type="dataset", allow_patterns=spec.hub_files)
     except Exception as error:  # its own errors, the HTTP client's, the file system's
         gated = " The data set is gated: accept its terms on its page, then `hf auth login`."
         raise _Unavailable(
@@ -156,21 +159,18 @@ def _hub(spec: Spec) -> Iterator[Row]:
 def _tfds(spec: Spec) -> Iterator[Row]:
     if not spec.tfds:
         raise _Unavailable("TensorFlow Datasets does not have it")
+    purpose = f"reading {spec.tfds} from TensorFlow Datasets"
+    need("array_record", "eval", purpose)  # the only format that needs no TensorFlow
+    tfds = need("tensorflow_datasets", "eval", purpose)
     try:
-        import array_record  # noqa: F401  (the only format that needs no TensorFlow)
-        import tensorflow_datasets as tfds
-    except ImportError:
-        packages = "tensorflow-datasets importlib_resources array_record"
-        raise _Unavailable(f"{spec.tfds}: pip install {packages}") from None
-    try:
-        # Asked for by name, or preparing a data set for the first time imports TensorFlow.
+        # Without the format's name, preparing a data set for the first time imports TensorFlow.
         stored = {"file_format": "array_record"}
         source = tfds.data_source(spec.tfds, split="test", builder_kwargs=stored)
     except Exception as error:  # downloads, disk, builders that call TensorFlow
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise _Unavailable(f"{spec.tfds}: {reason}") from None
 
-    def text(value):
+    def text(value: object) -> object:
         return value.decode() if isinstance(value, bytes) else value
 
     return (
@@ -213,7 +213,7 @@ def _rows(path: Path, member: str = "") -> Iterator[Row]:
         ) from e
 
 
-def _jsonl(name: str, file: io.BufferedIOBase) -> Iterator[Row]:
+def _jsonl(name: str, file: IO[bytes]) -> Iterator[Row]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -231,14 +231,11 @@ def _jsonl(name: str, file: io.BufferedIOBase) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise _Unavailable(f"{path.name} is there, reading it needs: pip install pyarrow") from None
+    pyarrow = need("pyarrow", "eval", f"reading {path.name}")
+    parquet = need("pyarrow.parquet", "eval", f"reading {path.name}")
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
+        for batch in parquet.ParquetFile(path).iter_batches(256):
             for record in batch.to_pylist():
                 number += 1
                 yield Row(f"{path}, row {number}", record)

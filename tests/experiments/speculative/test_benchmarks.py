@@ -5,11 +5,18 @@ import random
 import sys
 import types
 import zipfile
+from typing import get_args
 
 import pytest
 
-from experiments.speculative import benchmarks
-from experiments.speculative.benchmarks import BenchmarkError, Sample, load
+from experiments.speculative.benchmarks import (
+    BENCHMARKS,
+    SPECS,
+    BenchmarkError,
+    BenchmarkName,
+    Conversation,
+)
+from experiments.speculative.benchmarks import load_conversations as load
 
 CATEGORIES = {
     "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities",
@@ -211,7 +218,9 @@ def test_parquet_files(tmp_path):
 def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "gsm8k.parquet").write_bytes(b"PAR1")
-    assert "pip install pyarrow" in message("gsm8k", tmp_path)
+    assert "reading gsm8k.parquet needs pyarrow, which is not installed: pip install" in message(
+        "gsm8k", tmp_path
+    )
 
 
 # --- Other sources -----------------------------------------------------------------------------
@@ -227,7 +236,7 @@ def test_hub_files_are_read(tmp_path, monkeypatch):
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert load("mt-bench") == [Sample("0", "stem", ("a", "b"))]
+    assert load("mt-bench") == [Conversation("0", "stem", ("a", "b"))]
     assert asked == [("HuggingFaceH4/mt_bench_prompts", "dataset", "raw/question.jsonl")]
 
 
@@ -250,13 +259,23 @@ def test_one_message_lists_all_that_was_tried(tmp_path):
     text = message("gsm8k", tmp_path)
     for part in (
         "gsm8k/test.jsonl[.gz]",
-        "pip install huggingface_hub",
-        "pip install tensorflow-datasets",
+        "fetching openai/gsm8k needs huggingface_hub, which is not installed",
+        "TensorFlow Datasets needs tensorflow_datasets, which is not installed",
+        "pip install 'thimble-jax[eval]'",
         "question",
         f"--data-dir {tmp_path}",
         "--benchmark builtin",
     ):
         assert part in text
+
+
+def test_a_package_that_cannot_be_imported_is_one_of_the_reasons(tmp_path, monkeypatch):
+    """Such as TensorFlow Datasets without a package that it needs and does not declare."""
+    (tmp_path / "tensorflow_datasets.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorflow_datasets")
+    monkeypatch.setitem(sys.modules, "array_record", types.ModuleType("array_record"))
+    assert "tfds   No module named 'no_such_package'" in message("gsm8k", tmp_path)
 
 
 def test_gated_data_says_so(monkeypatch):
@@ -327,8 +346,8 @@ def test_wrong_arguments(tmp_path):
 
 
 def test_names():
-    assert benchmarks.NAMES[0] == "builtin"
-    assert len(set(benchmarks.NAMES)) == len(benchmarks.NAMES) == 1 + 10 + 16  # LongBench has 16
+    assert get_args(BenchmarkName) == BENCHMARKS == ("builtin", *SPECS)
+    assert len(set(BENCHMARKS)) == len(BENCHMARKS) == 1 + 10 + 16  # LongBench has 16
 
 
 # --- The real files ----------------------------------------------------------------------------

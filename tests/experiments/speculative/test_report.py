@@ -387,7 +387,7 @@ def test_plots_without_data_are_left_out(tmp_path, rows, names):
 def test_modules_need_no_jax():
     code = (
         "import sys\nsys.modules['jax'] = None\n"
-        "from experiments.speculative import benchmarks, report\nbenchmarks.load('builtin')\n"
+        "from experiments.speculative import benchmarks, report\nbenchmarks.load_conversations('builtin')\n"
         "assert 'matplotlib' not in sys.modules"
     )
     root = Path(records.__file__).parents[2]
