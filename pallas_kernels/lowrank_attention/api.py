@@ -7,16 +7,13 @@ head size, R rank, g groups.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import on_gpu
+from pallas_kernels.device import takes_triton, triton_missing
 from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.reference import (
     finish,
     group_heads,
     lowrank_attention_reference,
 )
-from pallas_kernels.lowrank_attention.triton import lowrank_attention_triton, why_not_triton
-
-IMPLEMENTATIONS = ("xla", "triton")
 
 
 def _ranks(name: str, latents: Latents, groups: int, ranks) -> tuple[int, ...]:
@@ -46,7 +43,35 @@ def why_not(
     Takes the same arguments. Whether there is a GPU is not looked at.
     """
     ranks, heads = _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads)
-    return why_not_triton(q_BTNH, k, v, up_k_gRKH, ranks, heads)
+    return _why_not(q_BTNH, k, v, up_k_gRKH, ranks, heads)
+
+
+def _why_not(q_BTNH, k: Latents, v: Latents, up_k_gRKH, ranks, heads) -> str | None:
+    """The first thing in a call that the kernels cannot do; None where there is none."""
+    if reason := triton_missing():
+        return reason
+    for name, z, some in (("k", k, ranks[0]), ("v", v, ranks[1])):
+        if z.bits not in (4, 8, 16):
+            return f"{z.bits}-bit {name} latents; the kernels read 4, 8 and 16 bits"
+        if z.bits == 16 and z.codes_BSP.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"{z.codes_BSP.dtype} {name} latents; the kernels take 16-bit ones"
+        if z.bits < 16 and 2**31 <= z.codes_BSP.size <= 2**32:
+            return f"{z.codes_BSP.size} bytes of {name} codes, which 32-bit offsets do not reach"
+        if len(set(some)) != 1:
+            return f"{name} ranks {some} differ between groups"
+        if z.blocks != tuple(some):
+            return f"{name} has more than one quantization block a group"
+        least = 32 if z.bits == 4 else 16
+        if some[0] % least:
+            return f"{name} rank {some[0]} is not a multiple of {least}"
+    if len(set(heads)) != 1:
+        return f"groups of {heads} kv heads differ"
+    half = q_BTNH.shape[-1] // 2
+    if half < 16 or half & (half - 1):
+        return f"head size {q_BTNH.shape[-1]} is no power of two from 32 on"
+    if q_BTNH.dtype == jnp.float32:
+        return "float32 queries; the kernels multiply 16-bit numbers"
+    return None
 
 
 def lowrank_attention(
@@ -91,8 +116,6 @@ def lowrank_attention(
     `implementation` None takes Triton where `why_not` gives no reason and the device is a GPU, else
     XLA; "triton" raises NotImplementedError with the reason. `interpret` runs the kernels on a CPU.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
     ranks, heads = _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads)
     if (k_mean_KH is not None or v_mean_KH is not None) and mean_coefficient_BS is None:
         raise ValueError("means without leads: pass mean_coefficient_BS")
@@ -101,17 +124,16 @@ def lowrank_attention(
         mean_coefficient_BS=mean_coefficient_BS, k_mean_KH=k_mean_KH, k_norm_H=k_norm_H,
         norm_eps=norm_eps,
     )  # fmt: skip
-    if implementation != "xla" and (implementation or interpret or on_gpu()):
-        reason = why_not_triton(q_BTNH, k, v, up_k_gRKH, ranks, heads)
-        if reason is None:
-            if k_mean_KH is None and v_mean_KH is None:
-                keys["mean_coefficient_BS"] = None
-            y, leads = lowrank_attention_triton(
-                q_BTNH, k, v, up_k_gRKH, frequencies, lengths_B, interpret=interpret, **keys
-            )
-            return finish(y, leads, up_v_gRKH, heads, v_bias_KH, v_mean_KH, q_BTNH.dtype)
-        if implementation == "triton":
-            raise NotImplementedError(reason)
+    reason = lambda: _why_not(q_BTNH, k, v, up_k_gRKH, ranks, heads)
+    if takes_triton(implementation, interpret, reason):
+        from pallas_kernels.lowrank_attention.triton import lowrank_attention_triton
+
+        if k_mean_KH is None and v_mean_KH is None:
+            keys["mean_coefficient_BS"] = None
+        y, leads = lowrank_attention_triton(
+            q_BTNH, k, v, up_k_gRKH, frequencies, lengths_B, interpret=interpret, **keys
+        )
+        return finish(y, leads, up_v_gRKH, heads, v_bias_KH, v_mean_KH, q_BTNH.dtype)
     frequencies = jnp.asarray(frequencies, jnp.float32)
     return lowrank_attention_reference(
         q_BTNH, k, v, up_k_gRKH, up_v_gRKH, frequencies, lengths_B, ranks=ranks, heads=heads,

@@ -52,8 +52,31 @@ def turn(x_BSKH, position_BS, frequencies):
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def finish(y_BTNR, lead_BTN, up_v_gRKH, heads, v_bias_KH, v_mean_KH, dtype):
-    """Values from averaged latents (float32, [B, T, N, R_v]) and averaged leads, [B, T, N, H]."""
+def rebuilt_heads(
+    z_BSR, up_gRKH, ranks, heads, mean_coefficient_BS, mean_KH, bias_KH, dtype
+):  # fmt: skip
+    """Keys or values from latents: z @ up + coefficient * mean + bias, [B, S, K, H] in `dtype`.
+
+    `ranks` and `heads` are those of the groups; `mean_KH` and `bias_KH` may be None. Products take
+    operands of z's dtype and add in float32.
+    """
+    parts, at = [], 0
+    for up_RKH, rank, count in zip(up_gRKH, ranks, heads, strict=True):
+        z, up = z_BSR[..., at : at + rank], up_RKH[:rank, :count]
+        parts.append(product("BSR,RKH->BSKH", z, up, z.dtype).astype(dtype))
+        at += rank
+    y_BSKH = jnp.concatenate(parts, axis=2)
+    if mean_KH is not None:
+        coefficient = mean_coefficient_BS[..., None, None].astype(dtype)
+        y_BSKH = y_BSKH + coefficient * mean_KH.astype(dtype)[None, None]
+    if bias_KH is not None:
+        y_BSKH = y_BSKH + bias_KH.astype(dtype)[None, None]
+    return y_BSKH
+
+
+def finish(y_BTNR, coefficient_BTN, up_v_gRKH, heads, v_bias_KH, v_mean_KH, dtype):
+    """Values [B, T, N, H] from averaged latents (float32 [B, T, N, R_v]) and averaged
+    coefficients of the mean."""
     if up_v_gRKH is None:
         return y_BTNR.astype(dtype)
     B, T, N, _ = y_BTNR.shape
@@ -71,7 +94,7 @@ def finish(y_BTNR, lead_BTN, up_v_gRKH, heads, v_bias_KH, v_mean_KH, dtype):
         y_BTNH = jnp.concatenate(parts, axis=2).reshape(B, T, N, -1)
     spread = lambda a: jnp.repeat(a.astype(jnp.float32).reshape(K, -1), shared, axis=0)[None, None]
     if v_mean_KH is not None:
-        y_BTNH = y_BTNH + lead_BTN[..., None] * spread(v_mean_KH)
+        y_BTNH = y_BTNH + coefficient_BTN[..., None] * spread(v_mean_KH)
     if v_bias_KH is not None:
         y_BTNH = y_BTNH + spread(v_bias_KH)
     return y_BTNH.astype(dtype)
@@ -107,23 +130,18 @@ def lowrank_attention_reference(
     exists_BS = jnp.arange(S, dtype=jnp.int32)[None] < lengths_B[:, None]
     kept = lambda z_BSR: jnp.where(exists_BS[..., None], z_BSR, 0)  # what is beyond may be NaN
     zk, zv = kept(dense(k, dtype)), kept(dense(v, dtype))
-    lead = (
-        None
-        if mean_coefficient_BS is None
-        else jnp.where(exists_BS, mean_coefficient_BS.astype(f32), 0)
-    )
+    coefficient_BS = None
+    if mean_coefficient_BS is not None:
+        coefficient_BS = jnp.where(exists_BS, mean_coefficient_BS.astype(f32), 0)
     if position_BS is None:
         position_BS = jnp.arange(S, dtype=jnp.int32)[None]
     seen = exists_BS[:, None] if mask_BTS is None else exists_BS[:, None] & mask_BTS
-    y, leads, at, first = [], [], [0, 0], 0
+    y, coefficients, at, first = [], [], [0, 0], 0
     for i, (rank_k, rank_v, count) in enumerate(zip(*ranks, heads, strict=True)):
         own = slice(first, first + count)
-        up = up_k_gRKH[i, :rank_k, :count]
-        key = product("BSR,RKH->BSKH", zk[..., at[0] : at[0] + rank_k], up, dtype)
-        if k_mean_KH is not None:
-            key = key + lead[..., None, None] * k_mean_KH[own].astype(f32)[None, None]
-        if k_bias_KH is not None:
-            key = key + k_bias_KH[own].astype(f32)[None, None]
+        mean, bias = (None if a is None else a[own] for a in (k_mean_KH, k_bias_KH))
+        z, up = zk[..., at[0] : at[0] + rank_k], up_k_gRKH[i : i + 1]
+        key = rebuilt_heads(z, up, (rank_k,), (count,), coefficient_BS, mean, bias, f32)
         if k_norm_H is not None:
             key = key * jax.lax.rsqrt(jnp.mean(key * key, -1, keepdims=True) + norm_eps)
             key = key * k_norm_H.astype(f32)[None, None, None]
@@ -137,8 +155,8 @@ def lowrank_attention_reference(
         part = part.reshape(B, T, count * shared, rank_v)
         y.append(jnp.pad(part, ((0, 0), (0, 0), (0, 0), (0, padding))))
         if v_mean_KH is not None:
-            leads.append(product("BKGTS,BS->BTKG", p, lead, f32).reshape(B, T, -1))
+            coefficients.append(product("BKGTS,BS->BTKG", p, coefficient_BS, f32).reshape(B, T, -1))
         at, first = [at[0] + rank_k, at[1] + rank_v], first + count
-    lead_BTN = jnp.concatenate(leads, axis=2) if leads else None
+    coefficient_BTN = jnp.concatenate(coefficients, axis=2) if coefficients else None
     y_BTNR = jnp.concatenate(y, axis=2)
-    return finish(y_BTNR, lead_BTN, up_v_gRKH, heads, v_bias_KH, v_mean_KH, dtype)
+    return finish(y_BTNR, coefficient_BTN, up_v_gRKH, heads, v_bias_KH, v_mean_KH, dtype)

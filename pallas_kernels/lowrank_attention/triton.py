@@ -12,7 +12,6 @@ import numpy as np
 
 from pallas_kernels.lowrank_attention.absorb import absorbed_scores, basis
 from pallas_kernels.lowrank_attention.average import average
-from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.rebuild import Rows, rebuilt_scores
 
 TOLERANCE = 1e-3
@@ -48,32 +47,6 @@ def tiling(batch: int, programs: int, slots: int) -> Tiling:
 
 def _power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
-
-
-def why_not_triton(q_BTNH, k: Latents, v: Latents, up_k_gRKH, ranks, heads) -> str | None:
-    """The first thing in a call that the kernels cannot do; None where there is none."""
-    for name, z, some in (("k", k, ranks[0]), ("v", v, ranks[1])):
-        if z.bits not in (4, 8, 16):
-            return f"{z.bits}-bit {name} latents; the kernels read 4, 8 and 16 bits"
-        if z.bits == 16 and z.codes_BSP.dtype not in (jnp.bfloat16, jnp.float16):
-            return f"{z.codes_BSP.dtype} {name} latents; the kernels take 16-bit ones"
-        if z.bits < 16 and 2**31 <= z.codes_BSP.size <= 2**32:
-            return f"{z.codes_BSP.size} bytes of {name} codes, which 32-bit offsets do not reach"
-        if len(set(some)) != 1:
-            return f"{name} ranks {some} differ between groups"
-        if z.blocks != tuple(some):
-            return f"{name} has more than one quantization block a group"
-        least = 32 if z.bits == 4 else 16
-        if some[0] % least:
-            return f"{name} rank {some[0]} is not a multiple of {least}"
-    if len(set(heads)) != 1:
-        return f"groups of {heads} kv heads differ"
-    half = q_BTNH.shape[-1] // 2
-    if half < 16 or not _power_of_two(half):
-        return f"head size {q_BTNH.shape[-1]} is no power of two from 32 on"
-    if q_BTNH.dtype == jnp.float32:
-        return "float32 queries; the kernels multiply 16-bit numbers"
-    return None
 
 
 def can_absorb(q_BTNH, heads: int, groups: int, frequencies, span: int, others) -> bool:

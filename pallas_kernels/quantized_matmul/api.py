@@ -5,16 +5,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import on_gpu
+from pallas_kernels import device
 from pallas_kernels.quantized_matmul.packing import Packed
 from pallas_kernels.quantized_matmul.reference import (
     quantized_matmul_by_parts,
     quantized_matmul_reference,
 )
 from pallas_kernels.quantized_matmul.tiling import Tiling, choose, why_not_tiling
-from pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
-IMPLEMENTATIONS = ("xla", "triton")
 LARGEST = 64
 """Rows beyond which XLA dequantizes into memory instead, in parts that bound it. The kernel reads
 the matrix once for 16 rows; at 289 it would lose, between 22 and 289 nobody has timed the two."""
@@ -25,6 +23,8 @@ def why_not(x, w: Packed) -> str | None:
 
     Whether there is a GPU is not looked at.
     """
+    if reason := device.triton_missing():
+        return reason
     rows = math.prod(x.shape[:-1])
     if x.dtype != jnp.bfloat16:
         return f"{x.dtype} rows; the kernels multiply bfloat16"
@@ -64,23 +64,18 @@ def quantized_matmul(
     the codes after the sum; NaN stays in its row. A scale that is NaN or infinite reaches the
     outputs that share its column of words (`packing.Packed`).
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
     _check(x, w)
     x_MD, out_dtype = x.reshape(-1, x.shape[-1]), out_dtype or x.dtype
-    y = None
-    if implementation != "xla" and (implementation or interpret or on_gpu()):
-        reason = why_not(x, w)
-        if reason is None:
-            if tiling is None:
-                tiling = choose(x_MD.shape[0], w, jax.devices()[0].device_kind)
-            elif wrong := why_not_tiling(tiling, w.words_BNSc.shape[1]):
-                raise ValueError(wrong)
-            y = quantized_matmul_triton(x_MD, w, tiling, interpret, out_dtype, terms)
-        elif implementation == "triton":
-            raise NotImplementedError(reason)
-    if y is None:
-        by_parts = implementation is None and on_gpu() and x_MD.shape[0] > LARGEST
+    if device.takes_triton(implementation, interpret, lambda: why_not(x, w)):
+        from pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
+
+        if tiling is None:
+            tiling = choose(x_MD.shape[0], w, jax.devices()[0].device_kind)
+        elif wrong := why_not_tiling(tiling, w.words_BNSc.shape[1]):
+            raise ValueError(wrong)
+        y = quantized_matmul_triton(x_MD, w, tiling, interpret, out_dtype, terms)
+    else:
+        by_parts = implementation is None and device.on_gpu() and x_MD.shape[0] > LARGEST
         y = (quantized_matmul_by_parts if by_parts else quantized_matmul_reference)(
             x_MD, w, out_dtype
         )

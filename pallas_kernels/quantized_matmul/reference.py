@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.quantized_matmul.packing import TILE, Packed, codes, scales
 
-PART = 40_000_000
+DENSE_WEIGHTS = 40_000_000
 """Weights that are dense at a time where many rows are multiplied: 80 MB."""
 
 
@@ -37,7 +37,7 @@ def quantized_matmul_reference(x_MD, w: Packed, out_dtype=None) -> jax.Array:
 def quantized_matmul_by_parts(x_MD, w: Packed, out_dtype=None) -> jax.Array:
     """The same, with some blocks of the matrix dense at a time, one part after another."""
     (M, D), B, F = x_MD.shape, w.words_BNSc.shape[0], w.shape[1]
-    each = max(1, PART // (D * TILE * w.fields))
+    each = max(1, DENSE_WEIGHTS // (D * TILE * w.fields))
     y_MiS = jnp.zeros((M, w.fields, w.words), out_dtype or x_MD.dtype)
     for b in range(0, B, each):
         w, x_MD, y_MiS = jax.lax.optimization_barrier((w, x_MD, y_MiS))

@@ -34,20 +34,6 @@ AT_ONCE = 32
 """Patches of a tile that are stored together."""
 
 
-def why_not(residual: Residual, substitute: Packed) -> str | None:
-    """Why the kernel cannot decode this; None where it can. Whether there is a GPU is not asked."""
-    if residual.code != "levels":
-        return f"code {residual.code}; the kernel decodes levels"
-    if substitute.bits == 3:
-        return "3 bits, of which the third are apart"
-    group, columns = substitute.group, substitute.words
-    if group & (group - 1) or not 16 <= group <= 64:
-        return f"group {group} is no power of two from 16 to 64"
-    if columns % COLUMNS or substitute.columns != columns * substitute.fields:
-        return f"{substitute.columns} columns are no multiple of {COLUMNS * substitute.fields}"
-    return None
-
-
 def _kernel(
     words_ref, codes_ref, scale_ref, out_ref, *, S, Q, group, bits, first, dtype, interpret
 ):
@@ -117,7 +103,7 @@ def _kernel(
     jax.lax.fori_loop(1, turns, lambda n, _: store(patch(n)), None)
 
 
-def decode_triton(
+def residual_decode_triton(
     residual: Residual, substitute: Packed, part: int = 0, parts: int = 1, interpret: bool = False
 ) -> jax.Array:
     """The bit patterns [D, F / parts], uint16, of one of `parts` equal parts of the columns.

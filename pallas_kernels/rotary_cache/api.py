@@ -3,15 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import on_gpu
+from pallas_kernels.device import takes_triton, triton_missing
 from pallas_kernels.rotary_cache.reference import rotary_cache_reference
-from pallas_kernels.rotary_cache.triton import rotary_cache_triton
-
-IMPLEMENTATIONS = ("xla", "triton")
 
 
 def why_not(y_XTF, k_SKH, v_SKH) -> str | None:
     """Why the Triton kernel cannot do this; None where it can. Not asked: is there a GPU?"""
+    if reason := triton_missing():
+        return reason
     H = k_SKH.shape[-1]
     if k_SKH.dtype not in (jnp.bfloat16, jnp.float16) or v_SKH.dtype != k_SKH.dtype:
         return f"a cache of {k_SKH.dtype} and {v_SKH.dtype}; the kernel takes 16 bits"
@@ -45,18 +44,14 @@ def rotary_cache(
     no reason, else XLA; "triton" raises NotImplementedError with the reason. `interpret` runs the
     kernel on a CPU.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
     (_, T, F), (_, K, H) = y_XTF.shape, k_SKH.shape
     if F % H or F // H <= 2 * K or cos_Th.shape != (T, H // 2) or sin_Th.shape != (T, H // 2):
         raise ValueError(
             f"products {y_XTF.shape}, angles {cos_Th.shape} and keys {k_SKH.shape} do not fit"
         )
     arguments = y_XTF, bias_F, cos_Th, sin_Th, k_SKH, v_SKH, at
-    if implementation != "xla" and (implementation or interpret or on_gpu()):
-        reason = why_not(y_XTF, k_SKH, v_SKH)
-        if reason is None:
-            return rotary_cache_triton(*arguments, interpret)
-        if implementation == "triton":
-            raise NotImplementedError(reason)
+    if takes_triton(implementation, interpret, lambda: why_not(y_XTF, k_SKH, v_SKH)):
+        from pallas_kernels.rotary_cache.triton import rotary_cache_triton
+
+        return rotary_cache_triton(*arguments, interpret)
     return rotary_cache_reference(*arguments)

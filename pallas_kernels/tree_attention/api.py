@@ -5,11 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import on_gpu
+from pallas_kernels.device import takes_triton, triton_missing
 from pallas_kernels.tree_attention.reference import tree_attention_reference
-from pallas_kernels.tree_attention.triton import TILE, tree_attention_triton
+from pallas_kernels.tree_attention.tiles import TILE
 
-IMPLEMENTATIONS = ("xla", "triton")
 HEADS = (32, 64, 128)
 """Head sizes the kernel takes."""
 
@@ -19,6 +18,8 @@ def why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS) -> str | None:
 
     Whether there is a GPU is not looked at.
     """
+    if reason := triton_missing():
+        return reason
     B, _, _, H = k_BSKH.shape
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16) or k_BSKH.dtype != q_BTNH.dtype:
         return f"{q_BTNH.dtype} queries and {k_BSKH.dtype} keys; the kernel takes 16 bits"
@@ -35,6 +36,8 @@ def why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS) -> str | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _kernel(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret):
+    from pallas_kernels.tree_attention.triton import tree_attention_triton
+
     return tree_attention_triton(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret)
 
 
@@ -70,17 +73,14 @@ def tree_attention(
     NotImplementedError with the reason. `interpret` runs the kernel on a CPU. Gradients are always
     XLA's.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation is {implementation!r}; one of {IMPLEMENTATIONS} or None")
     (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     if N % K or k_BSKH.shape[-1] != H or mask_BTS.shape[1] != T or mask_BTS.shape[2] > S:
         raise ValueError(
             f"queries {q_BTNH.shape}, keys {k_BSKH.shape} and mask {mask_BTS.shape} do not fit"
         )
-    if implementation != "xla" and (implementation or interpret or (T > 1 and on_gpu())):
-        reason = why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS)
-        if reason is None:
-            return _kernel(q_BTNH, k_BSKH, v_BSKX, mask_BTS, interpret)
-        if implementation == "triton":
-            raise NotImplementedError(reason)
+    reason = lambda: why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS)
+    if T == 1 and implementation is None and not interpret:
+        implementation = "xla"
+    if takes_triton(implementation, interpret, reason):
+        return _kernel(q_BTNH, k_BSKH, v_BSKX, mask_BTS, interpret)
     return tree_attention_reference(q_BTNH, k_BSKH, v_BSKX, mask_BTS)

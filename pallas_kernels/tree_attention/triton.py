@@ -16,13 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-TILE = 64
-"""Slots a turn of the loop takes."""
-PROGRAMS = 264
-"""Two a multiprocessor of an H200; slots are split until there are about as many."""
-MOST = 16
-"""Parts of the slots, each of which the second kernel reads. In a draft's step over 1,024 slots on
-an H200, 16 parts take 5.0 us and 8 take 7.2."""
+from pallas_kernels.tree_attention.tiles import TILE, cut
+
 LOWEST = -1e30
 
 
@@ -73,15 +68,6 @@ def _combine(y_ref, top_ref, sum_ref, out_ref, *, G):
     weight = [sum_ref[x, head, row] * jnp.exp2(top[x] - highest) for x in parts]
     y = sum(y_ref[x, head, row] * weight[x] for x in parts) / sum(weight)
     out_ref[row // G, head * G + row % G] = y.astype(out_ref.dtype)
-
-
-def cut(M: int, kv_heads: int, slots: int) -> tuple[int, int, int]:
-    """(rows of a block, blocks, splits)."""
-    rows = min(64, max(16, pl.next_power_of_2(M)))
-    blocks, turns = pl.cdiv(M, rows), slots // TILE
-    wanted = min(turns, MOST, max(1, PROGRAMS // (blocks * kv_heads)))
-    each = pl.cdiv(turns, wanted)
-    return rows, blocks, pl.cdiv(turns, each)
 
 
 def tree_attention_triton(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret: bool = False):

@@ -18,8 +18,8 @@ from llm_jax.packed import packed
 from llm_jax.params import joined
 from llm_jax.quantize import check_grouping, quantize
 from pallas_kernels.quantized_matmul import Packed
+from pallas_kernels.residual_decode import residual_decode
 from pallas_kernels.residual_decode.code import CODES, FRACTION, LANES, Residual, pad
-from subspec_jax.residual import split as residual_device
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import (
     LAYER,
@@ -32,6 +32,7 @@ from subspec_jax.residual.files import (
     read_manifest,
     write,
 )
+from subspec_jax.residual.split import head_shape
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def convert(
     if not (path / TABLES).exists():
         tables = {field: checkpoint.read(field, cfg) for field in shapes(cfg)[0]}
         entries = {name: _entry(a) for name, a in tables.items()}
-        if (shape := residual_device.head_shape(cfg, bits, group)) is not None:
+        if (shape := head_shape(cfg, bits, group)) is not None:
             head = np.asarray(tables.pop("head_DV"))
             padded = np.pad(head, ((0, 0), (0, shape[1] - head.shape[1])))
             arrays, more = _encoded("head_DV", padded, quantizer, code, "the output head")
@@ -174,4 +175,4 @@ def _decoded(residual: Residual, substitute: Packed) -> np.ndarray:
     return np.asarray(_decode(padded, substitute))
 
 
-_decode = jax.jit(residual_device.decode)
+_decode = jax.jit(residual_decode)

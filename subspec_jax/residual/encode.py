@@ -237,7 +237,7 @@ def _assemble(table, stream, offsets, patches, patched, planes) -> np.ndarray:
     return np.pad(words, (0, LANES - len(words) % LANES)).reshape(-1, LANES)
 
 
-def decode(residual: Residual, substitute: Quantized) -> np.ndarray:
+def decode_numpy(residual: Residual, substitute: Quantized) -> np.ndarray:
     """The matrix [D, F], bit by bit what was encoded: the specification of every decoder."""
     q = _host(substitute)
     check_pair("the residual", q, residual.shape, residual.dtype)

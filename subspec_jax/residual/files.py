@@ -186,7 +186,7 @@ class Converted:
     def verify(self, index: int, layer: Layer) -> None:
         """Raises ResidualError, naming them, where arrays of a decoded layer are not the model's.
 
-        `layer` is what `residual_device.decode_layer` made of `self.layer`, wherever it lies.
+        `layer` is what `decode_layer` made of `self.layer`, wherever it lies.
         """
         found = {path[-1].name: leaf for path, leaf in jax.tree.leaves_with_path(layer)}
         self._verify(LAYER.format(index), found, self._layers[index][1])

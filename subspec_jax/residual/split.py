@@ -1,4 +1,4 @@
-"""Residuals on the device: the same decoder as one jittable function of XLA's own operations."""
+"""Exact matrices in two parts: the draft's substitute and the residual that completes it."""
 
 import dataclasses
 import math
@@ -12,29 +12,11 @@ from llm_jax.linear import linear
 from llm_jax.packed import packed
 from llm_jax.params import Layer, abstract, joined
 from llm_jax.quantize import quantize
-from pallas_kernels.device import on_gpu
-from pallas_kernels.quantized_matmul import Packed, restore
+from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.quantized_matmul.packing import fields_of
-from pallas_kernels.residual_decode import triton as residual_triton
-from pallas_kernels.residual_decode.code import (
-    BIAS,
-    COLUMNS,
-    FIRST_PATCH,
-    LANES,
-    LEVELS,
-    MOST,
-    OCTAVES,
-    Residual,
-    check_pair,
-    complete,
-    predict,
-    tiles,
-)
-
-SLAB = 2**23
-"""Weights decoded at a time: some 20 bytes of work space each."""
-PART = 40_000_000
-"""The kernel decodes a larger matrix in parts, so that 80 MB hold what a product reads."""
+from pallas_kernels.residual_decode import Residual, residual_decode
+from pallas_kernels.residual_decode.api import parts_here
+from pallas_kernels.residual_decode.code import COLUMNS, LANES, MOST, tiles
 
 
 @register_dataclass
@@ -132,136 +114,18 @@ def _(w: Split, x, out_dtype=None):
 def over_parts(w: Split, x, fold, state, dtype):
     """`state` after state = fold(state, x @ part, the part's first column), over equal parts of the
     columns of w, from the first to the last; products are of `dtype`."""
-    words, parts = w.residual.words, 1
-    if on_gpu() and residual_triton.why_not(w.residual, w.substitute) is None:
-        parts = parts_of(w.shape, w.substitute.fields)
+    words, parts = w.residual.words, parts_here(w.residual, w.substitute)
     for part in range(parts):
         # A barrier ties the words to x, and to the part before: otherwise a compiler may decode
         # all matrices of a layer before it uses the first.
         words, x, state = jax.lax.optimization_barrier((words, x, state))
         residual = dataclasses.replace(w.residual, words=words)
-        found = linear(decode(residual, w.substitute, None, part, parts), x, dtype)
+        found = linear(residual_decode(residual, w.substitute, None, part, parts), x, dtype)
         state = fold(state, found, part * found.shape[-1])
     return state
 
 
-def parts_of(shape: tuple[int, int], fields: int) -> int:
-    """Into how many parts of its columns the kernel decodes a matrix that a product waits for."""
-    parts = 1
-    while math.prod(shape) > parts * PART and fields % (2 * parts) == 0:
-        parts *= 2
-    return parts
-
-
 def decode_layer(layer: Layer) -> Layer:
     """The layer with every `Split` put together and all else as it is."""
-    whole = lambda w: decode(w.residual, w.substitute) if is_split(w) else w
+    whole = lambda w: residual_decode(w.residual, w.substitute) if is_split(w) else w
     return jax.tree.map(whole, layer, is_leaf=is_split)
-
-
-def decode(
-    residual: Residual,
-    substitute: Packed,
-    implementation: str | None = None,
-    part: int = 0,
-    parts: int = 1,
-) -> jax.Array:
-    """The matrix [D, F], bit by bit what was encoded; or one of equal parts of its columns.
-
-    Shapes depend on the shapes of the arguments and on `residual.patches` alone, so one compiled
-    program serves every layer whose residuals were padded alike. `implementation` None takes the
-    Triton kernel on a GPU where `residual_triton.why_not` gives no reason, else XLA, which decodes
-    slabs of groups one after another; "triton" raises NotImplementedError with the reason.
-    """
-    if implementation not in (None, "xla", "triton"):
-        raise ValueError(f"implementation is {implementation!r}; one of 'xla', 'triton' or None")
-    check_pair("the residual", substitute, residual.shape, residual.dtype)
-    reason = residual_triton.why_not(residual, substitute)
-    if implementation == "triton" and reason:
-        raise NotImplementedError(reason)
-    with jax.named_scope("residual_decode"):
-        if implementation == "triton" or (implementation is None and on_gpu() and not reason):
-            pattern = residual_triton.decode_triton(residual, substitute, part, parts)
-        else:
-            pattern = jnp.split(_decode_xla(residual, substitute), parts, axis=1)[part]
-        return jax.lax.bitcast_convert_type(pattern, residual.dtype)
-
-
-def _decode_xla(residual: Residual, substitute: Packed) -> jax.Array:
-    """The bit patterns [D, F], uint16."""
-    (_, F), group = substitute.shape, substitute.group
-    Q, T = tiles(substitute.shape, group)
-    fitting = max(1, SLAB // (group * F))
-    count = max(c for c in range(1, min(Q, fitting) + 1) if Q % c == 0)
-    offsets = residual.words.reshape(-1)[LANES : LANES + Q * T].reshape(Q, T)
-    low = residual.low_DF
-    if low is not None:
-        low = low.reshape(Q, group, F)
-    offsets = offsets.astype(jnp.int32)
-    turns = Q // count
-
-    def cut(a, n, axis):
-        size = a.shape[axis] // turns
-        return jax.lax.dynamic_slice_in_dim(a, n * size, size, axis)
-
-    def one(n):  # cut out when its turn comes: nothing is copied as a whole
-        own = jax.tree.map(lambda a: cut(a, n, 1), substitute)
-        return _slab(residual, own, cut(offsets, n, 0), None if low is None else cut(low, n, 0))
-
-    pattern = jax.lax.map(one, jnp.arange(turns))
-    return _patched(pattern.reshape(Q, group, F), residual).reshape(residual.shape)
-
-
-def _slab(residual: Residual, substitute: Packed, offset_QT, low_QgF) -> jax.Array:
-    """Bit patterns [Q, g, F], uint16, of some groups, without patches."""
-    words = residual.words.reshape(-1)
-    take = lambda index: words.at[index].get(mode="promise_in_bounds")
-    octaves = words[OCTAVES].astype(jnp.int32)
-    p = predict(*restore(substitute), octaves, residual.dtype, jnp)
-    entry = words[:LEVELS].astype(jnp.int32).at[p.level].get(mode="promise_in_bounds")
-    length, first = entry & 255, (entry >> 8) - BIAS
-    start = jnp.repeat(offset_QT, COLUMNS, axis=1)[:, None, : length.shape[-1]]
-    if low_QgF is None:
-        at = _before(length)
-        word, shift = start + (at >> 5), (at & 31).astype(jnp.uint32)
-        two = take(word) >> shift | take(word + 1) << 1 << (31 - shift)
-        x = two.astype(jnp.int32) & ((1 << length) - 1)
-    else:
-        more = length >> 4
-        at = start + _before(more)
-        high = take(at >> 2) >> (8 * (at & 3)).astype(jnp.uint32)
-        x = low_QgF.astype(jnp.int32) | ((high.astype(jnp.int32) & 255) * more) << 8
-    return complete(p, x + first, jnp).astype(jnp.uint16)
-
-
-def _before(length_QgF) -> jax.Array:
-    """The sum of all lengths that come earlier in a weight's tile, int32.
-
-    Along a row of the tile it is a product with a triangle of ones: exact, because sums stay below
-    2^24, and a matrix unit does it in one pass where a scan takes six.
-    """
-    Q, g, F = length_QgF.shape
-    T = -(-F // COLUMNS)
-    tile = jnp.pad(length_QgF, ((0, 0), (0, 0), (0, T * COLUMNS - F))).reshape(Q, g, T, COLUMNS)
-    earlier = jnp.triu(jnp.ones((COLUMNS, COLUMNS), jnp.bfloat16), 1)
-    along = jnp.dot(tile.astype(jnp.bfloat16), earlier, preferred_element_type=jnp.float32)
-    row = tile.sum(-1)
-    whole = along.astype(jnp.int32) + (jnp.cumsum(row, axis=1) - row)[..., None]
-    return whole.reshape(Q, g, T * COLUMNS)[..., :F]
-
-
-def _patched(pattern_QgF, residual: Residual) -> jax.Array:
-    """The patterns with the listed places overwritten."""
-    if not residual.patches:
-        return pattern_QgF
-    Q, T = tiles(residual.shape, pattern_QgF.shape[1])
-    count = Q * T
-    words = residual.words.reshape(-1)
-    before = words[LANES + count : LANES + 2 * count + 1].astype(jnp.int32)
-    entry = jnp.arange(residual.patches)
-    patch = words.at[words[FIRST_PATCH].astype(jnp.int32) + entry].get(mode="clip")
-    tile = jnp.searchsorted(before, entry, side="right").astype(jnp.int32) - 1
-    place = (patch >> 16).astype(jnp.int32)
-    row, column = place // COLUMNS, tile % T * COLUMNS + place % COLUMNS
-    group = jnp.where(entry < before[-1], tile // T, Q)
-    return pattern_QgF.at[group, row, column].set(patch.astype(jnp.uint16), mode="drop")

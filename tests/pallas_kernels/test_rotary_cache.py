@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import device
 from pallas_kernels.lowering import lower_for
-from pallas_kernels.rotary_cache import api, rotary_cache, why_not
+from pallas_kernels.rotary_cache import rotary_cache, why_not
 
 # terms, tokens, query heads, kv heads, head size, slots, at
 SHAPES = [(14, 6, 28, 4, 128, 64, 17), (1, 1, 4, 2, 32, 8, 0), (3, 7, 6, 1, 64, 16, 9)]
@@ -69,7 +70,7 @@ def test_it_lowers_to_one_kernel_that_writes_in_place():
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_gpu_takes_the_kernel(monkeypatch, there):
-    monkeypatch.setattr(api, "on_gpu", lambda: there)
+    monkeypatch.setattr(device, "on_gpu", lambda: there)
     program = lower_for(lambda *a: rotary_cache(*a), *inputs(*SHAPES[0]))
     assert program.count("__gpu$xla.gpu.triton") == there
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import device
 from pallas_kernels.lowering import lower_for
-from pallas_kernels.tree_attention import api, tree_attention, why_not
-from pallas_kernels.tree_attention.triton import TILE, cut
+from pallas_kernels.tree_attention import tree_attention, why_not
+from pallas_kernels.tree_attention.tiles import TILE, cut
 
 # tokens, query heads, kv heads, head size, slots
 SHAPES = [
@@ -104,7 +105,7 @@ def test_it_can_be_differentiated():
 
 @pytest.mark.parametrize("T, taken", [(1, False), (6, True), (289, True)])
 def test_a_gpu_takes_it_for_more_than_one_token(monkeypatch, T, taken):
-    monkeypatch.setattr(api, "on_gpu", lambda: True)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
     program = lower_for(lambda *a: tree_attention(*a), *inputs(T, 28, 4, 128, 512))
     assert ("__gpu$xla.gpu.triton" in program) == taken
 

@@ -13,17 +13,14 @@ from llm_jax.params import Params, abstract
 from llm_jax.quantize import QuantizedTable, quantize
 from llm_jax.registry import MODELS
 from llm_jax.sample import Sampler
+from pallas_kernels import device
 from pallas_kernels.lowering import lower_for
-from pallas_kernels.quantized_matmul import api
-from pallas_kernels.rotary_cache import api as rotary_api
-from pallas_kernels.tree_attention import api as attention_api
-from pallas_kernels.tree_attention.triton import cut
-from subspec_jax.draft import grow
-from subspec_jax.residual import split as residual_device
+from pallas_kernels.tree_attention.tiles import cut
+from subspec_jax.draft import Drafting, grow
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
-from subspec_jax.substitute import substitutes
+from subspec_jax.draft_model import substitutes
 from subspec_jax.tree import TreeSpec, cache_slots, seedling
-from subspec_jax.verify import finish_round, jit_block, lay_out
+from subspec_jax.verify import Verified, finish_round, jit_block, lay_out
 
 LAYERS = 2
 SPEC = TreeSpec("beam", 48, 6)
@@ -33,10 +30,7 @@ KERNEL = "__gpu$xla.gpu.triton"
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(api, "on_gpu", lambda: True)
-    monkeypatch.setattr(attention_api, "on_gpu", lambda: True)
-    monkeypatch.setattr(rotary_api, "on_gpu", lambda: True)
-    monkeypatch.setattr(residual_device, "on_gpu", lambda: True)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
 
 
 def target(name) -> tuple:
@@ -70,8 +64,9 @@ def test_a_draft_step_is_kernels(name):
     tree = jax.eval_shape(lambda: seedling(jnp.int32(0), SPEC))
     key = jax.eval_shape(lambda: jax.random.key(0))
     least = jax.ShapeDtypeStruct((SPEC.steps,), jnp.float32)
-    run = lambda *a: grow(*a, cfg, SPEC, Sampler(), 1024)
-    program = lower_for(run, draft, tree, caches(cfg, draft), NUMBER, key, least)
+    fixed = dict(cfg=cfg, spec=SPEC, sampler=Sampler(), live=1024, least_L=least)
+    given = Drafting(draft, tree, caches(cfg, draft), NUMBER, key, **fixed)
+    program = lower_for(grow, given)
     assert program.count(KERNEL) == 7 * LAYERS + 1
     for rows, columns in (*cfg.joined_matrices.values(), (cfg.d_model, cfg.vocab)):
         assert f"tensor<{rows}x{columns}xbf16>" not in program
@@ -108,8 +103,9 @@ def test_the_head_in_two_parts_is_put_together_a_part_at_a_time(name, sampler):
     cut, *_ = jax.eval_shape(lambda t: lay_out(t, jnp.int32(0), SPEC, 512), tree)
     x = jax.ShapeDtypeStruct((1, SPEC.nodes, cfg.d_model), cfg.dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    given = top, x, cut, tree, caches(cfg, model), NUMBER, key, NUMBER
-    program = lower_for(lambda *a: finish_round(*a, cfg, SPEC, sampler, None, True), *given)
+    fixed = dict(cfg=cfg, spec=SPEC, sampler=sampler, replay=True)
+    given = Verified(top, x, cut, tree, caches(cfg, model), NUMBER, key, NUMBER, **fixed)
+    program = lower_for(finish_round, given)
     assert program.count(KERNEL) == 8
     columns = head.shape[1]
     assert f"tensor<{cfg.d_model}x{columns}xbf16>" not in program

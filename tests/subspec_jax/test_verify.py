@@ -16,12 +16,23 @@ from llm_jax.packed import packed
 from llm_jax.quantize import quantize
 from llm_jax.sample import Sampler, noise
 from llm_jax.testing import tiny_config, tiny_params
+from pallas_kernels import device
+from pallas_kernels.residual_decode import api as residual_api
+from pallas_kernels.residual_decode import residual_decode
 from subspec_jax.accept import Gate
-from subspec_jax.residual import split as residual_device
+from subspec_jax.residual import split as residual_split
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.split import Split
 from subspec_jax.tree import TreeSpec, seedling
-from subspec_jax.verify import Target, finish_round, judge, lay_out, run_pass, streamed_prefill
+from subspec_jax.verify import (
+    Target,
+    Verified,
+    finish_round,
+    judge,
+    lay_out,
+    run_pass,
+    streamed_prefill,
+)
 
 PROMPT = [4, 8, 15, 16, 23, 42]
 AT, SLOTS = len(PROMPT), 40
@@ -149,21 +160,23 @@ def test_judgement_in_blocks_of_any_size(
 def test_accepted_rows_are_moved_bit_for_bit_and_nothing_else(passed, target, tiny, accepted):
     x, tree, caches = passed
     before = jax.tree.map(np.asarray, caches)
-    emitted, length, last, source, planted, *_, after = finish_round(
-        target.top,
-        x,
-        tree,
-        tree_of(TOKEN, PARENT, SPEC),
-        jax.tree.map(jnp.copy, caches),
-        jnp.int32(AT),
-        KEY,
-        jnp.int32(accepted),
-        tiny.cfg,
-        SPEC,
-        Sampler(),
-        None,
-        True,
+    emitted, length, last, source, planted, at, after = finish_round(
+        Verified(
+            top=target.top,
+            x_1ED=x,
+            tree=tree,
+            extended=tree_of(TOKEN, PARENT, SPEC),
+            caches=jax.tree.map(jnp.copy, caches),
+            at=jnp.int32(AT),
+            key=KEY,
+            accepted=jnp.int32(accepted),
+            cfg=tiny.cfg,
+            spec=SPEC,
+            sampler=Sampler(),
+            replay=True,
+        )
     )
+    assert int(at) == AT + accepted + 1
     path = path_to({0: 0, 1: 1, 2: 3, 3: 5}[accepted])
     assert int(length) == len(path) == accepted + 1 and int(last) == path[-1]
     assert emitted[:accepted].tolist() == [TOKEN[i] for i in path[1:]]
@@ -185,11 +198,22 @@ def test_rows_drafted_ahead_move_behind_the_path(passed, target, tiny):
     x = passed[0][:, [0, 1, 2]]
     # behind node 1 the target draws token[3], a child of node 1 that was drafted ahead
     token = [77, draw[0], (draw[1] + 1) % tiny.cfg.vocab, draw[1], 52]
-    grown = tree_of(token, [-1, 0, 1, 1, 3], spec)
-    tree, _, _ = lay_out(grown, jnp.int32(AT), spec, SLOTS)
-    args = (jnp.int32(AT), KEY, jnp.int32(-1), tiny.cfg, spec, Sampler(), None, False)
-    emitted, length, last, _, planted, *_, after = finish_round(
-        target.top, x, tree, grown, caches, *args
+    extended = tree_of(token, [-1, 0, 1, 1, 3], spec)
+    tree, _, _ = lay_out(extended, jnp.int32(AT), spec, SLOTS)
+    emitted, length, last, _, planted, _, after = finish_round(
+        Verified(
+            top=target.top,
+            x_1ED=x,
+            tree=tree,
+            extended=extended,
+            caches=caches,
+            at=jnp.int32(AT),
+            key=KEY,
+            accepted=jnp.int32(-1),
+            cfg=tiny.cfg,
+            spec=spec,
+            sampler=Sampler(),
+        )
     )
     assert int(length) == 2 and int(last) == 1 and emitted[:2].tolist() == [token[1], token[3]]
     assert int(planted.size) == 2 and planted.token_E[:2].tolist() == [token[3], token[4]]
@@ -239,11 +263,10 @@ def test_the_likeliest_token_by_parts_of_a_head_is_that_of_whole_rows(monkeypatc
     x = rng.standard_normal((40, 64)).astype(jnp.bfloat16)
     x[:20] = w[:, rng.permutation([3, 128, *range(200, 218)])].T  # their own column is largest
     x[20], x[21] = -np.abs(x[20]), np.nan
-    monkeypatch.setattr(residual_device, "on_gpu", lambda: parts > 1)
-    monkeypatch.setattr(residual_device, "PART", w.size // parts)
-    decode = residual_device.decode
-    slow = lambda r, q, way, *part: decode(r, q, "xla", *part)
-    monkeypatch.setattr(residual_device, "decode", slow)
+    monkeypatch.setattr(device, "on_gpu", lambda: parts > 1)
+    monkeypatch.setattr(residual_api, "PART_WEIGHTS", w.size // parts)
+    slow = lambda r, q, way, *part: residual_decode(r, q, "xla", *part)
+    monkeypatch.setattr(residual_split, "residual_decode", slow)
     found = jax.jit(verify.likeliest, static_argnames="cfg")(top, jnp.asarray(x), cfg)
     logits = unembed(dataclasses.replace(top, head_DV=jnp.asarray(w)), jnp.asarray(x[None]), cfg)
     assert found.dtype == jnp.int32 and found.tolist() == logits[0].argmax(-1).tolist()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import device
 from pallas_kernels.quantized_matmul import api, quantized_matmul, reference, repack, why_not
 from pallas_kernels.quantized_matmul.reference import quantized_matmul_by_parts
 from pallas_kernels.quantized_matmul.tiling import Tiling
@@ -89,7 +90,7 @@ def test_parts(monkeypatch, bits, outputs):
     w, dense = matrix(bits, outputs=outputs)
     x = rows(70)
     for blocks in (1, 2):
-        monkeypatch.setattr(reference, "PART", blocks * 256 * 32 * w.fields)
+        monkeypatch.setattr(reference, "DENSE_WEIGHTS", blocks * 256 * 32 * w.fields)
         assert error(quantized_matmul_by_parts(x, w), x, dense) < BUDGET["xla"]
         wide = x.astype(jnp.float32)
         assert error(quantized_matmul_by_parts(wide, w), wide, dense) < 1e-5
@@ -97,7 +98,7 @@ def test_parts(monkeypatch, bits, outputs):
 
 def test_many_rows_go_by_parts_on_a_gpu(monkeypatch):
     w, dense = matrix(4)
-    monkeypatch.setattr(api, "on_gpu", lambda: True)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
     seen, by_parts = [], api.quantized_matmul_by_parts
     watched = lambda x, *rest: (seen.append(x.shape), by_parts(x, *rest))[1]
     monkeypatch.setattr(api, "quantized_matmul_by_parts", watched)

@@ -12,13 +12,12 @@ from llm_jax.linear import linear
 from llm_jax.packed import packed
 from llm_jax.quantize import Quantized, pack, quantize
 from llm_jax.registry import MODELS
+from pallas_kernels import device
 from pallas_kernels.lowering import lower_for
-from pallas_kernels.residual_decode import triton as residual_triton
+from pallas_kernels.residual_decode import api, residual_decode, triton, why_not
 from pallas_kernels.residual_decode.code import pad
-from pallas_kernels.residual_decode.triton import decode_triton, why_not
-from subspec_jax.residual import split as residual_device
 from subspec_jax.residual.encode import encode
-from subspec_jax.residual.split import gaussian_room, split_shapes
+from subspec_jax.residual.split import Split, gaussian_room, split_shapes
 
 
 def pair(D, F, bits=4, group=64, dtype="bfloat16", seed=0):
@@ -32,8 +31,8 @@ def pair(D, F, bits=4, group=64, dtype="bfloat16", seed=0):
 
 def bits_of(r, q, count=1):
     r = jax.tree.map(jnp.asarray, r)
-    parts = (decode_triton(r, q, part, count, interpret=True) for part in range(count))
-    return np.concatenate([np.asarray(part) for part in parts], axis=1)
+    parts = (residual_decode(r, q, None, part, count, interpret=True) for part in range(count))
+    return np.concatenate([np.asarray(part) for part in parts], axis=1).view(np.uint16)
 
 
 @pytest.mark.parametrize(
@@ -60,15 +59,15 @@ def test_a_product_takes_a_part_of_the_matrix_at_a_time(monkeypatch, parts):
     w = np.random.default_rng(1).standard_normal((128, 1024), np.float32).astype(jnp.bfloat16)
     low = quantize(jnp.asarray(w), 4, 64)
     r, q = encode(w, jax.tree.map(np.asarray, low), "levels"), packed(low)
-    seen, decode = [], residual_triton.decode_triton
-    monkeypatch.setattr(residual_device, "on_gpu", lambda: True)
-    monkeypatch.setattr(residual_device, "PART", w.size // parts)
-    watched = lambda r, q, part, count: (
+    seen, decode = [], triton.residual_decode_triton
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(api, "PART_WEIGHTS", w.size // parts)
+    watched = lambda r, q, part, count, interpret: (
         seen.append((part, count)), decode(r, q, part, count, interpret=True)
     )[1]  # fmt: skip
-    monkeypatch.setattr(residual_triton, "decode_triton", watched)
+    monkeypatch.setattr(triton, "residual_decode_triton", watched)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 128)), jnp.bfloat16)
-    y = linear(residual_device.Split(q, jax.tree.map(jnp.asarray, r)), x, jnp.float32)
+    y = linear(Split(q, jax.tree.map(jnp.asarray, r)), x, jnp.float32)
     assert seen == [(part, parts) for part in range(parts)]
     want = np.asarray(x, np.float64) @ w.astype(np.float64)
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
@@ -101,7 +100,7 @@ def test_layers_of_the_models_lower_to_four_kernels(name):
     layer = split_shapes(cfg, 4, 64, gaussian_room(cfg, 4, 64))
     for w in (layer.attn.qkv, layer.attn.o, layer.mlp.gate_up, layer.mlp.down):
         assert why_not(w.residual, w.substitute) is None
-        run = lambda w: residual_device.decode(w.residual, w.substitute, "triton")
+        run = lambda w: residual_decode(w.residual, w.substitute, "triton")
         program = lower_for(run, w)
         assert program.count("__gpu$xla.gpu.triton") == 1 and "residual_decode" in program
 
@@ -120,8 +119,8 @@ def test_what_the_kernel_cannot_do_is_said(change, reason):
     w, r, q = pair(**(dict(D=128, F=512) | change))
     assert reason in why_not(r, q)
     with pytest.raises(NotImplementedError, match=reason):
-        residual_device.decode(r, q, "triton")
-    got = np.asarray(residual_device.decode(jax.tree.map(jnp.asarray, r), q))
+        residual_decode(r, q, "triton")
+    got = np.asarray(residual_decode(jax.tree.map(jnp.asarray, r), q))
     np.testing.assert_array_equal(got.view(np.uint16), w.view(np.uint16))
 
 
@@ -130,4 +129,4 @@ def test_planes_are_left_to_xla():
     r = dataclasses.replace(r, low_DF=np.zeros(w.shape, np.uint8))
     assert "code planes" in why_not(r, q)
     with pytest.raises(ValueError, match="one of 'xla', 'triton'"):
-        residual_device.decode(r, q, "cuda")
+        residual_decode(r, q, "cuda")

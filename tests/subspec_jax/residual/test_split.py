@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from placement import is_offloaded
 
 from llm_jax.linear import linear
 from llm_jax.packed import packed
@@ -15,13 +16,13 @@ from llm_jax.params import JoinedAttention, JoinedMLP, Layer, init_layer
 from llm_jax.quantize import Quantized, pack, quantize, unpack
 from llm_jax.testing import tiny_config
 from pallas_kernels.quantized_matmul import restore
+from pallas_kernels.residual_decode import reference, residual_decode
 from pallas_kernels.residual_decode.code import pad, predict
 from subspec_jax.load import split_layer as split_random
-from subspec_jax.offload import is_offloaded, offload, streamed_bytes, to_device
-from subspec_jax.residual import split as residual_device
+from subspec_jax.offload import offload, streamed_bytes, to_device
 from subspec_jax.residual.encode import encode
-from subspec_jax.residual.split import Split, gaussian_room, is_split, split_shapes
-from subspec_jax.substitute import substitutes
+from subspec_jax.residual.split import Split, decode_layer, gaussian_room, is_split, split_shapes
+from subspec_jax.draft_model import substitutes
 
 CODES = ("planes", "levels")
 
@@ -48,7 +49,7 @@ def pair(D, F, code, dtype="bfloat16", seed=0, group=64):
 
 
 def decoded(r, q):
-    return jax.jit(lambda r, q: residual_device.decode(r, q))(r, q)
+    return jax.jit(lambda r, q: residual_decode(r, q))(r, q)
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -64,7 +65,7 @@ def test_bits_are_those_of_the_weights(code, dtype, shape, compiler):
 @pytest.mark.parametrize("slab", [1, 64 * 130 * 2, 64 * 130 * 6])
 @pytest.mark.parametrize("code", CODES)
 def test_slabs_one_after_another(code, slab, monkeypatch):
-    monkeypatch.setattr(residual_device, "SLAB", slab)
+    monkeypatch.setattr(reference, "SLAB_WEIGHTS", slab)
     w, r, q = pair(384, 130, code)
     np.testing.assert_array_equal(bits(decoded(r, q)), bits(w))
 
@@ -98,7 +99,7 @@ def test_predictions_do_not_depend_on_the_compiler(dtype, compiler):
 
 @pytest.mark.parametrize("code", CODES)
 def test_one_program_for_layers_that_were_padded_alike(code):
-    run = jax.jit(lambda r, q: residual_device.decode(r, q))
+    run = jax.jit(lambda r, q: residual_decode(r, q))
     pairs = [pair(128, 96, code, seed=s) for s in range(3)]
     rows = max(r.words.shape[0] for _, r, _ in pairs) + 1
     room = max(r.patches for _, r, _ in pairs) + 7
@@ -111,7 +112,7 @@ def test_one_program_for_layers_that_were_padded_alike(code):
 def test_damage_changes_weights_and_nothing_else(code):
     """Any word may be wrong, offsets and the head included: no exception, no other shape."""
     w, r, q = pair(128, 96, code)
-    run = jax.jit(residual_device.decode)
+    run = jax.jit(residual_decode)
     for word in (0, 40, 128, 130, 133, 200, r.words.size // 2):
         for flip in (1, 0x80000000, 0xFFFFFFFF):
             words = r.words.copy()
@@ -146,7 +147,7 @@ def test_a_layer_streams_as_its_residuals():
     fetched = to_device(kept)
     there = lambda tree: [a.unsafe_buffer_pointer() for a in jax.tree.leaves(substitutes(tree))]
     assert there(fetched) == there(kept)
-    got = jax.jit(residual_device.decode_layer)(fetched)
+    got = jax.jit(decode_layer)(fetched)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(bits(a), bits(b))
