@@ -1,0 +1,142 @@
+"""Files and folders that appear whole or not at all."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from llm_jax.files import atomic_file, atomic_folder
+
+
+def names(folder):
+    """Everything below a folder, scratch files and folders too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def killed_inside(statement: str) -> None:
+    """Runs `with <statement> as scratch` in a process that kills itself inside the block."""
+    program = f"""
+import os, signal
+from llm_jax.files import atomic_file, atomic_folder
+with {statement} as scratch:
+    target = scratch / "part" if scratch.is_dir() else scratch
+    target.write_text("half of the new te")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == -signal.SIGKILL, found.stderr
+
+
+# --- Files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_file_has_its_content_when_the_block_ends(tmp_path, old):
+    path = tmp_path / "new" / "folder" / "a.txt"
+    if old is not None:
+        path.parent.mkdir(parents=True)
+        path.write_text(old)
+    with atomic_file(path) as scratch:
+        scratch.write_text("new")
+        assert scratch.name == path.name  # writers that look at the suffix see the right one
+        assert (path.read_text() if path.exists() else None) == old
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["new", "new/folder", "new/folder/a.txt"]
+
+
+def test_a_path_may_be_a_string(tmp_path):
+    with atomic_file(str(tmp_path / "a.txt")) as scratch:
+        scratch.write_bytes(b"new")
+    with atomic_folder(str(tmp_path / "b")) as scratch:
+        (scratch / "c").write_bytes(b"new")
+    assert names(tmp_path) == ["a.txt", "b", "b/c"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_after_an_error_the_old_file_is_there_and_nothing_else(tmp_path, error):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(error), atomic_file(path) as scratch:
+        scratch.write_text("ne")
+        raise error
+    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a.txt"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_killed_process_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    killed_inside(f"atomic_file({str(path)!r})")
+    assert path.read_text() == "old"
+    with atomic_file(path) as scratch:  # what the killed one left is in nobody's way
+        scratch.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    path, done = tmp_path / "a.txt", []
+    flush, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("flush") or flush(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    with atomic_file(path) as scratch:
+        scratch.write_text("new")
+    assert done == ["flush", "replace"]
+
+
+# --- Folders -----------------------------------------------------------------------------------
+
+
+def test_a_folder_has_its_content_when_the_block_ends(tmp_path):
+    path = tmp_path / "new" / "model"
+    with atomic_folder(path) as scratch:
+        (scratch / "inner").mkdir()
+        (scratch / "inner" / "a.txt").write_text("a")
+        (scratch / "b.txt").write_text("b")
+        assert not path.exists()
+    assert names(path) == ["b.txt", "inner", "inner/a.txt"]
+    assert (path / "inner" / "a.txt").read_text() == "a"
+    assert [p.name for p in path.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_exists_is_never_replaced(tmp_path, kind):
+    path = tmp_path / "model"
+    path.mkdir() if kind == "folder" else path.write_text("old")
+    with pytest.raises(FileExistsError, match="model exists"), atomic_folder(path):
+        raise AssertionError("the block ran")
+    assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_error_there_is_no_folder(tmp_path, error):
+    with pytest.raises(error), atomic_folder(tmp_path / "model") as scratch:
+        (scratch / "a.txt").write_text("a")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_a_killed_process_leaves_no_folder_of_that_name(tmp_path):
+    path = tmp_path / "model"
+    killed_inside(f"atomic_folder({str(path)!r})")
+    assert not path.exists()
+    with atomic_folder(path) as scratch:
+        (scratch / "a.txt").write_text("a")
+    assert names(path) == ["a.txt"]
+
+
+def test_every_file_of_a_folder_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    done, flush, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append("flush") or flush(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
+    with atomic_folder(tmp_path / "model") as scratch:
+        (scratch / "inner").mkdir()
+        (scratch / "inner" / "a.txt").write_text("a")
+        (scratch / "b.txt").write_text("b")
+    assert done == ["flush", "flush", "replace"]
