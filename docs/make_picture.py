@@ -27,7 +27,7 @@ def record(checkpoint_path: Path) -> dict:
     """The rounds of a short answer, decoded by the engine with a tree of 6 levels of 3 nodes."""
     import jax
 
-    from llm_jax.checkpoint import open_checkpoint
+    from llm_jax.formats import open_checkpoint
     from subspec_jax.decoder import Decoder
     from subspec_jax.load import load_target, make_draft
     from subspec_jax.plan import Draft, make_plan
