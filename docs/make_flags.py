@@ -8,7 +8,7 @@ what this makes now.
 """
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import os
 import re
@@ -16,21 +16,22 @@ import sys
 import textwrap
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from experiments.__main__ import COMMANDS, overview
+
 PAGE = Path(__file__).parent / "flags.md"
 HEAD = """# Flags
 
 Every command and what its `--help` says. Made by `python docs/make_flags.py`; do not edit this page
-by hand. `python -m experiments` lists the commands. Where the package is installed, `thimble NAME`
-is short for `python -m experiments.NAME`.
+by hand. Where the package is installed, `thimble NAME` is short for `python -m experiments.NAME`.
 """
 SUBCOMMAND = re.compile(r"^ +• +(\w+)", re.MULTILINE)
 
 
-def help_of(module: str, *words: str) -> str:
-    """What `python -m module words --help` prints, 100 columns wide and without colours."""
-    package = importlib.util.find_spec(module).submodule_search_locations is not None
-    command = importlib.import_module(f"{module}.__main__" if package else module)
-    argv, sys.argv = sys.argv, [f"python -m {module}", *words, "--help"]
+def help_of(name: str, *words: str) -> str:
+    """What `python -m experiments.name words --help` prints, 100 columns wide, without colours."""
+    command = importlib.import_module(COMMANDS[name][0])
+    argv, sys.argv = sys.argv, [f"python -m experiments.{name}", *words, "--help"]
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
@@ -48,20 +49,17 @@ def section(title: str, words: str) -> str:
 
 def page() -> str:
     """The page as Markdown."""
-    from experiments.__main__ import COMMANDS
-
     os.environ.update(COLUMNS="100", NO_COLOR="1")
-    parts = [HEAD]
-    for module in COMMANDS.values():
-        whole = help_of(module)
-        parts.append(section(f"## python -m {module}", whole))
-        for name in SUBCOMMAND.findall(whole):
-            parts.append(section(f"### python -m {module} {name}", help_of(module, name)))
+    parts = [section(HEAD.strip(), overview()).lstrip()]
+    for name in COMMANDS:
+        whole = help_of(name)
+        parts.append(section(f"## {name}", whole))
+        for subcommand in SUBCOMMAND.findall(whole):
+            parts.append(section(f"### {name} {subcommand}", help_of(name, subcommand)))
     return "".join(parts)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(PAGE.parents[1]))
     wants_print = "--print" in sys.argv
     made = page()
     if wants_print:
