@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import matplotlib.image
@@ -16,6 +17,7 @@ from experiments.measure import trees as tree_shape
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from subspec_jax.propose import Round
 from subspec_jax.shape import TreeCosts
+from subspec_jax.tree import TreeSpec
 
 COSTS = TreeCosts({2: 0.1}, {9: 1.0}, 0.5)
 GAINS = (-0.001, -0.1, -1.0, -3.0)
@@ -94,27 +96,53 @@ def call(module, *flags):
     return code, out.getvalue(), err.getvalue()
 
 
-@pytest.fixture(scope="module")
-def trace(tmp_path_factory):
-    """What tree_trace writes of a tiny model that drafts with itself in 8 bits."""
-    folder = tmp_path_factory.mktemp("trace")
+@pytest.fixture
+def trace(tmp_path):
+    """Two texts of ten positions, as tree_trace writes them, without times."""
+    accepted = [3, 0, 4, 1, 2, 4, 4, 0, 1, 3]
+    columns = {
+        "accepted": accepted,
+        "drafted": [8] * 10,
+        "depth": [4] * 10,
+        "path": [list(tree(n).path) for n in accepted],
+        "gains": [GAINS] * 10,
+    }
+    for sample in ("a", "b"):
+        about = {"method": "subspec", "sample": sample, "turn": 0, "every_position": True}
+        records.append(tmp_path / "trace.jsonl", about | {"rounds": columns})
+    return tmp_path / "trace.jsonl"
+
+
+def test_a_tree_is_judged_by_the_text_behind_its_root():
+    """0 -> 1 (token 5), 2 (token 6); 1 -> 3 (token 7); 2 -> 4 (token 7)."""
+    spec = TreeSpec("beam", 2, 2)
+    drafted = SimpleNamespace(
+        parent_E=np.array([-1, 0, 0, 1, 2]), token_E=np.array([9, 5, 6, 7, 7]),
+        depth_E=np.array([0, 1, 1, 2, 2]), score_E=np.log([1, 0.5, 0.25, 0.25, 0.125]),
+    )  # fmt: skip
+    found = tree_trace.judged(drafted, [6, 7, 8], spec)
+    assert (found["accepted"], list(found["path"])) == (2, [2, 4])
+    assert (found["drafted"], found["depth"], len(found["gains"])) == (4, 2, 2)
+    assert tree_trace.judged(drafted, [5, 8, 8], spec)["path"] == (1,)
+    assert tree_trace.judged(drafted, [7, 5, 8], spec)["accepted"] == 0
+
+
+@pytest.mark.slow
+def test_a_trace_has_a_tree_for_every_position(tmp_path):
+    """A tiny model drafts with itself in 8 bits; trees then reads the trace."""
     cfg = tiny_config("qwen2", layers=2)
-    model = write_safetensors(folder / "model", tiny_params(cfg), cfg)
+    model = write_safetensors(tmp_path / "model", tiny_params(cfg), cfg)
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         code, _, err = call(
-            tree_trace, folder / "trace.jsonl", "--checkpoint", model, "--benchmark", "builtin",
+            tree_trace, tmp_path / "trace.jsonl", "--checkpoint", model, "--benchmark", "builtin",
             "--samples", 2, "--tokens", 14, "--depth", 4, "--width", 2, "--batch", 4,
             "--draft-bits", 8, "--draft-group", 16, "--max-length", 192,
         )  # fmt: skip
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     assert code == 0, err
-    return folder / "trace.jsonl"
-
-
-def test_a_trace_has_a_tree_for_every_position(trace):
-    found = records.read(trace)
+    found = records.read(tmp_path / "trace.jsonl")
     assert found and all(r["every_position"] for r in found)
     for r in found:
         rounds = r["rounds"]
@@ -123,7 +151,9 @@ def test_a_trace_has_a_tree_for_every_position(trace):
         assert [len(path) for path in rounds["path"]] == rounds["accepted"]
         assert all(len(gains) == 4 for gains in rounds["gains"])
     accepted = np.concatenate([r["rounds"]["accepted"] for r in found])
-    assert accepted.mean() > 2  # of 4, the draft being almost the target
+    assert accepted.mean() > 2  # of 4, because the draft is almost the target
+    code, out, _ = call(tree_shape, tmp_path / "trace.jsonl", "--draft-ms", 2, "--verify-ms", 70)
+    assert code == 0 and "best: --depth" in out
 
 
 def test_the_command_names_flags_and_writes_what_it_says(trace, tmp_path):
