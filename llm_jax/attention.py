@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
-from llm_jax.cache import KV, write
+from llm_jax.cache import KV, write_rows
 from llm_jax.config import Config
 from llm_jax.linear import linear, terms
 from llm_jax.params import Attention, JoinedAttention, Weight
@@ -184,7 +184,7 @@ def _joined_heads(p: JoinedAttention, y_XBTF, dtype, cfg: Config):
 def _over_cache(p, q, k, v, cache: KV, step: Step, cfg: Config):
     q = rotated(q, p.q_norm, step.position_BT, cfg)
     k = rotated(k, p.k_norm, step.position_BT, cfg)
-    cache = KV(write(cache.k_BSKH, k, step.at), write(cache.v_BSKH, v, step.at))
+    cache = KV(write_rows(cache.k_BSKH, k, step.at), write_rows(cache.v_BSKH, v, step.at))
     return _read(p, q, cache, step)
 
 

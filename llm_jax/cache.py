@@ -39,7 +39,7 @@ def empty_caches(cfg: Config, batch: int, slots: int) -> tuple[KV, ...]:
     return tuple(KV.empty(cfg, batch, slots) for _ in range(cfg.layers))
 
 
-def write(buffer_BS, new_BT, at):
+def write_rows(buffer_BS, new_BT, at):
     """`buffer` with T new entries in slots at … at+T-1; `at + T` must not pass the last slot."""
     return jax.lax.dynamic_update_slice_in_dim(
         buffer_BS, new_BT.astype(buffer_BS.dtype), at, axis=1
@@ -52,7 +52,7 @@ def move_rows(buffer_BS, source, at):
     All rows are read before any is written, so source and destination may overlap:
     source [5, 7, 8] at 5 turns slots 5 6 7 8 9 from a b c d e into a c d d e.
     """
-    return write(buffer_BS, jnp.take(buffer_BS, source, axis=1, mode="clip"), at)
+    return write_rows(buffer_BS, jnp.take(buffer_BS, source, axis=1, mode="clip"), at)
 
 
 def move(caches, source, at):

@@ -8,14 +8,19 @@ import dataclasses
 import functools
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 
+from llm_jax import CheckpointError
 from llm_jax.attention import rope_frequencies
-from llm_jax.checkpoint import Checkpoint, CheckpointError, Contents, Stored
+from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
 from llm_jax.config import FAMILIES, Config, ConfigError, Llama3Rope
+from llm_jax.extras import need
+from llm_jax.tokenizer import Tokenizer, from_metadata
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """Metadata type -> struct code; 8 is a string and 9 an array."""
@@ -106,7 +111,7 @@ class GGUF(Checkpoint):
         tensor = self.header.tensors.get("rope_freqs.weight")
         if tensor is None:
             return None
-        stored = self.reader(_as_stored(self.path, tensor), "", cfg)(0, tensor.shape[0])
+        stored = self.reader(_info(self.path, tensor), "", cfg)(0, tensor.shape[0])
         plain = rope_frequencies(cfg)
         for known in (None, *(Llama3Rope(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))):
             divisors = plain / rope_frequencies(dataclasses.replace(cfg, rope_scaling=known))
@@ -116,9 +121,7 @@ class GGUF(Checkpoint):
             f"{self.path}: rope_freqs.weight is not Llama 3.1's scaling (factor 8) or 3.2's (32)"
         )
 
-    def tokenizer(self):
-        from llm_jax.tokenizer import from_metadata
-
+    def tokenizer(self) -> Tokenizer:
         return from_metadata(self.metadata, self.path)
 
     @property
@@ -129,13 +132,12 @@ class GGUF(Checkpoint):
     @functools.cached_property
     def header(self) -> "Header":
         """Metadata and tensor records; raises `CheckpointError` for a file cut inside them."""
+        _gguf()  # a missing package is no fault of the file
         try:
             return read_header(self.path, self._bytes)
         except CheckpointError:
             raise
-        except (
-            Exception
-        ) as error:  # damaged bytes can fail in any way; the cause is always the file
+        except Exception as error:  # damaged bytes fail in any way; the cause is always the file
             raise CheckpointError(
                 f"{self.path} is truncated or corrupt: its header cannot be read ({error}); "
                 "download it again"
@@ -156,14 +158,15 @@ class GGUF(Checkpoint):
                     f"{self.path.name} is truncated: {tensor.name} ends at byte {tensor.stop:,} "
                     f"and the file at {size:,}; download it again"
                 )
-        tensors = {name: _as_stored(self.path, t) for name, t in self.header.tensors.items()}
+        tensors = {name: _info(self.path, t) for name, t in self.header.tensors.items()}
         return Contents(tensors, tuple(problems))
 
-    def reader(self, tensor: Stored, field: str, cfg: Config):
+    def reader(
+        self, tensor: TensorInfo, field: str, cfg: Config
+    ) -> Callable[[int, int], np.ndarray]:
         """Rows of a tensor in float32. llama files store q and k rows so that rotated pairs are
         neighbours; a head's rows 0 2 4 … 1 3 5 … of the file are ours in order."""
-        import gguf
-
+        gguf = _gguf()
         record = self.header.tensors[tensor.name]
         kind = gguf.GGMLQuantizationType[tensor.dtype]
         raw = self._bytes[record.start : record.stop]
@@ -178,7 +181,7 @@ class GGUF(Checkpoint):
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class TensorRecord:
     """Where a tensor lies in the file. `row_bytes` is None for a type this machine cannot size."""
 
     name: str
@@ -198,11 +201,15 @@ class Header:
     """Everything in front of the tensors' data."""
 
     metadata: dict[str, Any]
-    tensors: dict[str, Record]
+    tensors: dict[str, TensorRecord]
 
 
-def _as_stored(path: Path, record: Record) -> Stored:
-    return Stored(path, record.name, record.shape, record.dtype)
+def _gguf() -> ModuleType:
+    return need("gguf", "models", "reading GGUF files")
+
+
+def _info(path: Path, record: TensorRecord) -> TensorInfo:
+    return TensorInfo(path, record.name, record.shape, record.dtype)
 
 
 def read_header(path: Path, data: np.ndarray) -> Header:
@@ -211,8 +218,7 @@ def read_header(path: Path, data: np.ndarray) -> Header:
     gguf's own reader makes an array of every metadata entry: 7.8 s for Qwen2.5's 300,000 tokens and
     merges on two cores, where this takes 0.3 s.
     """
-    import gguf
-
+    gguf = _gguf()
     view, at = memoryview(data), 0
 
     def take(code):
@@ -270,9 +276,9 @@ def read_header(path: Path, data: np.ndarray) -> Header:
         try:
             dtype = gguf.GGMLQuantizationType(kind)
         except ValueError:
-            tensors[name] = Record(name, shape, f"type {kind}", base + offset, None)
+            tensors[name] = TensorRecord(name, shape, f"type {kind}", base + offset, None)
             continue
         block, size = gguf.GGML_QUANT_SIZES[dtype]
         row_bytes = shape[-1] // block * size
-        tensors[name] = Record(name, shape, dtype.name, base + offset, row_bytes)
+        tensors[name] = TensorRecord(name, shape, dtype.name, base + offset, row_bytes)
     return Header(metadata, tensors)

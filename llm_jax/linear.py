@@ -2,13 +2,9 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
-
-def precision(dtype) -> jax.lax.Precision | None:
-    """HIGHEST for float32, whose products a GPU would otherwise round to TF32; None for 16 bits."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+from pallas_kernels.precision import precision
 
 
 @functools.singledispatch

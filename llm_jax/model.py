@@ -5,8 +5,9 @@ import jax.numpy as jnp
 
 from llm_jax.attention import Step, attention, rms_norm
 from llm_jax.config import Config
-from llm_jax.linear import embedding_rows, linear, precision
+from llm_jax.linear import embedding_rows, linear
 from llm_jax.params import MLP, JoinedMLP, Layer, Params
+from pallas_kernels.precision import precision
 
 
 def embed(params: Params, tokens_BT, cfg: Config):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.linear import linear, terms
-from llm_jax.quantize import Quantized, unpack
+from llm_jax.quantize import Quantized, codes_of
 from pallas_kernels.quantized_matmul import Packed, quantized_matmul, repack
 
 
@@ -24,7 +24,7 @@ def packed(*matrices: Quantized) -> Packed:
     q, k, v = jnp.split(linear(packed(q, k, v), x), (F_q, F_q + F_k), axis=-1).
     """
     w = joined_quantized(*matrices)
-    return repack(unpack(w), w.step_QF, w.offset_QF, w.bits)
+    return repack(codes_of(w), w.step_QF, w.offset_QF, w.bits)
 
 
 @linear.register

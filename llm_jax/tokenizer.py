@@ -7,9 +7,11 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from llm_jax.checkpoint import CheckpointError, open_checkpoint
+from llm_jax import CheckpointError
+from llm_jax.extras import need
 
 TURN_ENDS = (
     "<|im_end|>",
@@ -68,6 +70,7 @@ class Tokenizer(_Interface):
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         if self.chat_fallback:
             return super().chat(messages)
+        need("jinja2", "models", "a chat template")
         text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return list(self.hf.encode(text, add_special_tokens=False))
 
@@ -135,8 +138,7 @@ def wrap(hf, extra_eos: Iterable[int] = ()) -> Tokenizer:
 
 def from_folder(path: str | Path) -> Tokenizer:
     """The tokenizer in a Hugging Face folder: tokenizer.json and tokenizer_config.json."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
+    transformers = _transformers()
     path = Path(path)
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(
@@ -144,7 +146,8 @@ def from_folder(path: str | Path) -> Tokenizer:
         )
     fast = (path / "tokenizer.json").exists()
     try:
-        hf = (PreTrainedTokenizerFast if fast else AutoTokenizer).from_pretrained(str(path))
+        kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
+        hf = kind.from_pretrained(str(path))
         generation = path / "generation_config.json"
         ends = (
             json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
@@ -152,11 +155,6 @@ def from_folder(path: str | Path) -> Tokenizer:
     except Exception as error:  # whatever the parsers raise, the file is what the user can mend
         raise CheckpointError(f"the tokenizer in {path} cannot be read: {error}") from error
     return wrap(hf, ends if isinstance(ends, list) else [ends])
-
-
-def from_gguf(path: str | Path) -> Tokenizer:
-    """The tokenizer inside a GGUF file."""
-    return open_checkpoint(path).tokenizer()
 
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -180,9 +178,7 @@ SPLITS = {
 
 def from_metadata(meta: dict[str, Any], path: Path) -> Tokenizer:
     """The tokenizer that GGUF metadata describes; `path` is for messages."""
-    from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
-
+    transformers, tokenizers = _transformers(), _tokenizers()
     get = lambda key, default=None: meta.get(f"tokenizer.ggml.{key}", default)
     kind, tokens = get("model"), get("tokens")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -192,7 +188,7 @@ def from_metadata(meta: dict[str, Any], path: Path) -> Tokenizer:
     tok = builders[kind](tokens, get, path)
     for i, token_type in enumerate(get("token_type", [])):
         if token_type in (3, 4):  # control, user-defined
-            added = AddedToken(tokens[i], special=token_type == 3, normalized=False)
+            added = tokenizers.AddedToken(tokens[i], special=token_type == 3, normalized=False)
             (tok.add_special_tokens if added.special else tok.add_tokens)([added])
     bos, eos = get("bos_token_id"), get("eos_token_id")
     add_bos = get("add_bos_token", kind == "llama" or get("pre") in ("llama-bpe", "llama3"))
@@ -204,43 +200,43 @@ def from_metadata(meta: dict[str, Any], path: Path) -> Tokenizer:
         ).items()
         if i is not None and i < len(tokens)
     }
-    hf = PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False, **named)
+    hf = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tok, clean_up_tokenization_spaces=False, **named
+    )
     hf.chat_template = meta.get("tokenizer.chat_template")
     return wrap(hf, [get("eot_token_id")])
 
 
 def _byte_level(tokens: list[str], get, path: Path):
     """Byte-level BPE (GPT-2's): merges are given, and `pre` names the way text is cut first."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
+    t = _tokenizers()
     pre = get("pre", "default")
     if pre not in SPLITS:
         known = ", ".join(SPLITS)
         raise CheckpointError(f"{path}: pre-tokenizer {pre!r} is not supported; known are {known}")
     merges = [tuple(merge.split(" ", 1)) for merge in get("merges", [])]
     vocab = {token: i for i, token in enumerate(tokens)}
-    tok = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in ("llama-bpe", "llama3")))
-    split, level = SPLITS[pre], pre_tokenizers.ByteLevel
+    tok = t.Tokenizer(t.models.BPE(vocab, merges, ignore_merges=pre in ("llama-bpe", "llama3")))
+    split, level = SPLITS[pre], t.pre_tokenizers.ByteLevel
     if split == "gpt2":
         tok.pre_tokenizer = level(add_prefix_space=False)
     elif split == "digits":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        tok.pre_tokenizer = pre_tokenizers.Sequence([digits, level(add_prefix_space=False)])
+        digits = t.pre_tokenizers.Digits(individual_digits=True)
+        tok.pre_tokenizer = t.pre_tokenizers.Sequence([digits, level(add_prefix_space=False)])
     else:
-        cut = pre_tokenizers.Split(Regex(split), "isolated")
-        tok.pre_tokenizer = pre_tokenizers.Sequence(
+        cut = t.pre_tokenizers.Split(t.Regex(split), "isolated")
+        tok.pre_tokenizer = t.pre_tokenizers.Sequence(
             [cut, level(add_prefix_space=False, use_regex=False)]
         )
     if "qwen" in pre:
-        tok.normalizer = normalizers.NFC()
-    tok.decoder = decoders.ByteLevel()
+        tok.normalizer = t.normalizers.NFC()
+    tok.decoder = t.decoders.ByteLevel()
     return tok
 
 
 def _sentencepiece(tokens: list[str], get, path: Path):
     """SentencePiece's BPE: scores rank the merges, bytes stand in for unknown characters."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
+    t = _tokenizers()
     vocab = {token: i for i, token in enumerate(tokens)}
     scores = get("scores", [0.0] * len(tokens))
     merges = []
@@ -251,29 +247,36 @@ def _sentencepiece(tokens: list[str], get, path: Path):
         merges += [(scores[i], pair) for pair in pairs]
     merges.sort(key=lambda merge: -merge[0])  # stable: equal scores keep the vocabulary's order
     unknown = get("unknown_token_id", 0)
-    bpe = models.BPE(
+    bpe = t.models.BPE(
         vocab,
         [pair for _, pair in merges],
         unk_token=tokens[unknown],
         fuse_unk=True,
         byte_fallback=True,
     )
-    tok = Tokenizer(bpe)
+    tok = t.Tokenizer(bpe)
     prefix = get("add_space_prefix", True)
-    marks = [normalizers.Replace(" ", "▁")]
-    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix + marks)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tok.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    marks = [t.normalizers.Replace(" ", "▁")]
+    tok.normalizer = t.normalizers.Sequence([t.normalizers.Prepend("▁")] * prefix + marks)
+    steps = [t.decoders.Replace("▁", " "), t.decoders.ByteFallback(), t.decoders.Fuse()]
+    tok.decoder = t.decoders.Sequence(steps + [t.decoders.Strip(" ", 1, 0)] * prefix)
     return tok
 
 
 def _add_ends(tok, tokens: list[str], bos: int | None, eos: int | None) -> None:
     """Makes `tok` put these ids around every text; None leaves one out."""
-    from tokenizers import processors
-
+    processors = _tokenizers().processors
     ends = [(tokens[i], i) for i in (bos, eos) if i is not None]
     if ends:
         before = [tokens[bos]] if bos is not None else []
         after = [tokens[eos]] if eos is not None else []
         single = [*before, "$A", *after]
         tok.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
+
+
+def _transformers() -> ModuleType:
+    return need("transformers", "models", "reading a tokenizer")
+
+
+def _tokenizers() -> ModuleType:
+    return need("tokenizers", "models", "reading a tokenizer")

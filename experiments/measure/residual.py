@@ -41,12 +41,12 @@ from rich.table import Table
 from experiments.common import records
 from experiments.common.cli import UserError, run
 from experiments.measure.timing import wall_seconds
-from llm_jax.checkpoint import open_checkpoint
+from llm_jax.formats import open_checkpoint
 from llm_jax.packed import packed
-from llm_jax.quantize import Quantized, quantize, quantized_bytes, unpack
+from llm_jax.quantize import Quantized, codes_of, quantize, quantized_bytes
 from pallas_kernels.device import on_gpu
 from pallas_kernels.residual_decode import residual_decode, why_not
-from pallas_kernels.residual_decode.code import CODES, Residual, differ, predict
+from pallas_kernels.residual_decode.code import CODES, Residual, differ, predict_weights
 from subspec_jax.offload import home, to_device
 from subspec_jax.residual.encode import decode_numpy, encode, patterns, sample
 from subspec_jax.residual.files import partition
@@ -120,7 +120,7 @@ def entropy(symbols: np.ndarray) -> float:
 
 def conditional_entropy(w: np.ndarray, q: Quantized, octaves: int = 7) -> float:
     """Bits a weight of the difference given its level, without any overhead."""
-    p = predict(unpack(q, np), q.step_QF, q.offset_QF, octaves, "bfloat16", np)
+    p = predict_weights(codes_of(q, np), q.step_QF, q.offset_QF, octaves, "bfloat16", np)
     pattern = patterns(w).reshape(p.level.shape)
     difference, possible = differ(p, pattern)
     symbol = np.where(possible, difference, 2**18 + pattern)

@@ -28,17 +28,17 @@ from experiments.common.cli import run
 from experiments.speculative import benchmarks
 from llm_jax import registry
 from llm_jax.cache import empty_caches
-from llm_jax.checkpoint import open_checkpoint
 from llm_jax.config import Config
-from llm_jax.generate import generate, prefill
+from llm_jax.formats import open_checkpoint
+from llm_jax.generation import generate, prefill
 from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.quantized_matmul.reference import dequantized
 from subspec_jax.draft import Drafting, extend
+from subspec_jax.draft_model import substitute
 from subspec_jax.load import load_target
 from subspec_jax.plan import make_plan
-from subspec_jax.substitute import substitute
 from subspec_jax.tree import Tree, TreeSpec, cache_slots, commit, path_to, seedling, step_gains
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax.attention import causal_step, empty_cache
 from llm_jax.config import Config
-from llm_jax.generate import generate
+from llm_jax.generation import generate
 from llm_jax.model import block, embed, unembed
 from llm_jax.params import Params
 

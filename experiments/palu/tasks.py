@@ -14,7 +14,7 @@ import numpy as np
 from experiments.common.cli import UserError
 from experiments.palu.evaluate import token_scores_of
 from llm_jax.config import Config
-from llm_jax.generate import generate
+from llm_jax.generation import generate
 from llm_jax.params import Params
 
 try:

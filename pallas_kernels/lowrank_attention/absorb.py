@@ -23,7 +23,7 @@ from pallas_kernels.lowrank_attention.tiles import (
     Packing,
     masked_load,
     operand_dtype,
-    read,
+    read_latents,
     read_scale,
     stored,
     tile_range,
@@ -79,7 +79,7 @@ def _kernel(*refs, tile, span, heads, width, slow, packing, masked, interpret):
         at = n * tile
         slots = at + jax.lax.broadcasted_iota(jnp.int32, (tile,), 0)
         ok, index = None if whole else slots < length, (b, pl.ds(at, tile))
-        z = read(k_ref, index, g * packing.size, ok, packing, interpret)
+        z = read_latents(k_ref, index, g * packing.size, ok, packing, interpret)
         if k_scale:
             step, offset = read_scale(k_scale, (*index, g), ok)
             lift = (offset / step - packing.magic)[:, None]

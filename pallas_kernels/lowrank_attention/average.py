@@ -20,7 +20,7 @@ from pallas_kernels.lowrank_attention.tiles import (
     Packing,
     masked_load,
     operand_dtype,
-    read,
+    read_latents,
     read_scale,
     stored,
     tile_range,
@@ -53,7 +53,7 @@ def _kernel(*refs, tile, span, M, rows, sets, chunks, packing, lead, dtype, inte
         at = n * tile
         slots = at + jax.lax.broadcasted_iota(jnp.int32, (tile,), 0)
         ok, index = None if whole else slots < length, (b, pl.ds(at, tile))
-        z = read(v_ref, index, g * packing.size + own, ok, packing, interpret, chunks)
+        z = read_latents(v_ref, index, g * packing.size + own, ok, packing, interpret, chunks)
         weight = jnp.exp2(score_ref[b, i, pl.ds(at, tile), :] - shift[None])
         if not whole:
             weight = jnp.where(ok[:, None], weight, 0.0)

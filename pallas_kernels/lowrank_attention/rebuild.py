@@ -23,7 +23,7 @@ from pallas_kernels.lowrank_attention.tiles import (
     Packing,
     masked_load,
     operand_dtype,
-    read,
+    read_latents,
     read_scale,
     stored,
     tile_range,
@@ -124,7 +124,7 @@ def _kernel(
         at = n * tile
         slots = at + jax.lax.broadcasted_iota(jnp.int32, (tile,), 0)
         ok, index = None if whole else slots < length, (b, pl.ds(at, tile))
-        z = read(k_ref, index, g * packing.size, ok, packing, interpret)
+        z = read_latents(k_ref, index, g * packing.size, ok, packing, interpret)
         if near:
             c0, s0 = (ref[n, :][None] for ref in turn_refs[2:])
             cos, sin = c0 * close[0] - s0 * close[1], s0 * close[0] + c0 * close[1]

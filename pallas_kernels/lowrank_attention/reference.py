@@ -8,13 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lowrank_attention.latents import Latents, dense
+from pallas_kernels.precision import precision
 
 HIDDEN = -1e30
-
-
-def precision(dtype):
-    """Full precision for float32 products, the default for narrower types."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def product(equation, a, b, dtype):
@@ -52,9 +48,7 @@ def turn(x_BSKH, position_BS, frequencies):
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def rebuilt_heads(
-    z_BSR, up_gRKH, ranks, heads, mean_coefficient_BS, mean_KH, bias_KH, dtype
-):  # fmt: skip
+def rebuilt_heads(z_BSR, up_gRKH, ranks, heads, mean_coefficient_BS, mean_KH, bias_KH, dtype):
     """Keys or values from latents: z @ up + coefficient * mean + bias, [B, S, K, H] in `dtype`.
 
     `ranks` and `heads` are those of the groups; `mean_KH` and `bias_KH` may be None. Products take

@@ -74,7 +74,7 @@ def spread(codes, interpret: bool):
     ]
 
 
-def read(ref, index, column, ok, packing: Packing, interpret: bool, chunks=None):
+def read_latents(ref, index, column, ok, packing: Packing, interpret: bool, chunks=None):
     """The parts [tile, C] of a group's (first) chunks; code 0 where not `ok` (None: all are)."""
     parts = []
     for c in packing.chunks[:chunks]:

@@ -19,7 +19,7 @@ TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
+class LatentTiling:
     """How the slots are cut up, and how queries are absorbed."""
 
     tile: int = 64
@@ -37,9 +37,9 @@ class Tiling:
         return 16 if bits == 16 else 8
 
 
-def tiling(batch: int, programs: int, slots: int) -> Tiling:
+def tiling(batch: int, programs: int, slots: int) -> LatentTiling:
     """Long spans, unless too few programs for a GPU would come of it."""
-    cfg = Tiling()
+    cfg = LatentTiling()
     while cfg.span > 256 and batch * programs * -(-slots // cfg.span) < 256:
         cfg = dataclasses.replace(cfg, span=cfg.span // 2)
     return cfg
@@ -52,7 +52,7 @@ def _power_of_two(n: int) -> bool:
 def can_absorb(q_BTNH, heads: int, groups: int, frequencies, span: int, others) -> bool:
     """Whether queries may be absorbed: one row a kv head, and keys that are only rotated."""
     _, T, N, H = q_BTNH.shape
-    cfg = Tiling()
+    cfg = LatentTiling()
     one_row = T == 1 and heads * groups == N
     if not one_row or not _power_of_two(heads) or heads > 8 or cfg.fast > H // 4:
         return False
@@ -65,7 +65,7 @@ def can_absorb(q_BTNH, heads: int, groups: int, frequencies, span: int, others) 
 def lowrank_attention_triton(
     q_BTNH, k, v, up_k_gRKH, frequencies, lengths_B, *, mask_BTS=None, position_BS=None,
     k_bias_KH=None, mean_coefficient_BS=None, k_mean_KH=None, k_norm_H=None, norm_eps=1e-6,
-    interpret=False, cfg: Tiling | None = None, absorb: bool | None = None,
+    interpret=False, cfg: LatentTiling | None = None, absorb: bool | None = None,
 ):  # fmt: skip
     """(averaged value latents float32 [B, T, N, R_v], averaged leads [B, T, N])."""
     B, T, N, _ = q_BTNH.shape

@@ -11,7 +11,7 @@ from pallas_kernels.quantized_matmul.reference import (
     quantized_matmul_by_parts,
     quantized_matmul_reference,
 )
-from pallas_kernels.quantized_matmul.tiling import Tiling, choose, why_not_tiling
+from pallas_kernels.quantized_matmul.tiling import Tiling, choose_tiling, why_not_tiling
 
 LARGEST = 64
 """Rows beyond which XLA dequantizes into memory instead, in parts that bound it. The kernel reads
@@ -70,7 +70,7 @@ def quantized_matmul(
         from pallas_kernels.quantized_matmul.triton import quantized_matmul_triton
 
         if tiling is None:
-            tiling = choose(x_MD.shape[0], w, jax.devices()[0].device_kind)
+            tiling = choose_tiling(x_MD.shape[0], w, jax.devices()[0].device_kind)
         elif wrong := why_not_tiling(tiling, w.words_BNSc.shape[1]):
             raise ValueError(wrong)
         y = quantized_matmul_triton(x_MD, w, tiling, interpret, out_dtype, terms)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 BITS = (2, 3, 4, 8)
-TILE = 32
+BLOCK = 32
 """Columns of words in a block."""
 CHUNK = 64
 """Inputs of a block, at most."""
@@ -69,7 +69,7 @@ class Packed:
     @property
     def words(self) -> int:
         """Columns of words, padding included."""
-        return self.words_BNSc.shape[0] * TILE
+        return self.words_BNSc.shape[0] * BLOCK
 
     @property
     def size_bytes(self) -> int:
@@ -77,15 +77,15 @@ class Packed:
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
 
 
-def padded(columns: int, bits: int) -> int:
+def padded_columns(columns: int, bits: int) -> int:
     """Columns with padding."""
-    whole = TILE * fields_of(bits)
+    whole = BLOCK * fields_of(bits)
     return -(-columns // whole) * whole
 
 
 def packed_bytes(rows: int, columns: int, bits: int, group: int) -> int:
     """Bytes of a matrix [rows, columns] as `Packed`."""
-    F = padded(columns, bits)
+    F = padded_columns(columns, bits)
     return rows * F * bits // 8 + 2 * scales_of(bits) * (rows // group) * F // fields_of(bits)
 
 
@@ -115,9 +115,9 @@ def repack(codes_QgF, step_QF, offset_QF, bits: int) -> Packed:
         raise ValueError(f"groups of {group} inputs cannot be packed: words are of two inputs each")
     if step_QF.shape != (Q, F) or offset_QF.shape != (Q, F):
         raise ValueError(f"steps {step_QF.shape}, offsets {offset_QF.shape}; expected {(Q, F)}")
-    more, fields, c = padded(F, bits) - F, fields_of(bits), chunk_of(group)
+    more, fields, c = padded_columns(F, bits) - F, fields_of(bits), chunk_of(group)
     wide = lambda a: jnp.pad(a, ((0, 0), (0, more)))
-    in_fields = lambda a: wide(a).reshape(len(a), fields, -1, TILE)
+    in_fields = lambda a: wide(a).reshape(len(a), fields, -1, BLOCK)
     blocks = lambda a_DBS: jnp.transpose(a_DBS.reshape(-1, c, *a_DBS.shape[1:]), (2, 0, 3, 1))
     codes_DiBS = in_fields(codes_QgF.reshape(Q * group, F))
     top = None
@@ -139,7 +139,7 @@ def codes(w: Packed) -> jax.Array:
     B, N, _, c = w.words_BNSc.shape
     half, width = w.fields // 2, 32 // w.fields
     count = lambda n: jnp.arange(n, dtype=jnp.uint32)
-    pairs = jnp.transpose(w.words_BNSc.reshape(B, N, TILE, c // 2, 2), (4, 0, 2, 1, 3))
+    pairs = jnp.transpose(w.words_BNSc.reshape(B, N, BLOCK, c // 2, 2), (4, 0, 2, 1, 3))
     pairs = pairs.reshape(2, 1, w.words, N * c // 2, 1)  # which word, field in it, column, pair, -
     shift = width * count(half)[:, None, None, None] + 16 * count(2)[None, None, None]
     found = ((pairs >> shift[None]) & (2**width - 1)).reshape(w.fields, w.words, N * c)
@@ -156,6 +156,6 @@ def scales(w: Packed) -> tuple[jax.Array, jax.Array]:
     return tuple(map(own, jnp.split(scale, 2)))
 
 
-def restore(w: Packed) -> tuple[jax.Array, jax.Array, jax.Array]:
+def codes_and_scales(w: Packed) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What `repack` was given: (codes uint8 [Q, group, F], step, offset)."""
     return codes(w).T.reshape(-1, w.group, w.columns), *(v.T for v in scales(w))

@@ -6,10 +6,10 @@ import json
 import math
 import pathlib
 
-from pallas_kernels.quantized_matmul.packing import TILE, Packed
+from pallas_kernels.quantized_matmul.packing import BLOCK, Packed
 
 TABLE = pathlib.Path(__file__).with_name("tuned.json")
-ROWS = (8, 16, 64)
+ROW_BUCKETS = (8, 16, 64)
 """Buckets: a product is tuned for the smallest that holds its rows."""
 
 
@@ -26,8 +26,8 @@ class Tiling:
 
 
 def bucket(rows: int) -> int | None:
-    """The smallest of ROWS that holds so many; None beyond the largest."""
-    return next((n for n in ROWS if rows <= n), None)
+    """The smallest of ROW_BUCKETS that holds so many; None beyond the largest."""
+    return next((n for n in ROW_BUCKETS if rows <= n), None)
 
 
 def why_not_tiling(cfg: Tiling, chunks: int) -> str | None:
@@ -50,7 +50,7 @@ def _table() -> dict:
     return {tuple(e[n] for n in names): Tiling(**e["tiling"]) for e in entries}
 
 
-AT_ONCE = 528
+PROGRAMS_AT_ONCE = 528
 """Programs that keep an H200 busy, four a multiprocessor of its 132: the best numbers of splits of
 seven matrices make 400 to 750 of them. Other devices get as many."""
 
@@ -58,14 +58,14 @@ seven matrices make 400 to 750 of them. Other devices get as many."""
 def guess(rows: int, blocks: int, chunks: int) -> Tiling:
     """For a shape that nobody timed: four programs a multiprocessor, each with four chunks."""
     height = 8 if rows <= 8 else 16
-    wanted = round(AT_ONCE / (blocks * math.ceil(rows / height)))
+    wanted = round(PROGRAMS_AT_ONCE / (blocks * math.ceil(rows / height)))
     return Tiling(height, max(1, min(wanted, chunks // 4)))
 
 
-def choose(rows: int, w: Packed, device: str) -> Tiling:
+def choose_tiling(rows: int, w: Packed, device: str) -> Tiling:
     """The tuned entry for this device and bucket of rows, else the guess."""
     _, chunks, *_ = w.words_BNSc.shape
     found = _table().get((device, *w.shape, w.bits, w.group, bucket(rows)))
     if found and why_not_tiling(found, chunks) is None:
         return found
-    return guess(rows, w.words // TILE, chunks)
+    return guess(rows, w.words // BLOCK, chunks)

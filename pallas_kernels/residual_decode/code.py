@@ -44,7 +44,7 @@ COLUMNS = 64
 """A tile is one group deep and 64 columns wide, row after row in the stream."""
 LANES = 128
 """Words are kept in rows of 128, because only matrices are streamed."""
-MOST = 2**30
+MAX_WEIGHTS = 2**30
 """Weights of a matrix: places are counted in 32 bits."""
 
 # The first row of words, the head: the table of levels, then these.
@@ -96,7 +96,7 @@ class Prediction(NamedTuple):
     level: Any
 
 
-def predict(codes_QgF, step_QF, offset_QF, octaves, dtype: str, xp) -> Prediction:
+def predict_weights(codes_QgF, step_QF, offset_QF, octaves, dtype: str, xp) -> Prediction:
     """The prediction of every weight, the same bits in NumPy and in any compiled program.
 
     code * step is exact in float32 (see `llm_jax.quantize`), so that fusing it with the sum changes
@@ -171,8 +171,9 @@ def check_pair(name: str, substitute: Any, shape, dtype: str) -> None:
         )
     if substitute.group * COLUMNS > 2**16:
         raise ValueError(f"{name}: group {substitute.group} is above {2**16 // COLUMNS}")
-    if shape[0] * shape[1] >= MOST:
-        raise ValueError(f"{name} has {shape[0] * shape[1]} weights; a residual counts to {MOST}")
+    if shape[0] * shape[1] >= MAX_WEIGHTS:
+        count = shape[0] * shape[1]
+        raise ValueError(f"{name} has {count} weights; a residual counts to {MAX_WEIGHTS}")
 
 
 def pad(residual: Residual, rows: int, patches: int) -> Residual:

@@ -6,7 +6,7 @@ Letters as in `residual_decode.code`.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_matmul import Packed, restore
+from pallas_kernels.quantized_matmul import Packed, codes_and_scales
 from pallas_kernels.residual_decode.code import (
     BIAS,
     COLUMNS,
@@ -16,7 +16,7 @@ from pallas_kernels.residual_decode.code import (
     OCTAVES,
     Residual,
     complete,
-    predict,
+    predict_weights,
     tiles,
 )
 
@@ -54,7 +54,7 @@ def _slab(residual: Residual, substitute: Packed, offset_QT, low_QgF) -> jax.Arr
     words = residual.words.reshape(-1)
     take = lambda index: words.at[index].get(mode="promise_in_bounds")
     octaves = words[OCTAVES].astype(jnp.int32)
-    p = predict(*restore(substitute), octaves, residual.dtype, jnp)
+    p = predict_weights(*codes_and_scales(substitute), octaves, residual.dtype, jnp)
     entry = words[:LEVELS].astype(jnp.int32).at[p.level].get(mode="promise_in_bounds")
     length, first = entry & 255, (entry >> 8) - BIAS
     start = jnp.repeat(offset_QT, COLUMNS, axis=1)[:, None, : length.shape[-1]]

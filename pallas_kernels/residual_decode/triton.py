@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.quantized_matmul import Packed
-from pallas_kernels.quantized_matmul.packing import TILE, scales_of
+from pallas_kernels.quantized_matmul.packing import BLOCK, scales_of
 from pallas_kernels.residual_decode.code import (
     BIAS,
     COLUMNS,
@@ -22,15 +22,15 @@ from pallas_kernels.residual_decode.code import (
     OCTAVES,
     Residual,
     complete,
-    predict,
+    predict_weights,
     tiles,
 )
 
 WARPS = 1
-ROWS = 16
+ROWS_TOGETHER = 16
 """Rows of a tile that are decoded together, at most. On an H200, for 3584x9728: 16 rows and a warp
 158 us, 8 and one 178, 64 and four 180, 32 and one 247."""
-AT_ONCE = 32
+PATCHES_TOGETHER = 32
 """Patches of a tile that are stored together."""
 
 
@@ -48,10 +48,12 @@ def _kernel(
     f = i * S + s
     out, tile = f - first * S, q * T + f // COLUMNS
     last = words_ref.shape[0] - 2
-    together = min(ROWS, group)
+    together = min(ROWS_TOGETHER, group)
     counts = LANES + Q * T  # where the counts of patches begin
     column = s + jax.lax.broadcasted_iota(jnp.int32, (COLUMNS,), 0)
-    at = (column // TILE * Q + q) * TILE + column % TILE  # of a column of a block of the substitute
+    at = (
+        column // BLOCK * Q + q
+    ) * BLOCK + column % BLOCK  # of a column of a block of the substitute
     octaves = words_ref[OCTAVES].astype(jnp.int32)
     start = words_ref[LANES + tile].astype(jnp.int32)
     begin = words_ref[counts + tile].astype(jnp.int32)
@@ -61,7 +63,7 @@ def _kernel(
     word, shift = i // (fields // 2), bits * (i % (fields // 2))
 
     def patch(n):  # behind the last one it comes again
-        entry = n * AT_ONCE + jax.lax.broadcasted_iota(jnp.int32, (AT_ONCE,), 0)
+        entry = n * PATCHES_TOGETHER + jax.lax.broadcasted_iota(jnp.int32, (PATCHES_TOGETHER,), 0)
         return words_ref[jnp.clip(patches + jnp.minimum(entry, count - 1), 0, last)]
 
     early = patch(0)  # asked for now: hardly a tile has more
@@ -75,7 +77,7 @@ def _kernel(
         codes = pairs >> (shift + 16 * which).astype(jnp.uint32)
         codes = (codes & jnp.uint32(2**bits - 1)).astype(jnp.int32)
         codes = codes.reshape(COLUMNS, together).T
-        p = predict(codes[None], step, offset, octaves, dtype, jnp)
+        p = predict_weights(codes[None], step, offset, octaves, dtype, jnp)
         entry = words_ref[p.level].astype(jnp.int32)
         length, least = entry & 255, (entry >> 8) - BIAS
         flat = length.reshape(-1)
@@ -98,7 +100,7 @@ def _kernel(
         row, column = q * group + place // COLUMNS, out + place % COLUMNS
         out_ref[row, column] = found.astype(jnp.uint16)
 
-    turns = pl.cdiv(jnp.clip(count, 0, group * COLUMNS), AT_ONCE)
+    turns = pl.cdiv(jnp.clip(count, 0, group * COLUMNS), PATCHES_TOGETHER)
     pl.when(turns > 0)(lambda: store(early))
     jax.lax.fori_loop(1, turns, lambda n, _: store(patch(n)), None)
 

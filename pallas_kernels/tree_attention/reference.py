@@ -5,13 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.precision import precision
+
 
 def tree_attention_reference(q_BTNH, k_BSKH, v_BSKX, mask_BTS):
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, X], in q's dtype."""
     k_BSKH, v_BSKX = (a[:, : mask_BTS.shape[-1]] for a in (k_BSKH, v_BSKX))
     B, T, N, H = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H)
-    exact = jax.lax.Precision.HIGHEST if q_BTNH.dtype == jnp.float32 else None
+    exact = precision(q_BTNH.dtype)
     product = functools.partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
     logits = product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH) * (H**-0.5)
     weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], logits, -1e30), axis=-1)

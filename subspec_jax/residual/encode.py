@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from llm_jax.quantize import Quantized, unpack
+from llm_jax.quantize import Quantized, codes_of
 from pallas_kernels.residual_decode.code import (
     BIAS,
     CODES,
@@ -24,7 +24,7 @@ from pallas_kernels.residual_decode.code import (
     check_pair,
     complete,
     differ,
-    predict,
+    predict_weights,
     tiles,
 )
 
@@ -79,7 +79,7 @@ def _slabs(q: Quantized) -> Iterator[tuple[int, Quantized]]:
 
 
 def _predict(q: Quantized, octaves: int, dtype: str):
-    return predict(unpack(q, np), q.step_QF, q.offset_QF, octaves, dtype, np)
+    return predict_weights(codes_of(q, np), q.step_QF, q.offset_QF, octaves, dtype, np)
 
 
 def sample(w_DF: np.ndarray, q: Quantized, size: int = SAMPLE):

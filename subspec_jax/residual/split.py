@@ -16,7 +16,7 @@ from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.quantized_matmul.packing import fields_of
 from pallas_kernels.residual_decode import Residual, residual_decode
 from pallas_kernels.residual_decode.api import parts_here
-from pallas_kernels.residual_decode.code import COLUMNS, LANES, MOST, tiles
+from pallas_kernels.residual_decode.code import COLUMNS, LANES, MAX_WEIGHTS, tiles
 
 
 @register_dataclass
@@ -71,7 +71,7 @@ def head_shape(cfg: Config, bits: int, group: int) -> tuple[int, int] | None:
     `Split`: it is tied to the embedding, or larger than a residual counts to."""
     whole = COLUMNS * fields_of(bits)
     shape = cfg.d_model, -(-cfg.vocab // whole) * whole
-    fits = cfg.d_model % group == 0 and math.prod(shape) < MOST
+    fits = cfg.d_model % group == 0 and math.prod(shape) < MAX_WEIGHTS
     return None if cfg.tied or not fits else shape
 
 

@@ -21,9 +21,10 @@ from llm_jax.attention import (
 )
 from llm_jax.cache import empty_caches
 from llm_jax.config import Llama3Rope
-from llm_jax.linear import linear, precision
+from llm_jax.linear import linear
 from llm_jax.model import forward
-from llm_jax.testing import FAMILIES, tiny_config, tiny_params
+from llm_jax.testing import TINY_FAMILIES, tiny_config, tiny_params
+from pallas_kernels.precision import precision
 
 
 def frequencies(cfg):
@@ -88,7 +89,7 @@ def reference_logits(params, tokens, cfg):
 
 jit_forward = jax.jit(forward, static_argnames="cfg")
 TOKENS = [5, 17, 3, 3, 250, 8, 99, 41, 0, 287, 6]
-VARIANTS = {name: dict(family=name) for name in FAMILIES} | {
+VARIANTS = {name: dict(family=name) for name in TINY_FAMILIES} | {
     "tied": dict(family="llama", tied=True),
     "one kv head each": dict(family="qwen2", kv_heads=4),
 }

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.attention import causal_step
-from llm_jax.cache import KV, empty_caches, move, write
+from llm_jax.cache import KV, empty_caches, move, write_rows
 from llm_jax.model import forward
 from llm_jax.testing import tiny_config, tiny_params
 
@@ -72,7 +72,7 @@ def test_write_casts_and_touches_its_slots_only():
     new = -jnp.ones((2, 3, 2), jnp.float32)
     want = np.array(buffer)
     want[:, 2:5] = -1
-    got = jax.jit(write)(buffer, new, 2)
+    got = jax.jit(write_rows)(buffer, new, 2)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, want)
 
@@ -141,7 +141,7 @@ def test_donated_caches_are_written_in_place():
     caches = empty_caches(CFG, 1, SLOTS)
     before = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(caches)]
     update = jax.jit(
-        functools.partial(jax.tree.map, lambda a: write(a, jnp.ones_like(a[:, :2]), 4)),
+        functools.partial(jax.tree.map, lambda a: write_rows(a, jnp.ones_like(a[:, :2]), 4)),
         donate_argnums=0,
     )
     after = [a.unsafe_buffer_pointer() for a in jax.tree.leaves(update(caches))]

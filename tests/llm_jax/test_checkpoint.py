@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm_jax import testing
-from llm_jax.checkpoint import INDEX, CheckpointError, open_checkpoint
+from llm_jax import CheckpointError, testing
+from llm_jax.folder import INDEX
+from llm_jax.formats import open_checkpoint
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 
 
@@ -43,7 +44,7 @@ def message(folder, cfg) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("family", testing.FAMILIES)
+@pytest.mark.parametrize("family", testing.TINY_FAMILIES)
 @pytest.mark.parametrize("tied", (False, True))
 @pytest.mark.parametrize("shards", (1, 3))
 def test_what_is_written_is_what_is_loaded(tmp_path, family, tied, shards):

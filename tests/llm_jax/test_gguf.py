@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax import testing
-from llm_jax.checkpoint import CheckpointError, open_checkpoint
+from llm_jax import CheckpointError, testing
 from llm_jax.config import Llama3Rope
+from llm_jax.formats import open_checkpoint
 from llm_jax.gguf import GGUF
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 
@@ -32,7 +32,7 @@ def path(tmp_path, cfg):
     return write_gguf(tmp_path / "tiny.gguf", tiny_params(cfg), cfg)
 
 
-@pytest.mark.parametrize("family", testing.FAMILIES)
+@pytest.mark.parametrize("family", testing.TINY_FAMILIES)
 @pytest.mark.parametrize("tied", (False, True))
 def test_what_is_written_is_what_is_loaded(tmp_path, family, tied):
     cfg = tiny_config(family, tied=tied)

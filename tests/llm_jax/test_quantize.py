@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from llm_jax.linear import embedding_rows, linear
 from llm_jax.quantize import (
-    BITS,
     Quantized,
     QuantizedTable,
     check_grouping,
+    codes_of,
     dequantize,
-    pack,
     quantize,
     quantized_bytes,
-    unpack,
 )
+from pallas_kernels.bit_fields import pack_codes
+from pallas_kernels.quantized_matmul.packing import BITS
 
 bf16 = lambda x: np.asarray(x, np.float32).astype(jnp.bfloat16).astype(np.float64)
 
@@ -27,7 +27,7 @@ bf16 = lambda x: np.asarray(x, np.float32).astype(jnp.bfloat16).astype(np.float6
 def as_quantized(codes_QgF, bits):
     Q, group, F = codes_QgF.shape
     one = jnp.ones((Q, F), jnp.bfloat16)
-    return Quantized(pack(jnp.asarray(codes_QgF), bits), one, one, bits, group)
+    return Quantized(pack_codes(jnp.asarray(codes_QgF), bits, 1), one, one, bits, group)
 
 
 def weights(D, F, seed=0, scale=0.02):
@@ -46,9 +46,9 @@ def weights(D, F, seed=0, scale=0.02):
 def test_unpack_inverts_pack(bits, seed, shape):
     codes = np.random.default_rng(seed).integers(0, 2**bits, shape, dtype=np.uint8)
     w = as_quantized(codes, bits)
-    assert w.codes_QpF.dtype == jnp.uint8 and unpack(w).dtype == jnp.uint8
+    assert w.codes_QpF.dtype == jnp.uint8 and codes_of(w).dtype == jnp.uint8
     chex.assert_shape(w.codes_QpF, (shape[0], shape[1] * bits // 8, shape[2]))
-    np.testing.assert_array_equal(unpack(w), codes)
+    np.testing.assert_array_equal(codes_of(w), codes)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -64,7 +64,7 @@ def test_layout_is_the_documented_one(bits):
             + [sum((c[:, j + i * g // 8] >> 2) << i for i in range(8)) for j in range(g // 8)]
         ),
     }[bits]()
-    got = pack(jnp.asarray(c, jnp.uint8), bits)
+    got = pack_codes(jnp.asarray(c, jnp.uint8), bits, 1)
     np.testing.assert_array_equal(got, np.stack(rows, 1))
 
 
@@ -193,7 +193,7 @@ def test_codes_are_the_nearest_to_the_stored_step_and_offset(sample, both):
         step, offset = (np.asarray(a, np.float64)[:, None] for a in (w.step_QF, w.offset_QF))
         x = (sample.astype(np.float64).reshape(8, 64, -1) - offset) / step
         q = np.clip(np.round(x), 0, 2**w.bits - 1)
-        differs = q != np.asarray(unpack(w))
+        differs = q != np.asarray(codes_of(w))
         assert (np.abs(np.abs(x - np.floor(x)) - 0.5)[differs] < 1e-3).all()
 
 

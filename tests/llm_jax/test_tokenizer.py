@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from llm_jax.checkpoint import CheckpointError, open_checkpoint
+from llm_jax import CheckpointError
+from llm_jax.formats import open_checkpoint
 from llm_jax.testing import (
     CHAT_TEMPLATE,
     SPECIAL,
@@ -20,7 +21,6 @@ from llm_jax.tokenizer import (
     ByteTokenizer,
     StreamDecoder,
     from_folder,
-    from_gguf,
     from_metadata,
 )
 
@@ -54,7 +54,7 @@ def tokenizer(request):
         return ByteTokenizer()
     if request.param == "folder":
         return from_folder(request.getfixturevalue("folder"))
-    return from_gguf(request.getfixturevalue("gguf_path"))
+    return open_checkpoint(request.getfixturevalue("gguf_path")).tokenizer()
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -79,7 +79,7 @@ def test_the_merges_are_used(folder):
 
 
 def test_both_files_hold_the_same_tokenizer(folder, gguf_path):
-    one, two = from_folder(folder), from_gguf(gguf_path)
+    one, two = from_folder(folder), open_checkpoint(gguf_path).tokenizer()
     assert one.vocab == two.vocab == len(tiny_vocabulary(288)[0])
     for text in TEXTS:
         assert one.encode(text) == two.encode(text)
@@ -108,7 +108,7 @@ def test_chat_without_a_template_is_plain_text_and_says_so(folder, bare):
 def test_eos_is_every_id_that_ends_a_turn(folder, gguf_path):
     tokens = tiny_vocabulary(288)[0]
     end, text_end = tokens.index("<|im_end|>"), tokens.index("<|endoftext|>")
-    assert from_gguf(gguf_path).eos == (end, text_end)
+    assert open_checkpoint(gguf_path).tokenizer().eos == (end, text_end)
     assert from_folder(folder).eos == (end, text_end)
     assert ByteTokenizer().eos == (256,)
 

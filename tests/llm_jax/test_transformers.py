@@ -14,8 +14,9 @@ import pytest
 from llm_jax import testing
 from llm_jax.attention import attention, causal_step, rms_norm
 from llm_jax.cache import KV, empty_caches
-from llm_jax.checkpoint import Folder, open_checkpoint
-from llm_jax.generate import generate
+from llm_jax.folder import SafetensorsFolder
+from llm_jax.formats import open_checkpoint
+from llm_jax.generation import generate
 from llm_jax.linear import linear
 from llm_jax.model import block, embed, forward
 from llm_jax.registry import WHEELS, cache_folder
@@ -33,7 +34,8 @@ def close(got, want, what):
     np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=TOLERANCE[what])
 
 
-@pytest.fixture(scope="module", params=[(f, t) for f in testing.FAMILIES for t in (False, True)],
+@pytest.fixture(scope="module",
+                params=[(f, t) for f in testing.TINY_FAMILIES for t in (False, True)],
                 ids=lambda p: p[0] + ("-tied" if p[1] else ""))  # fmt: skip
 def pair(request, tmp_path_factory):
     """The same checkpoint loaded by us and by transformers: (params, cfg, model)."""
@@ -189,7 +191,10 @@ def test_smollm2_is_transformers_smollm2(smollm2):
     }
     description["rope_parameters"] = dict(rope_type="default", rope_theta=cfg.rope_theta)
     model = LlamaForCausalLM(LlamaConfig(**description)).eval()
-    weights = {k: torch.from_numpy(v.copy()) for k, v in tensors(params, cfg, Folder.names).items()}
+    weights = {
+        k: torch.from_numpy(v.copy())
+        for k, v in tensors(params, cfg, SafetensorsFolder.names).items()
+    }
     left = model.load_state_dict(weights, strict=False)
     assert left.missing_keys == ["lm_head.weight"]  # tied
     assert left.unexpected_keys == []

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.lowrank_attention.latents import BITS, Latents, block_bytes, dense, pack, unpack
+from pallas_kernels.bit_fields import pack_codes, unpack_codes
+from pallas_kernels.lowrank_attention.latents import LATENT_BITS, Latents, block_bytes, dense
 
-PACKED = [bits for bits in BITS if bits < 16]
+PACKED = [bits for bits in LATENT_BITS if bits < 16]
 
 
 def fields(codes, bits):
@@ -31,24 +32,28 @@ def packed_by_hand(codes, bits):
 def test_layout(bits):
     for size in (1, 2, 3, 4, 5, 7, 8, 9, 16, 21, 64):
         codes = np.random.default_rng(size).integers(0, 2**bits, size).astype(np.uint8)
-        got = pack(jnp.asarray(codes), bits)
+        got = pack_codes(jnp.asarray(codes), bits)
         assert got.tolist() == packed_by_hand(codes, bits)
         assert len(got) == block_bytes(size, bits)
 
 
 def test_layout_of_the_docstring():
-    assert pack(jnp.array([1, 2, 3, 4, 5], jnp.uint8), 4).tolist() == [1 | 4 << 4, 2 | 5 << 4, 3]
+    assert pack_codes(jnp.array([1, 2, 3, 4, 5], jnp.uint8), 4).tolist() == [
+        1 | 4 << 4,
+        2 | 5 << 4,
+        3,
+    ]
     six = jnp.array([4, 1, 6, 3, 0, 7], jnp.uint8)  # low bits 0 1 2 3 0 3, high bits 1 0 1 0 0 1
-    assert pack(six, 3).tolist() == [0 | 2 << 2 | 0 << 4, 1 | 3 << 2 | 3 << 4, 0b100101]
+    assert pack_codes(six, 3).tolist() == [0 | 2 << 2 | 0 << 4, 1 | 3 << 2 | 3 << 4, 0b100101]
 
 
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(PACKED), st.integers(1, 70), st.integers(0, 2**32 - 1))
 def test_packing_round_trips(bits, size, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, (2, 3, size)).astype(np.uint8)
-    packed = pack(jnp.asarray(codes), bits)
+    packed = pack_codes(jnp.asarray(codes), bits)
     assert packed.dtype == jnp.uint8 and packed.shape == (2, 3, block_bytes(size, bits))
-    np.testing.assert_array_equal(unpack(packed, bits, size), codes)
+    np.testing.assert_array_equal(unpack_codes(packed, bits, size), codes)
 
 
 @pytest.mark.parametrize("blocks", [(5,), (8, 8, 8), (7, 7, 3), (1, 12, 12, 9)], ids=str)
@@ -61,7 +66,7 @@ def test_dense_is_code_times_step_plus_offset(bits, blocks):
         jnp.asarray(rng.normal(size=(2, 3, len(blocks))) * scale, jnp.bfloat16)
         for scale in (0.1, 300)
     )
-    packed = jnp.concatenate([pack(jnp.asarray(c), bits) for c in codes], -1)
+    packed = jnp.concatenate([pack_codes(jnp.asarray(c), bits) for c in codes], -1)
     latents = Latents(packed, step, offset, bits, blocks)
     assert latents.rank == sum(blocks)
     want = np.concatenate(

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.bit_fields import pack_codes
 from pallas_kernels.lowrank_attention import Latents, lowrank_attention, why_not
 from pallas_kernels.lowrank_attention.absorb import absorbed, basis
-from pallas_kernels.lowrank_attention.latents import dense, pack
+from pallas_kernels.lowrank_attention.latents import dense
 from pallas_kernels.lowrank_attention.rebuild import Rows
 from pallas_kernels.lowrank_attention.reference import group_heads
-from pallas_kernels.lowrank_attention.triton import Tiling, can_absorb, tiling
+from pallas_kernels.lowrank_attention.triton import LatentTiling, can_absorb, tiling
 
 f64 = lambda x: np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
 
@@ -22,7 +23,7 @@ def latents(rng, batch, slots, ranks, bits, dtype=jnp.bfloat16):
             jnp.asarray(rng.normal(size=(batch, slots, sum(ranks))), dtype), None, None, 16, ranks
         )
     draw = lambda r: jnp.asarray(rng.integers(0, 2**bits, (batch, slots, r)), jnp.uint8)
-    codes = jnp.concatenate([pack(draw(r), bits) for r in ranks], -1)
+    codes = jnp.concatenate([pack_codes(draw(r), bits) for r in ranks], -1)
     step = rng.uniform(3, 5, (batch, slots, len(ranks))) / 2**bits
     offset = -step * (2**bits - 1) / 2 + rng.normal(size=step.shape) * 0.1
     return Latents(
@@ -282,7 +283,7 @@ def test_absorbed_matrices_give_rotated_scores():
 @pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
 @pytest.mark.parametrize("span", [256, 1024])
 def test_few_functions_stand_in_for_the_slow_pairs(theta, span):
-    cfg = Tiling()
+    cfg = LatentTiling()
     slow = theta ** (-np.arange(cfg.fast, 64) / 64)
     place, parts, worst = basis(tuple(slow.tolist()), span, cfg.slow)
     at = np.arange(span)[:, None] * slow[None]

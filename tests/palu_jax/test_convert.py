@@ -11,23 +11,23 @@ import scipy
 from feeding import one_by_one, text, whole
 
 from llm_jax.attention import caches_for, causal_step, rope_frequencies
-from llm_jax.generate import generate
+from llm_jax.generation import generate
 from llm_jax.model import forward
-from llm_jax.testing import FAMILIES, tiny_config, tiny_params
+from llm_jax.testing import TINY_FAMILIES, tiny_config, tiny_params
 from palu_jax.attention import PaluAttention
 from palu_jax.convert import DISTANCES, ConvertError, Recipe, layer_spectra, to_palu
 from palu_jax.decompose import key_metric
 from palu_jax.latent import FormatError, LatentFormat
-from palu_jax.rank import group_sizes, uniform
+from palu_jax.rank import group_sizes, uniform_ranks
 
 
 def recipe(cfg, group, keep, objective="plain", **changes):
     groups = group_sizes(cfg.kv_heads, group)
-    ranks = uniform(cfg.layers, groups, cfg.head_dim, keep)
+    ranks = uniform_ranks(cfg.layers, groups, cfg.head_dim, keep)
     return Recipe(groups, ranks, objective, **changes)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_full_rank_equals_dense(family):
     cfg = tiny_config(family)
     params = tiny_params(cfg)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax.checkpoint import open_checkpoint
+from llm_jax.formats import open_checkpoint
 from llm_jax.params import abstract
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from palu_jax import store
@@ -46,7 +46,7 @@ def test_abstract_layers_have_the_real_shapes(tiny, fused):
     cfg = tiny.cfg
     recipe = Recipe((3,), (((8,), (12,)),) * 2, "whitened", mean_split=not fused, fuse_values=fused)
     palu = to_palu(tiny.params, cfg, recipe, tiny.statistics)
-    stored = store.Stored(None, "tiny", cfg, recipe, [])
+    stored = store.StoredModel(None, "tiny", cfg, recipe, [])
     found = store.abstract_layers(stored, abstract(cfg), cfg)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, palu)
 

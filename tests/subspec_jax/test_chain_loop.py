@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from llm_jax.cache import empty_caches
-from llm_jax.generate import generate, prefill
+from llm_jax.generation import generate, prefill
 from llm_jax.sample import Sampler
 from subspec_jax import propose
 from subspec_jax.accept import Gate

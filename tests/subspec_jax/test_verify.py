@@ -10,7 +10,7 @@ import pytest
 
 import subspec_jax.verify as verify
 from llm_jax.cache import empty_caches
-from llm_jax.generate import prefill
+from llm_jax.generation import prefill
 from llm_jax.model import unembed
 from llm_jax.packed import packed
 from llm_jax.quantize import quantize

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from experiments.palu import __main__ as palu
 from llm_jax.attention import caches_for, causal_step
-from llm_jax.checkpoint import open_checkpoint
-from llm_jax.generate import generate
+from llm_jax.formats import open_checkpoint
+from llm_jax.generation import generate
 from llm_jax.model import forward
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.quantize import dequantize, quantize, unpack
-from pallas_kernels.quantized_matmul import repack, restore
-from pallas_kernels.quantized_matmul.packing import BITS, codes, packed_bytes, padded
+from llm_jax.quantize import codes_of, dequantize, quantize
+from pallas_kernels.quantized_matmul import codes_and_scales, repack
+from pallas_kernels.quantized_matmul.packing import BITS, codes, packed_bytes, padded_columns
 from pallas_kernels.quantized_matmul.reference import dequantized
 from pallas_kernels.quantized_matmul.shapes import MATMUL
 
@@ -19,7 +19,7 @@ def test_round_trip(bits, columns):
     step, offset = jnp.asarray(rng.normal(size=(2, 3, columns)), jnp.bfloat16)
     w = repack(some, step, offset, bits)
     assert w.shape == (96, columns) and w.words % 32 == 0
-    for found, expected in zip(restore(w), (some, step, offset), strict=True):
+    for found, expected in zip(codes_and_scales(w), (some, step, offset), strict=True):
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
 
@@ -28,7 +28,7 @@ def test_round_trip(bits, columns):
 def test_dense_values_are_those_of_the_quantizer(bits):
     rng = np.random.default_rng(0)
     w = quantize(jnp.asarray(rng.normal(size=(128, 40)), jnp.float32), bits, 64)
-    packed = repack(unpack(w), w.step_QF, w.offset_QF, bits)
+    packed = repack(codes_of(w), w.step_QF, w.offset_QF, bits)
     for dtype in (jnp.float32, jnp.bfloat16):
         np.testing.assert_array_equal(dequantized(packed, dtype), dequantize(w, dtype))
 
@@ -55,7 +55,7 @@ def test_a_chunk_is_a_group_or_64_inputs_of_it():
 
 def test_bytes_are_counted():
     shape = MATMUL["qwen2.5-7b/gate"]
-    assert shape.outputs == padded(shape.outputs, 4)
+    assert shape.outputs == padded_columns(shape.outputs, 4)
     assert shape.packed(4, 64).size_bytes == shape.inputs * shape.outputs * 9 // 16
     for bits, sixteenths in ((2, 5), (3, 7), (8, 18)):  # with 8 bits half of the scales are padding
         size = shape.inputs * shape.outputs * sixteenths // 16

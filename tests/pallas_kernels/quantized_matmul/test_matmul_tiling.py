@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.quantized_matmul import tiling
 from pallas_kernels.quantized_matmul.shapes import MATMUL
-from pallas_kernels.quantized_matmul.tiling import Tiling, choose, guess, why_not_tiling
+from pallas_kernels.quantized_matmul.tiling import Tiling, choose_tiling, guess, why_not_tiling
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -14,7 +14,7 @@ from pallas_kernels.quantized_matmul.tiling import Tiling, choose, guess, why_no
 def test_the_guess_fits_every_named_matrix(name, bits):
     w = MATMUL[name].packed(bits, 64)
     for rows in (1, 6, 16, 17, 64):
-        cfg = choose(rows, w, "no such device")
+        cfg = choose_tiling(rows, w, "no such device")
         assert cfg == guess(rows, w.words // 32, w.shape[0] // 64)
         assert why_not_tiling(cfg, w.shape[0] // 64) is None
 
@@ -37,9 +37,13 @@ def test_lookup_by_the_bucket(tmp_path, monkeypatch):
     tiling._table.cache_clear()
     w = shape.packed(4, 64)
     expected = {1: few, 6: few, 8: few, 9: many, 16: many}
-    assert {n: choose(n, w, "d") for n in expected} == {n: Tiling(**t) for n, t in expected.items()}
-    assert choose(17, w, "d") == choose(17, w, "other") == guess(17, 74, 56)
-    assert choose(6, shape.packed(8, 64), "d") == choose(6, shape.packed(8, 64), "other")
+    assert {n: choose_tiling(n, w, "d") for n in expected} == {
+        n: Tiling(**t) for n, t in expected.items()
+    }
+    assert choose_tiling(17, w, "d") == choose_tiling(17, w, "other") == guess(17, 74, 56)
+    assert choose_tiling(6, shape.packed(8, 64), "d") == choose_tiling(
+        6, shape.packed(8, 64), "other"
+    )
     tiling._table.cache_clear()
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from llm_jax.linear import linear
 from llm_jax.packed import packed
-from llm_jax.quantize import Quantized, pack, quantize
+from llm_jax.quantize import Quantized, quantize
 from llm_jax.registry import MODELS
 from pallas_kernels import device
+from pallas_kernels.bit_fields import pack_codes
 from pallas_kernels.lowering import lower_for
 from pallas_kernels.residual_decode import api, residual_decode, triton, why_not
 from pallas_kernels.residual_decode.code import pad
@@ -78,7 +79,7 @@ def test_every_pattern():
     rng = np.random.default_rng(1)
     draw = lambda *s: rng.permutation(2**16).astype(np.uint16).reshape(s).view(ml_dtypes.bfloat16)
     codes = rng.integers(0, 16, (64, 16, 1024), np.uint8)
-    q = Quantized(pack(jnp.asarray(codes), 4), draw(64, 1024), draw(64, 1024), 4, 16)
+    q = Quantized(pack_codes(jnp.asarray(codes), 4, 1), draw(64, 1024), draw(64, 1024), 4, 16)
     w = np.tile(draw(64, 1024), (16, 1))
     r = encode(w, jax.tree.map(np.asarray, q), "levels")
     np.testing.assert_array_equal(bits_of(r, packed(q)), w.view(np.uint16))

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.quantize import Quantized, pack, quantize, unpack
+from llm_jax.quantize import Quantized, codes_of, quantize
+from pallas_kernels.bit_fields import pack_codes
 from pallas_kernels.residual_decode.code import (
     COLUMNS,
     LANES,
@@ -18,7 +19,7 @@ from pallas_kernels.residual_decode.code import (
     complete,
     differ,
     pad,
-    predict,
+    predict_weights,
 )
 from subspec_jax.residual.encode import Table, choose, decode_numpy, encode, sample
 
@@ -48,7 +49,9 @@ def arbitrary(D, F, n_bits=4, group=64, seed=0, scales=None):
         if scales is None
         else rng.choice(np.asarray(scales, ml_dtypes.bfloat16), (D // group, F))
     )
-    return Quantized(np.asarray(pack(jnp.asarray(codes), n_bits)), draw(), draw(), n_bits, group)
+    return Quantized(
+        np.asarray(pack_codes(jnp.asarray(codes), n_bits, 1)), draw(), draw(), n_bits, group
+    )
 
 
 def assert_exact(w, q, code):
@@ -144,7 +147,7 @@ def test_float16_has_three_more_bits_of_significand():
 def test_weights_on_the_substitutes_grid_take_almost_nothing():
     q = substitute(gaussian(512, 256))
     step, offset = (a.astype(np.float32)[:, None] for a in (q.step_QF, q.offset_QF))
-    w = (unpack(q, np) * step + offset).astype(ml_dtypes.bfloat16).reshape(q.shape)
+    w = (codes_of(q, np) * step + offset).astype(ml_dtypes.bfloat16).reshape(q.shape)
     r = assert_exact(w, q, "levels")
     assert 8 * r.nbytes / w.size < 0.1
 
@@ -155,7 +158,7 @@ def test_weights_on_the_substitutes_grid_take_almost_nothing():
 def read_slowly(r: Residual, q: Quantized):
     words = [int(x) for x in r.words.ravel()]
     stream = sum(word << (32 * i) for i, word in enumerate(words))
-    codes, (D, F), g = unpack(q, np), q.shape, q.group
+    codes, (D, F), g = codes_of(q, np), q.shape, q.group
     Q, T = D // g, -(-F // 64)
     out = np.zeros((D, F), np.uint16)
     patches = words[128 + Q * T : 128 + 2 * Q * T + 1]
@@ -205,7 +208,7 @@ def test_the_format_is_what_its_description_says(code):
 def test_differences_and_patterns_are_inverse(dtype, octaves):
     """Of every pattern there is a number for: those above the floor, 0 and -0."""
     q = arbitrary(512, 128)
-    p = predict(unpack(q, np), q.step_QF, q.offset_QF, octaves, dtype, np)
+    p = predict_weights(codes_of(q, np), q.step_QF, q.offset_QF, octaves, dtype, np)
     pattern = bits(every_pattern(dtype)).astype(np.int32).reshape(p.level.shape)
     difference, possible = differ(p, pattern)
     np.testing.assert_array_equal(complete(p, difference, np)[possible], pattern[possible])
@@ -216,9 +219,9 @@ def test_differences_and_patterns_are_inverse(dtype, octaves):
 
 def test_predictions_are_the_substitutes_values_in_the_weights_format():
     q = substitute(gaussian(256, 64))
-    p = predict(unpack(q, np), q.step_QF, q.offset_QF, 300, "bfloat16", np)  # floor 0
+    p = predict_weights(codes_of(q, np), q.step_QF, q.offset_QF, 300, "bfloat16", np)  # floor 0
     step, offset = (a.astype(np.float64)[:, None] for a in (q.step_QF, q.offset_QF))
-    value = (unpack(q, np) * step + offset).astype(np.float32)
+    value = (codes_of(q, np) * step + offset).astype(np.float32)
     want = bits(value.astype(ml_dtypes.bfloat16)).astype(np.int32)
     np.testing.assert_array_equal(p.ordered - 1, want & 0x7FFF)
     np.testing.assert_array_equal(p.negative, want >> 15)
@@ -235,13 +238,15 @@ def test_a_chosen_table_beats_its_neighbours(code):
     table = choose(*sample(w, q, w.size), code)
 
     def cost(table):
-        p = predict(unpack(q, np), q.step_QF, q.offset_QF, table.octaves, "bfloat16", np)
+        p = predict_weights(codes_of(q, np), q.step_QF, q.offset_QF, table.octaves, "bfloat16", np)
         difference, possible = differ(p, bits(w).astype(np.int32).reshape(p.level.shape))
         x, length = difference - table.firsts[p.level], table.lengths[p.level]
         return int(length.sum() + 32 * np.sum((x < 0) | (x >> length != 0) | ~possible))
 
     best = cost(table)
-    used = np.unique(predict(unpack(q, np), q.step_QF, q.offset_QF, 0, "bfloat16", np).level)
+    used = np.unique(
+        predict_weights(codes_of(q, np), q.step_QF, q.offset_QF, 0, "bfloat16", np).level
+    )
     for level in used:
         for move in (-9, -1, 1, 9):
             firsts = table.firsts.copy()

@@ -10,18 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax.checkpoint import CheckpointError, open_checkpoint
+from llm_jax import CheckpointError
+from llm_jax.formats import open_checkpoint
 from llm_jax.packed import packed
 from llm_jax.params import unjoined
 from llm_jax.quantize import quantize
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
+from subspec_jax.draft_model import substitute_layer, substitutes
 from subspec_jax.offload import offload, streamed_bytes, to_device
 from subspec_jax.residual import convert as residual_convert
 from subspec_jax.residual import files as residual_file
 from subspec_jax.residual import split as residual_device
 from subspec_jax.residual.convert import convert
 from subspec_jax.residual.files import Converted, ResidualError, partition
-from subspec_jax.substitute import substitute_layer, substitutes
 
 CFG = tiny_config("qwen2", layers=3, dtype="bfloat16", d_ff=128)
 GROUP = 32

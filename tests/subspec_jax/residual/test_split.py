@@ -13,16 +13,17 @@ from placement import is_offloaded
 from llm_jax.linear import linear
 from llm_jax.packed import packed
 from llm_jax.params import JoinedAttention, JoinedMLP, Layer, init_layer
-from llm_jax.quantize import Quantized, pack, quantize, unpack
+from llm_jax.quantize import Quantized, codes_of, quantize
 from llm_jax.testing import tiny_config
-from pallas_kernels.quantized_matmul import restore
+from pallas_kernels.bit_fields import pack_codes
+from pallas_kernels.quantized_matmul import codes_and_scales
 from pallas_kernels.residual_decode import reference, residual_decode
-from pallas_kernels.residual_decode.code import pad, predict
+from pallas_kernels.residual_decode.code import pad, predict_weights
+from subspec_jax.draft_model import substitutes
 from subspec_jax.load import split_layer as split_random
 from subspec_jax.offload import offload, streamed_bytes, to_device
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.split import Split, decode_layer, gaussian_room, is_split, split_shapes
-from subspec_jax.draft_model import substitutes
 
 CODES = ("planes", "levels")
 
@@ -76,7 +77,7 @@ def test_every_pattern(code, compiler):
     rng = np.random.default_rng(1)
     draw = lambda *s: rng.permutation(2**16).astype(np.uint16).reshape(s).view(ml_dtypes.bfloat16)
     codes = rng.integers(0, 16, (64, 8, 1024), np.uint8)
-    q = Quantized(pack(jnp.asarray(codes), 4), draw(64, 1024), draw(64, 1024), 4, 8)
+    q = Quantized(pack_codes(jnp.asarray(codes), 4, 1), draw(64, 1024), draw(64, 1024), 4, 8)
     w = np.tile(draw(64, 1024), (8, 1))
     r = encode(w, q, code)
     np.testing.assert_array_equal(bits(decoded(r, packed(q))), bits(w))
@@ -91,8 +92,8 @@ def test_predictions_do_not_depend_on_the_compiler(dtype, compiler):
     step, offset = draw(), draw()
     with np.errstate(over="ignore", invalid="ignore"):
         offset[::2] = -100 * step[::2].astype(np.float32)  # cancels
-    want = predict(codes, step, offset, 7, dtype, np)
-    run = jax.jit(lambda c, s, o: predict(c, s, o, 7, dtype, jnp))
+    want = predict_weights(codes, step, offset, 7, dtype, np)
+    run = jax.jit(lambda c, s, o: predict_weights(c, s, o, 7, dtype, jnp))
     for got, expected in zip(run(codes, step, offset), want, strict=True):
         np.testing.assert_array_equal(got, expected)
 
@@ -167,8 +168,10 @@ def test_a_product_is_that_of_the_exact_matrix(out_dtype):
 
 def unpacked(w):
     """The `Quantized` of a `Packed`, in NumPy."""
-    codes, step, offset = restore(w)
-    return jax.tree.map(np.asarray, Quantized(pack(codes, w.bits), step, offset, w.bits, w.group))
+    codes, step, offset = codes_and_scales(w)
+    return jax.tree.map(
+        np.asarray, Quantized(pack_codes(codes, w.bits, 1), step, offset, w.bits, w.group)
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -184,4 +187,4 @@ def test_codes_unpack_alike_in_numpy():
     for n_bits, group in ((2, 8), (3, 16), (4, 64), (8, 32)):
         q = quantize(jnp.asarray(pair(128, 24, "levels")[0][:, :24]), n_bits, group, 0)
         host = jax.tree.map(np.asarray, q)
-        np.testing.assert_array_equal(unpack(host, np), unpack(q))
+        np.testing.assert_array_equal(codes_of(host, np), codes_of(q))

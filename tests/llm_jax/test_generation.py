@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
-from llm_jax.generate import _prefill, chunks, decode, generate, prefill
+from llm_jax.generation import _prefill, chunks, decode_loop, generate, prefill
 from llm_jax.model import forward
 from llm_jax.sample import Sampler, noise
 from llm_jax.testing import tiny_config, tiny_params
@@ -92,9 +92,9 @@ def test_decode_goes_on_from_its_caches(params):
     key, whole = jax.random.key(0), generate(params, PROMPT, CFG, 10)
     _, caches = prefill(params, PROMPT, empty_caches(CFG, 1, 32), CFG)
     token, at = jnp.array(whole[:1]), jnp.int32(len(PROMPT))
-    out, count, caches = decode(params, token, caches, at, key, CFG, 4)
+    out, count, caches = decode_loop(params, token, caches, at, key, CFG, 4)
     assert int(count) == 4 and out.tolist() == whole[1:5]
-    out, count, _ = decode(
+    out, count, _ = decode_loop(
         params, out[-1:], caches, at + 4, key, CFG, 5, Sampler(), eos=(whole[7],)
     )
     stop = whole[5:].index(whole[7]) + 1

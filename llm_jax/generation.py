@@ -54,7 +54,7 @@ def prefill(params: Params, prompt, caches, cfg: Config, chunk: int = 512):
 @functools.partial(
     jax.jit, static_argnames=("cfg", "steps", "sampler", "eos"), donate_argnames="caches"
 )
-def decode(params, token, caches, at, key, cfg, steps, sampler=Sampler(), eos=()):
+def decode_loop(params, token, caches, at, key, cfg, steps, sampler=Sampler(), eos=()):
     """Up to `steps` tokens behind `token`, in one program that stays on the device.
 
     `token` [1] stands at position `at` and is not in the caches yet. Returns (tokens [steps], how
@@ -90,5 +90,5 @@ def generate(
     if steps <= 1 or int(first[0]) in eos:
         return [int(first[0])][:steps]
     at = jnp.int32(len(prompt))
-    out, count, _ = decode(params, first, caches, at, key, cfg, steps - 1, sampler, tuple(eos))
+    out, count, _ = decode_loop(params, first, caches, at, key, cfg, steps - 1, sampler, tuple(eos))
     return [int(first[0])] + [int(t) for t in out[: int(count)]]
