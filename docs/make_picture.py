@@ -1,7 +1,7 @@
 """Draws docs/images/speculation.svg: draft, verify, accept, from one round of a real run.
 
-    python docs/make_picture.py                             draw from docs/images/speculation.json
-    python docs/make_picture.py --record MODEL.gguf         decode with SmolLM2-135M, write the JSON
+    python docs/make_picture.py                          draw from docs/images/speculation.json
+    python docs/make_picture.py --record smollm2-135m    decode first, and write the JSON
 
 The JSON holds every round of a short run: the token tree that the draft made, the nodes that the
 target accepted, and the target's own token behind them. The picture shows one of these rounds.
@@ -23,57 +23,50 @@ INK, MUTED, LINE = "#1f2933", "#8a94a0", "#c3cad3"
 PLAIN, GREEN, ORANGE = ("#eef2f7", "#9fb0c3"), ("#2e9e5b", "#23804a"), ("#f0a030", "#c97f14")
 
 
-def record(checkpoint_path: Path) -> dict:
+def record(model: str) -> dict:
     """The rounds of a short answer, decoded by the engine with a tree of 6 levels of 3 nodes."""
     import jax
 
-    from llm_jax.formats import open_checkpoint
-    from subspec_jax.decoder import Decoder
-    from subspec_jax.load import load_target, make_draft
-    from subspec_jax.plan import Draft, make_plan
-    from subspec_jax.propose import ModelDraft
+    import subspec_jax
     from subspec_jax.tree import TreeSpec
 
-    class Recording(ModelDraft):
-        """A draft that remembers the last tree it proposed."""
-
-        def propose(self, state):
-            super().propose(state)
-            self.proposed = jax.device_get(state.tree)
-
-    checkpoint = open_checkpoint(str(checkpoint_path))
-    cfg, tokenizer = checkpoint.config("float32"), checkpoint.tokenizer()
     spec = TreeSpec("beam", depth=6, width=3)
-    plan = make_plan(cfg, limit=450 * 2**20, spec=spec, draft=Draft(4, 64), max_length=512)
-    target = load_target(checkpoint, plan)
-    proposer = Recording(make_draft(target, plan), cfg, spec)
-    decoder = Decoder(target, proposer, max_length=512)
-    prompt = tokenizer.chat([{"role": "user", "content": PROMPT}])
-    rounds, text = [], []
-    for result in decoder.rounds(prompt, 64, eos=tokenizer.eos):
-        before = tokenizer.decode(text)
-        text += result.tokens
-        if not result.drafted:
-            continue  # the prompt's own pass
-        tree = proposer.proposed
-        nodes = range(int(tree.size))
-        rounds.append(
-            {
-                "text": before,
-                "tokens": [tokenizer.decode([int(tree.token_E[i])]) for i in nodes],
-                "parents": [int(tree.parent_E[i]) for i in nodes],
-                "accepted": list(result.path),
-                "emitted": [tokenizer.decode([t]) for t in result.tokens],
-            }
-        )
-    return {
-        "model": "SmolLM2-135M-Instruct, float32, CPU",
-        "resident": plan.resident,
-        "layers": cfg.layers,
-        "tree": {"kind": "beam", "depth": spec.depth, "width": spec.width},
-        "prompt": PROMPT,
-        "rounds": rounds,
-    }
+    with subspec_jax.open(model, "450MB", tree=spec, dtype="float32", max_length=512) as engine:
+        proposer = engine.use("subspec").proposer
+        grow, proposed = proposer.propose, []
+
+        def propose(state):
+            grow(state)
+            proposed.append(jax.device_get(state.tree))
+
+        proposer.propose = propose
+        decode = engine.tokenizer.decode
+        prompt = engine.tokenizer.chat([{"role": "user", "content": PROMPT}])
+        rounds, text = [], []
+        for result in engine.rounds(prompt, 64):
+            before = decode(text)
+            text += result.tokens
+            if not result.drafted:
+                continue  # the prompt's own pass
+            tree = proposed[-1]
+            nodes = range(int(tree.size))
+            rounds.append(
+                {
+                    "text": before,
+                    "tokens": [decode([int(tree.token_E[i])]) for i in nodes],
+                    "parents": [int(tree.parent_E[i]) for i in nodes],
+                    "accepted": list(result.path),
+                    "emitted": [decode([t]) for t in result.tokens],
+                }
+            )
+        return {
+            "model": "SmolLM2-135M-Instruct, float32, CPU",
+            "resident": engine.plan.resident,
+            "layers": engine.cfg.layers,
+            "tree": {"kind": "beam", "depth": spec.depth, "width": spec.width},
+            "prompt": PROMPT,
+            "rounds": rounds,
+        }
 
 
 def rows_of_levels(parents: list[int]) -> tuple[list[int], list[int]]:
@@ -188,7 +181,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--record", type=Path, metavar="MODEL.gguf")
+    parser.add_argument("--record", metavar="MODEL", help="a name, a folder or a GGUF file")
     arguments = parser.parse_args()
     if arguments.record:
         RECORDED.write_text(json.dumps(record(arguments.record), indent=1) + "\n")
