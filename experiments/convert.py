@@ -23,8 +23,7 @@ from llm_jax.formats import open_checkpoint
 from llm_jax.quantize import check_grouping
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual.convert import convert
-
-ITERATIONS = {"hqq": 20, "nearest": 0}
+from subspec_jax.sources import ITERATIONS
 
 
 @dataclasses.dataclass(frozen=True)
