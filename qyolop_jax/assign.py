@@ -39,7 +39,9 @@ class Assignment:
     """bool: without a box of its own and inside a crowd, so without objectness loss."""
 
 
-def box_candidates(boxes_M4, fixed: Cells, cfg: ModelConfig):
+def box_candidates(
+    boxes_M4: jax.Array, fixed: Cells, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
     """Indices [M, 27] of predictions that could describe each box, and which of them count [M, 27].
 
     A level's anchor counts where its width and height are within a factor `RATIO` of the box's;
@@ -72,7 +74,16 @@ def box_candidates(boxes_M4, fixed: Cells, cfg: ModelConfig):
     return jnp.concatenate(indices, 1), jnp.concatenate(counts, 1)
 
 
-def match(boxes_P4, obj_P, cls_PC, targets_M4, classes_M, usable_M, fixed: Cells, cfg: ModelConfig):
+def match(
+    boxes_P4: jax.Array,
+    obj_P: jax.Array,
+    cls_PC: jax.Array,
+    targets_M4: jax.Array,
+    classes_M: jax.Array,
+    usable_M: jax.Array,
+    fixed: Cells,
+    cfg: ModelConfig,
+) -> jax.Array:
     """Index of the box that each of P predictions of one sample answers for, -1 for none.
 
     A box takes the k cheapest of its candidates, k being the whole part of the sum of its ten
@@ -110,14 +121,16 @@ def match(boxes_P4, obj_P, cls_PC, targets_M4, classes_M, usable_M, fixed: Cells
     return jnp.where(box_P < none, box_P, -1).astype(jnp.int32)
 
 
-def in_crowd(boxes_P4, targets_M4, crowd_M) -> jax.Array:
+def in_crowd(boxes_P4: jax.Array, targets_M4: jax.Array, crowd_M: jax.Array) -> jax.Array:
     """Which predictions [P] lie by more than half of their own area in some crowd box."""
     shared_PM = intersection(boxes_P4[:, None, :], targets_M4[None])
     inside = shared_PM > CROWD_OVERLAP * area(boxes_P4)[:, None]
     return jnp.any(inside & crowd_M[None], axis=1)
 
 
-def assign(decoded: Decoded, batch, cfg: ModelConfig, size: tuple[int, int]) -> Assignment:
+def assign(
+    decoded: Decoded, batch: dict[str, jax.Array], cfg: ModelConfig, size: tuple[int, int]
+) -> Assignment:
     """The `Assignment` of a batch whose images are of `size`; without gradient.
 
     Padding, crowd boxes, boxes without area and samples without detection labels get nothing.

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llm_jax.extras import need
 from qyolop_jax import QyolopError
@@ -86,7 +87,7 @@ def scaled(x: float, y: float) -> np.ndarray:
     return np.diag([x, y, 1.0])
 
 
-def map_points(matrix, points_n2) -> np.ndarray:
+def map_points(matrix: np.ndarray, points_n2: ArrayLike) -> np.ndarray:
     """Points [n, 2] through a homography; NaN where one lies at or behind the horizon."""
     points = np.asarray(points_n2, np.float64).reshape(-1, 2)
     x, y, w = matrix @ np.stack([*points.T, np.ones(len(points))])
@@ -94,7 +95,7 @@ def map_points(matrix, points_n2) -> np.ndarray:
     return np.stack([x / w, y / w], 1)
 
 
-def map_boxes(matrix, boxes_n4) -> np.ndarray:
+def map_boxes(matrix: np.ndarray, boxes_n4: ArrayLike) -> np.ndarray:
     """The extents [n, 4] of boxes whose four corners went through a homography."""
     boxes = np.asarray(boxes_n4, np.float64).reshape(-1, 4)
     corners = map_points(matrix, boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2))
@@ -107,7 +108,9 @@ def _pixels(matrix) -> np.ndarray:
     return moved(-0.5, -0.5) @ matrix @ moved(0.5, 0.5)
 
 
-def warp_image(image, matrix, size: tuple[int, int], border: int | None = GREY) -> np.ndarray:
+def warp_image(
+    image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], border: int | None = GREY
+) -> np.ndarray:
     """An image [H, W, 3] through a homography; where it shrinks, averaged before it is sampled.
 
     `border` is the grey around it, or None to go on with the pixels of its edge.
@@ -132,7 +135,9 @@ def warp_image(image, matrix, size: tuple[int, int], border: int | None = GREY) 
     )  # fmt: skip
 
 
-def warp_mask(mask, matrix, size: tuple[int, int], border: int = IGNORE) -> np.ndarray:
+def warp_mask(
+    mask: np.ndarray, matrix: np.ndarray, size: tuple[int, int], border: int = IGNORE
+) -> np.ndarray:
     """A mask [H, W] through a homography: the value under each pixel's centre."""
     cv2 = need("cv2", "vision", "warping images")
     return cv2.warpPerspective(
@@ -181,7 +186,7 @@ def compose(
     )
 
 
-def paste(s: Sample, matrix, onto) -> None:
+def paste(s: Sample, matrix: np.ndarray, onto: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     """Draws a sample through a homography onto (image, area, lane), where it has pixels."""
     cv2 = need("cv2", "vision", "warping images")
     size, source = onto[0].shape[:2], s.image.shape[:2]
@@ -202,7 +207,9 @@ def paste(s: Sample, matrix, onto) -> None:
         cv2.copyTo(new, here, whole[y1:y2, x1:x2])
 
 
-def keep_boxes(full_n4, size: tuple[int, int], cfg: AugmentConfig | None):
+def keep_boxes(
+    full_n4: np.ndarray, size: tuple[int, int], cfg: AugmentConfig | None
+) -> tuple[np.ndarray, np.ndarray]:
     """(which boxes stay [n], all of them [n, 4] clipped to the image)."""
     full = np.asarray(full_n4, np.float64)
     edge = np.array([size[1], size[0], size[1], size[0]], np.float64)
@@ -218,7 +225,7 @@ def keep_boxes(full_n4, size: tuple[int, int], cfg: AugmentConfig | None):
     return good, cut
 
 
-def letterbox_matrix(size, into) -> tuple[np.ndarray, Transform]:
+def letterbox_matrix(size: tuple[int, int], into: tuple[int, int]) -> tuple[np.ndarray, Transform]:
     """The homography that centres an image in another size, and the same as a `Transform`."""
     scale = largest_scale(size, into)
     dy, dx = ((n - m * scale) / 2 for n, m in zip(into, size, strict=True))
@@ -234,13 +241,15 @@ def letterbox(s: Sample, size: tuple[int, int]) -> tuple[Sample, Transform]:
     return dataclasses.replace(compose([(s, matrix)], size), name=s.name), transform
 
 
-def letterbox_image(image, size: tuple[int, int]) -> tuple[np.ndarray, Transform]:
+def letterbox_image(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, Transform]:
     """The same of an image without labels."""
     matrix, transform = letterbox_matrix(image.shape[:2], size)
     return warp_image(image, matrix, size), transform
 
 
-def perspective_matrix(rng, cfg: AugmentConfig, canvas, size) -> np.ndarray:
+def perspective_matrix(
+    rng: np.random.Generator, cfg: AugmentConfig, canvas: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
     """A random homography from a canvas (H, W), its middle to the middle of the result."""
     centre = moved(-canvas[1] / 2, -canvas[0] / 2)
     bend = np.eye(3)
@@ -256,7 +265,9 @@ def perspective_matrix(rng, cfg: AugmentConfig, canvas, size) -> np.ndarray:
     return moved(x * size[1], y * size[0]) @ slant @ turn @ bend @ centre
 
 
-def mosaic_parts(samples: Sequence[Sample], size, rng) -> list[tuple[Sample, np.ndarray]]:
+def mosaic_parts(
+    samples: Sequence[Sample], size: tuple[int, int], rng: np.random.Generator
+) -> list[tuple[Sample, np.ndarray]]:
     """Four samples around a random point of a canvas of twice the size, each with its homography.
 
     The point is uniform in a half to three halves of `size`; each image, scaled to fit `size`,
@@ -286,7 +297,7 @@ def flip(s: Sample) -> Sample:
     )
 
 
-def recolour(image, rng, cfg: AugmentConfig) -> np.ndarray:
+def recolour(image: np.ndarray, rng: np.random.Generator, cfg: AugmentConfig) -> np.ndarray:
     """The image with hue, saturation and value changed by random factors, as YOLO does."""
     cv2 = need("cv2", "vision", "warping images")
     gain = 1 + rng.uniform(-1, 1, 3) * (cfg.hue, cfg.saturation, cfg.value)
@@ -299,7 +310,9 @@ def recolour(image, rng, cfg: AugmentConfig) -> np.ndarray:
     return cv2.cvtColor(cv2.merge(planes), cv2.COLOR_HSV2RGB)
 
 
-def augment(samples: Sequence[Sample], size: tuple[int, int], rng, cfg: AugmentConfig) -> Sample:
+def augment(
+    samples: Sequence[Sample], size: tuple[int, int], rng: np.random.Generator, cfg: AugmentConfig
+) -> Sample:
     """One sample of this size from one sample, or a mosaic from four; all of `cfg` at random."""
     if len(samples) == 1:
         (s,) = samples

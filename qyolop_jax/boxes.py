@@ -81,7 +81,7 @@ def cells(cfg: ModelConfig, size: tuple[int, int]) -> Cells:
     return Cells(*(np.concatenate(a) for a in (xy, stride, anchor)), tuple(shapes))
 
 
-def image_size(raw, cfg: ModelConfig) -> tuple[int, int]:
+def image_size(raw: dict[str, jax.Array], cfg: ModelConfig) -> tuple[int, int]:
     """(H, W) of the image behind raw detection outputs; checks every level against it."""
     wanted = [f"detect.{s}" for s in cfg.strides]
     if missing := [name for name in wanted if name not in raw]:
@@ -95,7 +95,7 @@ def image_size(raw, cfg: ModelConfig) -> tuple[int, int]:
     return height, width
 
 
-def decode_boxes(raw, cfg: ModelConfig) -> Decoded:
+def decode_boxes(raw: dict[str, jax.Array], cfg: ModelConfig) -> Decoded:
     """All predictions of a batch as boxes in pixels and logits [B, P].
 
     YOLOv7's form, s the sigmoid of the output: centre (2s - 0.5 + cell) * stride, size

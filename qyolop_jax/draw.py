@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,8 @@ def _tint(image, mask, colors, unknown, strength: float) -> None:
 
 
 def overlay(
-    image,
-    found,
+    image: np.ndarray,
+    found: Any,
     cfg: ModelConfig | None = None,
     conf: float = 0.25,
     width: int | None = None,
@@ -84,7 +85,13 @@ def overlay(
 
 
 def write_text(
-    canvas, text: str, x: int, y: int, color, larger: float = 1.0, back: bool = True
+    canvas: np.ndarray,
+    text: str,
+    x: int,
+    y: int,
+    color: Sequence[int],
+    larger: float = 1.0,
+    back: bool = True,
 ) -> None:
     """Puts text above (x, y), inside the image, on a plate of this colour."""
     cv2 = need("cv2", "vision", "drawing on images")
@@ -155,7 +162,7 @@ def legend(cfg: ModelConfig | None = None, width: int = 640) -> np.ndarray:
     return canvas
 
 
-def save_image(path, image) -> None:
+def save_image(path: str | Path, image: np.ndarray) -> None:
     """Writes an RGB image; the folder is made, the suffix decides the format."""
     cv2 = need("cv2", "vision", "drawing on images")
     path = Path(path)

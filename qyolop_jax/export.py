@@ -12,10 +12,12 @@ factor, so that its rounding is ours. Of onnx only the writer is needed; nothing
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from llm_jax.extras import need
 from qyolop_jax import QyolopError
@@ -65,12 +67,12 @@ class Writer:
         self.graph, self.size = graph, size
         self.nodes, self.constants = [], []
 
-    def op(self, kind: str, *inputs: str, **attributes) -> str:
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         name = f"{kind}_{len(self.nodes)}"
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [name], **attributes))
         return name
 
-    def constant(self, value, dtype) -> str:
+    def constant(self, value: ArrayLike, dtype: DTypeLike) -> str:
         name = f"constant_{len(self.constants)}"
         array = np.ascontiguousarray(value, dtype)
         if np.ndim(value) == 0:
@@ -78,7 +80,7 @@ class Writer:
         self.constants.append(self.numpy_helper.from_array(array, name))
         return name
 
-    def kernel(self, kernel_HWIO, dtype) -> str:
+    def kernel(self, kernel_HWIO: ArrayLike, dtype: DTypeLike) -> str:
         return self.constant(np.transpose(kernel_HWIO, (3, 2, 0, 1)), dtype)
 
     def moved(self, node: Node, inputs: Sequence[str]) -> str:
@@ -102,7 +104,7 @@ class Writer:
             return self.op("Mul", x, self.op("Sigmoid", x))
         return self.op({"relu": "Relu", "hardswish": "HardSwish"}[act], x)
 
-    def model(self, outputs: dict[str, str]):
+    def model(self, outputs: dict[str, str]) -> Any:
         """The checked ModelProto; outputs are float NCHW tensors by the name to give them."""
         onnx, (H, W) = self.onnx, self.size
         info = onnx.helper.make_tensor_value_info
@@ -126,7 +128,7 @@ def window(node: Node) -> dict:
     return dict(kernel_shape=[k, k], strides=[s, s], pads=[p, p, p, p])
 
 
-def float_onnx(graph: Graph, params, size: tuple[int, int]):
+def float_onnx(graph: Graph, params: Any, size: tuple[int, int]) -> Any:
     """The ONNX model of a folded graph in float32."""
     if any(n.op == "conv" and (n.norm or n.rep or n.implicit) for n in graph.nodes):
         raise GraphError("the graph is not folded; export what fold.fold returns")
@@ -148,7 +150,7 @@ def float_onnx(graph: Graph, params, size: tuple[int, int]):
     return w.model({name: values[name] for name in graph.outputs})
 
 
-def integer_onnx(model: IntegerModel, size: tuple[int, int]):
+def integer_onnx(model: IntegerModel, size: tuple[int, int]) -> Any:
     """The ONNX model of an integer one: QLinearConv, tables by Gather, nothing else that counts."""
     w, values = Writer(model.graph, size), {}
     for node in model.graph.nodes:

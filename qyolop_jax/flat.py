@@ -49,7 +49,7 @@ class FlatTree:
         return jax.tree.unflatten(layout.treedef, found)
 
 
-def flatten(tree) -> FlatTree:
+def flatten(tree: Any) -> FlatTree:
     """The `Packed` of a tree of arrays."""
     leaves, treedef = jax.tree.flatten(tree)
     leaves = [jnp.asarray(a) for a in leaves]

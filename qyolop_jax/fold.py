@@ -5,9 +5,12 @@ float64, since quantization starts from here.
 """
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.graph import (
@@ -26,7 +29,7 @@ Folded = dict[str, dict[str, jnp.ndarray]]
 """By node name: kernel [k, k, in, out] and bias [out], float32."""
 
 
-def fold(model: ModelConfig | Graph, variables) -> tuple[Graph, Folded]:
+def fold(model: ModelConfig | Graph, variables: dict[str, Any]) -> tuple[Graph, Folded]:
     """(graph without norms, branches and implicit vectors, its parameters)."""
     graph = build_graph(model) if isinstance(model, ModelConfig) else model
     params, stats = variables["params"], variables.get("batch_stats", {})
@@ -74,7 +77,9 @@ def _normed(kernel, norm, stats):
     return kernel * factor, f64(norm["bias"]) - f64(stats["mean"]) * factor
 
 
-def run_folded(graph: Graph, params: Folded, images_u8, dtype=jnp.float32) -> dict:
+def run_folded(
+    graph: Graph, params: Folded, images_u8: jax.Array, dtype: DTypeLike = jnp.float32
+) -> dict:
     """Raw outputs of a folded graph, float32; the same as the model's to rounding."""
     check_size(images_u8.shape)
 

@@ -7,9 +7,12 @@ background, 1 direct, 2 alternative). Lane, one byte: bits 0 to 2 what (0 crossw
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llm_jax.extras import need
 from llm_jax.files import atomic_file
@@ -116,14 +119,14 @@ def read_mask(path: Path, size: tuple[int, int], color: bool = False) -> np.ndar
     return mask
 
 
-def colored_area(rgb) -> np.ndarray:
+def colored_area(rgb: np.ndarray) -> np.ndarray:
     """Our area values of BDD100K's colour maps: reddish is direct, bluish alternative."""
     red, blue = rgb[..., 0].astype(int), rgb[..., 2].astype(int)
     dark = rgb.max(-1) < 40
     return np.where(dark, 0, np.where(red >= blue, 1, 2)).astype(np.uint8)
 
 
-def read_json(path: Path):
+def read_json(path: Path) -> Any:
     """The content of a JSON file."""
     try:
         return json.loads(_bytes(path))
@@ -166,7 +169,7 @@ def objects_of(entry: dict, where: str) -> list[Object]:
         ) from error
 
 
-def write_png(path: Path, mask) -> None:
+def write_png(path: Path, mask: ArrayLike) -> None:
     """Writes a mask, whole or not at all."""
     cv2 = need("cv2", "vision", "reading and writing images")
     _, data = cv2.imencode(".png", np.asarray(mask, np.uint8))
@@ -186,7 +189,7 @@ class Bdd100kWriter:
     is written at the end.
     """
 
-    def __init__(self, root, split: str, classes):
+    def __init__(self, root: str | Path, split: str, classes: Sequence[str]):
         self.root, self.split, self.classes = Path(root), split, tuple(classes)
         self.entries: list[dict] = []
 
@@ -197,7 +200,7 @@ class Bdd100kWriter:
         if kind is None:
             self.close()
 
-    def add(self, name: str, found, image=None) -> None:
+    def add(self, name: str, found: Any, image: np.ndarray | None = None) -> None:
         """Labels of one image, a `Sample` or `postprocess.Found`; and the image, where given."""
         stem = Path(name).stem
         known = getattr(found, "labelled", (True, True, True))

@@ -11,8 +11,8 @@ backbone before the FPN, the lanes' its end. At 384x640 with 4 object classes:
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -91,23 +91,27 @@ class Builder:
     def channels(self, name: str) -> int:
         return next(n.channels for n in self.nodes if n.name == name)
 
-    def conv(self, name, x, channels, kernel=1, stride=1, **rest) -> str:
+    def conv(
+        self, name: str, x: str, channels: int, kernel: int = 1, stride: int = 1, **rest: Any
+    ) -> str:
         rest = dict(act=self.cfg.activation) | rest
         return self.add(Node(name, "conv", (x,), self.scaled(channels), kernel, stride, **rest))
 
-    def logits(self, name, x, channels, implicit=False, kernel=1) -> str:
+    def logits(
+        self, name: str, x: str, channels: int, implicit: bool = False, kernel: int = 1
+    ) -> str:
         return self.add(Node(name, "conv", (x,), channels, kernel, norm=False, implicit=implicit))
 
-    def concat(self, name, *inputs) -> str:
+    def concat(self, name: str, *inputs: str) -> str:
         return self.add(Node(name, "concat", inputs, sum(map(self.channels, inputs))))
 
-    def pool(self, name, x, kernel, stride) -> str:
+    def pool(self, name: str, x: str, kernel: int, stride: int) -> str:
         return self.add(Node(name, "maxpool", (x,), self.channels(x), kernel, stride))
 
-    def up(self, name, x) -> str:
+    def up(self, name: str, x: str) -> str:
         return self.add(Node(name, "upsample", (x,), self.channels(x)))
 
-    def elan(self, name, x, inner, outer) -> str:
+    def elan(self, name: str, x: str, inner: int, outer: int) -> str:
         """Two paths of 1x1, one goes on through four 3x3; the ends and the middle are joined."""
         a = self.conv(f"{name}.a", x, inner)
         b = self.conv(f"{name}.b", x, inner)
@@ -117,7 +121,7 @@ class Builder:
         d = self.conv(f"{name}.d2", d, inner, 3)
         return self.conv(f"{name}.out", self.concat(f"{name}.cat", d, c, b, a), outer)
 
-    def elan_h(self, name, x, inner, outer) -> str:
+    def elan_h(self, name: str, x: str, inner: int, outer: int) -> str:
         """As `elan` with four 3x3 of half the channels, all of which are joined."""
         a = self.conv(f"{name}.a", x, inner)
         b = self.conv(f"{name}.b", x, inner)
@@ -127,14 +131,14 @@ class Builder:
         joined = self.concat(f"{name}.cat", *chain[:0:-1], b, a)
         return self.conv(f"{name}.out", joined, outer)
 
-    def down(self, name, x, channels, *others) -> str:
+    def down(self, name: str, x: str, channels: int, *others: str) -> str:
         """Half the size: a strided 3x3 beside max pooling, each to `channels`; and others."""
         a = self.conv(f"{name}.a1", x, channels)
         a = self.conv(f"{name}.a2", a, channels, 3, 2)
         b = self.conv(f"{name}.b", self.pool(f"{name}.pool", x, 2, 2), channels)
         return self.concat(f"{name}.cat", a, b, *others)
 
-    def spp(self, name, x, channels) -> str:
+    def spp(self, name: str, x: str, channels: int) -> str:
         """SPPCSPC: max pooling of 5, 9 and 13 on one of two paths."""
         y = self.conv(f"{name}.1", x, channels)
         y = self.conv(f"{name}.3", y, channels, 3)
@@ -145,7 +149,7 @@ class Builder:
         shortcut = self.conv(f"{name}.2", x, channels)
         return self.conv(f"{name}.7", self.concat(f"{name}.cat", y, shortcut), channels)
 
-    def decoder(self, name, x, classes) -> str:
+    def decoder(self, name: str, x: str, classes: int) -> str:
         """Logits at full size from features at an eighth of it."""
         x = self.conv(f"{name}.8", x, 128, 3)
         x = self.elan(f"{name}.4", self.up(f"{name}.up4", x), 32, 80)
@@ -225,19 +229,19 @@ def count(graph: Graph, size: tuple[int, int], fused: bool = True) -> Counts:
     return Counts(parameters, macs)
 
 
-def check_size(shape) -> None:
+def check_size(shape: Sequence[int]) -> None:
     if len(shape) != 4 or shape[3] != 3 or any(n < 32 or n % 32 for n in shape[1:3]):
         raise GraphError(
             f"images of shape {tuple(shape)}; expected [B, H, W, 3] with H and W multiples of 32"
         )
 
 
-def normalized(images_u8) -> jax.Array:
+def normalized(images_u8: jax.Array) -> jax.Array:
     """float32 (x - 128) / 64: eight bits hold it exactly, and padding with zeros is mid-grey."""
     return (images_u8.astype(jnp.float32) - 128) / 64
 
 
-def run_graph(graph: Graph, x, conv: Callable) -> dict[str, jax.Array]:
+def run_graph(graph: Graph, x: jax.Array, conv: Callable) -> dict[str, jax.Array]:
     """The outputs by name; `conv(node, x)` does the convolutions, the rest is always the same."""
     values: dict[str, jax.Array] = {}
     for node in graph.nodes:
@@ -258,7 +262,7 @@ def run_graph(graph: Graph, x, conv: Callable) -> dict[str, jax.Array]:
     return {name: values[name] for name in graph.outputs}
 
 
-def max_pool(x_BHWC, node: Node):
+def max_pool(x_BHWC: jax.Array, node: Node) -> jax.Array:
     dtype = x_BHWC.dtype
     low = -np.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
     k, s, p = node.kernel, node.stride, node.padding
@@ -267,13 +271,13 @@ def max_pool(x_BHWC, node: Node):
     return jax.lax.reduce_window(x_BHWC, start, jax.lax.max, (1, k, k, 1), (1, s, s, 1), padding)
 
 
-def upsample(x_BHWC):
+def upsample(x_BHWC: jax.Array) -> jax.Array:
     B, H, W, C = x_BHWC.shape
     wide = jnp.broadcast_to(x_BHWC[:, :, None, :, None, :], (B, H, 2, W, 2, C))
     return wide.reshape(B, 2 * H, 2 * W, C)
 
 
-def convolve(x_BHWC, kernel_HWIO, node: Node, **rest):
+def convolve(x_BHWC: jax.Array, kernel_HWIO: jax.Array, node: Node, **rest: Any) -> jax.Array:
     """`lax.conv_general_dilated` with the node's stride and padding."""
     pad = (node.padding, node.padding)
     return jax.lax.conv_general_dilated(
@@ -282,7 +286,7 @@ def convolve(x_BHWC, kernel_HWIO, node: Node, **rest):
     )  # fmt: skip
 
 
-def activate(x, kind: str):
+def activate(x: jax.Array, kind: str) -> jax.Array:
     """silu, relu, hardswish or none, elementwise."""
     if kind == "none":
         return x

@@ -11,10 +11,13 @@ table of 256. Padding is the zero point. Letters: B H W C, I channels in, O out.
 import dataclasses
 import functools
 import json
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -65,7 +68,7 @@ class IntegerModel:
 
 def to_integer(
     graph: Graph,
-    params,
+    params: Any,
     scales: Scales,
     settings: Settings = DEFAULT,
     config: ModelConfig | None = None,
@@ -115,14 +118,16 @@ def _s8(one):
     return one.reshape(()).astype(jnp.int8)
 
 
-def activation_table(act: str, step_pre, zero_pre, step, zero):
+def activation_table(
+    act: str, step_pre: jax.Array, zero_pre: jax.Array, step: jax.Array, zero: jax.Array
+) -> jax.Array:
     """s8 [256]: the activation of each s8 value from -128 on."""
     x = (jnp.arange(-128, 128, dtype=jnp.float32) - zero_pre) * step_pre
     near = jnp.round(activate(x, act) / step)
     return (jnp.clip(near, -128 - zero, 127 - zero) + zero).astype(jnp.int8)
 
 
-def sums(x_BHWI, kernel_HWIO, node: Node):
+def sums(x_BHWI: jax.Array, kernel_HWIO: jax.Array, node: Node) -> jax.Array:
     """s32 [B, H', W', O] of s8 operands; x is padded already. Each platform has its own way:
     XLA's s8 convolution is fast on TPUs, and on CPUs but for 3x3 between few channels (10 times
     slower than patches, measured with 8 to 16 of them); GPUs have none, but a fast s8 dot."""
@@ -160,7 +165,7 @@ def _patches_dot(x_BHWI, kernel_HWIO, stride: int):
     return y[:, :O].reshape(B, h, w, O)
 
 
-def run_integer(model: IntegerModel, images_u8) -> dict:
+def run_integer(model: IntegerModel, images_u8: jax.Array) -> dict:
     """Raw outputs, float32, of uint8 images [B, H, W, 3]; to be jitted."""
     check_size(images_u8.shape)
     wide = lambda a: a.reshape(1, 1, 1, -1)
@@ -193,7 +198,7 @@ def _to_s8(near, zero):
     return jnp.clip(near + zero.astype(jnp.float32), -128, 127).astype(jnp.int8)
 
 
-def run_numpy(model: IntegerModel, images_u8) -> dict:
+def run_numpy(model: IntegerModel, images_u8: ArrayLike) -> dict:
     """What `run` computes, spelled out in NumPy integers: the reference for every other executor.
 
     Convolutions kept in float it refuses, since their sums have no order to agree on.
@@ -243,7 +248,7 @@ def _conv_numpy(node, p, x):
 FORMAT, CONFIG = "qyolop integer model 1", "config"
 
 
-def save_integer_model(model: IntegerModel, path) -> None:
+def save_integer_model(model: IntegerModel, path: str | Path) -> None:
     """Writes a safetensors file, whole or not at all; about a byte a weight."""
     flat = {
         f"{kind}/{name}/{key}": np.asarray(a, order="C")  # scalars stay scalars
@@ -259,7 +264,7 @@ def save_integer_model(model: IntegerModel, path) -> None:
         save_file(flat, scratch, meta)
 
 
-def load_integer_model(path) -> IntegerModel:
+def load_integer_model(path: str | Path) -> IntegerModel:
     """The `IntegerModel` of a file of `save`."""
     try:
         with safe_open(path, "numpy") as file:
@@ -281,7 +286,7 @@ def load_integer_model(path) -> IntegerModel:
     return IntegerModel(**parts, graph=graph, config=config)
 
 
-def is_integer(path) -> bool:
+def is_integer(path: str | Path) -> bool:
     """Whether `save` wrote this file."""
     try:
         with safe_open(path, "numpy") as file:

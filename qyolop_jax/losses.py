@@ -72,7 +72,7 @@ def _power(x, gamma: float) -> jax.Array:
     return x**gamma if gamma else jnp.ones_like(x)
 
 
-def binary_focal(logits, target, alpha: float, gamma: float) -> jax.Array:
+def binary_focal(logits: jax.Array, target: jax.Array, alpha: float, gamma: float) -> jax.Array:
     """Focal cross-entropy, elementwise, of logits with targets in [0, 1] of the same shape.
 
     weight |target - p|^gamma, alpha for the target's part and 1 - alpha for the rest. With targets
@@ -85,13 +85,15 @@ def binary_focal(logits, target, alpha: float, gamma: float) -> jax.Array:
     return balance * _power(jnp.abs(target - p), gamma) * entropy
 
 
-def smooth_l1(error, beta: float) -> jax.Array:
+def smooth_l1(error: jax.Array, beta: float) -> jax.Array:
     """error^2 / (2 beta) up to beta, |error| - beta/2 beyond, elementwise."""
     size = jnp.abs(error)
     return jnp.where(size < beta, error**2 / (2 * beta), size - beta / 2)
 
 
-def detection_losses(raw, batch, cfg: ModelConfig, loss_cfg: LossConfig) -> dict[str, jax.Array]:
+def detection_losses(
+    raw: dict[str, jax.Array], batch: dict[str, jax.Array], cfg: ModelConfig, loss_cfg: LossConfig
+) -> dict[str, jax.Array]:
     """Class, objectness and box losses before their weights, and positives a labelled sample.
 
     Class and objectness are focal. All are sums over the batch divided by the number of positives
@@ -159,13 +161,13 @@ class Mask:
     counts: jax.Array
     """1 where a pixel counts, 0 elsewhere."""
 
-    def pooled(self, plane) -> jax.Array:
+    def pooled(self, plane: jax.Array) -> jax.Array:
         """Sum over the pixels that count; by sample first, where float32 still adds exactly."""
         return jnp.sum(plane * self.counts, (1, 2)).sum()
 
 
 @jax.custom_vjp
-def planes(x_BHWC) -> tuple[jax.Array, ...]:
+def planes(x_BHWC: jax.Array) -> tuple[jax.Array, ...]:
     """The C planes [B, H, W]. JAX's own gradient of slices pads and adds: half the loss's time."""
     return tuple(x_BHWC[..., c] for c in range(x_BHWC.shape[-1]))
 
@@ -173,7 +175,7 @@ def planes(x_BHWC) -> tuple[jax.Array, ...]:
 planes.defvjp(lambda x: (planes(x), None), lambda _, gradients: (jnp.stack(gradients, -1),))
 
 
-def prepare_mask(logits_BHWC, mask_BHW, labelled_B) -> Mask:
+def prepare_mask(logits_BHWC: jax.Array, mask_BHW: jax.Array, labelled_B: jax.Array) -> Mask:
     """Probabilities and targets of a head. The target of a class is 1 on its pixels.
 
     UNKNOWN pixels have the model's own distribution over the foreground classes, without gradient,
@@ -221,7 +223,7 @@ def mask_focal(mask: Mask, alpha: float, gamma: float) -> jax.Array:
     return mask.pooled(loss) / jnp.maximum(foreground, floor)
 
 
-def overlaps(mask: Mask):
+def overlaps(mask: Mask) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Shared, predicted and true mass [C] of every class over the batch.
 
     Shared is the lesser of probability and target: their product where targets are 0 and 1, and
@@ -239,21 +241,32 @@ def _over_present(loss_C, true_C) -> jax.Array:
     return jnp.where(present, loss_C, 0).sum() / count
 
 
-def tversky(shared, predicted, true, alpha: float, beta: float, gamma: float) -> jax.Array:
+def tversky(
+    shared: jax.Array,
+    predicted: jax.Array,
+    true: jax.Array,
+    alpha: float,
+    beta: float,
+    gamma: float,
+) -> jax.Array:
     """(1 - TP / (TP + alpha FP + beta FN))^gamma, a mean over the classes present in the batch."""
     whole = shared + alpha * (predicted - shared) + beta * (true - shared)
     index = shared / jnp.where(whole > 0, whole, 1)
     return _over_present(jnp.maximum(1 - index, 0) ** gamma, true)
 
 
-def jaccard(shared, predicted, true) -> jax.Array:
+def jaccard(shared: jax.Array, predicted: jax.Array, true: jax.Array) -> jax.Array:
     """1 - TP / (TP + FP + FN), soft, a mean over the classes present in the batch."""
     union = predicted + true - shared
     return _over_present(1 - shared / jnp.where(union > 0, union, 1), true)
 
 
 def mask_losses(
-    logits, mask, labelled, loss_cfg: LossConfig, shares: tuple[float, float]
+    logits: jax.Array,
+    mask: jax.Array,
+    labelled: jax.Array,
+    loss_cfg: LossConfig,
+    shares: tuple[float, float],
 ) -> dict[str, jax.Array]:
     """Tversky, focal and Jaccard of one mask head before their weights.
 
@@ -275,7 +288,9 @@ def mask_losses(
     }
 
 
-def total_loss(raw, batch, cfg: ModelConfig, loss_cfg: LossConfig):
+def total_loss(
+    raw: dict[str, jax.Array], batch: dict[str, jax.Array], cfg: ModelConfig, loss_cfg: LossConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted loss of a batch, a float32 scalar, and its parts before their weights.
 
     `raw` are the raw outputs of a forward (logits), `batch` the dict of `samples.collate`. Parts

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llm_jax.extras import need
 from qyolop_jax import QyolopError
@@ -74,7 +75,7 @@ class Confusion:
         self.binary = np.zeros((2, 2), np.int64)
         self._batches = []
 
-    def add(self, truth, predicted) -> None:
+    def add(self, truth: ArrayLike, predicted: ArrayLike) -> None:
         """Counts a batch of masks [B, H, W] (or one [H, W]) of class indices.
 
         Images that are IGNORE throughout count for nothing. Under the YOLOP protocol, one call is
@@ -220,7 +221,7 @@ LANE_BITS = {  # of BDD100K's lane byte: task -> (lowest bit, names by value)
 }  # fmt: skip
 
 
-def boundary_f1(truth, predicted, radii: Sequence[int] = RADII) -> np.ndarray:
+def boundary_f1(truth: ArrayLike, predicted: ArrayLike, radii: Sequence[int] = RADII) -> np.ndarray:
     """F1 [len(radii)] of two binary masks [H, W] that match within a disk of so many pixels.
 
     Precision is the share of predicted pixels within the disk of a true one, recall the other way
@@ -243,7 +244,7 @@ def boundary_f1(truth, predicted, radii: Sequence[int] = RADII) -> np.ndarray:
     return np.array(scores)
 
 
-def bdd100k_lanes(byte_HW) -> dict[str, np.ndarray]:
+def bdd100k_lanes(byte_HW: ArrayLike) -> dict[str, np.ndarray]:
     """Boolean masks [H, W] of the 12 classes of a bit-packed lane mask, by "task/name".
 
     Bits 0-2 are the category, bit 3 background, bit 4 the style, bit 5 the direction.
@@ -278,7 +279,7 @@ class LaneF1:
     def _add(self, name: str, truth, predicted) -> None:
         self._images.setdefault(name, []).append(boundary_f1(truth, predicted, self.radii))
 
-    def add(self, truth, predicted, names: Sequence[str]) -> None:
+    def add(self, truth: ArrayLike, predicted: ArrayLike, names: Sequence[str]) -> None:
         """One image's masks [H, W] of class indices; `names` from background on.
 
         Adds "kind/<name>" for each kind and "any" for all foreground. IGNORE pixels count for
@@ -291,7 +292,7 @@ class LaneF1:
             for value, name in enumerate(names[1:], 1):
                 self._add(f"kind/{name}", truth == value, predicted == value)
 
-    def add_bdd100k(self, truth, predicted) -> None:
+    def add_bdd100k(self, truth: ArrayLike, predicted: ArrayLike) -> None:
         """One image's bit-packed lane masks, uint8 [H, W]; adds BDD100K's 12 classes."""
         predicted = bdd100k_lanes(predicted)
         for name, mask in bdd100k_lanes(truth).items():

@@ -36,7 +36,7 @@ class BatchNorm(nn.Module):
     """Normalizes over batch and pixels; scale and bias; running statistics in "batch_stats"."""
 
     @nn.compact
-    def __call__(self, x_BHWC, train: bool):
+    def __call__(self, x_BHWC: jax.Array, train: bool) -> jax.Array:
         C = x_BHWC.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", nn.initializers.zeros, (C,))
@@ -64,7 +64,7 @@ class Conv(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x, train: bool):
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         node, inner = self.node, x.shape[-1]
         x = x.astype(self.dtype)
         if node.implicit:
@@ -88,7 +88,7 @@ class Conv(nn.Module):
             y = y * by.astype(self.dtype)[None, None, None]
         return activate(y, node.act)
 
-    def kernel(self, name, node, x):
+    def kernel(self, name: str, node: Node, x: jax.Array) -> jax.Array:
         he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         shape = (node.kernel, node.kernel, x.shape[-1], node.channels)
         return convolve(x, self.param(name, he, shape).astype(self.dtype), node)
@@ -101,7 +101,7 @@ class Panoptic(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, images_u8, train: bool):
+    def __call__(self, images_u8: jax.Array, train: bool) -> dict[str, jax.Array]:
         check_size(images_u8.shape)
         cfg, graph = self.cfg, build_graph(self.cfg)
 
@@ -140,7 +140,7 @@ def initial(cfg: ModelConfig, seed: int = 0) -> dict:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def logit_bias(cfg: ModelConfig, name: str, shape) -> np.ndarray:
+def logit_bias(cfg: ModelConfig, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """First biases: few objects, YOLOv7's way; background likely in masks."""
     bias = np.zeros(shape, np.float32)
     if name in ("area", "lane"):

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from qyolop_jax.augment import letterbox_image
 from qyolop_jax.config import ModelConfig
@@ -44,7 +45,7 @@ Image = np.ndarray | str | Path
 
 
 @functools.cache
-def float_forward(cfg: ModelConfig, dtype=jnp.float32) -> Forward:
+def float_forward(cfg: ModelConfig, dtype: DTypeLike = jnp.float32) -> Forward:
     """The network as it was trained, with its running statistics."""
     return lambda variables, images: Panoptic(cfg, dtype).apply(variables, images, train=False)
 

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Literal, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qyolop_jax import QyolopError
 
@@ -22,7 +23,7 @@ class ObserveError(QyolopError):
 
 
 class Observer(Protocol):
-    def add(self, values) -> None: ...
+    def add(self, values: ArrayLike) -> None: ...
 
     def range(self) -> tuple[float, float]: ...
 
@@ -61,7 +62,7 @@ class Extremes:
     low: float = np.inf
     high: float = -np.inf
 
-    def add(self, values) -> None:
+    def add(self, values: ArrayLike) -> None:
         values = _checked(values)
         self.low = min(self.low, float(values.min()))
         self.high = max(self.high, float(values.max()))
@@ -79,7 +80,7 @@ class Average:
     decay: float = 0.9
     ends: tuple[float, float] | None = None
 
-    def add(self, values) -> None:
+    def add(self, values: ArrayLike) -> None:
         values = _checked(values)
         now = float(values.min()), float(values.max())
         old = self.ends or now
@@ -101,7 +102,7 @@ class Histogram:
         self.reach: float | None = None
         self.extremes = Extremes()
 
-    def add(self, values) -> None:
+    def add(self, values: ArrayLike) -> None:
         values = _checked(values)
         self.extremes.add(values)
         most = max(float(np.abs(values).max()), 1e-30)

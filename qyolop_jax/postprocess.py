@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
+from numpy.typing import ArrayLike
 
 from qyolop_jax import QyolopError
 from qyolop_jax.boxes import decode_boxes, image_size, pairwise_iou
@@ -43,7 +44,9 @@ class Predictions:
     """[B, H, W] uint8: background, drivable kinds, then lane kinds, which cover drivable ones."""
 
 
-def nms(boxes_N4, scores_N, classes_N, iou: float, limit: int):
+def nms(
+    boxes_N4: jax.Array, scores_N: jax.Array, classes_N: jax.Array, iou: float, limit: int
+) -> tuple[jax.Array, jax.Array]:
     """Indices [limit] of the boxes that greedy class-wise NMS keeps, best first, and which exist.
 
     A box goes if it overlaps a better kept one of its class by more than `iou`. Scores must be in
@@ -70,7 +73,11 @@ def nms(boxes_N4, scores_N, classes_N, iou: float, limit: int):
 
 
 def to_predictions(
-    raw, cfg: ModelConfig, conf: float = 0.05, iou: float = 0.25, limit: int = 100
+    raw: dict[str, jax.Array],
+    cfg: ModelConfig,
+    conf: float = 0.05,
+    iou: float = 0.25,
+    limit: int = 100,
 ) -> Predictions:
     """The `Predictions` of a batch from its raw outputs; defaults are the paper's thresholds.
 
@@ -101,7 +108,7 @@ def to_predictions(
     return Predictions(*detections, area, lane, merge_masks(area, lane, cfg))
 
 
-def merge_masks(area, lane, cfg: ModelConfig):
+def merge_masks(area: jax.Array, lane: jax.Array, cfg: ModelConfig) -> jax.Array:
     """One mask of drivable and lane classes, lanes on top; 0 is background in all three."""
     shift = jnp.uint8(len(cfg.area) - 1)
     return jnp.where(lane > 0, lane + shift, area)
@@ -136,14 +143,14 @@ def _checked(transform) -> Transform:
     return Transform(scale, dx, dy, (height, width))
 
 
-def boxes_to_original(boxes, transform) -> np.ndarray:
+def boxes_to_original(boxes: ArrayLike, transform: Transform) -> np.ndarray:
     """Boxes [n, 4] of the network's input as float32 boxes of the original image, clipped to it."""
     scale, dx, dy, (height, width) = _checked(transform)
     back = (np.asarray(boxes, np.float64).reshape(-1, 4) - [dx, dy, dx, dy]) / scale
     return np.clip(back, 0, [width, height, width, height]).astype(np.float32)
 
 
-def mask_to_original(mask, transform) -> np.ndarray:
+def mask_to_original(mask: ArrayLike, transform: Transform) -> np.ndarray:
     """A mask [H, W] of the network's input at the original size: the pixel under each centre."""
     scale, dx, dy, size = _checked(transform)
     mask = np.asarray(mask)
@@ -154,7 +161,7 @@ def mask_to_original(mask, transform) -> np.ndarray:
     return mask[np.ix_(*at)]
 
 
-def to_original(predictions: Predictions, index: int, transform) -> Found:
+def to_original(predictions: Predictions, index: int, transform: Transform) -> Found:
     """`Found` in image `index` of a batch; `transform` is its letterbox (scale, dx, dy, (H, W)).
 
     Boxes that lie in the padding alone, so have no area left, are dropped.

@@ -13,10 +13,12 @@ rounding, none from outside the range. relu is the clamp of the rounding.
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qyolop_jax.graph import Graph, Node, activate, check_size, convolve, run_graph
 from qyolop_jax.observe import observer
@@ -42,7 +44,7 @@ SAMPLED_VALUES = 16384
 
 
 @jax.custom_vjp
-def rounded(x, low, high):
+def rounded(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """round(x) within [low, high]; the gradient passes where nothing was cut off."""
     return jnp.clip(jnp.round(x), low, high)
 
@@ -107,7 +109,9 @@ def _forward(graph, params, scales, images_u8, settings, flags):
     return {name: x * _wide(steps(name)[0]) for name, x in raw.items()}, seen
 
 
-def qat_forward(graph: Graph, params, scales: Scales, images_u8, settings: Settings = DEFAULT):
+def qat_forward(
+    graph: Graph, params: Any, scales: Scales, images_u8: jax.Array, settings: Settings = DEFAULT
+) -> tuple[dict[str, jax.Array], Scales]:
     """(raw outputs float32, the ranges this batch has, as `Scales`); gradients reach `params`.
 
     The ranges are percentiles of a sample of `SAMPLE` values, or extremes where the observer is
@@ -151,13 +155,13 @@ def follow(scales: Scales, seen: Scales, decay: float) -> Scales:
 
 
 def simulated_forward(
-    graph: Graph, params, scales: Scales, images_u8, settings: Settings = DEFAULT
-):
+    graph: Graph, params: Any, scales: Scales, images_u8: jax.Array, settings: Settings = DEFAULT
+) -> dict[str, jax.Array]:
     """Raw outputs as 8 bits give them, float32; for evaluation."""
     return _forward(graph, params, scales, images_u8, settings, None)[0]
 
 
-def float_tensors(graph: Graph, params, images_u8) -> tuple[dict, dict]:
+def float_tensors(graph: Graph, params: Any, images_u8: jax.Array) -> tuple[dict, dict]:
     """(raw outputs, {name: values} of all that is quantized) of the float network."""
     check_size(images_u8.shape)
     seen = {}
@@ -174,12 +178,12 @@ def float_tensors(graph: Graph, params, images_u8) -> tuple[dict, dict]:
     return raw, seen
 
 
-def images_of(batch) -> jax.Array:
+def images_of(batch: Any) -> jax.Array:
     return batch["image"] if isinstance(batch, dict) else batch
 
 
 def calibrate_scales(
-    graph: Graph, params, batches: Iterable, settings: Settings = DEFAULT
+    graph: Graph, params: Any, batches: Iterable, settings: Settings = DEFAULT
 ) -> Scales:
     """`Scales` from what the float network does with `batches`: uint8 [B, H, W, 3], or dicts
     with it as "image"."""
@@ -210,7 +214,7 @@ def calibrate_scales(
 
 def sensitivity(
     graph: Graph,
-    params,
+    params: Any,
     scales: Scales,
     batches: Iterable,
     settings: Settings = DEFAULT,
@@ -244,7 +248,7 @@ def sensitivity(
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def sqnr(want, got) -> float:
+def sqnr(want: ArrayLike, got: ArrayLike) -> float:
     """Signal-to-noise ratio in dB; infinite without noise."""
     want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
     noise = ((want - got) ** 2).sum()

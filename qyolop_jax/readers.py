@@ -7,6 +7,7 @@ there. Boxes are clipped to their image; what is changed or left out, `report` c
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,9 @@ def images_in(folder: Path) -> list[Path]:
 class ImageFolder(Sequence):
     """What all readers share: images by index, and the labels that `labels` finds for each."""
 
-    def __init__(self, images: list[Path], split: str, classes, report: Report | None):
+    def __init__(
+        self, images: list[Path], split: str, classes: Sequence[str], report: Report | None
+    ):
         self.images, self.split, self.classes = images, split, tuple(classes)
         self.report = Report() if report is None else report
 
@@ -104,7 +107,14 @@ class Bdd100k(ImageFolder):
         ("ll_seg_annotations/{split}", "", "binary"),
     )
 
-    def __init__(self, root, split="train", classes=DETECTION, tasks=None, report=None):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        classes: Sequence[str] = DETECTION,
+        tasks: Sequence[str] | None = None,
+        report: Report | None = None,
+    ):
         root = Path(root)
         at = lambda pattern: root / pattern.format(split=split)
         there = [at(p) for p in self.IMAGES if at(p).is_dir()]
@@ -134,7 +144,7 @@ class Bdd100k(ImageFolder):
             lines = [f"{t} in {', '.join(searched[t])}" for t in wanted]
             raise ReadError(f"no labels of {split} in {root}; looked for " + "; ".join(lines))
 
-    def labels(self, path, size):
+    def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:
         found = {}
         if self.entries is not None:
             if path.stem in self.entries:
@@ -164,7 +174,14 @@ class TypedLanes(ImageFolder):
     the six kinds; boxes are in BDD100K's per-image JSON.
     """
 
-    def __init__(self, root, split="train", classes=DETECTION, ids=None, report=None):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        classes: Sequence[str] = DETECTION,
+        ids: dict[str, int] | None = None,
+        report: Report | None = None,
+    ):
         root = Path(root)
         super().__init__(images_in(root / "images" / split), split, classes, report)
         self.masks, self.det = root / "masks" / split, root / "det" / split
@@ -177,7 +194,7 @@ class TypedLanes(ImageFolder):
         lanes = {v: LANE.index(k) if k in LANE else 0 for k, v in ids.items()}
         self.tables = formats.value_table(areas), formats.value_table(lanes)
 
-    def labels(self, path, size):
+    def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:
         file = self.masks / f"{path.stem}.png"
         area = self._mask("mask", file, size, self.tables[0])
         found = {}
@@ -200,7 +217,14 @@ class CamVid(ImageFolder):
 
     ROAD, UNLABELLED = 3, 11
 
-    def __init__(self, root, split="train", classes=DETECTION, lanes=True, report=None):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        classes: Sequence[str] = DETECTION,
+        lanes: bool = True,
+        report: Report | None = None,
+    ):
         self.root = root = Path(root)
         super().__init__(images_in(root / "images" / split), split, classes, report)
         folders = ("det", "semantic", *(("lane_pseudo",) if lanes else ()))
@@ -211,7 +235,7 @@ class CamVid(ImageFolder):
         kinds = {i: 0 for i in range(11)} | {self.ROAD: UNKNOWN, self.UNLABELLED: IGNORE}
         self.table = formats.value_table(kinds)
 
-    def labels(self, path, size):
+    def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:
         at = lambda folder, suffix: self.root / folder / self.split / f"{path.stem}{suffix}"
         found = dict(area=self._mask("area", at("semantic", ".png"), size, self.table))
         if self.lanes:
@@ -231,7 +255,7 @@ class ApolloScape(ImageFolder):
         {200: 1, 204: 1, 206: 2, 207: 2, 209: 2, 201: 3, 203: 3, 255: IGNORE}, 0
     )
 
-    def __init__(self, root, split="train", report=None):
+    def __init__(self, root: str | Path, split: str = "train", report: Report | None = None):
         root = Path(root)
         super().__init__(images_in(root / "images" / split), split, DETECTION, report)
         plain = formats.value_table({i: i for i in range(4)})
@@ -241,7 +265,7 @@ class ApolloScape(ImageFolder):
             raise ReadError(f"no lanes of {split} in {root}; expected lane3/{split} or label/...")
         self.folder, self.table = there[0]
 
-    def labels(self, path, size):
+    def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:
         file = self.folder / f"{path.stem}.png"
         return dict(lane=self._mask("lane", file, size, self.table))
 
@@ -253,7 +277,9 @@ class TuSimple(ImageFolder):
     `image` and `gt_binary`, which have no splits.
     """
 
-    def __init__(self, root, split="train", width: int = 8, report=None):
+    def __init__(
+        self, root: str | Path, split: str = "train", width: int = 8, report: Report | None = None
+    ):
         self.root = root = Path(root)
         if width < 1:
             raise ReadError(f"lanes {width} pixels wide; expected at least 1")
@@ -286,7 +312,7 @@ class TuSimple(ImageFolder):
             except (KeyError, ValueError, TypeError) as error:
                 raise ReadError(f"{file}, line {number}: no TuSimple entry ({error})") from error
 
-    def labels(self, path, size):
+    def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:
         if self.lines is None:
             file = self.root / "gt_binary" / f"{path.stem}.png"
             return dict(lane=self._mask("lane", file, size, formats.LANE_TABLES["binary"]))

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llm_jax.extras import need
 from qyolop_jax.config import DETECTION
@@ -49,7 +50,7 @@ class Object:
     crowd: bool = False
 
 
-def affinity(riders_n4, cycles_m4) -> np.ndarray:
+def affinity(riders_n4: ArrayLike, cycles_m4: ArrayLike) -> np.ndarray:
     """[n, m] how well each rider fits on each cycle, 0 to 1; 0 is not at all.
 
     The overlap in shares of the smaller box, less the farther the two are apart sideways.
@@ -66,7 +67,7 @@ def affinity(riders_n4, cycles_m4) -> np.ndarray:
     return np.where(overlap >= LEAST_OVERLAP, fit, 0.0)
 
 
-def pair_riders(riders_n4, cycles_m4) -> list[tuple[int, int]]:
+def pair_riders(riders_n4: ArrayLike, cycles_m4: ArrayLike) -> list[tuple[int, int]]:
     """Pairs (rider, cycle) of the largest summed affinity, each at most once, in rider order."""
     assignment = need("scipy.optimize", "vision", "pairing riders with cycles")
     fit = affinity(riders_n4, cycles_m4)
@@ -74,7 +75,7 @@ def pair_riders(riders_n4, cycles_m4) -> list[tuple[int, int]]:
     return [(int(i), int(j)) for i, j in zip(rows, columns, strict=True) if fit[i, j] > 0]
 
 
-def around(a, b) -> tuple[float, float, float, float]:
+def around(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float, float]:
     """The smallest box that holds both."""
     return (min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3]))
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qyolop_jax import QyolopError
 from qyolop_jax.config import AREA, DETECTION, IGNORE, LANE, UNKNOWN
@@ -48,7 +49,13 @@ class Sample:
 
 
 def make_sample(
-    image, boxes=None, classes=None, crowd=None, area=None, lane=None, name=""
+    image: ArrayLike,
+    boxes: ArrayLike | None = None,
+    classes: ArrayLike | None = None,
+    crowd: ArrayLike | None = None,
+    area: ArrayLike | None = None,
+    lane: ArrayLike | None = None,
+    name: str = "",
 ) -> Sample:
     """A `Sample` of the labels that are given; a task whose label is None is unlabelled."""
     image = np.asarray(image)
@@ -162,7 +169,7 @@ class Report:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
-def clip_boxes(boxes_n4, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def clip_boxes(boxes_n4: ArrayLike, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Boxes [n, 4] clipped to the image, and which of them [n] have anything left."""
     boxes = np.asarray(boxes_n4, np.float32).reshape(-1, 4)
     clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))

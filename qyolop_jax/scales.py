@@ -133,7 +133,7 @@ def is_unread(graph: Graph, node: Node) -> bool:
     return not graph.consumers(node.name)
 
 
-def scale_and_zero(limits_P2, symmetric: bool):
+def scale_and_zero(limits_P2: jax.Array, symmetric: bool) -> tuple[jax.Array, jax.Array]:
     """(step, zero point) float32 [P] each, from ranges; 0 is always a whole number of steps."""
     low = jnp.minimum(limits_P2[:, 0], 0.0)
     high = jnp.maximum(limits_P2[:, 1], 0.0)
@@ -167,13 +167,15 @@ def steps_of(graph: Graph, scales: Scales, settings: Settings) -> Callable:
     return steps
 
 
-def fixed(a):
+def fixed(a: jax.Array) -> jax.Array:
     """`a`, rounded to float32 here wherever it goes: or the compiler turns x / (a / b) into
     x b / a in one program and not in another, and a weight at a tie rounds differently."""
     return jax.lax.optimization_barrier(a)
 
 
-def weight_scale(kernel_HWIO, bias_O, step_in, per_channel: bool):
+def weight_scale(
+    kernel_HWIO: jax.Array, bias_O: jax.Array, step_in: jax.Array, per_channel: bool
+) -> jax.Array:
     """float32 [O], such that kernels fit in [-127, 127] and the bias in 23 bits."""
     step_in = step_in.reshape(())
     most = jnp.abs(kernel_HWIO).max((0, 1, 2)) / 127
@@ -183,6 +185,6 @@ def weight_scale(kernel_HWIO, bias_O, step_in, per_channel: bool):
     return fixed(jax.lax.stop_gradient(jnp.maximum(most, TINY)))
 
 
-def factor(step_in, by_O, step):
+def factor(step_in: jax.Array, by_O: jax.Array, step: jax.Array) -> jax.Array:
     """float32 [O] that turns sums into steps of the output."""
     return fixed(fixed(step_in.reshape(()) * by_O) / step.reshape(-1))

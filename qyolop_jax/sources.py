@@ -7,6 +7,7 @@ threads changes nothing and a restored stream goes on with the very batch that w
 import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,9 @@ def _mixed(datasets, weights) -> tuple[list[Sequence], np.ndarray]:
     return [datasets[name] for name in used], shares / shares.sum()
 
 
-def per_epoch(datasets: Mapping[str, Sequence], batch: int, weights=None) -> int:
+def per_epoch(
+    datasets: Mapping[str, Sequence], batch: int, weights: Mapping[str, float] | None = None
+) -> int:
     """Batches after which about as many samples came as the data sets of the mixture have."""
     used, _ = _mixed(datasets, weights)
     return max(sum(map(len, used)) // batch, 1)
@@ -101,7 +104,7 @@ def batches(
     weights: Mapping[str, float] | None = None,
     start: int = 0,
     report: Report | None = None,
-):
+) -> Any:
     """An endless iterator of `Batch`es, from batch number `start` on, with get_state and set_state.
 
     Every data set is shuffled anew each time it has been gone through. `weights` are the shares of

@@ -41,7 +41,7 @@ class PanopticDriving(tfds.core.GeneratorBasedBuilder):
     BDD100K, images/, masks/ and det/ with {train,val} in each for iVS.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any):
         self.report = Report()
         """What was skipped while the files were written."""
         super().__init__(**settings)
@@ -99,7 +99,9 @@ class PanopticDriving(tfds.core.GeneratorBasedBuilder):
             )
 
 
-def prepare(manual_dir, data_dir, config: str = "bdd100k") -> PanopticDriving:
+def prepare(
+    manual_dir: str | Path, data_dir: str | Path, config: str = "bdd100k"
+) -> PanopticDriving:
     """The builder of a set, its files written under `data_dir` if they are not there yet.
 
     ReadError if the folder is not as expected; `builder.report` says what was left out.
@@ -118,7 +120,7 @@ def prepare(manual_dir, data_dir, config: str = "bdd100k") -> PanopticDriving:
 class StoredSamples(Sequence):
     """The `Sample`s of a data source of `PanopticDriving`."""
 
-    def __init__(self, source):
+    def __init__(self, source: Any):
         self.source = source
 
     def __len__(self) -> int:

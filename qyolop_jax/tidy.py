@@ -22,7 +22,7 @@ def tidy(found: Found) -> Found:
     return found._replace(area=area, lane=one_kind(np.asarray(found.lane)))
 
 
-def commonest(mask, counts, across: int) -> np.ndarray:
+def commonest(mask: np.ndarray, counts: np.ndarray, across: int) -> np.ndarray:
     """The class that most of the pixels that count have within a square, uint8 [H, W]."""
     cv2 = need("cv2", "vision", "smoothing masks")
     side = (max(1, across),) * 2
@@ -31,7 +31,7 @@ def commonest(mask, counts, across: int) -> np.ndarray:
     return np.argmax(votes, 0).astype(np.uint8)
 
 
-def smoothed(mask, across: int) -> np.ndarray:
+def smoothed(mask: np.ndarray, across: int) -> np.ndarray:
     """The commonest class around each pixel [H, W], and patches in that of their surroundings."""
     cv2 = need("cv2", "vision", "smoothing masks")
     calm = commonest(mask, np.ones(mask.shape, bool), across)
@@ -43,7 +43,7 @@ def smoothed(mask, across: int) -> np.ndarray:
     return np.where(small, commonest(calm, ~small, 4 * across), calm)
 
 
-def one_kind(mask) -> np.ndarray:
+def one_kind(mask: np.ndarray) -> np.ndarray:
     """Every group of foreground pixels that touch in its commonest kind; specks go."""
     cv2 = need("cv2", "vision", "smoothing masks")
     count, where = cv2.connectedComponents((mask > 0).astype(np.uint8), connectivity=8)

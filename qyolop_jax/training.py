@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
 from qyolop_jax.checkpoints import Checkpoints, TrainingLog
 from qyolop_jax.config import ModelConfig
@@ -36,7 +37,7 @@ from qyolop_jax.stages import Loss, Phase, TrainError, Variables
 
 
 @functools.cache
-def float_loss(cfg: ModelConfig, loss_cfg: LossConfig, dtype=jnp.float32) -> Loss:
+def float_loss(cfg: ModelConfig, loss_cfg: LossConfig, dtype: DTypeLike = jnp.float32) -> Loss:
     """The loss of the network as it is, with batch statistics."""
     model = Panoptic(cfg, dtype)
 

@@ -1,6 +1,7 @@
 """Trained variables in one safetensors file, with the model's description in its header."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ class WeightsError(QyolopError):
     """A file that is not of this model; the message says what it is."""
 
 
-def save_weights(path: Path, cfg: ModelConfig, variables) -> None:
+def save_weights(path: Path, cfg: ModelConfig, variables: dict[str, Any]) -> None:
     """Writes the variables of `Panoptic(cfg)`, whole or not at all."""
     from safetensors.numpy import save_file
 

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
-from experiments.common.progress import bar
+from experiments.common.progress import Bar, bar
 from experiments.qyolop.engines import DeployError, integer_model, onnx_session, pictures
 from llm_jax.extras import MissingPackage
 from qyolop_jax import export, integer, optimization
@@ -115,7 +115,9 @@ def subject(args: BenchmarkNetwork, console: Console) -> Subject:
     return Subject(cfg, variables, model, weights, macs, parameters)
 
 
-def forwards(s: Subject, batch: int, console: Console):
+def forwards(
+    s: Subject, batch: int, console: Console
+) -> Iterator[tuple[str, str, Callable, tuple]]:
     """Every (engine, precision, function of one of `batch` images to raw outputs on the device)."""
     graph, params = fold(s.cfg, s.variables)
     images = np.resize(pictures(min(batch, 4), s.cfg.size), (batch, *s.cfg.size, 3))
@@ -138,7 +140,7 @@ def forwards(s: Subject, batch: int, console: Console):
         yield "onnxruntime", precision, session, (images,)
 
 
-def inference(s: Subject, batch: int, console: Console):
+def inference(s: Subject, batch: int, console: Console) -> Iterator[Way]:
     """The `Way`s of one batch size, each with and without post-processing; what fails is told."""
     on_gpu = jax.default_backend() == "gpu"
     finish = lambda raw: to_predictions(raw, s.cfg)
@@ -158,7 +160,7 @@ def inference(s: Subject, batch: int, console: Console):
             yield Way(key | dict(task="inference"), call, batch, s.macs, limit)
 
 
-def cpu():
+def cpu() -> jax.Device:
     """Where onnxruntime's outputs are processed; the accelerator if JAX may use nothing else."""
     try:
         return jax.devices("cpu")[0]
@@ -166,7 +168,7 @@ def cpu():
         return jax.devices()[0]
 
 
-def training(s: Subject, batch: int):
+def training(s: Subject, batch: int) -> Iterator[Way]:
     """A `Way` a precision of one optimization step; the batch is on the device already."""
     mesh, config = optimization.devices_for(batch), optimization.OPTIMIZATION
     stream = batches(dict(scenes=Scenes(min(batch, 16), s.cfg.size)), Feed(s.cfg.size, batch))
@@ -186,7 +188,7 @@ def training(s: Subject, batch: int):
         yield Way(key, call, batch, TRAINING_MACS * s.macs, limit)
 
 
-def products():
+def products() -> Iterator[Way]:
     """A `Way` for every matrix product that is a limit: float32, and on a GPU 16 and 8 bits."""
     backend = jax.default_backend()
     device, kinds = jax.devices()[0], dict(float32=jnp.float32)
@@ -204,7 +206,7 @@ def products():
         yield Way(key, call, 1, n**3)
 
 
-def warmed(ways, step, console: Console) -> list[Way]:
+def warmed(ways: Iterable[Way], step: Bar, console: Console) -> list[Way]:
     """Those of `ways` that run; compiles them."""
     good = []
     for n, way in enumerate(ways, 1):
@@ -218,7 +220,7 @@ def warmed(ways, step, console: Console) -> list[Way]:
     return good
 
 
-def turns(ways, repeats: int, step) -> list[list[float]]:
+def turns(ways: Sequence[Way], repeats: int, step: Bar) -> list[list[float]]:
     """Seconds of every call, [ways][repeats]; all take turns, from another one on each time."""
     took: list[list[float]] = [[] for _ in ways]
     for n in range(repeats):
@@ -235,7 +237,7 @@ def turns(ways, repeats: int, step) -> list[list[float]]:
     return took
 
 
-def speed_rows(ways, took) -> list[dict]:
+def speed_rows(ways: Sequence[Way], took: Sequence[Sequence[float]]) -> list[dict]:
     """Records without what is the same for all: times, rates, and ratios."""
     best = {w.key["precision"]: w.macs / min(t) for w, t in zip(ways, took) if "side" in w.key}
     rows = []

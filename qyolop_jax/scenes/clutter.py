@@ -3,10 +3,14 @@
 None of it has labels.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from llm_jax.extras import need
 from qyolop_jax.scenes.figures import shade
+from qyolop_jax.scenes.road import World
 
 WALLS = (
     (178, 160, 140), (150, 120, 100), (190, 184, 172), (140, 144, 150), (168, 110, 88),
@@ -23,7 +27,7 @@ LOOKS = {
 }
 
 
-def backdrop(w, rng) -> tuple[np.ndarray, dict]:
+def backdrop(w: World, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """An image [H, W, 3] uint8 without road, and the colours and sight that the road takes."""
     cv2 = need("cv2", "vision", "drawing scenes")
     above, below, _, sight, shadow = LOOKS[w.weather]
@@ -144,7 +148,13 @@ def _mast(w, polygon, s, x, z):
     return u, v, w.focal * 0.25 / z
 
 
-def light_and_noise(w, rng, image, lamps, ground) -> np.ndarray:
+def light_and_noise(
+    w: World,
+    rng: np.random.Generator,
+    image: np.ndarray,
+    lamps: Sequence[tuple],
+    ground: dict[str, Any],
+) -> np.ndarray:
     """The finished uint8 image: light and weather, lamps that glow, the camera's faults."""
     cv2 = need("cv2", "vision", "drawing scenes")
     bright = LOOKS[w.weather][2] * rng.uniform(0.9, 1.1)

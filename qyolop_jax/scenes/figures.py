@@ -7,11 +7,12 @@ perspective. Colours are RGB.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 Color = tuple[float, float, float]
+Points = np.ndarray | Sequence[tuple[float, float, float]]
 Put = Callable[[np.ndarray], np.ndarray]
 """Points [n, 3] (right of the figure's middle, above the ground, beyond its front face; metres) as
 points [n, 2] of the image, in pixels."""
@@ -29,7 +30,7 @@ CLOTHES = (
 _CIRCLE = np.array([(np.cos(t), np.sin(t), 0) for t in np.linspace(0, 2 * np.pi, 20, False)])
 
 
-def shade(color, by: float) -> Color:
+def shade(color: Sequence[float], by: float) -> Color:
     """The colour made lighter (`by` above 1) or darker."""
     return tuple(min(255.0, c * by) for c in color)
 
@@ -43,30 +44,34 @@ class Figure:
     lamps: list = dataclasses.field(default_factory=list)
     """Triples (x, y, radius) with a colour."""
 
-    def polygon(self, points, color) -> None:
+    def polygon(self, points: Points, color: Color) -> None:
         """Points are right of the figure's middle, above the ground, beyond its front face."""
         self.shapes.append(([points], color))
 
-    def face(self, x1, y1, x2, y2, color, z=0.0) -> None:
+    def face(
+        self, x1: float, y1: float, x2: float, y2: float, color: Color, z: float = 0.0
+    ) -> None:
         """An upright rectangle that faces the camera."""
         self.polygon([(x1, y1, z), (x2, y1, z), (x2, y2, z), (x1, y2, z)], color)
 
-    def side(self, x, y1, z1, y2, z2, color) -> None:
+    def side(self, x: float, y1: float, z1: float, y2: float, z2: float, color: Color) -> None:
         """An upright rectangle along the road."""
         self.polygon([(x, y1, z1), (x, y1, z2), (x, y2, z2), (x, y2, z1)], color)
 
-    def disc(self, x, y, rx, ry, color, hole=0.0) -> None:
+    def disc(
+        self, x: float, y: float, rx: float, ry: float, color: Color, hole: float = 0.0
+    ) -> None:
         """An ellipse that faces the camera; `hole` is the share of its radius that is missing."""
         rings = [
             _CIRCLE * (rx * r, ry * r, 0) + (x, y, 0) for r in ((1.0, hole) if hole else (1.0,))
         ]
         self.shapes.append((rings, color))
 
-    def wheel(self, x, z, radius, color=TYRE) -> None:
+    def wheel(self, x: float, z: float, radius: float, color: Color = TYRE) -> None:
         """A disc that stands along the road."""
         self.polygon(_CIRCLE[:, [2, 1, 0]] * radius + (x, radius, z), color)
 
-    def limb(self, points, width, color) -> None:
+    def limb(self, points: Sequence[tuple[float, float]], width: float, color: Color) -> None:
         """A line through points (x, y), with the same width all along."""
         for (ax, ay), (bx, by) in itertools.pairwise(points):
             size = max(math.hypot(bx - ax, by - ay), 1e-6)
@@ -76,11 +81,11 @@ class Figure:
             quad = [(ax - nx, ay - ny, 0), (bx - nx, by - ny, 0), (bx + nx, by + ny, 0)]
             self.polygon([*quad, (ax + nx, ay + ny, 0)], color)
 
-    def lamp(self, x, y, size, color) -> None:
+    def lamp(self, x: float, y: float, size: float, color: Color) -> None:
         self.disc(x, y, size, size * 0.8, color)
         self.lamps.append(((x, y, size), color))
 
-    def projected(self, put: Put):
+    def projected(self, put: Put) -> tuple[list, list]:
         """(shapes, lamps) with points [n, 2] of the image, all put there in one call."""
         contours = [np.asarray(c, np.float64) for rings, _ in self.shapes for c in rings]
         ends = np.array([(x + dx, y, 0) for (x, y, r), _ in self.lamps for dx in (0, r)])
@@ -101,7 +106,7 @@ def _lights(f: Figure, half, y, size, oncoming) -> None:
         f.lamp(x, y, size, (255, 246, 214) if oncoming else (222, 36, 30))
 
 
-def car(f: Figure, rng, sx: float, oncoming: bool) -> None:
+def car(f: Figure, rng: np.random.Generator, sx: float, oncoming: bool) -> None:
     """A saloon. `sx` is -1 or 1: the side that the camera sees."""
     paint = PAINT[rng.integers(len(PAINT))]
     w, length = 0.9 * rng.uniform(0.95, 1.05), rng.uniform(3.8, 4.6)
@@ -130,7 +135,7 @@ def car(f: Figure, rng, sx: float, oncoming: bool) -> None:
     _lights(f, w * 0.78, 0.7, 0.14, oncoming)
 
 
-def box(f: Figure, rng, sx: float, oncoming: bool, kind: str) -> None:
+def box(f: Figure, rng: np.random.Generator, sx: float, oncoming: bool, kind: str) -> None:
     """A van, a lorry or a bus."""
     w, low, high, length = {
         "van": (1.0, 0.3, rng.uniform(1.9, 2.3), 5.0),
@@ -159,7 +164,7 @@ def box(f: Figure, rng, sx: float, oncoming: bool, kind: str) -> None:
     _lights(f, w * 0.8, low + 0.32, 0.13, oncoming)
 
 
-def vehicle(f: Figure, rng, sx: float, oncoming: bool) -> None:
+def vehicle(f: Figure, rng: np.random.Generator, sx: float, oncoming: bool) -> None:
     """A car, mostly; or something larger."""
     kind = rng.choice(["car", "van", "lorry", "bus"], p=[0.66, 0.14, 0.12, 0.08])
     if kind == "car":
@@ -173,7 +178,7 @@ def _head(f: Figure, x, y, r, skin, cover) -> None:
     f.polygon(_CIRCLE[:11] * (r * 0.95, r * 1.05, 0) + (x, y, 0), cover)
 
 
-def pedestrian(f: Figure, rng) -> None:
+def pedestrian(f: Figure, rng: np.random.Generator) -> None:
     """Somebody who walks or stands."""
     skin, hair = SKIN[rng.integers(4)], ((40, 30, 24), (96, 66, 40), (30, 30, 34))[rng.integers(3)]
     coat, legs = CLOTHES[rng.integers(10)], ((44, 48, 66), (70, 66, 60), (34, 34, 38))
@@ -195,7 +200,7 @@ def pedestrian(f: Figure, rng) -> None:
     _head(f, 0, 1.63, 0.14, skin, hair)
 
 
-def scooter(f: Figure, rng, oncoming: bool) -> None:
+def scooter(f: Figure, rng: np.random.Generator, oncoming: bool) -> None:
     """A motor scooter with its rider: a helmet, a solid body, small wheels."""
     paint, coat = CLOTHES[rng.integers(10)], CLOTHES[rng.integers(10)]
     helmet = ((240, 240, 236), (220, 40, 36), (30, 30, 34), (244, 200, 50))[rng.integers(4)]
@@ -236,7 +241,7 @@ def scooter(f: Figure, rng, oncoming: bool) -> None:
     _head(f, -0.18 * g, 1.62, 0.18, GLASS, helmet)
 
 
-def bicycle(f: Figure, rng, oncoming: bool) -> None:
+def bicycle(f: Figure, rng: np.random.Generator, oncoming: bool) -> None:
     """A bicycle with its rider: large thin wheels, an open frame, no helmet or a small one."""
     frame, coat = CLOTHES[rng.integers(10)], CLOTHES[rng.integers(10)]
     skin = SKIN[rng.integers(4)]

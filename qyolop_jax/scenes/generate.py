@@ -6,6 +6,7 @@ camera looks along Z, and x on the road is counted from the middle of the car's 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -23,7 +24,7 @@ MIN_SIDE = 4  # pixels of a box
 MIN_SEEN = 0.45  # share of a figure that must not be hidden, or it is left out of the scene
 
 
-def users(w: World, rng) -> list[tuple[int, float, float, Figure]]:
+def users(w: World, rng: np.random.Generator) -> list[tuple[int, float, float, Figure]]:
     """Candidates (class, x, z, figure), none inside another."""
     found = []
 
@@ -65,7 +66,9 @@ def users(w: World, rng) -> list[tuple[int, float, float, Figure]]:
     return found
 
 
-def rasterize(shapes, height: int, width: int):
+def rasterize(
+    shapes: Sequence[tuple], height: int, width: int
+) -> tuple[int, int, np.ndarray, np.ndarray] | None:
     """(row, column, colour [h, w, 3] times cover, cover [h, w]) of the part inside the image.
 
     None where nothing is inside, or less than a quarter of the extent.
@@ -88,7 +91,7 @@ def rasterize(shapes, height: int, width: int):
     return y1, x1, small[..., :3].astype(np.float32), small[..., 3].astype(np.float32) / 255
 
 
-def scene(seed, size: tuple[int, int] = (192, 320)) -> Sample:
+def scene(seed: int | Sequence[int], size: tuple[int, int] = (192, 320)) -> Sample:
     """The `Sample` that a seed gives: all three tasks, boxes of what is visible, no crowds.
 
     Every road user in the image has a box: what would be too small or too hidden is not there.

@@ -6,6 +6,7 @@ drawn with the exact share of each pixel that they cover.
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -37,15 +38,15 @@ class World:
     """How many lanes, from the left, lead towards the car."""
     weather: str
 
-    def along(self, z):
+    def along(self, z: Any) -> Any:
         """Lateral position of x = 0 at distance z."""
         return self.bend[0] + self.bend[1] * z + self.bend[2] * z * z
 
-    def column(self, x, z):
+    def column(self, x: Any, z: Any) -> Any:
         """Image column of a point on the road."""
         return self.middle + self.focal * (x + self.along(z)) / z
 
-    def put(self, x, z, points_n3):
+    def put(self, x: Any, z: Any, points_n3: np.ndarray) -> np.ndarray:
         """Points (right, up, beyond) of something that stands at (x, z), in pixels [n, 2]."""
         right, up, beyond = points_n3.T
         depth = np.maximum(z + beyond, 0.5)
@@ -53,7 +54,7 @@ class World:
         return np.stack([u, self.horizon + self.focal * (self.eye - up) / depth], 1)
 
 
-def world(rng, height: int, width: int) -> World:
+def world(rng: np.random.Generator, height: int, width: int) -> World:
     """A random road."""
     lane = rng.uniform(3.1, 3.7)
     left, right = (int(rng.choice(3, p=(0.25, 0.5, 0.25))) for _ in range(2))
@@ -90,7 +91,9 @@ def _beyond(x, a, b):
     return (summed(x - a) - summed(x - a - turn)) / turn
 
 
-def road(w: World, rng, image: np.ndarray, ground: dict) -> tuple[np.ndarray, np.ndarray]:
+def road(
+    w: World, rng: np.random.Generator, image: np.ndarray, ground: dict
+) -> tuple[np.ndarray, np.ndarray]:
     """Paints the road into a float image; the masks (area, lane) of an empty road."""
     top = int(np.ceil(w.horizon)) + 1
     rows = np.arange(top, w.height)[:, None]
@@ -185,7 +188,9 @@ def road(w: World, rng, image: np.ndarray, ground: dict) -> tuple[np.ndarray, np
     return area, lane
 
 
-def shadow(w: World, image, x: float, z: float, half: float, ground) -> None:
+def shadow(
+    w: World, image: np.ndarray, x: float, z: float, half: float, ground: dict[str, Any]
+) -> None:
     """Darkens the ground under something that stands there."""
     u, v = w.column(x, z + 0.4 * half), w.horizon + w.focal * w.eye / (z + 0.4 * half)
     rx, ry = max(w.focal * half * 1.1 / z, 1.0), max(w.focal * 0.28 * half / z, 0.7)
