@@ -19,7 +19,7 @@ from subspec_jax.accept import Gate
 from subspec_jax.offload import to_device
 from subspec_jax.propose import Proposer, Round, State
 from subspec_jax.tree import cache_slots, live_sizes, path_to, seedling, step_gains
-from subspec_jax.verify import Target, finish_round, lay_out, run_pass, streamed_prefill
+from subspec_jax.verify import Target, Verified, finish_round, lay_out, run_pass, streamed_prefill
 
 jit_seedling = jax.jit(seedling, static_argnames="spec")
 
@@ -118,33 +118,35 @@ class Decoder:
             x = run_pass(self.target, stream, tokens_1E, state.caches, step, self._between(state))
             jax.block_until_ready(x)
             t2 = time.perf_counter()
-            emitted_P, length, last, source, planted, next_at, caches = finish_round(
-                self.target.top,
-                x,
-                tree,
-                state.tree,
-                tuple(state.caches),
-                state.at,
-                key,
-                accept,
-                cfg,
-                spec,
-                self.sampler,
-                self.gate,
-                lengths is not None,
+            end = finish_round(
+                Verified(
+                    top=self.target.top,
+                    x_1ED=x,
+                    tree=tree,
+                    extended=state.tree,
+                    caches=tuple(state.caches),
+                    at=state.at,
+                    key=key,
+                    accepted=accept,
+                    cfg=cfg,
+                    spec=spec,
+                    sampler=self.sampler,
+                    gate=self.gate,
+                    replay=lengths is not None,
+                )
             )
-            state.caches[:] = caches
-            grown = (tree.parent_E, tree.depth_E, tree.score_E, tree.size, tree.forwarded)
-            host = jax.device_get((emitted_P, length, last, *grown))
+            state.caches[:] = end.caches
+            of_tree = (tree.parent_E, tree.depth_E, tree.score_E, tree.size, tree.forwarded)
+            host = jax.device_get((end.emitted_P, end.length, end.last, *of_tree))
             emitted_P, length, last, parent_E, depth_E, score_E, size, forwarded = host
             emitted = emitted_P[:length].tolist()
-            state.tree = planted
-            self.proposer.advance(state, source, int(last), int(forwarded), emitted)
+            state.tree = end.tree
+            self.proposer.advance(state, end.source_R, int(last), int(forwarded), emitted)
             kept = emitted[:left]
             if hit := [i for i, t in enumerate(kept) if t in eos]:
                 kept, ended = kept[: hit[0] + 1], True
             state.tokens.extend(emitted)
-            state.at = next_at
+            state.at = end.at
             left -= len(kept)
             drafted = int((parent_E >= 0).sum())
             effort = self.proposer.effort(drafted)

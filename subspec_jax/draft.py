@@ -5,17 +5,20 @@ are the target's slots, which its pass then overwrites with exact keys and value
 no prefill and no cache of its own (SubSpec, arXiv 2509.18344).
 """
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import register_dataclass
 
 from llm_jax.attention import Step
 from llm_jax.config import Config
 from llm_jax.model import forward
+from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from subspec_jax import chain
 from subspec_jax.lookup import continuation, recent
+from subspec_jax.program import Program, donated, static
 from subspec_jax.tree import (
     Tree,
     TreeSpec,
@@ -27,133 +30,126 @@ from subspec_jax.tree import (
 )
 
 
-def forward_nodes(draft, tree: Tree, rows_r, caches, at, key, cfg, spec, sampler, live=None):
-    """(scores [r, V] behind the nodes in consecutive places `rows_r`, caches with them in).
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """All that a step of the draft reads and changes. Tree and caches are donated."""
 
-    `at` [] counts the committed tokens; node i stands in slot at + i, at position at + depth. Only
-    the first `live` slots are looked at, all if None.
-    """
-    position_r = at + tree.depth_E[rows_r]
-    slots = live or caches[0].slots
-    mask, positions = node_mask(tree, rows_r, at, slots), node_positions(tree, at, slots)
-    step = Step(at + rows_r[0], position_r[None], mask, positions)
-    logits, caches = forward(draft, tree.token_E[rows_r][None], caches, step, cfg)
-    if spec.coupled:
-        return sampler.perturbed(logits[0], key, position_r + 1), caches
-    return sampler.scores(logits[0]), caches
+    params: Params
+    """The draft model."""
+    tree: Tree = donated()
+    caches: tuple = donated()
+    """The caches that the draft reads and writes, one a layer."""
+    at: jax.Array
+    """[] committed tokens: node i stands in slot at + i, at position at + its depth."""
+    key: jax.Array
+    """Of the noise that sampling adds."""
+    cfg: Config = static()
+    spec: TreeSpec = static()
+    sampler: Sampler = static()
+    live: int | None = static(default=None)
+    """Attention looks at the first `live` slots; None: at all."""
+    least_L: jax.Array | None = None
+    """[steps] step l is not forwarded if its gain is at most least_L[l-1]; -inf: it always is."""
+    text_S: jax.Array | None = None
+    """The committed tokens and the root, text_S[at], for `grow_along`; -1 behind their end."""
+    longest: int = static(default=3)
+    """The longest n-gram that is looked up in the text."""
 
 
-def extend(
-    draft, tree: Tree, caches, at, key, cfg: Config, spec: TreeSpec, sampler: Sampler, live=None
-):
+def forward_nodes(d: Drafting, rows_r: jax.Array) -> tuple[jax.Array, tuple]:
+    """(scores [r, V] behind the nodes in consecutive places `rows_r`, caches with them in)."""
+    position_r = d.at + d.tree.depth_E[rows_r]
+    slots = d.live or d.caches[0].slots
+    mask, positions = node_mask(d.tree, rows_r, d.at, slots), node_positions(d.tree, d.at, slots)
+    step = Step(d.at + rows_r[0], position_r[None], mask, positions)
+    logits, caches = forward(d.params, d.tree.token_E[rows_r][None], d.caches, step, d.cfg)
+    if d.spec.coupled:
+        return d.sampler.perturbed(logits[0], d.key, position_r + 1), caches
+    return d.sampler.scores(logits[0]), caches
+
+
+def extend(d: Drafting) -> tuple[Tree, tuple]:
     """(tree, caches) one step further: the best candidates become nodes and are forwarded."""
-    first = tree.size
-    tree = commit(tree, spec)
-    rows_w = first + jnp.arange(spec.width)
-    scores, caches = forward_nodes(draft, tree, rows_w, caches, at, key, cfg, spec, sampler, live)
-    return add_candidates(tree, first, scores, spec), caches
+    first = d.tree.size
+    tree = commit(d.tree, d.spec)
+    rows_w = first + jnp.arange(d.spec.width)
+    scores, caches = forward_nodes(dataclasses.replace(d, tree=tree), rows_w)
+    return add_candidates(tree, first, scores, d.spec), caches
 
 
-extend_once = jax.jit(
-    extend,
-    static_argnames=("cfg", "spec", "sampler", "live"),
-    donate_argnames=("tree", "caches"),
-)
+extend_once = Program(extend)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("cfg", "spec", "sampler", "live"),
-    donate_argnames=("tree", "caches"),
-)
-def grow(
-    draft,
-    tree: Tree,
-    caches,
-    at,
-    key,
-    least_L,
-    cfg: Config,
-    spec: TreeSpec,
-    sampler: Sampler,
-    live: int | None = None,
-):
-    """(tree, caches) with the tree grown by `spec.steps` steps, or until it stops paying.
+@Program
+def grow(d: Drafting) -> tuple[Tree, tuple]:
+    """(tree, caches) with the tree grown by `spec.steps` steps, or until a step does not pay.
 
-    Step l is not forwarded if its gain is at most least_L[l-1] (-inf: it always is). Nodes of the
-    last step are not forwarded, their children being of no use, and so cost nothing; unless the
-    draft goes on below them during verification (`spec.extra`). Caches and tree are donated.
+    Nodes of the last step are not forwarded, because nobody needs their children, so they cost
+    nothing; unless the draft continues below them during verification (`spec.extra`).
     """
+    spec = d.spec
     last = 0 if spec.extra else spec.width
-    pays = lambda tree: gain(tree, spec) > least_L[(tree.size - 1) // spec.width]
 
     def unfinished(carry):
         tree, _ = carry
-        return (tree.size == 0) | ((tree.size + spec.width + last <= spec.nodes) & pays(tree))
+        room = tree.size + spec.width + last <= spec.nodes
+        return (tree.size == 0) | (room & _pays(tree, d))
 
-    body = lambda carry: extend(draft, *carry, at, key, cfg, spec, sampler, live)
-    tree, caches = jax.lax.while_loop(unfinished, body, (tree, caches))
+    def body(carry):
+        tree, caches = carry
+        return extend(dataclasses.replace(d, tree=tree, caches=caches))
+
+    tree, caches = jax.lax.while_loop(unfinished, body, (d.tree, d.caches))
     return (tree if spec.extra else _last_level(tree, spec)), caches
 
 
-def _last_level(tree, spec):
+def _pays(tree: Tree, d: Drafting) -> jax.Array:
+    """Whether the gain of the tree's next step is above the least that step may have."""
+    return gain(tree, d.spec) > d.least_L[(tree.size - 1) // d.spec.width]
+
+
+def _last_level(tree: Tree, spec: TreeSpec) -> Tree:
     more = (tree.size + spec.width <= spec.nodes) & jnp.isfinite(gain(tree, spec))
     return jax.tree.map(lambda a, b: jnp.where(more, a, b), commit(tree, spec), tree)
 
 
-def extend_along(draft, tree: Tree, caches, at, key, text_S, longest, cfg, spec, sampler, live):
+def _extend_along(d: Drafting):
     """(tree, caches, levels spared) one step further, as in `extend`, with what followed the best
     node's last tokens in the text forwarded below it."""
-    first = tree.size
-    tree = commit(tree, spec)
-    found_M = continuation(text_S, at, recent(tree, first, text_S, at, longest), spec.lookup)
-    rows_r = first + jnp.arange(spec.width + spec.lookup)
+    first = d.tree.size
+    tree = commit(d.tree, d.spec)
+    newest_n = recent(tree, first, d.text_S, d.at, d.longest)
+    found_M = continuation(d.text_S, d.at, newest_n, d.spec.lookup)
+    rows_r = first + jnp.arange(d.spec.width + d.spec.lookup)
     trial = chain.hang(tree, first, found_M)
-    scores, caches = forward_nodes(draft, trial, rows_r, caches, at, key, cfg, spec, sampler, live)
-    tree, spared = chain.keep(tree, first, found_M, scores, spec)
+    scores, caches = forward_nodes(dataclasses.replace(d, tree=trial), rows_r)
+    tree, spared = chain.keep(tree, first, found_M, scores, d.spec)
     return tree, caches, spared
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("longest", "cfg", "spec", "sampler", "live"),
-    donate_argnames=("tree", "caches"),
-)
-def grow_along(
-    draft,
-    tree: Tree,
-    caches,
-    at,
-    key,
-    least_L,
-    text_S,
-    longest: int,
-    cfg: Config,
-    spec: TreeSpec,
-    sampler: Sampler,
-    live: int | None = None,
-):
+@Program
+def grow_along(d: Drafting) -> tuple[Tree, tuple, jax.Array]:
     """(tree, caches, [steps, looked-up tokens kept, levels spared]): `grow` with a text to copy.
 
-    `text_S` are the committed tokens and the root, text_S[at]. The tree gets as deep as without
-    the text, in fewer steps where the draft agrees with what it reads there.
+    The tree gets as deep as without the text, in fewer steps where the draft agrees with what it
+    reads there.
     """
-    pays = lambda tree: gain(tree, spec) > least_L[(tree.size - 1) // spec.width]
+    spec = d.spec
 
     def unfinished(carry):
         tree, _, _, kept, spared = carry
-        return (tree.size == 0) | (pays(tree) & ~chain.tree_is_deep(tree, kept, spared, spec))
+        deep = chain.tree_is_deep(tree, kept, spared, spec)
+        return (tree.size == 0) | (_pays(tree, d) & ~deep)
 
     def body(carry):
         tree, caches, steps, kept, spared = carry
         added = jnp.where(tree.size == 0, 1, spec.width)
         before = tree.size + added
-        tree, caches, more = extend_along(
-            draft, tree, caches, at, key, text_S, longest, cfg, spec, sampler, live
-        )
+        tree, caches, more = _extend_along(dataclasses.replace(d, tree=tree, caches=caches))
         return tree, caches, steps + 1, kept + tree.size - before, spared + more
 
-    start = (tree, caches, jnp.int32(0), jnp.int32(0), jnp.float32(0))
+    start = (d.tree, d.caches, jnp.int32(0), jnp.int32(0), jnp.float32(0))
     tree, caches, steps, kept, spared = jax.lax.while_loop(unfinished, body, start)
     counts = jnp.stack([steps, kept, spared.astype(jnp.int32)])
     return _last_level(tree, spec), caches, counts

@@ -18,7 +18,6 @@ from subspec_jax.plan import Plan
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import Split, decode_layer, is_split
-from subspec_jax.substitute import substitute
 from subspec_jax.verify import Target
 
 Progress = Callable[[int], None]
@@ -29,7 +28,7 @@ def load_target(
 ) -> Target:
     """A model's weights, each layer placed as it is read: at most one layer waits.
 
-    `source` is what `llm_jax.checkpoint.open_checkpoint` returns, or a `residual_file.Converted`:
+    `source` is what `llm_jax.formats.open_checkpoint` returns, or a `residual_file.Converted`:
     then layers are residuals and substitutes, or, where the plan has plain layers, put together on
     the device before they are placed. `verify` compares a converted model's weights with their
     checksums, which takes some seconds a layer, and raises ResidualError.
@@ -165,21 +164,7 @@ def arrange(target: Target, plan: Plan) -> Target:
     return dataclasses.replace(target, params=params, ahead=plan.ahead)
 
 
-def make_draft(
-    target: Target, plan: Plan, iterations: int = 20, progress: Progress | None = None
-) -> Params:
-    """The substitutes the plan asks for; all else is shared with the target, buffer by buffer."""
-    draft = plan.draft
-    if draft.bits is None:
-        raise ValueError("this plan has no substitutes")
-    chosen = range(plan.resident if draft.share_resident else 0, plan.cfg.layers)
-    if plan.streams_residuals:
-        chosen = None
-    options = (draft.bits, draft.group, iterations, chosen, progress, draft.head_bits)
-    return substitute(target.params, *options)
-
-
-def fetched(params: Params) -> Params:
+def all_on_device(params: Params) -> Params:
     """All parameters on the device, for plain use of a model that fits."""
     layers = tuple(to_device(layer) for layer in params.layers)
     return dataclasses.replace(params, embed_VD=to_device(params.embed_VD), layers=layers)

@@ -5,73 +5,34 @@ Pure arithmetic on a `Config`; no device is touched, so the allocator can be lim
 
 import dataclasses
 import functools
-import math
+from collections.abc import Iterable
 
 import jax
 
 from llm_jax.attention import caches_for
 from llm_jax.config import DTYPES, Config
 from llm_jax.params import Attention, JoinedAttention, Params, abstract
-from llm_jax.quantize import check_grouping, quantized_bytes
-from pallas_kernels.quantized_matmul.api import LARGEST
-from pallas_kernels.quantized_matmul.packing import fields_of, packed_bytes
-from pallas_kernels.quantized_matmul.reference import PART
-from pallas_kernels.residual_decode.triton import why_not
-from pallas_kernels.tree_attention.api import HEADS
+from llm_jax.quantize import check_grouping
+from pallas_kernels.residual_decode import why_not
 from subspec_jax import SubspecError
+from subspec_jax.draft_model import (
+    NO_DRAFT,
+    Draft,
+    drafted_layers,
+    substitute_head,
+    substitute_layer,
+    substitute_table,
+    substitutes,
+)
+from subspec_jax.memory import show_bytes
 from subspec_jax.offload import streamed_bytes
-from subspec_jax.residual.split import SLAB, Split, has_split, is_split, parts_of
-from subspec_jax.substitute import substitute_shapes
+from subspec_jax.residual.split import Split, has_split, is_split
 from subspec_jax.tree import TreeSpec, cache_slots
-from subspec_jax.verify import QUEUED, rows_at_a_time
-
-UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+from subspec_jax.work_space import work_bytes
 
 
 class PlanError(SubspecError):
     """A limit no plan can meet; the message names the least that would work."""
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes meant by "8GB", "7.5 GiB" or "500MB". As on graphics cards, 1 GB is 2**30 bytes."""
-    compact = text.replace(" ", "").upper().replace("I", "")
-    for unit, size in UNITS.items():
-        if compact.endswith(unit):
-            try:
-                value = float(compact.removesuffix(unit))
-            except ValueError:
-                break
-            if 0 < value < math.inf:
-                return round(value * size)
-    raise PlanError(f"{text!r} is not an amount of memory; write for example 8GB, 7.5GB or 500MB")
-
-
-def show_bytes(count: float) -> str:
-    """ "7.93 GB", in the same units as `parse_bytes`."""
-    for unit in ("GB", "MB", "KB"):
-        if abs(count) >= UNITS[unit]:
-            return f"{count / UNITS[unit]:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-@dataclasses.dataclass(frozen=True)
-class Draft:
-    """How tokens are drafted, as far as memory goes.
-
-    `bits` and `group` describe substitutes (bits None: there are none); `model` is a model apart.
-    """
-
-    bits: int | None = 4
-    group: int = 64
-    head_bits: int | None = None
-    """Bits of an output head of the draft's own; None shares the target's."""
-    share_resident: bool = True
-    """Resident layers serve the draft as they are; otherwise it has substitutes of them too."""
-    own_cache: bool = False
-    model: Config | None = None
-
-
-NO_DRAFT = Draft(bits=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +42,7 @@ class Plan:
     cfg: Config
     limit: int
     resident: int
-    """So many layers stay on the device (`stays`)."""
+    """The number of layers that stay on the device; `stays` says which."""
     table_on_host: bool
     """The embedding table is a NumPy array in host memory; the draft has a low-bit copy."""
     max_length: int
@@ -112,7 +73,7 @@ class Plan:
 
     @property
     def streams_residuals(self) -> bool:
-        """Layers stream as residuals of their substitutes and not as they are."""
+        """Layers are streamed as residuals of their substitutes, not as they are."""
         return has_split(self.model.layers)
 
     @property
@@ -128,13 +89,34 @@ class Plan:
             return d.model.parameter_count * DTYPES[d.model.dtype]
         if d.bits is None:
             return 0
-        drafted = _drafted(self.model, d, self.resident)
-        own = sum(_substitute_bytes(layer, d) for layer in drafted)
-        shared = self.model.layers[: self.cfg.layers - len(drafted)]
+        drafted = drafted_layers(self.model.layers, d, self.resident)
+        layers = enumerate(self.model.layers)
+        own = sum(_substitute_bytes(layer, d) for i, layer in layers if i in drafted)
+        shared = sum(map(streamed_bytes, self.model.layers[: drafted.start]))
         head = self.device.get("draft head", cfg.vocab * cfg.d_model * DTYPES[cfg.dtype])
         if self.split_head:
-            head = sum(map(_bytes, jax.tree.leaves(self.model.head_DV.substitute)))
-        return sum(map(streamed_bytes, shared)) + own + head
+            head = tree_bytes(substitutes(self.model.head_DV))
+        return shared + own + head
+
+    def __str__(self) -> str:
+        """A table of every byte, and what streams."""
+        rows, host = [("", "device", "host")], dict(self.host)
+        for name, count in self.device.items():
+            kept = host.pop(name, 0)
+            rows.append((name, show_bytes(count), show_bytes(kept) if kept else ""))
+        rows += [(name, "", show_bytes(count)) for name, count in host.items()]
+        rows.append(("predicted peak", show_bytes(self.total), ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            f"{name:{widths[0]}}  {device:>{widths[1]}}  {away:>{widths[2]}}".rstrip()
+            for name, device, away in rows
+        ]
+        what = "residuals" if self.streams_residuals else "layers"
+        lines.append(
+            f"{self.resident} of {self.cfg.layers} {what} resident, {self.streamed} streamed: "
+            f"{show_bytes(self.streamed_bytes)} a pass"
+        )
+        return "\n".join([f"Plan within {show_bytes(self.limit)}", *lines])
 
     def pass_seconds(self, link: float) -> float:
         """A streamed pass at `link` bytes a second, with nothing else in the way."""
@@ -158,8 +140,10 @@ def published_tau(depth: int, hazard: float = 0.9749) -> float:
 
 
 def _stay(layers: int, resident: int, residual: bool) -> frozenset[int]:
-    """The first ones. Residuals evenly spread between the first and the last layer: one that stays
-    has to be put together as well, and the link is busy meanwhile only if others are still to come.
+    """The first layers; of residuals, layers spread evenly between the first and the last one.
+
+    A residual that stays has to be decoded too, and the link is busy during that time only if other
+    layers still have to come.
     """
     if not residual:
         return frozenset(range(resident))
@@ -168,137 +152,122 @@ def _stay(layers: int, resident: int, residual: bool) -> frozenset[int]:
     return frozenset(range(layers)) - moved
 
 
-def _splits(model: Params) -> list[Split]:
-    return [w for w in jax.tree.leaves(model.layers, is_leaf=is_split) if is_split(w)]
+def splits(layers: Iterable) -> list[Split]:
+    """All matrices in two parts."""
+    return [w for w in jax.tree.leaves(layers, is_leaf=is_split) if is_split(w)]
 
 
-def _bytes(leaf) -> int:
-    return leaf.size * leaf.dtype.itemsize
-
-
-def _drafted(model: Params, draft: Draft, resident: int) -> tuple:
-    """The layers of which the draft has substitutes."""
-    shares = draft.share_resident and not has_split(model.layers)
-    return model.layers[resident if shares else 0 :]
+def tree_bytes(tree) -> int:
+    """Bytes of all arrays, or of arrays with these shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _substitute_bytes(layer, draft: Draft) -> int:
-    """Bytes of the matrices that `subspec_jax.substitute` makes of the layer."""
-    leaves, structure = jax.tree.flatten(layer)
-    alike = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves)
-    return _low_bytes(structure, tuple(alike), draft.bits, draft.group)
-
-
-@functools.cache
-def _low_bytes(structure, leaves, bits: int, group: int) -> int:
-    low = substitute_shapes(jax.tree.unflatten(structure, leaves), bits, group)
-    return sum(_bytes(leaf) for leaf in jax.tree.leaves(low) if leaf.ndim > 1)
+    """Bytes of the matrices of a layer's substitute; its vectors are the target's own."""
+    low = substitute_layer(layer, draft.bits, draft.group)
+    return tree_bytes([leaf for leaf in jax.tree.leaves(low) if leaf.ndim > 1])
 
 
 def cache_bytes(model: Params, cfg: Config, slots: int, scratch: int) -> int:
     """Bytes of the caches that a model of these shapes fills."""
     empty = functools.partial(caches_for, model, cfg, 1, slots, scratch)
-    return sum(map(_bytes, jax.tree.leaves(jax.eval_shape(empty))))
+    return tree_bytes(jax.eval_shape(empty))
 
 
-def work_bytes(
-    cfg: Config,
-    spec: TreeSpec,
-    draft: Draft,
-    slots: int,
-    chunk: int,
-    plain: bool = True,
-    residual: bool = False,
-    kernels: bool = False,
-    split_head: bool = False,
-) -> int:
-    """Scratch of what runs at a time: blocks of prefill or verification, the head, a draft step.
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """What every way to place a model has in common."""
 
-    Where the cache does not hold keys and values as they are (`plain` is False), one layer's are
-    rebuilt. Where layers are residuals, one matrix is put together at a time, or with `kernels` a
-    part of it; they decode residuals and attend to plain caches without work space, and multiply
-    low-bit matrices so up to 64 rows, beyond which a part of one is made dense.
-    """
-    size = DTYPES[cfg.dtype]
-    rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
+    model: Params
+    cfg: Config
+    spec: TreeSpec
+    draft: Draft
+    max_length: int
+    chunk: int
+    ahead: int
+    kernels: bool
 
-    def block(tokens):
-        scores = cfg.heads * tokens * slots * (4 + size)  # logits in float32, weights in the dtype
-        if kernels and plain and cfg.head_dim in HEADS:
-            scores = 2 * tokens * cfg.heads * cfg.head_dim * 4  # averages of parts of the slots
-        wide = tokens * (3 * cfg.d_ff + 6 * cfg.d_model) * size
-        slab = 0 if kernels else DECODE_BYTES * min(SLAB, largest)
-        decoded = (part if kernels else largest) * size + slab if residual else 0
-        return max(scores, decoded) + wide + tokens * slots + rebuilt
+    @functools.cached_property
+    def slots(self) -> int:
+        return cache_slots(self.max_length, self.spec)
 
-    logits = rows_at_a_time(spec.nodes, split_head) * cfg.vocab * 4
-    head = 2 * logits
-    largest = max(map(math.prod, cfg.joined_matrices.values()))
-    fields = fields_of(draft.bits or 4)
-    part = max(math.prod(s) // parts_of(s, fields) for s in cfg.joined_matrices.values())
-    if split_head:
-        weights = cfg.d_model * cfg.vocab
-        parts = parts_of((cfg.d_model, cfg.vocab), fields) if kernels else 1
-        decoded = weights // parts * (size + (0 if kernels else 4))
-        head = logits + max(logits, decoded + 2 * logits // parts)
-        head = max(head, decoded + 2 * spec.nodes * cfg.vocab * 4 // parts)  # a greedy draw
-    rows = spec.width + spec.lookup
-    step = rows * cfg.vocab * 4 * 3 + block(rows)
-    if draft.bits is not None:
-        low = max(largest, cfg.d_model * cfg.vocab) if draft.head_bits is not None else largest
-        if not kernels:
-            step += low * size  # a matrix is made dense
-        elif max(rows, draft.own_cache * chunk) > LARGEST:
-            step = max(step, block(chunk)) + min(low, PART) * size  # a part of it is
-    return max(QUEUED * block(max(chunk, spec.nodes)), head, step)
+    @functools.cached_property
+    def cache(self) -> int:
+        return cache_bytes(self.model, self.cfg, self.slots, self.spec.places + 1)
 
+    @functools.cached_property
+    def matrices(self) -> list[int]:
+        """What each layer moves when it is streamed."""
+        return [streamed_bytes(layer) for layer in self.model.layers]
 
-DECODE_BYTES = 20
-"""Work space a weight of a slab that is put together (`residual_device.SLAB`)."""
+    @functools.cached_property
+    def kept(self) -> int:
+        """The substitutes of `Split` layers, which are always on the device."""
+        return sum(tree_bytes(w.substitute) for w in splits(self.model.layers))
 
+    @functools.cached_property
+    def own(self) -> list[int]:
+        """What the substitute of each layer takes."""
+        return [_substitute_bytes(layer, self.draft) for layer in self.model.layers]
 
-def _lay_out(
-    model, cfg, spec, draft, max_length, chunk, ahead, resident, table_on_host, cache, kernels
-):
-    """(device items, host items) of one way to place things."""
-    size = DTYPES[cfg.dtype]
-    matrices = [streamed_bytes(layer) for layer in model.layers]
-    table = cfg.vocab * cfg.d_model * size
-    slots = cache_slots(max_length, spec)
-    kept = sum(_bytes(leaf) for w in _splits(model) for leaf in jax.tree.leaves(w.substitute))
-    vectors = sum(map(_bytes, jax.tree.leaves(model.layers))) - sum(matrices) - kept
-    plain = all(isinstance(layer.attn, Attention | JoinedAttention) for layer in model.layers)
-    stays = _stay(cfg.layers, resident, kept > 0)
-    moved = [size for i, size in enumerate(matrices) if i not in stays]
-    device = {
-        "embedding": 0 if table_on_host else table,
-        "output head": sum(map(_bytes, jax.tree.leaves(model.head_DV))),
-        "norms and biases": vectors + cfg.d_model * size,
-        "resident layers": sum(matrices) - sum(moved),
-        "streaming ring": min(ahead + 1, len(moved)) * max(moved, default=0),
-        "KV cache": cache,
-        "substitutes": kept,
-    }
-    if draft.bits is not None:
-        if not kept:
-            drafted = _drafted(model, draft, resident)
-            device["substitutes"] = sum(_substitute_bytes(layer, draft) for layer in drafted)
-        if draft.head_bits is not None and not is_split(model.head_DV):
-            low = packed_bytes(cfg.d_model, cfg.vocab, draft.head_bits, draft.group)
-            device["draft head"] = low
-        if table_on_host:
-            table_copy = quantized_bytes(cfg.d_model, cfg.vocab, draft.bits, draft.group)
-            device["substitute embedding"] = table_copy
-    if draft.model is not None:
-        device["draft model"] = draft.model.parameter_count * DTYPES[draft.model.dtype]
-        small = abstract(draft.model)
-        device["draft KV cache"] = cache_bytes(small, draft.model, slots, spec.places)
-    elif draft.own_cache:
-        device["draft KV cache"] = cache
-    how = plain, kept > 0, kernels, is_split(model.head_DV)
-    device["work space"] = work_bytes(cfg, spec, draft, slots, chunk, *how)
-    host = {"streamed layers": sum(moved), "embedding": table if table_on_host else 0}
-    return device, host
+    @functools.cached_property
+    def vectors(self) -> int:
+        norm = self.cfg.d_model * DTYPES[self.cfg.dtype]
+        return tree_bytes(self.model.layers) - sum(self.matrices) - self.kept + norm
+
+    @functools.cached_property
+    def work(self) -> int:
+        layers = self.model.layers
+        plain = all(isinstance(layer.attn, Attention | JoinedAttention) for layer in layers)
+        return work_bytes(
+            self.cfg,
+            self.spec,
+            self.draft,
+            self.slots,
+            self.chunk,
+            plain=plain,
+            residual=self.kept > 0,
+            kernels=self.kernels,
+            split_head=is_split(self.model.head_DV),
+        )
+
+    def items(self, resident: int, table_on_host: bool) -> tuple[dict[str, int], dict[str, int]]:
+        """(bytes on the device, bytes on the host), by name."""
+        stays = _stay(self.cfg.layers, resident, self.kept > 0)
+        moved = [size for i, size in enumerate(self.matrices) if i not in stays]
+        table = self.cfg.vocab * self.cfg.d_model * DTYPES[self.cfg.dtype]
+        device = {
+            "embedding": 0 if table_on_host else table,
+            "output head": tree_bytes(self.model.head_DV),
+            "norms and biases": self.vectors,
+            "resident layers": sum(self.matrices) - sum(moved),
+            "streaming ring": min(self.ahead + 1, len(moved)) * max(moved, default=0),
+            "KV cache": self.cache,
+            "substitutes": self.kept,
+        }
+        device |= self._draft_items(resident, table_on_host)
+        device["work space"] = self.work
+        return device, {"streamed layers": sum(moved), "embedding": table if table_on_host else 0}
+
+    def _draft_items(self, resident: int, table_on_host: bool) -> dict[str, int]:
+        draft, model, items = self.draft, self.model, {}
+        if draft.bits is not None:
+            if not self.kept:
+                drafted = drafted_layers(model.layers, draft, resident)
+                items["substitutes"] = sum(self.own[i] for i in drafted)
+            if draft.head_bits is not None and not is_split(model.head_DV):
+                head = substitute_head(model, draft.head_bits, draft.group)
+                items["draft head"] = tree_bytes(head)
+            if table_on_host:
+                table = substitute_table(model.embed_VD, draft.bits, draft.group)
+                items["substitute embedding"] = tree_bytes(table)
+        if draft.model is not None:
+            items["draft model"] = draft.model.parameter_count * DTYPES[draft.model.dtype]
+            small, places = abstract(draft.model), self.spec.places
+            items["draft KV cache"] = cache_bytes(small, draft.model, self.slots, places)
+        elif draft.own_cache:
+            items["draft KV cache"] = self.cache
+        return items
 
 
 def make_plan(
@@ -318,7 +287,7 @@ def make_plan(
     """The plan that streams least: as many resident layers as the limit holds.
 
     `model` is a tree of shapes and dtypes, where the layers are not the plain ones of `cfg`.
-    `kernels`: the device runs the package's Triton kernels (see `offload.card_has_kernels`).
+    `kernels`: the device runs the package's Triton kernels (see `memory.card_has_kernels`).
     `resident` and `table_on_host` fix a choice that is otherwise made here; a tied table is the
     head and stays on the device. `spare` of the limit is left to the allocator's rounding. Raises
     PlanError, with the least limit that would work, if even streaming everything does not fit.
@@ -343,14 +312,13 @@ def make_plan(
 
     usable = int(limit * (1 - spare))
     model = model or abstract(cfg)
-    kernels = kernels and not any(why_not(w.residual, w.substitute) for w in _splits(model))
-    cache = cache_bytes(model, cfg, cache_slots(max_length, spec), spec.places + 1)
+    kernels = kernels and not any(why_not(w.residual, w.substitute) for w in splits(model.layers))
+    layout = _Layout(model, cfg, spec, draft, max_length, chunk, ahead, kernels)
     tables = [False] if cfg.tied else [False, True] if table_on_host is None else [table_on_host]
     found, least = None, None
     for on_host in tables:
         for r in range(cfg.layers + 1) if resident is None else [resident]:
-            fixed = model, cfg, spec, draft, max_length, chunk, ahead
-            items = _lay_out(*fixed, r, on_host, cache, kernels)
+            items = layout.items(r, on_host)
             total = sum(items[0].values())
             least = total if least is None else min(least, total)
             # Ties go to the table on the device, which is the simpler arrangement.

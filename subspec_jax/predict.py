@@ -6,6 +6,7 @@ of copies and blocks, as `offload.Stream` runs it, and the draft with all its la
 """
 
 import dataclasses
+import functools
 import itertools
 import statistics
 import time
@@ -18,18 +19,12 @@ import numpy as np
 from llm_jax.attention import caches_for
 from llm_jax.params import Layer, Params
 from llm_jax.sample import Sampler
-from subspec_jax.draft import grow
+from subspec_jax.draft import Drafting, grow
+from subspec_jax.draft_model import drafted_layers, make_draft
 from subspec_jax.offload import StreamedLayer, offload, streamed_bytes, to_device
 from subspec_jax.plan import Plan
-from subspec_jax.residual.split import is_split
-from subspec_jax.substitute import (
-    substitute_head,
-    substitute_layer,
-    substitute_table,
-    substitutes,
-)
 from subspec_jax.tree import cache_slots, live_sizes, seedling
-from subspec_jax.verify import finish_round, jit_block, lay_out
+from subspec_jax.verify import Verified, finish_round, jit_block, lay_out
 
 FEW, MORE = 2, 4
 """Layers of the drafts that are timed: their difference is the time of a layer."""
@@ -122,28 +117,46 @@ def measure(
     times = {"block": _seconds(block, 8)}
     drafted = {}
     if plan.draft.bits is not None:
-        kinds = _draft_kinds(plan, exact)
-        own = _draft_model(plan, model)
-        for name, layer in kinds.items():
+        for name, draft in _draft_kinds(plan, model).items():
             for n in (FEW, MORE):
-                layers = tuple(jax.tree.map(jnp.copy, layer) for _ in range(n))
-                drafted[name, n] = _tree_seconds(
-                    dataclasses.replace(own, layers=layers), caches(n), at, key, plan, sampler, live
+                layers = tuple(jax.tree.map(jnp.copy, draft.layers[0]) for _ in range(n))
+                given = Drafting(
+                    params=dataclasses.replace(draft, layers=layers),
+                    tree=tree,
+                    caches=caches(n),
+                    at=at,
+                    key=key,
+                    cfg=cfg,
+                    spec=spec,
+                    sampler=sampler,
+                    live=live,
                 )
+                drafted[name, n] = _tree_seconds(given)
     x, top = state[0], dataclasses.replace(model, layers=())
     if plan.table_on_host:
         top = dataclasses.replace(top, embed_VD=None)
-    few = [caches(1)]
+    kept = [caches(1)]
 
     def end():
         cut, *_ = lay_out(tree, at, spec, live)
-        grown = jax.tree.map(jnp.copy, tree)
-        accepted = to_device(jnp.int32(0))
-        *found, kept = finish_round(
-            top, x, cut, grown, tuple(few[0]), at, key, accepted, cfg, spec, sampler, None, True
+        finished = finish_round(
+            Verified(
+                top=top,
+                x_1ED=x,
+                tree=cut,
+                extended=jax.tree.map(jnp.copy, tree),
+                caches=tuple(kept[0]),
+                at=at,
+                key=key,
+                accepted=to_device(jnp.int32(0)),
+                cfg=cfg,
+                spec=spec,
+                sampler=sampler,
+                replay=True,
+            )
         )
-        few[0] = kept
-        return jax.device_get(found[:3])
+        kept[0] = finished.caches
+        return jax.device_get((finished.emitted_P, finished.length, finished.last))
 
     times["rest"] = _seconds(end, 1)
     return RoundCosts(_draft_seconds(plan, drafted), times["block"], times["rest"], send)
@@ -166,45 +179,33 @@ def _draft_seconds(plan: Plan, drafted: dict) -> float:
         return 0.0
     slope = lambda name: (drafted[name, MORE] - drafted[name, FEW]) / (MORE - FEW)
     names = dict.fromkeys(name for name, _ in drafted)
-    shared = plan.resident if "shared" in names else 0
-    counts = {"shared": shared, "low": plan.cfg.layers - shared}
+    low = len(drafted_layers(plan.model.layers, plan.draft, plan.resident))
+    counts = {"shared": plan.cfg.layers - low, "low": low}
     first = next(iter(names))
     base = drafted[first, FEW] - FEW * slope(first)
     return base + sum(counts[name] * slope(name) for name in names)
 
 
-def _draft_kinds(plan: Plan, exact: Layer) -> dict[str, Layer]:
-    """A layer of each kind that the draft has."""
-    draft, kinds = plan.draft, {}
-    if plan.resident < plan.cfg.layers or not draft.share_resident or plan.streams_residuals:
-        kinds["low"] = to_device(substitute_layer(exact, draft.bits, draft.group, 0))
-    if plan.resident and draft.share_resident and not plan.streams_residuals:
-        kinds["shared"] = exact
-    return kinds
+def _draft_kinds(plan: Plan, model: Params) -> dict[str, Params]:
+    """A draft of one layer for each kind of layer that the plan's draft has."""
+    low = len(drafted_layers(plan.model.layers, plan.draft, plan.resident))
+    kinds = {"low": (low, 0), "shared": (plan.cfg.layers - low, 1)}
+    make = functools.partial(make_draft, model, plan.draft, iterations=0)
+    return {
+        name: to_device(make(resident=resident))
+        for name, (count, resident) in kinds.items()
+        if count
+    }
 
 
-def _draft_model(plan: Plan, model: Params) -> Params:
-    """Table and head of the draft."""
-    draft, table, head = plan.draft, model.embed_VD, model.head_DV
-    if is_split(head):
-        head = substitutes(head)
-    elif draft.head_bits is not None:
-        head = substitute_head(model, draft.head_bits, draft.group)
-    if plan.table_on_host:
-        table = substitute_table(table, draft.bits, draft.group)
-    return dataclasses.replace(model, embed_VD=table, head_DV=head)
-
-
-def _tree_seconds(params, caches, at, key, plan, sampler, live) -> float:
-    state = [caches]
-    never = to_device(jnp.full(max(plan.spec.steps, 1), -jnp.inf, jnp.float32))
-    fresh = to_device(seedling(jnp.int32(0), plan.spec))
+def _tree_seconds(given: Drafting) -> float:
+    caches, fresh = [given.caches], given.tree
+    never = to_device(jnp.full(max(given.spec.steps, 1), -jnp.inf, jnp.float32))
+    given = dataclasses.replace(given, least_L=never)
 
     def run():
         tree = jax.tree.map(jnp.copy, fresh)
-        tree, state[0] = grow(
-            params, tree, state[0], at, key, never, plan.cfg, plan.spec, sampler, live
-        )
+        tree, caches[0] = grow(dataclasses.replace(given, tree=tree, caches=caches[0]))
         return tree.size
 
     return _seconds(run, 1)

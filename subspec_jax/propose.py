@@ -11,11 +11,11 @@ import numpy as np
 from llm_jax.attention import caches_for, causal_step
 from llm_jax.cache import move
 from llm_jax.config import Config
-from llm_jax.generate import prefill
+from llm_jax.generation import prefill
 from llm_jax.model import hidden
 from llm_jax.params import Params
 from llm_jax.sample import Sampler
-from subspec_jax.draft import extend_once, grow, grow_along
+from subspec_jax.draft import Drafting, extend_once, grow, grow_along
 from subspec_jax.lookup import Payoff, check_longest, padded
 from subspec_jax.offload import to_device
 from subspec_jax.stop import StopRule
@@ -177,33 +177,36 @@ class ModelDraft(Proposer):
         self._extended = 0
 
     def _grow(self, state, least_L):
-        caches = self._caches if self.own_cache else tuple(state.caches)
-        given = (self.params, state.tree, caches, state.at, state.key, least_L)
-        fixed = (self.cfg, self.spec, state.sampler, state.live)
+        given = self._drafting(state, self._caches if self.own_cache else tuple(state.caches))
+        given = dataclasses.replace(given, least_L=least_L, text_S=self._text)
         self._counts = None
         if self._text is None:
-            state.tree, caches = grow(*given, *fixed)
+            state.tree, caches = grow(given)
         else:
-            state.tree, caches, self._counts = grow_along(*given, self._text, self.longest, *fixed)
+            state.tree, caches, self._counts = grow_along(given)
         if self.own_cache:
             self._caches = caches
         else:
             state.caches[:] = caches
 
+    def _drafting(self, state, caches) -> Drafting:
+        return Drafting(
+            params=self.params,
+            tree=state.tree,
+            caches=caches,
+            at=state.at,
+            key=state.key,
+            cfg=self.cfg,
+            spec=self.spec,
+            sampler=state.sampler,
+            live=state.live,
+            longest=self.longest,
+        )
+
     def between(self, state, layer):
         due = self.spec.extra * (layer + 1) // self.cfg.layers
         while self._extended < due:
-            state.tree, caches = extend_once(
-                self.params,
-                state.tree,
-                tuple(state.caches),
-                state.at,
-                state.key,
-                self.cfg,
-                self.spec,
-                state.sampler,
-                state.live,
-            )
+            state.tree, caches = extend_once(self._drafting(state, tuple(state.caches)))
             state.caches[:] = caches
             self._extended += 1
 

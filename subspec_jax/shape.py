@@ -7,11 +7,17 @@ Letters: L levels, W widths.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from subspec_jax.draft_model import NO_DRAFT
+from subspec_jax.methods import Method
 from subspec_jax.propose import Round
+
+FIRST_TOKENS = 128
+"""Decoded with the largest tree before a tree is chosen: some 10 to 40 rounds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,3 +105,48 @@ def best_shape(
     columns = range(wide) if width is None else [min(width, wide) - 1]
     row, column = max(((r, c) for r in rows for c in columns), key=lambda at: rate_LW[at])
     return row + 1, column + 1, float(rate_LW[row, column])
+
+
+def can_choose(method: Method) -> bool:
+    """Whether rounds of the method tell what a smaller tree would have accepted.
+
+    Best-first trees, looked-up tokens and trees drafted during verification do not: they keep their
+    shape.
+    """
+    spec = method.spec
+    fits = method.draft != NO_DRAFT and spec.kind != "best-first"
+    return fits and not (spec.extra or spec.lookup) and spec.depth > 0
+
+
+def choose_tree(
+    engine: Any,
+    method: Method,
+    prompt: Sequence[int],
+    depth: int | None = None,
+    width: int | None = None,
+) -> tuple[Method, float | None]:
+    """(the method with the tree that the first rounds promise most of, tokens a second).
+
+    `engine` is a `subspec_jax.engine.Engine`. It decodes the prompt with the method's own tree, the
+    largest, and with a very small one, which tells what a node and a step cost. `depth` and `width`
+    fix one of the two. Times are measured, so choices may vary. None: the answer ended with its
+    first token, and the tree stays as it is.
+    """
+    whole = method.spec
+    small = dataclasses.replace(whole, depth=min(2, whole.depth), width=1)
+    rounds: dict[tuple[int, int], list[Round]] = {}
+    for spec, tokens, eos in ((small, 16, ()), (whole, FIRST_TOKENS, engine.eos)):
+        engine.use(dataclasses.replace(method, spec=spec, stop_gain=0.0))
+        tokens = min(tokens, engine.options.max_length - len(prompt))
+        for _ in engine.rounds(prompt, min(tokens, 4), eos=()):  # compiles
+            continue
+        found = list(engine.rounds(prompt, tokens, eos=eos))[1:]
+        rounds[spec.depth, spec.width] = found
+    found = rounds[whole.depth, whole.width]
+    if not found:
+        return method, None
+    paths, depths = [r.path for r in found], [r.depth for r in found]
+    costs = measured_costs(rounds)
+    depth, width, rate = best_shape(paths, depths, whole.width, costs, depth, width)
+    chosen = dataclasses.replace(whole, depth=depth, width=width)
+    return dataclasses.replace(method, spec=chosen), rate

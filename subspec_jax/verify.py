@@ -8,20 +8,23 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import register_dataclass
 
 from llm_jax.attention import Step, causal_step
 from llm_jax.cache import move
 from llm_jax.config import Config
-from llm_jax.generate import chunks
+from llm_jax.generation import chunks
 from llm_jax.model import block, embed, rms_norm, unembed
 from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
 from subspec_jax.offload import Stream, StreamedLayer, route, rows_of, to_device
+from subspec_jax.program import Program, donated, static
 from subspec_jax.residual.split import is_split, over_parts
 from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
@@ -213,29 +216,68 @@ def judge(
     return Judged(draw_E, entropy_E, p_EE[jnp.maximum(tree.parent_E, 0), jnp.arange(E)])
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("cfg", "spec", "sampler", "gate", "replay"),
-    donate_argnames=("grown", "caches"),
-)
-def finish_round(top, x, tree, grown, caches, at, key, accepted, cfg, spec, sampler, gate, replay):
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """A tree behind its verification: all that the end of a round reads and changes."""
+
+    top: Params
+    """`Target.top`: the last norm and the head."""
+    x_1ED: jax.Array
+    """The nodes behind the target's last layer."""
+    tree: Tree
+    """What was verified."""
+    extended: Tree = donated()
+    """The same tree, with what the draft added below it meanwhile."""
+    caches: tuple = donated()
+    at: jax.Array
+    """[] committed tokens."""
+    key: jax.Array
+    accepted: jax.Array
+    """[] nodes to accept, right or wrong, in a replayed round."""
+    cfg: Config = static()
+    spec: TreeSpec = static()
+    sampler: Sampler = static()
+    gate: Gate | None = static(default=None)
+    replay: bool = static(default=False)
+
+
+class Finished(NamedTuple):
+    """What a round leaves."""
+
+    emitted_P: jax.Array
+    """The emitted tokens; -1 behind them."""
+    length: jax.Array
+    """[] how many they are."""
+    last: jax.Array
+    """[] the place of the accepted path's last node."""
+    source_R: jax.Array
+    """The cache rows that were moved to slots at …."""
+    tree: Tree
+    """The next round's tree."""
+    at: jax.Array
+    """[] committed tokens now."""
+    caches: tuple
+
+
+@Program
+def finish_round(v: Verified) -> Finished:
     """One round's end, in one program: judge, walk, move accepted rows, plant the next tree.
 
-    `tree` is what was verified, `grown` the same tree with what the draft added meanwhile. Returns
-    (emitted tokens [P], how many, last node's place, rows [R] moved to slots at …, the next tree
-    and `at`, caches). Rows that are not accepted stay where they are and are overwritten later.
+    Rows that are not accepted stay where they are and are overwritten later.
     """
+    spec, tree, at = v.spec, v.tree, v.at
     places = spec.deepest + 1
-    judged = judge(top, x, tree, at, key, cfg, sampler, gate)
+    judged = judge(v.top, v.x_1ED, tree, at, v.key, v.cfg, v.sampler, v.gate)
     nodes = (tree.token_E, tree.parent_E)
-    if replay:
-        path = replayed(*nodes, tree.depth_E, tree.ancestor_EE, judged, places, accepted)
-    elif gate is not None:
-        path = gated(*nodes, judged, places, gate)
+    if v.replay:
+        path = replayed(*nodes, tree.depth_E, tree.ancestor_EE, judged, places, v.accepted)
+    elif v.gate is not None:
+        path = gated(*nodes, judged, places, v.gate)
     else:
         path = exact(*nodes, judged, places)
     verified = jnp.minimum(tree.size, spec.nodes)
-    planted, old_X = replant(grown, verified, path.last, path.bonus, spec)
+    planted, old_X = replant(v.extended, verified, path.last, path.bonus, spec)
     # Rows to move: the path's nodes to slots at …, then, if the next tree was drafted already, its
     # nodes right behind them. Everywhere else source and destination are the same slot.
     place_R = jnp.arange(min(places + len(old_X), spec.places))
@@ -246,6 +288,6 @@ def finish_round(top, x, tree, grown, caches, at, key, accepted, cfg, spec, samp
         old_R = old_X[jnp.clip(inside_R, 0, len(old_X) - 1)]
         kept_R = (inside_R >= 0) & (inside_R < planted.size) & (old_R >= 0)
         source_R = jnp.where(kept_R, at + old_R, source_R)
-    caches = move(caches, source_R, at)
-    next_at = at + path.length
-    return path.emitted_P, path.length, path.last, source_R, planted, next_at, caches
+    caches = move(v.caches, source_R, at)
+    ends = path.emitted_P, path.length, path.last
+    return Finished(*ends, source_R, planted, at + path.length, caches)

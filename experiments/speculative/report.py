@@ -21,21 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.common.records import (
-    Record,
-    RecordError,
-    append,
-    done,
-    environment,
-    read,
-    write_json,
-)
+from experiments.common.records import Record
 from experiments.speculative.plots import plots
 
-__all__ = [
-    "Record", "RecordError", "append", "done", "environment", "notes", "plots",
-    "print_table", "read", "summarize", "table", "write_json",
-]  # fmt: skip
+__all__ = ["plots", "print_summary", "summarize", "summary_notes", "summary_table"]
 
 BASELINE = "vanilla"
 Summary = dict[str, Any]
@@ -161,7 +150,7 @@ _COLUMNS = (  # header with the unit last, summary -> text
 )
 
 
-def table(summaries: Sequence[Summary]) -> Table:
+def summary_table(summaries: Sequence[Summary]) -> Table:
     """A row per method; 100 columns hold it."""
     result = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     result.add_column("\n\nmethod", overflow="fold", min_width=12)
@@ -175,7 +164,7 @@ def table(summaries: Sequence[Summary]) -> Table:
     return result
 
 
-def notes(summaries: Sequence[Summary]) -> list[str]:
+def summary_notes(summaries: Sequence[Summary]) -> list[str]:
     """What a reader of the table has to know, a sentence each."""
     lines = []
     if any(s["replayed"] for s in summaries):
@@ -207,10 +196,10 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
     return lines
 
 
-def print_table(console: Console, summaries: Sequence[Summary]) -> None:
+def print_summary(console: Console, summaries: Sequence[Summary]) -> None:
     """Prints the table and its notes."""
-    console.print(table(summaries))
-    for line in notes(summaries):
+    console.print(summary_table(summaries))
+    for line in summary_notes(summaries):
         console.print(Text(line, style="yellow" if line.startswith("warning") else "dim"))
 
 

@@ -14,8 +14,8 @@ from llm_jax.cache import empty_caches
 from llm_jax.config import Config
 from llm_jax.model import forward
 from llm_jax.testing import tiny_params
+from subspec_jax.draft_model import substitute
 from subspec_jax.offload import place
-from subspec_jax.substitute import substitute
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -11,11 +11,11 @@ import pytest
 
 from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
-from llm_jax.generate import generate, prefill
+from llm_jax.generation import generate, prefill
 from llm_jax.model import forward
 from llm_jax.sample import Sampler, noise
 from subspec_jax import chain
-from subspec_jax.draft import grow, grow_along
+from subspec_jax.draft import Drafting, grow, grow_along
 from subspec_jax.lookup import padded
 from subspec_jax.tree import TreeSpec, commit, node_mask, node_positions, seedling
 
@@ -257,9 +257,21 @@ def filled(looping):
 
 
 def along(model, caches, text, spec, sampler=Sampler(), gain=NEVER):
-    at, shown = jnp.int32(len(text) - 1), jnp.array(padded(text, SLOTS))
-    args = (at, KEY, gain, shown, 3, model.cfg, spec, sampler)
-    return grow_along(model.params, seedling(jnp.int32(text[-1]), spec), caches, *args)
+    return grow_along(
+        Drafting(
+            params=model.params,
+            tree=seedling(jnp.int32(text[-1]), spec),
+            caches=caches,
+            at=jnp.int32(len(text) - 1),
+            key=KEY,
+            cfg=model.cfg,
+            spec=spec,
+            sampler=sampler,
+            least_L=gain,
+            text_S=jnp.array(padded(text, SLOTS)),
+            longest=3,
+        )
+    )
 
 
 GROWN = [
@@ -320,9 +332,8 @@ def test_without_a_match_the_tree_is_the_ordinary_one(looping, filled, spec):
     assert counts.tolist() == [spec.steps, 0, 0]
     alone = dataclasses.replace(spec, lookup=0)
     plant, at = seedling(jnp.int32(3), alone), jnp.int32(len(text) - 1)
-    want, _ = grow(
-        looping.params, plant, filled(text), at, KEY, NEVER, looping.cfg, alone, Sampler()
-    )
+    fixed = dict(cfg=looping.cfg, spec=alone, sampler=Sampler(), least_L=NEVER)
+    want, _ = grow(Drafting(looping.params, plant, filled(text), at, KEY, **fixed))
     assert int(tree.size) == int(want.size) == spec.nodes
     for field in ("token_E", "parent_E", "depth_E"):
         chex.assert_trees_all_equal(getattr(tree, field)[: spec.nodes], getattr(want, field))

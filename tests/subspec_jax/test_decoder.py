@@ -15,7 +15,7 @@ from scipy import stats
 from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
 from llm_jax.config import Config
-from llm_jax.generate import generate, prefill
+from llm_jax.generation import generate, prefill
 from llm_jax.model import forward, hidden
 from llm_jax.params import init, unjoined
 from llm_jax.sample import Sampler
@@ -25,14 +25,14 @@ from subspec_jax import draft, propose, verify
 from subspec_jax import tree as tree_module
 from subspec_jax.accept import Gate
 from subspec_jax.decoder import Decoder, LengthError
-from subspec_jax.draft import extend, grow
+from subspec_jax.draft import Drafting, extend, grow
+from subspec_jax.draft_model import substitute
 from subspec_jax.load import split_layer
 from subspec_jax.offload import place, streamed_bytes
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
 from subspec_jax.residual.split import decode_layer, split_head_shapes, split_shapes
-from subspec_jax.substitute import substitute
 from subspec_jax.tree import TreeSpec, seedling
-from subspec_jax.verify import Target, finish_round, lay_out
+from subspec_jax.verify import Target, Verified, finish_round, lay_out
 
 PROMPT = [1, 2, 3, 5, 7, 1, 2, 3]
 STEPS, LENGTH = 24, 64
@@ -367,17 +367,18 @@ def test_first_tokens_follow_the_exact_law():
 
         def round_(_, carry):
             tree, kept, at, out, count = carry
-            tree, kept = grow(guess, tree, kept, at, key, NEVER, cfg, spec, LAW)
+            common = dict(at=at, key=key, cfg=cfg, spec=spec, sampler=LAW)
+            given = Drafting(params=guess, tree=tree, caches=kept, least_L=NEVER, **common)
+            tree, kept = grow(given)
             cut, tokens, step = lay_out(tree, at, spec, slots)
             x, kept = hidden(params, tokens, kept, step, cfg)
             for _ in range(spec.extra):
-                tree, kept = extend(guess, tree, kept, at, key, cfg, spec, LAW)
+                tree, kept = extend(dataclasses.replace(given, tree=tree, caches=kept))
             accept = jnp.int32(-1)
-            new, length, _, _, tree, *_, kept = finish_round(
-                params, x, cut, tree, kept, at, key, accept, cfg, spec, LAW, None, False
-            )
-            out = jax.lax.dynamic_update_slice(out, new, (count,))
-            return tree, kept, at + length, out, count + length
+            trees = dict(x_1ED=x, tree=cut, extended=tree, caches=kept)
+            end = finish_round(Verified(top=params, accepted=accept, **trees, **common))
+            out = jax.lax.dynamic_update_slice(out, end.emitted_P, (count,))
+            return end.tree, end.caches, end.at, out, count + end.length
 
         start = seedling(first[0], spec), caches, at, out, count
         # every round emits a token at least

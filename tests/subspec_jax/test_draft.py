@@ -1,5 +1,7 @@
 """Growing a tree with a real draft, against forwarding every node's path on its own."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,10 @@ import pytest
 
 from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
-from llm_jax.generate import prefill
+from llm_jax.generation import prefill
 from llm_jax.model import forward
 from llm_jax.sample import Sampler, noise
-from subspec_jax.draft import extend_once, grow
+from subspec_jax.draft import Drafting, extend_once, grow
 from subspec_jax.tree import TreeSpec, seedling
 
 PROMPT = [4, 8, 15, 16, 23, 42]
@@ -58,6 +60,21 @@ def by_hand(spec, steps, score):
     return nodes
 
 
+def drafting(tiny, spec, caches, sampler=Sampler(), least_L=NEVER) -> Drafting:
+    """The draft's inputs where the tree is a root alone."""
+    return Drafting(
+        params=tiny.params,
+        tree=seedling(jnp.int32(ROOT), spec),
+        caches=caches,
+        at=jnp.int32(AT),
+        key=KEY,
+        cfg=tiny.cfg,
+        spec=spec,
+        sampler=sampler,
+        least_L=least_L,
+    )
+
+
 @pytest.mark.parametrize(
     "spec, sampler",
     [
@@ -82,17 +99,7 @@ def test_a_tree_is_what_forwarding_every_path_gives(tiny, filled, logits_behind,
             scores = scores + np.asarray(noise(KEY, jnp.array([AT + len(path)]), tiny.cfg.vocab)[0])
         return scores
 
-    tree, caches = grow(
-        draft,
-        seedling(jnp.int32(ROOT), spec),
-        filled(),
-        jnp.int32(AT),
-        KEY,
-        NEVER,
-        tiny.cfg,
-        spec,
-        sampler,
-    )
+    tree, caches = grow(drafting(tiny, spec, filled(), sampler))
     want = by_hand(spec, (spec.nodes - 1) // spec.width, score)
     assert [tuple(path_of(tree, i)) for i in range(spec.nodes)] == [path for path, _ in want]
     np.testing.assert_allclose(tree.score_E, [s for _, s in want], rtol=1e-3, atol=2e-3)
@@ -115,26 +122,15 @@ def test_a_tree_is_what_forwarding_every_path_gives(tiny, filled, logits_behind,
 def test_growing_stops_where_it_does_not_pay(tiny, filled):
     """The step that does not pay is proposed, its nodes being known, and not forwarded."""
     spec = TreeSpec("beam", 5, 2, sharpen=1.0)
-    at, sizes = jnp.int32(AT), []
-    root = lambda: seedling(jnp.int32(ROOT), spec)
-    whole, _ = grow(tiny.params, root(), filled(), at, KEY, NEVER, tiny.cfg, spec, Sampler())
+    sizes = []
+    whole, _ = grow(drafting(tiny, spec, filled()))
     levels = np.exp(np.asarray(whole.score_E[1:], np.float64)).reshape(5, 2).sum(1)
     assert (np.diff(levels) < 0).all()  # so that one threshold stops at one level
     bounds = np.r_[2.0, levels, levels[-1] / 4]
     limits = [np.full(5, np.log(bounds[i : i + 2]).mean()) for i in range(6)]
     limits.append(np.where(np.arange(5) == 2, 0.1, -np.inf))  # only the third step does not pay
     for least_L in limits:
-        tree, _ = grow(
-            tiny.params,
-            root(),
-            filled(),
-            at,
-            KEY,
-            jnp.float32(least_L),
-            tiny.cfg,
-            spec,
-            Sampler(),
-        )
+        tree, _ = grow(drafting(tiny, spec, filled(), least_L=jnp.float32(least_L)))
         sizes.append(int(tree.size))
         chex.assert_trees_all_equal(tree.token_E[: sizes[-1]], whole.token_E[: sizes[-1]])
         assert (tree.parent_E[sizes[-1] :] == -1).all()
@@ -146,21 +142,19 @@ def test_growing_stops_where_it_does_not_pay(tiny, filled):
 def test_drafting_goes_on_below_the_tree(tiny, filled):
     """Growing and then extending is growing a taller tree, and everything is forwarded."""
     spec, tall = TreeSpec("beam", 2, 3, extra=2), TreeSpec("beam", 4, 3)
-    at, args = jnp.int32(AT), (tiny.cfg, spec, Sampler())
-    tree = seedling(jnp.int32(ROOT), spec)
-    tree, caches = grow(tiny.params, tree, filled(), at, KEY, NEVER, *args)
+    given = drafting(tiny, spec, filled())
+    tree, caches = grow(given)
     assert int(tree.size) == int(tree.forwarded) == 7
     for size in (10, 13):
-        tree, caches = extend_once(tiny.params, tree, caches, at, KEY, *args)
+        tree, caches = extend_once(dataclasses.replace(given, tree=tree, caches=caches))
         assert int(tree.size) == int(tree.forwarded) == size
-    want = seedling(jnp.int32(ROOT), tall)
-    want, _ = grow(tiny.params, want, filled(), at, KEY, NEVER, tiny.cfg, tall, Sampler())
+    want, _ = grow(drafting(tiny, tall, filled()))
     for name in ("token_E", "parent_E", "depth_E", "ancestor_EE"):
         chex.assert_trees_all_equal(getattr(tree, name), getattr(want, name))
 
 
 def test_caches_and_tree_are_donated(tiny, filled):
     spec, caches = TreeSpec("beam", 3, 3, sharpen=1.0), filled()
-    tree = seedling(jnp.int32(ROOT), spec)
-    grow(tiny.params, tree, caches, jnp.int32(AT), KEY, NEVER, tiny.cfg, spec, Sampler())
-    assert all(a.is_deleted() for a in jax.tree.leaves(caches))
+    given = drafting(tiny, spec, caches)
+    grow(given)
+    assert all(a.is_deleted() for a in jax.tree.leaves((caches, given.tree)))

@@ -17,8 +17,8 @@ from pallas_kernels import device
 from pallas_kernels.lowering import lower_for
 from pallas_kernels.tree_attention.tiles import cut
 from subspec_jax.draft import Drafting, grow
-from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.draft_model import substitutes
+from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec, cache_slots, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, lay_out
 

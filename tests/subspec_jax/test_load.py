@@ -8,16 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from placement import is_offloaded
 
-from llm_jax.checkpoint import open_checkpoint
+from llm_jax.formats import open_checkpoint
 from llm_jax.linear import linear
 from llm_jax.params import abstract, unjoined
 from llm_jax.quantize import QuantizedTable
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 from pallas_kernels.quantized_matmul import Packed
-from subspec_jax.load import arrange, fetched, load_target, make_draft, random_target
-from subspec_jax.offload import is_offloaded, to_device
-from subspec_jax.plan import NO_DRAFT, Draft, make_plan
+from subspec_jax.draft_model import NO_DRAFT, Draft, make_draft, substitutes
+from subspec_jax.load import all_on_device, arrange, load_target, random_target
+from subspec_jax.offload import to_device
+from subspec_jax.plan import make_plan
 from subspec_jax.residual.convert import convert
 from subspec_jax.residual.files import Converted, ResidualError
 from subspec_jax.residual.split import (
@@ -26,7 +28,6 @@ from subspec_jax.residual.split import (
     split_head_shapes,
     split_shapes,
 )
-from subspec_jax.substitute import substitutes
 from subspec_jax.tree import TreeSpec
 
 CFG = tiny_config("qwen2", layers=4)
@@ -89,7 +90,7 @@ def test_a_checkpoint_is_placed_as_planned(checkpoints, resident, on_host, forma
     plan, seen = plan_for(resident=resident, table_on_host=on_host, ahead=2), []
     target = load_target(open_checkpoint(checkpoints[format]), plan, seen.append)
     check_places(target.params, plan)
-    chex.assert_trees_all_equal(fetched(target.params), tiny_params(CFG))
+    chex.assert_trees_all_equal(all_on_device(target.params), tiny_params(CFG))
     assert (target.cfg, target.ahead) == (CFG, 2)
     assert seen == [1, 2, 3, 4]
 
@@ -108,12 +109,12 @@ def test_random_weights_are_placed_as_planned(cfg, resident, on_host):
     plan = plan_for(cfg, resident, on_host and not cfg.tied)
     target = random_target(plan, seed=3)
     check_places(target.params, plan)
-    chex.assert_trees_all_equal_shapes_and_dtypes(fetched(target.params), abstract(cfg))
+    chex.assert_trees_all_equal_shapes_and_dtypes(all_on_device(target.params), abstract(cfg))
 
 
 def test_random_weights_depend_on_the_seed_and_not_on_the_place():
     one, other = (
-        fetched(random_target(plan_for(resident=r, table_on_host=h), seed=3).params)
+        all_on_device(random_target(plan_for(resident=r, table_on_host=h), seed=3).params)
         for r, h in [(0, False), (3, True)]
     )
     chex.assert_trees_all_equal(one, other)
@@ -131,10 +132,10 @@ def test_a_target_moves_between_plans_and_what_is_in_place_stays(start, end):
     before = plan_for(resident=start[0], table_on_host=start[1])
     after = plan_for(resident=end[0], table_on_host=end[1], ahead=3)
     target = random_target(before)
-    kept = fetched(target.params)
+    kept = all_on_device(target.params)
     moved = arrange(target, after)
     check_places(moved.params, after)
-    chex.assert_trees_all_equal(fetched(moved.params), kept)
+    chex.assert_trees_all_equal(all_on_device(moved.params), kept)
     assert moved.ahead == 3
     for i, (old, new) in enumerate(zip(target.params.layers, moved.params.layers, strict=True)):
         vectors = [(a, b) for a, b in zip(*map(jax.tree.leaves, (old, new))) if a.ndim == 1]
@@ -151,7 +152,7 @@ def test_a_target_moves_between_plans_and_what_is_in_place_stays(start, end):
 def test_a_draft_shares_all_but_the_layers_it_replaces(on_host, share):
     plan = plan_for(resident=2, table_on_host=on_host, draft=Draft(4, 32, share_resident=share))
     target, seen = random_target(plan), []
-    draft = make_draft(target, plan, iterations=0, progress=seen.append)
+    draft = make_draft(target.params, plan.draft, plan.resident, iterations=0, progress=seen.append)
     assert all(a.committed for a in jax.tree.leaves(draft))
     assert {a.sharding.memory_kind for a in jax.tree.leaves(draft)} == {"device"}
     assert seen == [1, 2, 3, 4]
@@ -181,7 +182,13 @@ def test_more_iterations_bring_substitutes_nearer():
     w = np.concatenate((np.asarray(mlp.gate), np.asarray(mlp.up)), axis=-1)
     errors = [
         np.abs(
-            np.asarray(linear(make_draft(target, plan, n).layers[0].mlp.gate_up, eye)) - w
+            np.asarray(
+                linear(
+                    make_draft(target.params, plan.draft, plan.resident, n).layers[0].mlp.gate_up,
+                    eye,
+                )
+            )
+            - w
         ).mean()
         for n in (0, 20)
     ]
@@ -191,12 +198,12 @@ def test_more_iterations_bring_substitutes_nearer():
 def test_a_plan_without_substitutes_has_no_draft():
     plan = plan_for(draft=NO_DRAFT)
     with pytest.raises(ValueError, match="no substitutes"):
-        make_draft(random_target(plan), plan)
+        make_draft(random_target(plan).params, plan.draft)
 
 
 def test_fetched_parameters_run_without_a_stream(checkpoints):
     target = load_target(open_checkpoint(checkpoints["folder"]), plan_for(table_on_host=True))
-    params = fetched(target.params)
+    params = all_on_device(target.params)
     assert {a.sharding.memory_kind for a in jax.tree.leaves(params)} == {"device"}
     assert all(a.committed for a in jax.tree.leaves(params))
 
@@ -223,7 +230,7 @@ def test_a_converted_model_is_placed_as_planned(converted, resident, on_host, sp
     target = load_target(model, plan, seen.append, verify)
     assert seen == [1, 2, 3, 4]
     assert isinstance(target.params.embed_VD, np.ndarray) == on_host
-    draft = make_draft(target, plan)
+    draft = make_draft(target.params, plan.draft, plan.resident)
     assert {a.sharding.memory_kind for a in jax.tree.leaves(draft)} == {"device"}
     leaves = [a for a in jax.tree.leaves((target.params, draft)) if isinstance(a, jax.Array)]
     assert all(a.committed for a in leaves)
@@ -244,7 +251,7 @@ def test_a_converted_model_is_put_together_where_the_plan_has_plain_layers(conve
     plan = plan_for(model.cfg, resident=2, table_on_host=True)
     target = load_target(model, plan)
     check_places(target.params, plan)
-    chex.assert_trees_all_equal(fetched(target.params), source.load(model.cfg))
+    chex.assert_trees_all_equal(all_on_device(target.params), source.load(model.cfg))
 
 
 def test_a_plan_of_residuals_needs_a_converted_model(converted):
@@ -278,6 +285,9 @@ def test_a_random_head_in_two_parts():
     plan = make_plan(cfg, 2**30, SPEC, Draft(4, 32, 4), max_length=64, model=model)
     target = random_target(plan)
     chex.assert_trees_all_equal_shapes_and_dtypes(target.params.head_DV, head)
-    assert make_draft(target, plan).head_DV is target.params.head_DV.substitute
+    assert (
+        make_draft(target.params, plan.draft, plan.resident).head_DV
+        is target.params.head_DV.substitute
+    )
     whole = np.asarray(jax.jit(decode_layer)(target.params.head_DV), np.float32)
     assert np.std(whole) == pytest.approx(128**-0.5, rel=0.1)

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from placement import is_offloaded
 
-import subspec_jax.offload as offload_module
+import subspec_jax.memory as memory_module
 import subspec_jax.verify as verify
 from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
@@ -23,20 +24,8 @@ from llm_jax.config import Config
 from llm_jax.model import hidden
 from llm_jax.testing import tiny_params
 from subspec_jax.decoder import Decoder
-from subspec_jax.offload import (
-    CONTEXT_BYTES,
-    Stream,
-    card_bytes,
-    device_bytes,
-    enforce_limit,
-    is_offloaded,
-    offload,
-    place,
-    route,
-    rows_of,
-    streamed_bytes,
-    to_device,
-)
+from subspec_jax.memory import CONTEXT_BYTES, card_bytes, device_bytes, enforce_limit
+from subspec_jax.offload import Stream, offload, place, route, rows_of, streamed_bytes, to_device
 from subspec_jax.verify import Target, run_pass
 
 CFG = Config(5, 32, 4, 2, 8, 48, 31, dtype="float32", qkv_bias=True)
@@ -281,14 +270,14 @@ def environment(monkeypatch):
 
 
 def test_no_card_no_limit(environment):
-    environment.setattr(offload_module, "card_bytes", lambda: None)
+    environment.setattr(memory_module, "card_bytes", lambda: None)
     assert enforce_limit(8 * GIB) is None
     assert not any(name in os.environ for name in VARIABLES)
 
 
 def test_a_limit_comes_too_late_when_jax_runs(environment):
     jax.devices()
-    environment.setattr(offload_module, "card_bytes", lambda: 24 * GIB)
+    environment.setattr(memory_module, "card_bytes", lambda: 24 * GIB)
     with pytest.raises(RuntimeError, match="before JAX uses a device"):
         enforce_limit(8 * GIB)
     assert not any(name in os.environ for name in VARIABLES)
@@ -296,7 +285,7 @@ def test_a_limit_comes_too_late_when_jax_runs(environment):
 
 @pytest.mark.parametrize("limit, pool", [(8 * GIB, 8 * GIB), (30 * GIB, 24 * GIB - CONTEXT_BYTES)])
 def test_a_limit_is_the_allocators_fraction(environment, limit, pool):
-    environment.setattr(offload_module, "card_bytes", lambda: 24 * GIB)
+    environment.setattr(memory_module, "card_bytes", lambda: 24 * GIB)
     environment.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
     environment.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "7")
     assert enforce_limit(limit) == pool
@@ -312,7 +301,7 @@ def test_a_limit_is_the_allocators_fraction(environment, limit, pool):
 def test_a_limit_can_be_set_behind_every_import():
     """In a fresh process: nothing of this package starts a backend when it is imported."""
     program = """
-import subspec_jax.decoder, subspec_jax.substitute, subspec_jax.offload as o
+import subspec_jax.decoder, subspec_jax.substitute, subspec_jax.memory as o
 import os, jax
 o.card_bytes = lambda: 2**34
 assert o.enforce_limit(2**33) == 2**33 and float(os.environ["XLA_CLIENT_MEM_FRACTION"]) == 0.5
@@ -329,7 +318,7 @@ except RuntimeError:
 @pytest.fixture
 def unasked():
     """Nothing is known of a card, before and after the test: answers are remembered."""
-    remembered = [f for f in vars(offload_module).values() if hasattr(f, "cache_clear")]
+    remembered = [f for f in vars(memory_module).values() if hasattr(f, "cache_clear")]
     for each in remembered:
         each.cache_clear()
     yield
@@ -355,12 +344,12 @@ def test_the_card_is_asked_without_jax(unasked, monkeypatch, answer, want):
 
     monkeypatch.setattr(subprocess, "run", fake)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    monkeypatch.setattr(offload_module, "jax_for_cuda", lambda: True)
+    monkeypatch.setattr(memory_module, "jax_for_cuda", lambda: True)
     assert card_bytes() == want
-    assert not offload_module.card_is_idle()
-    monkeypatch.setattr(offload_module, "jax_for_cuda", lambda: False)
+    assert not memory_module.card_is_idle()
+    monkeypatch.setattr(memory_module, "jax_for_cuda", lambda: False)
     assert card_bytes() is None
-    assert offload_module.card_is_idle() == (want is not None)
+    assert memory_module.card_is_idle() == (want is not None)
     assert asked[0][0] == "nvidia-smi" and asked[0][-2:] == ["-i", "3"]
 
 
@@ -372,7 +361,7 @@ def test_without_a_driver_there_is_no_card(unasked, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(subprocess, "run", fake)
-    monkeypatch.setattr(offload_module, "jax_for_cuda", lambda: True)
+    monkeypatch.setattr(memory_module, "jax_for_cuda", lambda: True)
     assert card_bytes() is None
 
 
@@ -389,4 +378,4 @@ def test_a_card_counts_only_with_a_jax_that_can_use_it(unasked, monkeypatch, nam
     installed = SimpleNamespace(metadata={"Name": name})
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: [installed])
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    assert offload_module.jax_for_cuda() == want
+    assert memory_module.jax_for_cuda() == want

@@ -12,26 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.tree_util import register_dataclass
+from placement import is_offloaded
 
 from llm_jax.cache import empty_caches
 from llm_jax.params import abstract
 from llm_jax.registry import MODELS
 from llm_jax.testing import tiny_config, tiny_params
 from pallas_kernels.quantized_matmul.packing import packed_bytes
-from subspec_jax.load import make_draft, random_target
-from subspec_jax.offload import is_offloaded, streamed_bytes
-from subspec_jax.plan import (
-    NO_DRAFT,
-    Draft,
-    PlanError,
-    make_plan,
-    parse_bytes,
-    published_tau,
-    show_bytes,
-    work_bytes,
-)
+from subspec_jax.draft_model import NO_DRAFT, Draft, make_draft
+from subspec_jax.load import random_target
+from subspec_jax.memory import AmountError, parse_bytes, show_bytes
+from subspec_jax.offload import streamed_bytes
+from subspec_jax.plan import PlanError, make_plan, published_tau
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
+from subspec_jax.work_space import work_bytes
 
 SPEC, DRAFT = TreeSpec("beam", 3, 2), Draft(group=32)
 LOOKUP = TreeSpec("beam", 3, 2, lookup=32)
@@ -90,7 +85,7 @@ def test_items_of_the_draft_are_the_bytes_of_the_substitutes(bits, table_on_host
     draft = Draft(bits, 16, share_resident=share)
     plan = plan_for(tiny(), draft=draft, resident=1, table_on_host=table_on_host)
     target = random_target(plan)
-    made = make_draft(target, plan, iterations=0)
+    made = make_draft(target.params, plan.draft, plan.resident, iterations=0)
     pairs = zip(made.layers, target.params.layers, strict=True)
     own = [matrices(a) for a, b in pairs if a is not b]
     assert len(own) == (3 if share else 4)
@@ -120,7 +115,7 @@ def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits)
     assert item("resident layers") == resident * size
     assert item("streaming ring") == min(2, 4 - resident) * size
     assert plan.streamed_bytes == (4 - resident) * size
-    made = make_draft(target, plan)
+    made = make_draft(target.params, plan.draft, plan.resident)
     assert item("substitutes") == sum(matrices(l) for l in made.layers)
     assert item("draft head") == (0 if head_bits in (None, 4) else nbytes(made.head_DV))
     assert item("output head") == nbytes(target.params.head_DV) and plan.split_head == in_two
@@ -374,7 +369,7 @@ def test_amounts_of_memory_are_read(text, count):
     "text", ["", "8", "GB", "-1GB", "0GB", "8G", "8PB", "x GB", "nanGB", "infGB", "1e999GB", "8GBs"]
 )
 def test_what_is_no_amount_of_memory_is_refused(text):
-    with pytest.raises(PlanError, match="write for example 8GB"):
+    with pytest.raises(AmountError, match="write for example 8GB"):
         parse_bytes(text)
 
 

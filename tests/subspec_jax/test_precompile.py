@@ -12,8 +12,9 @@ from llm_jax.sample import Sampler
 from subspec_jax import tree
 from subspec_jax.accept import Gate
 from subspec_jax.decoder import Decoder
-from subspec_jax.load import make_draft, random_target
-from subspec_jax.plan import NO_DRAFT, Draft, make_plan
+from subspec_jax.draft_model import NO_DRAFT, Draft, make_draft
+from subspec_jax.load import random_target
+from subspec_jax.plan import make_plan
 from subspec_jax.precompile import compile_ahead, use_cache
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
@@ -104,7 +105,7 @@ def test_decoding_compiles_no_large_program_again(compiled, name, monkeypatch):
     assert LARGE & compiled() == LARGE - {name for name, none in unused.items() if none}
 
     target = random_target(plan)
-    proposer = ModelDraft(make_draft(target, plan, 0), cfg, spec)
+    proposer = ModelDraft(make_draft(target.params, plan.draft, plan.resident, 0), cfg, spec)
     decoder = Decoder(target, proposer, sampler, gate, plan.max_length, plan.chunk)
     lengths = (lambda: iter(lambda: 1, None)) if replay else (lambda: None)
     assert len(decoder.generate(WHOLE, 6, replay=lengths())) == 6

@@ -10,8 +10,9 @@ import pytest
 from llm_jax.params import abstract, init_layer
 from llm_jax.testing import tiny_config
 from subspec_jax import predict
+from subspec_jax.draft_model import NO_DRAFT, Draft
 from subspec_jax.load import split_layer
-from subspec_jax.plan import NO_DRAFT, Draft, make_plan
+from subspec_jax.plan import make_plan
 from subspec_jax.predict import FEW, MORE, RoundCosts, measure, pass_seconds, round_seconds
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
@@ -141,8 +142,9 @@ def test_the_draft_has_as_many_layers_of_each_kind_as_the_plan(name, monkeypatch
 
     real = predict._tree_seconds
 
-    def tree(params, *rest):
-        real(params, *rest)
+    def tree(given):
+        real(given)
+        params = given.params
         own = jax.tree.structure(params.layers[0]) == jax.tree.structure(exact)
         return 7 + len(params.layers) * (30 if own and not plan.streams_residuals else 2)
 

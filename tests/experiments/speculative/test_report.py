@@ -60,7 +60,7 @@ SAME = dict(different(None, None, None), identical=True)
 def shown(summaries, width=100) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with console.file:
-        report.print_table(console, summaries)
+        report.print_summary(console, summaries)
         return console.export_text()
 
 
@@ -71,54 +71,54 @@ def test_records_come_back_as_written(tmp_path):
     path = tmp_path / "new" / "records.jsonl"
     written = [record(sample=str(i), text=f"é\n\u2028{i}") for i in range(3)]
     for r in written:
-        report.append(path, r)
-    assert report.read(path) == written
+        records.append(path, r)
+    assert records.read(path) == written
     assert len(path.read_bytes().splitlines()) == 3
-    assert report.read(tmp_path / "absent.jsonl") == []
+    assert records.read(tmp_path / "absent.jsonl") == []
 
 
 def test_arrays_become_lists_and_not_a_number_null(tmp_path):
     path = tmp_path / "records.jsonl"
     extra = {"a": np.int32(3), "b": np.arange(3), "c": math.nan, "d": (np.float32(0.5), True)}
-    report.append(path, record(extra=extra))
-    assert report.read(path)[0]["extra"] == {"a": 3, "b": [0, 1, 2], "c": None, "d": [0.5, True]}
+    records.append(path, record(extra=extra))
+    assert records.read(path)[0]["extra"] == {"a": 3, "b": [0, 1, 2], "c": None, "d": [0.5, True]}
     with pytest.raises(TypeError, match="object"):
-        report.append(path, record(extra=object()))
-    assert len(report.read(path)) == 1  # what cannot be written leaves the file as it was
+        records.append(path, record(extra=object()))
+    assert len(records.read(path)) == 1  # what cannot be written leaves the file as it was
 
 
 def test_every_possible_torn_last_line_is_dropped_and_then_overwritten(tmp_path, caplog):
     path = tmp_path / "records.jsonl"
     first, second = record(sample="1", text="é"), record(sample="2")
-    report.append(path, first)
+    records.append(path, first)
     whole = path.read_bytes()
     line = json.dumps(second).encode()
     for cut in range(1, len(line), 7):
         path.write_bytes(whole + line[:cut])
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            assert report.read(path) == [first]
+            assert records.read(path) == [first]
         assert "line 2" in caplog.text and "run again" in caplog.text
-        report.append(path, second)
-        assert report.read(path) == [first, second]
+        records.append(path, second)
+        assert records.read(path) == [first, second]
         assert path.read_bytes() == whole + line + b"\n"
 
 
 def test_a_last_line_that_only_lacks_its_newline_is_kept(tmp_path, caplog):
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(record(sample="1")))
-    assert [r["sample"] for r in report.read(path)] == ["1"]
-    report.append(path, record(sample="2"))
-    assert [r["sample"] for r in report.read(path)] == ["1", "2"]
+    assert [r["sample"] for r in records.read(path)] == ["1"]
+    records.append(path, record(sample="2"))
+    assert [r["sample"] for r in records.read(path)] == ["1", "2"]
     assert not caplog.records
 
 
 def test_a_torn_first_line(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_bytes(b'{"method": "subsp')
-    assert report.read(path) == []
-    report.append(path, record())
-    assert report.read(path) == [record()]
+    assert records.read(path) == []
+    records.append(path, record())
+    assert records.read(path) == [record()]
 
 
 @pytest.mark.parametrize("line", [b"\x00\x00\x00", b"{", b"[1]", b'{"method": "m"}', b"\xff"])
@@ -126,8 +126,8 @@ def test_damage_in_the_middle_names_file_and_line(tmp_path, line):
     path = tmp_path / "records.jsonl"
     good = json.dumps(record()).encode()
     path.write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
-    with pytest.raises(report.RecordError, match=r"records\.jsonl, line 2: not a record"):
-        report.read(path)
+    with pytest.raises(records.RecordError, match=r"records\.jsonl, line 2: not a record"):
+        records.read(path)
 
 
 def test_a_killed_writer_leaves_a_file_to_resume_from(tmp_path):
@@ -145,12 +145,12 @@ def test_a_killed_writer_leaves_a_file_to_resume_from(tmp_path):
     root = Path(records.__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, check=False)
     assert run.returncode == -9
-    assert report.done(report.read(path)) == {("m", "0", 0, "s"), ("m", "1", 0, "s")}
+    assert records.done(records.read(path)) == {("m", "0", 0, "s"), ("m", "1", 0, "s")}
 
 
 def test_done_tells_settings_and_turns_apart():
     rows = [record(turn=0), record(turn=1), record(settings="other"), record("vanilla")]
-    assert report.done(rows) == {
+    assert records.done(rows) == {
         ("subspec", "81", 0, "abc"),
         ("subspec", "81", 1, "abc"),
         ("subspec", "81", 0, "other"),
@@ -160,16 +160,16 @@ def test_done_tells_settings_and_turns_apart():
 
 def test_write_json_keeps_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "run.json"
-    report.write_json(path, {"a": [1, np.float32(0.5), Path("x")], "b": math.inf})
+    records.write_json(path, {"a": [1, np.float32(0.5), Path("x")], "b": math.inf})
     assert json.loads(path.read_text()) == {"a": [1, 0.5, "x"], "b": None}
     with pytest.raises(TypeError):
-        report.write_json(path, {"a": object()})
+        records.write_json(path, {"a": object()})
     assert json.loads(path.read_text())["b"] is None
     assert list(tmp_path.iterdir()) == [path]  # no scratch files
 
 
 def test_environment_is_plain_json():
-    found = report.environment()
+    found = records.environment()
     assert json.loads(json.dumps(found)) == found
     assert found["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
     assert found["packages"]["numpy"] == np.__version__
@@ -226,7 +226,7 @@ def test_speedup_is_over_the_turns_both_decoded():
     summary = report.summarize(rows)[0]
     assert summary["speedup"] == pytest.approx(2)
     assert summary["tokens_per_s"] == pytest.approx(104 / 0.4)
-    assert "subspec 1 of 2" in "\n".join(report.notes([summary, report.summarize(rows)[1]]))
+    assert "subspec 1 of 2" in "\n".join(report.summary_notes([summary, report.summarize(rows)[1]]))
 
 
 @pytest.mark.parametrize("others", [[], [record("vanilla", sample="99")]])
@@ -299,14 +299,14 @@ def test_notes_tell_the_truth():
 
 def test_notes_on_mixed_settings_and_cut_tokens():
     rows = [record(), record(sample="82", settings="other", token_ids=[1] * 4)]
-    text = "\n".join(report.notes(report.summarize(rows)))
+    text = "\n".join(report.summary_notes(report.summarize(rows)))
     assert "2 different settings" in text
     assert "4 tokens were counted but cut" in text  # 3 + 5 emitted, 4 in the text
 
 
 def test_quiet_when_all_is_well():
     rows = [record("vanilla", emitted=(1,) * 8), record(emitted=(4, 4), lossless=SAME)]
-    assert report.notes(report.summarize(rows)) == []
+    assert report.summary_notes(report.summarize(rows)) == []
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,8 @@ def test_plots_without_data_are_left_out(tmp_path, rows, names):
 def test_modules_need_no_jax():
     code = (
         "import sys\nsys.modules['jax'] = None\n"
-        "from experiments.speculative import benchmarks, report\nbenchmarks.load_conversations('builtin')\n"
+        "from experiments.speculative import benchmarks, report\n"
+        "benchmarks.load_conversations('builtin')\n"
         "assert 'matplotlib' not in sys.modules"
     )
     root = Path(records.__file__).parents[2]

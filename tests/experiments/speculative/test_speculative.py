@@ -14,13 +14,15 @@ import matplotlib.image
 import pytest
 
 from experiments import convert
+from experiments.common import records
 from experiments.speculative import __main__ as speculative
-from experiments.speculative import benchmarks, report, runner, settings
-from experiments.speculative.methods import NAMES
+from experiments.speculative import benchmarks, flags
+from experiments.speculative import run as run_module
 from llm_jax import registry
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
-from subspec_jax import offload
-from subspec_jax.plan import parse_bytes
+from subspec_jax import engine, memory, sources
+from subspec_jax.memory import parse_bytes
+from subspec_jax.methods import NAMES, VANILLA
 
 CFG = tiny_config("qwen2", layers=3)
 SMALL = tiny_config("llama", layers=1, d_model=32, d_ff=64)
@@ -34,7 +36,7 @@ BASE = (
 def on_a_cpu():
     """No card is asked for, no limit enforced, and XLA spends no time on speed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offload, "card_bytes", lambda: None)
+        patch.setattr(memory, "card_bytes", lambda: None)
         patch.setenv("COLUMNS", "80")  # of the terminal; what is piped is wider
         jax.config.update("jax_disable_most_optimizations", True)
         yield
@@ -86,7 +88,7 @@ def run(models):
         done = call(f"{BASE} {source} --output {folder} {flags}")
         assert (done.code, done.err) == (0, ""), done.err
         done.folder = folder
-        done.records = report.read(folder / "records.jsonl")
+        done.records = records.read(folder / "records.jsonl")
         done.by_method = {r["method"]: r for r in done.records}
         return done
 
@@ -198,9 +200,9 @@ def pair(run, tmp_path_factory):
 @pytest.fixture
 def appended(monkeypatch):
     """The records that are written from here on."""
-    seen, append = [], report.append
+    seen, append = [], records.append
     spy = lambda path, record: (append(path, record), seen.append(record))
-    monkeypatch.setattr(report, "append", spy)
+    monkeypatch.setattr(records, "append", spy)
     return seen
 
 
@@ -224,7 +226,7 @@ def test_only_what_is_missing_is_decoded(run, pair, appended, tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_run_that_was_killed_goes_on_where_it_was(run, pair, models, tmp_path, error):
     flags = f"{PAIR} --samples 2"
-    append, seen = report.append, []
+    append, seen = records.append, []
 
     def die(path, record):
         if len(seen) == 3:
@@ -233,7 +235,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(run, pair, models, tmp_path,
         append(path, record)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "append", die)
+        patch.setattr(records, "append", die)
         command = f"{BASE} --checkpoint {models['target']} --output {tmp_path} {flags}"
         if error is KeyboardInterrupt:
             killed = call(command)
@@ -241,7 +243,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(run, pair, models, tmp_path,
         else:
             with pytest.raises(RuntimeError, match="killed"):
                 call(command)
-    assert turns(report.read(tmp_path / "records.jsonl")) == turns(pair.records)[:3]
+    assert turns(records.read(tmp_path / "records.jsonl")) == turns(pair.records)[:3]
     resumed = run(flags, tmp_path)
     assert turns(resumed.records) == turns(pair.records)
     same = lambda records: [(r["token_ids"], r["text"]) for r in records]
@@ -259,11 +261,9 @@ def test_other_settings_are_decoded_anew_and_fewer_methods_are_not(run, pair, ap
 def test_the_data_folder_counts_however_it_is_written(tmp_path, monkeypatch):
     hashes = []
     monkeypatch.chdir(tmp_path)
-    method = SimpleNamespace(name="vanilla")
     for folder in ("data", "./data", tmp_path / "data", "other"):
-        args = speculative.Speculative(data_dir=Path(folder))
-        run = SimpleNamespace(args=args, cfg=CFG, plans={"vanilla": None}, hashes={})
-        hashes.append(speculative.Run.settings(run, method))
+        args = flags.Speculative(data_dir=Path(folder))
+        hashes.append(run_module.settings_hash(args, CFG, VANILLA, None))
     assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
 
 
@@ -293,15 +293,15 @@ def test_variants_are_lossless(run, everything, tmp_path, flags):
 def test_where_memory_runs_out_a_layer_less_is_tried(
     run, models, everything, tmp_path, monkeypatch
 ):
-    warm_up, failures = runner.Run.warm_up, []
+    use, failures = engine.Engine.use, []
 
-    def short(self, decoder, method, sample):
+    def short(self, method):
         if len(failures) < 2:
             failures.append(self.plans[method.name].resident)
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
-        warm_up(self, decoder, method, sample)
+        return use(self, method)
 
-    monkeypatch.setattr(runner.Run, "warm_up", short)
+    monkeypatch.setattr(engine.Engine, "use", short)
     flags = BASE.replace("--resident 1", "").replace("16MB", "1GB") + " --predict yes --compare"
     flags += f" --checkpoint {models['target']}"
     found = call(f"{flags} --no-show --output {tmp_path / 'out'}")
@@ -310,7 +310,7 @@ def test_where_memory_runs_out_a_layer_less_is_tried(
     meta = json.loads((tmp_path / "out" / "run.json").read_text())
     assert meta["plans"]["subspec"]["resident"] == 1
     assert [s["passes"] > 0 for s in meta["summaries"]] == [True]
-    (record,) = report.read(tmp_path / "out" / "records.jsonl")
+    (record,) = records.read(tmp_path / "out" / "records.jsonl")
     assert record["token_ids"] == everything.by_method["vanilla"]["token_ids"]
     failures.clear()
     refused = call(f"{BASE} --compare --checkpoint {models['target']} --output {tmp_path / 'no'}")
@@ -332,9 +332,9 @@ def test_a_tree_is_chosen_from_the_first_rounds(run, everything, tmp_path):
 
 
 def test_random_weights_are_timed_with_the_published_acceptance(run, monkeypatch, tmp_path):
-    known = registry.Model("tiny-random", "nobody/tiny", CFG)
+    known = registry.RegisteredModel("tiny-random", "nobody/tiny", CFG)
     monkeypatch.setitem(registry.MODELS, "tiny-random", known)
-    monkeypatch.setattr(registry, "find", lambda *_: pytest.fail("nothing is fetched"))
+    monkeypatch.setattr(sources, "find_checkpoint", lambda *_: pytest.fail("nothing is fetched"))
     flags = "--model tiny-random --weights random --samples 2"
     published = run(f"{flags} --replay-acceptance published", tmp_path / "one", None)
     assert {r["method"] for r in published.records} == {"subspec", "chain", "vanilla"}
@@ -374,7 +374,7 @@ def test_residuals_stream_and_the_text_is_that_of_plain_layers(residual):
 
 
 def test_a_converted_model_is_used_again(run, residual, tmp_path, monkeypatch):
-    monkeypatch.setattr(settings, "subprocess", None)  # which would convert
+    monkeypatch.setattr(sources, "subprocess", None)  # which would convert
     again = run(f"{residual.flags} --verify-weights --compare", tmp_path)
     tokens = residual.by_method["subspec"]["token_ids"]
     assert again.by_method["subspec"]["token_ids"] == tokens
@@ -382,7 +382,7 @@ def test_a_converted_model_is_used_again(run, residual, tmp_path, monkeypatch):
 
 
 def test_random_residuals_are_timed_with_the_published_acceptance(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(registry, "lookup", lambda name: SimpleNamespace(config=CFG))
+    monkeypatch.setattr(sources, "find_model", lambda name: SimpleNamespace(config=CFG))
     flags = "--weights random --stream residual --replay-acceptance published --compare vanilla"
     found = run(f"{flags} --draft-head-bits 4 --predict yes", tmp_path, None)
     predicted = json.loads((tmp_path / "run.json").read_text())["predicted_s"]

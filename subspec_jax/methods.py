@@ -1,26 +1,20 @@
-"""The decoding methods that `experiments.speculative` compares, all on the same engine.
+"""The decoding methods, all on the same engine.
 
 A method is what the planner needs to know (tree and draft) and how its proposer is made.
 """
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-
-from experiments.common.cli import UserError
 from llm_jax.config import Config
 from llm_jax.params import Params
+from subspec_jax import SubspecError
 from subspec_jax.accept import Gate
-from subspec_jax.plan import NO_DRAFT, Draft
+from subspec_jax.draft_model import NO_DRAFT, Draft
 from subspec_jax.propose import ModelDraft, PromptLookup, Proposer, Vanilla
 from subspec_jax.tree import TreeSpec
 
-Name = Literal[
+MethodName = Literal[
     "subspec",
     "vanilla",
     "chain",
@@ -35,10 +29,10 @@ Name = Literal[
     "subspec-unshared-layers",
     "subspec-uncoupled",
 ]
-NAMES: tuple[str, ...] = get_args(Name)
+NAMES: tuple[str, ...] = get_args(MethodName)
 
 
-class MethodError(UserError):
+class MethodError(SubspecError):
     """A method that cannot run as asked; the message says what is missing."""
 
 
@@ -70,18 +64,34 @@ class Method:
 
 VANILLA = Method("vanilla", Vanilla.spec)
 
+POST_STEPS = 8
+"""Steps that subspec-post drafts during verification where the tree does not say."""
+
 
 def make_method(
     name: str,
     spec: TreeSpec,
     draft: Draft,
-    gate: Gate,
-    stop_gain: float | str,
-    draft_model: Config | None,
-    post_steps: int,
-    longest: int,
+    gate: Gate = Gate(),
+    stop_gain: float | str = 0.0,
+    draft_model: Config | None = None,
+    longest: int = 3,
 ) -> Method:
-    """The method of that name, from the tree and substitutes the user chose for `subspec`."""
+    """The method of that name, from the tree and substitutes the user chose for `subspec`.
+
+    `draft_model` is the small model of `classic`; `longest` is the longest n-gram that is looked
+    up. Raises MethodError for a tree that the method cannot have.
+    """
+    given = name, spec, draft, gate, stop_gain, draft_model, longest
+    try:
+        return _make_method(*given)
+    except MethodError:
+        raise
+    except ValueError as error:
+        raise MethodError(str(error)) from error
+
+
+def _make_method(name, spec, draft, gate, stop_gain, draft_model, longest) -> Method:
     change = dataclasses.replace
     substitutes = Method(name, spec, draft, stop_gain=stop_gain, longest=longest)
     chain = change(spec, kind="chain", width=1, budget=None)
@@ -110,7 +120,7 @@ def make_method(
         case "subspec-lossy":
             return change(substitutes, gate=gate)
         case "subspec-post":
-            return change(substitutes, spec=change(spec, extra=spec.extra or post_steps, lookup=0))
+            return change(substitutes, spec=change(spec, extra=spec.extra or POST_STEPS, lookup=0))
         case "subspec-lookup":
             return change(substitutes, spec=change(spec, lookup=spec.lookup or 16, extra=0))
         case "subspec-own-cache":
@@ -123,61 +133,3 @@ def make_method(
         case "subspec-uncoupled":
             return change(substitutes, spec=change(spec, coupled=False))
     raise MethodError(f"method {name!r} is not one of {', '.join(NAMES)}")
-
-
-BLOCK = 48
-"""Rounds of the published trace that together have its distribution."""
-
-PUBLISHED_HAZARD = {"beam": 0.9749, "chain": 0.967}
-"""Chance that one more level is accepted. beam: fitted to SubSpec's README (width 6, tau 28.35 at
-depth 48, Qwen2.5-7B on MT-Bench); chain: of the acceptance data in its repository."""
-
-
-def acceptance_trace(source: str, method: Method, seed: int = 0) -> Callable[[], Iterator[int]]:
-    """A maker of endless iterators over accepted lengths, from a source of acceptance.
-
-    `published`: draws at the published hazard, `BLOCK` at a time one from each part of equal
-    probability, in random order, so that few rounds have the mean of many. Otherwise a file of
-    records that `experiments.speculative` wrote: the rounds of the same method, over and over, but
-    for those that the end of a text cut short.
-    """
-    if method.name == "vanilla":
-        return lambda: iter(lambda: 0, None)
-    if source == "published":
-        if method.spec.kind not in PUBLISHED_HAZARD or method.draft.bits is None:
-            raise MethodError(
-                f"there is no published acceptance trace for the method {method.name}"
-            )
-        hazard, depth = PUBLISHED_HAZARD[method.spec.kind], method.spec.depth
-
-        def draws():
-            rng = np.random.default_rng(seed)
-            log = math.log(hazard)
-            while True:
-                chance = 1 - (rng.permutation(BLOCK) + 0.5) / BLOCK
-                yield from np.minimum(np.log(chance) / log, depth).astype(int).tolist()
-
-        return draws
-    try:
-        lines = Path(source).read_text().splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
-        rounds = [r["rounds"] for r in records if r["method"] == method.name]
-        found = [
-            accepted
-            for r in rounds
-            for accepted, emitted in zip(r["accepted"], r["emitted"], strict=True)
-            if emitted > accepted
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise MethodError(
-            f"{source} is no acceptance trace ({e}); give 'published' or a records.jsonl that this "
-            "program wrote"
-        ) from e
-    if not found:
-        raise MethodError(f"{source} has no rounds of the method {method.name}")
-
-    def recorded():
-        while True:
-            yield from found
-
-    return recorded

@@ -1,0 +1,99 @@
+"""All commands: `python -m experiments`, or `thimble` where the package is installed."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    # name -> (module, what it does)
+    "speculative": (
+        "experiments.speculative.__main__",
+        "decode a model that does not fit, speculatively and without loss, and compare methods",
+    ),
+    "palu": (
+        "experiments.palu.__main__",
+        "compress the KV cache of a model and measure what is lost",
+    ),
+    "qyolop": (
+        "experiments.qyolop.__main__",
+        "train, quantize, export, time and use the driving perception network",
+    ),
+    "convert": (
+        "experiments.convert",
+        "convert a checkpoint once for --stream residual",
+    ),
+    "measure.kernels": ("experiments.measure.kernels", "time the attention kernels"),
+    "measure.matmul": ("experiments.measure.matmul", "time and tune the low-bit products"),
+    "measure.draft_step": ("experiments.measure.draft_step", "take a draft step apart"),
+    "measure.transfers": ("experiments.measure.transfers", "time the order of copies and blocks"),
+    "measure.residual": ("experiments.measure.residual", "count the bits a weight of residuals"),
+    "measure.offload": (
+        "experiments.measure.offload",
+        "time every way to decode a model that does not fit, each in a process of its own",
+    ),
+    "measure.offload_baselines": (
+        "experiments.measure.offload_baselines",
+        "time transformers with accelerate on the same model",
+    ),
+    "measure.trees": ("experiments.measure.trees", "find the draft tree that pays, from records"),
+    "measure.tree_trace": ("experiments.measure.tree_trace", "record draft trees along real texts"),
+}
+
+
+def overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: thimble COMMAND [FLAGS], or python -m experiments.COMMAND [FLAGS]",
+            "",
+            *rows,
+            "",
+            "  --help         this list; COMMAND --help shows a command's flags",
+            "  --list-models  the models that can be asked for by name",
+            "  --version      the version",
+        ]
+    )
+
+
+def models() -> str:
+    from llm_jax.registry import MODELS
+
+    width = max(map(len, MODELS))
+    rows = []
+    for name, model in MODELS.items():
+        size = f"{model.config.parameter_count / 1e9:.2f} B parameters"
+        note = f" ({model.note})" if model.note else ""
+        rows.append(f"{name:{width}}  {size:>18}  {model.repo}{note}")
+    return "\n".join(rows)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The exit status of the command that `words` (the command line's) name."""
+    words = list(sys.argv[1:] if words is None else words)
+    first, rest = (words[0], words[1:]) if words else ("--help", [])
+    if first in ("--help", "-h"):
+        print(overview())
+        return 0
+    if first == "--version":
+        import jax
+
+        from subspec_jax import __version__
+
+        print(f"thimble-jax {__version__} (jax {jax.__version__})")
+        return 0
+    if first == "--list-models":
+        print(models())
+        return 0
+    if first not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(first, COMMANDS, n=2)
+        guess = f"; did you mean {' or '.join(close)}?" if close else ""
+        print(f"error: there is no command {first!r}{guess}\n\n{overview()}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[first][0]).cli(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What a draft is made of: low-bit substitutes of a target's layers, and what it shares with it.
+
+The substitutes need no training and no data. Everything here takes a target as arrays or as shapes
+(`jax.ShapeDtypeStruct`): the planner counts the very draft that is loaded later. A substitute has
+four matrices in place of seven: q, k and v are one, gate and up are one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Container
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.config import Config
+from llm_jax.packed import packed
+from llm_jax.params import Attention, JoinedMLP, Layer, Params, joined
+from llm_jax.quantize import QuantizedTable, quantize
+from subspec_jax.offload import to_device
+from subspec_jax.residual.split import Split, has_split, is_split
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """How tokens are drafted.
+
+    `bits` and `group` describe substitutes (bits None: there are none); `model` is another, smaller
+    model in place of them.
+    """
+
+    bits: int | None = 4
+    group: int = 64
+    head_bits: int | None = None
+    """Bits of an output head of the draft's own; None shares the target's."""
+    share_resident: bool = True
+    """Resident layers serve the draft as they are; otherwise it has substitutes of them too."""
+    own_cache: bool = False
+    model: Config | None = None
+
+
+NO_DRAFT = Draft(bits=None)
+
+
+def drafted_layers(layers: tuple, draft: Draft, resident: int) -> range:
+    """The numbers of the layers that have substitutes: all but the first `resident` ones.
+
+    Where layers are `Split`, every one has its substitute already, resident or not.
+    """
+    shares = draft.share_resident and not has_split(layers)
+    return range(resident if shares else 0, len(layers))
+
+
+def make_draft(
+    target: Params,
+    draft: Draft,
+    resident: int = 0,
+    iterations: int = 20,
+    progress: Callable[[int], None] | None = None,
+    table_on_host: bool | None = None,
+) -> Params:
+    """The draft of a target whose first `resident` layers are on the device; shapes of shapes.
+
+    All that is not quantized is shared: the same buffers, not copies. `table_on_host`: the target's
+    embedding table is in host memory, so the draft has a low-bit copy; None: it is if it is a NumPy
+    array. Raises ValueError for a draft without substitutes.
+    """
+    if draft.bits is None:
+        raise ValueError("this draft has no substitutes")
+    chosen = drafted_layers(target.layers, draft, resident)
+    options = draft.bits, draft.group, iterations, chosen, progress, draft.head_bits
+    return substitute(target, *options, table_on_host)
+
+
+def substitute(
+    params: Params,
+    bits: int = 4,
+    group: int = 64,
+    iterations: int = 20,
+    layers: Container[int] | None = None,
+    progress: Callable[[int], None] | None = None,
+    head_bits: int | None = None,
+    table_on_host: bool | None = None,
+) -> Params:
+    """`params` with its `layers` (all if None) quantized and everything else shared.
+
+    `bits` a weight, in groups of `group` inputs; `iterations` of HQQ (0: round to nearest). An
+    embedding table in host memory is quantized too (along the model dimension), because the draft
+    looks tokens up on the device. `head_bits` gives the draft a low-bit head of its own; a `Split`
+    head has one already. `progress` hears how many layers are done.
+    """
+    drafted = []
+    for i, layer in enumerate(params.layers):
+        chosen = layers is None or i in layers
+        drafted.append(substitute_layer(layer, bits, group, iterations) if chosen else layer)
+        if progress:
+            progress(i + 1)
+    table, head = params.embed_VD, params.head_DV
+    if is_split(head):
+        head = substitutes(head)
+    elif head_bits is not None:
+        head = substitute_head(params, head_bits, group)
+    if isinstance(table, np.ndarray) if table_on_host is None else table_on_host:
+        table = substitute_table(table, bits, group)
+    return dataclasses.replace(params, embed_VD=table, layers=tuple(drafted), head_DV=head)
+
+
+def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: int = 20) -> Layer:
+    """The layer with every matrix quantized, on the device; norms are the same buffers.
+
+    Matrices in host memory are brought over one at a time. Of shapes, shapes.
+    """
+    if has_split(layer):
+        return substitutes(layer)
+    leaves, structure = jax.tree.flatten(layer)
+    if _are_shapes(leaves):
+        alike = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves)
+        return _layer_shapes(structure, alike, bits, group)
+
+    def low(*matrices):
+        some = [
+            jax.block_until_ready(quantize(to_device(w), bits, group, iterations)) for w in matrices
+        ]
+        return jax.block_until_ready(packed(*some))
+
+    return _replaced(layer, low)
+
+
+@functools.cache
+def _layer_shapes(structure, leaves: tuple, bits: int, group: int) -> Layer:
+    low = lambda *matrices: packed(*(quantize(w, bits, group, 0) for w in matrices))
+    layer = jax.tree.unflatten(structure, leaves)
+    return jax.eval_shape(lambda l: _replaced(l, low, keep=lambda w: w), layer)
+
+
+def _replaced(layer: Layer, low: Callable, keep: Callable = to_device) -> Layer:
+    """The layer with `low(*matrices)` in place of the matrices that are joined to one.
+
+    Matrices of other attention than the plain one are not joined, and its arrays of more axes, such
+    as a low-rank layer's small factors, are kept.
+    """
+    if type(layer.attn) is Attention:
+        return joined(layer, low)
+    attn = jax.tree.map(lambda w: low(w) if w.ndim == 2 else keep(w), layer.attn)
+    mlp = JoinedMLP(low(layer.mlp.gate, layer.mlp.up), low(layer.mlp.down))
+    return Layer(layer.attn_norm, attn, layer.mlp_norm, mlp)
+
+
+def substitutes(tree):
+    """The substitutes that a layer of `Split` matrices, or one such matrix, holds: the same
+    buffers."""
+    part = lambda w: w.substitute if isinstance(w, Split) else w
+    return jax.tree.map(part, tree, is_leaf=is_split)
+
+
+def substitute_head(params: Params, bits: int = 4, group: int = 64):
+    """A low-bit output head [D, V]; of the embedding table if the head is tied to it."""
+    low = lambda head: packed(quantize(head, bits, group, 0))
+    turn = lambda table: low(table.T)
+    tied = params.head_DV is None
+    whole = params.embed_VD if tied else params.head_DV
+    if _are_shapes([whole]):
+        return jax.eval_shape(turn if tied else low, whole)
+    return jax.block_until_ready(low(whole.T if tied else whole))
+
+
+def substitute_table(table_VD, bits: int = 4, group: int = 64) -> QuantizedTable:
+    """A low-bit embedding table on the device, made in blocks of rows to need little memory."""
+    if _are_shapes([table_VD]):
+        return jax.eval_shape(lambda t: QuantizedTable(quantize(t.T, bits, group, 0)), table_VD)
+    blocks = (table_VD[i : i + 8192].T for i in range(0, table_VD.shape[0], 8192))
+    parts = [quantize(to_device(np.ascontiguousarray(b)), bits, group, 0) for b in blocks]
+    join = lambda *a: jnp.concatenate(a, axis=-1)
+    return QuantizedTable(jax.tree.map(join, *parts))
+
+
+def _are_shapes(leaves: list) -> bool:
+    return any(isinstance(a, jax.ShapeDtypeStruct) for a in leaves)

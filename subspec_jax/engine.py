@@ -1,0 +1,402 @@
+"""The front door: a model that does not fit, opened, planned, loaded when needed, and decoded.
+
+with subspec_jax.open("smollm2-135m", memory="450MB") as model:
+    print(model.plan)
+    for text in model.chat("Name three uses of a thimble."):
+        print(text, end="")
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llm_jax.checkpoint import Checkpoint
+from llm_jax.params import Attention
+from llm_jax.progress import Reporter, default_reporter
+from llm_jax.registry import cache_folder
+from llm_jax.tokenizer import StreamDecoder
+from subspec_jax import SubspecError, precompile, probe
+from subspec_jax.accept import Gate
+from subspec_jax.decoder import Decoder, LengthError
+from subspec_jax.draft_model import Draft, make_draft
+from subspec_jax.limits import chosen_limit, plan_for
+from subspec_jax.load import arrange
+from subspec_jax.methods import Method, make_method
+from subspec_jax.options import Options, default_tree
+from subspec_jax.plan import Plan, PlanError
+from subspec_jax.predict import RoundCosts, measure, round_seconds
+from subspec_jax.propose import Round
+from subspec_jax.sources import (
+    ITERATIONS,
+    Source,
+    add_converted,
+    find_draft_model,
+    find_source,
+    load_whole,
+)
+from subspec_jax.tree import TreeSpec
+
+
+def open(
+    model: str | Path | Checkpoint,
+    memory: str | int = "auto",
+    *,
+    method: str | Method = "subspec",
+    also: Sequence[str | Method] = (),
+    tree: TreeSpec | None = None,
+    draft: Draft = Draft(),
+    gate: Gate = Gate(),
+    stop_gain: float | str = 0.0,
+    longest: int = 3,
+    draft_model: str | Path | None = None,
+    options: Options = Options(),
+    reporter: Reporter | None = None,
+    **changes: Any,
+) -> "Engine":
+    """An engine for a registered name, a folder, a GGUF file or an open checkpoint, planned.
+
+    Weights are loaded at the first use. `memory` is a number of bytes or text such as "8GB": the
+    limit, enforced on a GPU before JAX starts there and planned for on a CPU. "auto": the card's;
+    where the whole model fits, a limit that holds a quarter of its layers. "full": the card's.
+
+    `method` is a name of `subspec_jax.methods.NAMES`; `also` names further methods that this engine
+    can change to (`Engine.use`), for which the limit must do too. `tree`, `draft`, `gate`,
+    `stop_gain`, `longest` (the longest n-gram that is looked up) and `draft_model` shape them.
+    Fields of `Options` may be given by name. `reporter` hears of long work; None: bars on a
+    terminal. Raises a SubspecError, such as a limit that no plan meets, or an LLMError, such as a
+    checkpoint that cannot be used.
+    """
+    options = dataclasses.replace(options, **changes)
+    reporter = default_reporter() if reporter is None else reporter
+    residual = options.stream == "residual"
+    random = options.weights == "random"
+    source = find_source(model, options.dtype, residual, random, options.seed, reporter)
+    longest_text = options.max_length or min(LONGEST, source.cfg.max_length)
+    if longest_text > source.cfg.max_length:
+        raise LengthError(
+            f"--max-length {longest_text} is more than the {source.cfg.max_length} positions "
+            "this model was made for (its sliding window, where it has one)"
+        )
+    small = None if draft_model is None else find_draft_model(draft_model, source, reporter)
+    made = functools.partial(
+        make_method,
+        spec=tree or default_tree(),
+        draft=draft,
+        gate=gate,
+        stop_gain=stop_gain,
+        draft_model=small and small.cfg,
+        longest=longest,
+    )
+    named = [m if isinstance(m, Method) else made(m) for m in (method, *also)]
+    methods = {m.name: m for m in named}
+    if residual:
+        add_converted(source, draft, options.quantizer, options.converted, reporter)
+    shorten = options.max_length is None
+    options = dataclasses.replace(options, max_length=longest_text)
+    limit, pool = chosen_limit(memory, source, methods.values(), options, reporter)
+    if shorten:
+        options = _fitting(source, methods, options, limit)
+    return Engine(source, methods, options, limit, pool, reporter, small)
+
+
+LONGEST, SHORTEST = 2048, 512
+"""Tokens of a conversation where none are asked for."""
+
+
+def _fitting(source: Source, methods: dict, options: Options, limit: int) -> Options:
+    """The options with the longest conversation for which every method has a plan."""
+    shorter = options
+    while shorter.max_length >= SHORTEST:
+        try:
+            for m in methods.values():
+                plan_for(source, m, shorter, limit)
+        except PlanError:
+            shorter = dataclasses.replace(shorter, max_length=shorter.max_length // 2)
+        else:
+            return shorter
+    return options
+
+
+class Engine:
+    """A model, its plan and its decoder. Made by `open`; a context manager.
+
+    It decodes one sequence at a time. The output is the target's own (`Method.lossless`).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        methods: dict[str, Method],
+        options: Options,
+        limit: int,
+        pool: int | None,
+        reporter: Reporter = Reporter(),
+        small: Source | None = None,
+    ):
+        self.source, self.cfg, self.options = source, source.cfg, options
+        self.methods, self.method = methods, next(iter(methods.values()))
+        self.limit, self.pool, self.reporter, self._small = limit, pool, reporter, small
+        self.plans = {name: plan_for(source, m, options, limit) for name, m in methods.items()}
+        self.tokenizer = source.tokenizer()
+        if source.checkpoint is not None and self.tokenizer.chat_fallback:
+            reporter.say(self.tokenizer.chat_fallback, warning=True)
+        self.eos = () if source.checkpoint is None or options.replay else self.tokenizer.eos
+        self.device: dict[str, str] = {}
+        self.link_bytes_per_s = self.memory_bytes_per_s = 0.0
+        """Measured bandwidths of the link and of device memory."""
+        self.timings: dict[str, Any] = {"load_s": 0.0, "quantize_s": {}}
+        self.costs: dict[str, RoundCosts] = {}
+        """What `predict` measured, by method."""
+        self.target = self.decoder = None
+        self._draft = self._draft_key = self._layers = None
+        self._totals = {"tokens": 0, "passes": 0, "seconds": 0.0}
+        self._closed = False
+
+    @property
+    def plan(self) -> Plan:
+        """Every byte of the current method, as text too: `print(model.plan)`."""
+        return self.plans[self.method.name]
+
+    # ------------------------------------------------------------------ loading
+
+    def start(self) -> None:
+        """Touches the device: measures its bandwidths and, on a GPU, compiles what is large."""
+        self._check_open()
+        if self.device:
+            return
+        device = jax.devices()[0]
+        on_gpu = device.platform == "gpu"
+        if on_gpu and self.pool is None:
+            warning = "This GPU did not tell its memory: the limit is planned for, not enforced."
+            self.reporter.say(warning, warning=True)
+        if on_gpu:
+            precompile.use_cache(cache_folder() / "compiled")
+        self.device = {"platform": device.platform, "kind": device.device_kind}
+        least = min(p.total for p in self.plans.values())
+        size = min(2**30 if self.pool else 2**28, least // 4)  # the probes must not be the peak
+        self.link_bytes_per_s = probe.link_bandwidth(size)
+        self.memory_bytes_per_s = probe.memory_bandwidth(size)
+
+    def compile(self) -> None:
+        """On a GPU: compiles every method's large programs while the device is empty."""
+        self.start()
+        began, work = time.perf_counter(), {}
+        if self.device["platform"] == "gpu":
+            for name, m in self.methods.items():
+                with self.reporter.status(f"Compiling for {name}"):
+                    how = self.options.sampler, m.gate, self.options.replay, m.longest
+                    work[name] = precompile.compile_ahead(self.plans[name], *how)
+        self.timings |= {"compile_s": time.perf_counter() - began, "compiled_work_space": work}
+
+    def predict(self, name: str | None = None) -> dict[str, float] | None:
+        """Seconds of a round and of its parts, of the current method or the named one.
+
+        One layer of each kind is timed, on a device that holds no weights: a loaded model is put
+        away first. None: the method drafts with a model or a cache that is not predicted.
+        """
+        self.start()
+        name = name or self.method.name
+        p = self.plans[name]
+        own_layers = self.source.shapes(p.draft).layers
+        if p.draft.model is not None or not (p.streams_residuals or _are_plain(own_layers)):
+            return None
+        if name not in self.costs:
+            self._unload()
+            with self.reporter.status(f"Timing a layer for {name}"):
+                self.costs[name] = measure(p, self.source.one_layer(p), self.options.sampler)
+        seconds = round_seconds(p, self.costs[name], self.link_bytes_per_s)
+        return dataclasses.asdict(self.costs[name]) | {"round": seconds}
+
+    def load(self) -> None:
+        """Loads the target where the first method's plan wants it, if it is not loaded."""
+        if self.target is not None:
+            return
+        if "compile_s" not in self.timings:
+            self.compile()
+        self._load(self.plan)
+
+    def _load(self, p: Plan) -> None:
+        began = time.perf_counter()
+        self._layers = p.streams_residuals, p.split_head
+        with self.reporter.bar("Loading layers", p.cfg.layers) as step:
+            self.target = self.source.load(p, step, self.options.verify_weights)
+        self.timings["load_s"] += time.perf_counter() - began
+
+    def _unload(self) -> None:
+        self.target = self.decoder = self._draft = self._draft_key = None
+
+    def use(self, method: str | Method) -> Decoder:
+        """Moves the target to the method's plan, makes its draft, and returns its decoder.
+
+        A `Method` may vary the engine's one of that name as long as its tree is not larger.
+        """
+        self._check_open()
+        m = self.methods[method] if isinstance(method, str) else method
+        p, options = self.plans[m.name], self.options
+        self.decoder = None  # its caches would stand beside the next one's
+        self.method = self.methods[m.name]
+        self.load()
+        key = (p.resident, p.draft, p.table_on_host)
+        if key != self._draft_key:
+            self._draft = None  # frees it before layers move in
+            if (p.streams_residuals, p.split_head) != self._layers:
+                self.target = None
+                self._load(p)
+            self.target = arrange(self.target, p)
+            self._draft = self._make_draft(m, p)
+            self._draft_key = key
+        proposer = m.proposer(self.cfg, self._draft)
+        lengths = options.max_length, options.chunk
+        self.decoder = Decoder(self.target, proposer, options.sampler, m.gate, *lengths)
+        return self.decoder
+
+    def _make_draft(self, m: Method, p: Plan):
+        if m.draft.model is not None:
+            return load_whole(self._small)
+        if m.draft.bits is None:
+            return None
+        began, iterations = time.perf_counter(), ITERATIONS[self.options.quantizer]
+        with self.reporter.bar(f"Quantizing for {m.name}", self.cfg.layers) as step:
+            given = self.target.params, p.draft, p.resident, iterations, step
+            found = make_draft(*given)
+        self.timings["quantize_s"][m.name] = time.perf_counter() - began
+        return found
+
+    def warm_up(
+        self,
+        prompt: Sequence[int],
+        new_tokens: int,
+        method: str | Method | None = None,
+        replay: Callable[[], Iterable[int]] | None = None,
+        tries: int = 3,
+    ) -> Decoder:
+        """A decoder that has compiled what a text like this needs.
+
+        Where memory runs out, because allocators have ways of their own, the plan is changed to one
+        resident layer less, unless `Options.resident` says how many.
+        """
+        method = method or self.method
+        m = self.methods[method] if isinstance(method, str) else method
+        for n in range(tries + 1):
+            try:
+                decoder = self.use(m)
+                with self.reporter.status(f"Compiling for {m.name}"):
+                    decoder.warm_up(prompt, new_tokens, replay)
+                return decoder
+            except jax.errors.JaxRuntimeError as error:
+                resident = self.plans[m.name].resident
+                last = n == tries or self.options.resident is not None or resident == 0
+                if last or "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+            decoder = self.decoder = self._draft = self._draft_key = None
+            self.reporter.say(
+                f"{m.name}: {resident} resident layers left too little memory to work with; "
+                f"trying {resident - 1}",
+                warning=True,
+            )
+            old = self.plans[m.name]
+            how = self.source, m, self.options, self.limit, resident - 1, old.table_on_host
+            self.plans[m.name] = plan_for(*how)
+        raise AssertionError("the loop returns or raises")
+
+    # ------------------------------------------------------------------ decoding
+
+    def rounds(
+        self,
+        prompt: Sequence[int],
+        new_tokens: int | None = None,
+        seed: int | None = None,
+        eos: Sequence[int] | None = None,
+        replay: Iterable[int] | None = None,
+    ) -> Iterator[Round]:
+        """Rounds of decoding behind a prompt of token ids; the first is the prefill's.
+
+        Ends with `new_tokens` (None: as many as fit, 256 at most) or behind a token of `eos` (None:
+        the tokenizer's). `seed` None takes the options'. `replay` needs `Options.replay`.
+        """
+        room = self.options.max_length - len(prompt)
+        new_tokens = max(1, min(256, room)) if new_tokens is None else new_tokens
+        self.start()
+        decoder = self.decoder
+        if decoder is None:  # on a GPU with a trial, in case that the plan is a little too tight
+            decoder = self.warm_up(prompt, new_tokens) if self._on_gpu() else self.use(self.method)
+        seed = self.options.seed if seed is None else seed
+        ends = self.eos if eos is None else eos
+        for result in decoder.rounds(prompt, new_tokens, seed, ends, replay):
+            self._totals["tokens"] += len(result.tokens)
+            self._totals["passes"] += 1
+            self._totals["seconds"] += result.seconds
+            yield result
+
+    def generate(self, prompt: Sequence[int], new_tokens: int | None = None, **how) -> list[int]:
+        """The new token ids of `rounds`, all at once."""
+        return [token for r in self.rounds(prompt, new_tokens, **how) for token in r.tokens]
+
+    def stream(
+        self, prompt: str | Sequence[int], new_tokens: int | None = None, **how
+    ) -> Iterator[str]:
+        """The text that continues a text or token ids, in pieces, as it is decoded."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        text = StreamDecoder(self.tokenizer)
+        for result in self.rounds(ids, new_tokens, **how):
+            for token in result.tokens:
+                if token not in self.eos and (piece := text.push(token)):
+                    yield piece
+        if piece := text.flush():
+            yield piece
+
+    def chat(
+        self, messages: str | list[dict[str, str]], new_tokens: int | None = None, **how
+    ) -> Iterator[str]:
+        """The reply to a message, or to a conversation of {"role", "content"}, in pieces."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.stream(self.tokenizer.chat(messages), new_tokens, **how)
+
+    # ------------------------------------------------------------------ the rest
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What was measured so far: device, bandwidths, times of loading, and of decoding since the
+        engine was opened (tokens a second with prefill; tau is tokens a pass)."""
+        total = self._totals
+        peak = jax.devices()[0].memory_stats() if self._on_gpu() else None
+        return {
+            "device": self.device,
+            "memory_limit": self.limit,
+            "pool": self.pool,
+            "link_bytes_per_s": self.link_bytes_per_s,
+            "memory_bytes_per_s": self.memory_bytes_per_s,
+            **self.timings,
+            **total,
+            "tau": total["tokens"] / total["passes"] if total["passes"] else None,
+            "tokens_per_s": total["tokens"] / total["seconds"] if total["seconds"] else None,
+            "peak_bytes": peak and peak["peak_bytes_in_use"],
+        }
+
+    def _on_gpu(self) -> bool:
+        return self.device.get("platform") == "gpu"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SubspecError("this engine is closed; open another one")
+
+    def close(self) -> None:
+        """Frees what the model holds on the device and on the host."""
+        self._unload()
+        self._closed = True
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _are_plain(layers: tuple) -> bool:
+    return all(isinstance(layer.attn, Attention) for layer in layers)

@@ -1,0 +1,50 @@
+"""What an engine is besides its model, its memory and its method."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from llm_jax.sample import Sampler
+from subspec_jax import memory
+from subspec_jax.sources import Dtype, Quantizer
+from subspec_jax.tree import TreeSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings of an engine that hold for all of its methods."""
+
+    sampler: Sampler = Sampler()
+    max_length: int | None = None
+    """Most tokens of a conversation; the KV cache is made for it. None: 2048, or a half or a quarter
+    of that where the memory does not hold more."""
+    seed: int = 0
+    dtype: Dtype = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""
+    stream: Literal["raw", "residual"] = "raw"
+    """residual: of a streamed layer only what its substitute lacks is moved, about half the bytes,
+    and the exact weights are put together on the device. Converts the model once."""
+    converted: Path | None = None
+    """Folder of the converted model; None: in the cache."""
+    verify_weights: bool = False
+    """Compare a converted model's weights with their checksums while they are loaded."""
+    quantizer: Quantizer = "hqq"
+    weights: Literal["checkpoint", "random"] = "checkpoint"
+    chunk: int = 512
+    """Prompt tokens of one prefill pass; every pass streams all offloaded layers."""
+    resident: int | None = None
+    """Layers to keep on the device; None: as many as fit."""
+    ahead: int = 1
+    """Layers on their way while one is in use."""
+    table_on_host: bool | None = None
+    """Keep an untied embedding table in host memory; None: whatever streams less."""
+    replay: bool = False
+    """Rounds accept what a trace says, right or wrong, to time the engine; the text means nothing.
+    """
+
+
+def default_tree(**changes) -> TreeSpec:
+    """The tree for this machine: 48 levels of 6 nodes on a GPU, 8 of 2 on a CPU, where verifying
+    many tokens takes long."""
+    depth, width = (8, 2) if memory.card_bytes() is None else (48, 6)
+    return TreeSpec(**{"depth": depth, "width": width} | changes)

@@ -1,0 +1,46 @@
+"""Compiled programs that take one dataclass, so that every caller names what it gives."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import jax
+
+Inputs = TypeVar("Inputs")
+Result = TypeVar("Result")
+
+static = functools.partial(dataclasses.field, metadata=dict(static=True))
+"""A field that is part of the program, not of its data: it must be hashable."""
+donated = functools.partial(dataclasses.field, metadata=dict(donated=True))
+"""A field whose buffers the program may reuse for what it returns; they are gone afterwards."""
+
+
+class Program(Generic[Inputs, Result]):
+    """`f(inputs)` compiled, for inputs that are a dataclass registered as a pytree.
+
+    Fields made by `static` select the program, the buffers of fields made by `donated` are given
+    away. `lower` takes the same inputs with shapes in place of arrays.
+    """
+
+    def __init__(self, f: Callable[[Inputs], Result]):
+        def run(given_away: dict[str, Any], rest):
+            return f(dataclasses.replace(rest, **given_away))
+
+        run.__name__ = run.__qualname__ = f.__name__  # profiles and logs show this name
+        self.function = f
+        self._run = jax.jit(run, donate_argnums=0)
+        functools.update_wrapper(self, f)
+
+    def __call__(self, inputs: Inputs) -> Result:
+        return self._run(*_split(inputs))
+
+    def lower(self, inputs: Inputs) -> jax.stages.Lowered:
+        return self._run.lower(*_split(inputs))
+
+
+def _split(inputs):
+    """(what is donated, by name; the inputs without it)."""
+    fields = dataclasses.fields(inputs)
+    given_away = {f.name: getattr(inputs, f.name) for f in fields if f.metadata.get("donated")}
+    return given_away, dataclasses.replace(inputs, **dict.fromkeys(given_away))

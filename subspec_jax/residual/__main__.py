@@ -1,0 +1,31 @@
+"""Converts a checkpoint in a process of its own, for `subspec_jax.sources.add_converted`.
+
+People use `python -m experiments.convert`, which has flags.
+"""
+
+import json
+import sys
+
+from llm_jax import LLMError
+from llm_jax.formats import open_checkpoint
+from llm_jax.progress import default_reporter
+from subspec_jax import SubspecError
+from subspec_jax.residual.convert import convert
+
+
+def main(words: list[str]) -> int:
+    """`words`: JSON of [checkpoint, dtype, folder, bits, group, iterations]."""
+    path, dtype, folder, *how = json.loads(words[0])
+    checkpoint = open_checkpoint(path)
+    cfg = checkpoint.config(dtype)
+    try:
+        with default_reporter().bar("Converting layers", cfg.layers) as step:
+            convert(checkpoint, cfg, folder, *how, progress=lambda done, total: step(done))
+    except (LLMError, SubspecError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

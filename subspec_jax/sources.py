@@ -1,0 +1,205 @@
+"""Where an engine's weights come from: a checkpoint, its converted form, or random numbers.
+
+Finding a source touches no device, so that a memory limit can still be set.
+"""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from llm_jax.checkpoint import Checkpoint
+from llm_jax.config import Config
+from llm_jax.formats import open_checkpoint
+from llm_jax.params import Layer, Params, abstract, init_layer
+from llm_jax.progress import Reporter
+from llm_jax.registry import MODELS, cache_folder, find_checkpoint, find_model
+from llm_jax.tokenizer import ByteTokenizer
+from subspec_jax import memory
+from subspec_jax.draft_model import Draft
+from subspec_jax.load import Progress, all_on_device, load_target, random_target, split_layer
+from subspec_jax.methods import MethodError
+from subspec_jax.plan import Plan, make_plan
+from subspec_jax.residual.convert import convert, is_complete
+from subspec_jax.residual.files import Converted
+from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
+from subspec_jax.tree import TreeSpec
+from subspec_jax.verify import Target
+
+ITERATIONS = {"hqq": 20, "nearest": 0}
+"""Of the quantizer that makes substitutes."""
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantizer = Literal["hqq", "nearest"]
+
+
+def chosen_dtype(wanted: Dtype, residual: bool = False) -> str:
+    """auto: float32 on a CPU (bfloat16 for residuals); on a GPU what it multiplies fast."""
+    if wanted != "auto":
+        return wanted
+    on_cpu = "bfloat16" if residual else "float32"
+    return on_cpu if memory.card_bytes() is None else memory.card_dtype()
+
+
+@dataclasses.dataclass
+class Source:
+    """A model that is known and not yet loaded."""
+
+    name: str
+    cfg: Config
+    checkpoint: Checkpoint | None = None
+    """None: weights are random, for timing."""
+    converted: Converted | None = None
+    """The checkpoint as substitutes and residuals."""
+    residual: bool = False
+    """Methods that have substitutes stream residuals."""
+    seed: int = 0
+    """Of random weights."""
+
+    def __post_init__(self):
+        self._random: Layer | None = None
+
+    def tokenizer(self) -> Any:
+        return ByteTokenizer() if self.checkpoint is None else self.checkpoint.tokenizer()
+
+    def shapes(self, draft: Draft) -> Params:
+        """The target as shapes and dtypes: plain layers, a checkpoint's own kind, or residuals."""
+        if self.residual and draft.bits is not None:
+            # As many bits as the layers: then the substitute of a split head is the low-bit head.
+            split = draft.head_bits == draft.bits
+            if self.converted is None:
+                return _random_residual_shapes(self.cfg, draft.bits, draft.group, split)
+            return self.converted.model_with_split_head if split else self.converted.model
+        if self.checkpoint is not None:
+            return self.checkpoint.model_shapes(self.cfg)
+        return _plain_shapes(self.cfg)
+
+    def load(self, plan: Plan, progress: Progress | None = None, verify: bool = False) -> Target:
+        """The target where the plan wants it; `verify` checks the weights of a converted model."""
+        source = self.converted if plan.streams_residuals else self.checkpoint
+        if source is None:
+            split = self._random_split(plan) if plan.streams_residuals else None
+            return random_target(plan, self.seed, progress, split)
+        return load_target(source, plan, progress, plan.streams_residuals and verify)
+
+    def one_layer(self, plan: Plan) -> Layer:
+        """A layer of the kind that the plan's target has, to be timed."""
+        if not plan.streams_residuals:
+            return init_layer(jax.random.key(0), self.cfg)
+        return self._random_split(plan) if self.converted is None else self.converted.layer(0)
+
+    def _random_split(self, plan: Plan) -> Layer:
+        """A random layer in two parts, encoded once and kept on the host."""
+        if self._random is None:
+            whole = init_layer(jax.random.key(self.seed), self.cfg)
+            self._random = jax.tree.map(np.asarray, split_layer(whole, plan.model.layers[0]))
+        return self._random
+
+
+@functools.cache
+def _plain_shapes(cfg: Config) -> Params:
+    return abstract(cfg)
+
+
+@functools.cache
+def _random_residual_shapes(cfg: Config, bits: int, group: int, split_head: bool) -> Params:
+    """Of random weights, whose residuals take a known number of bytes."""
+    kind = cfg, bits, group
+    room = gaussian_room(*kind)
+    model = dataclasses.replace(abstract(cfg), layers=(split_shapes(*kind, room),) * cfg.layers)
+    if not split_head or "head" not in room:
+        return model
+    return dataclasses.replace(model, head_DV=split_head_shapes(*kind, room["head"]))
+
+
+def find_source(
+    model: str | Path | Checkpoint,
+    dtype: Dtype = "auto",
+    residual: bool = False,
+    random: bool = False,
+    seed: int = 0,
+    reporter: Reporter = Reporter(),
+) -> Source:
+    """The source of a registered name, a folder, a GGUF file, or a checkpoint that is open already.
+
+    `random`: weights of the registered model's shapes in place of its checkpoint. Raises
+    CheckpointError for what cannot be found or does not fit the model it claims to be.
+    """
+    wanted = chosen_dtype(dtype, residual)
+    if random:
+        cfg = dataclasses.replace(find_model(str(model)).config, dtype=wanted)
+        return Source(str(model), cfg, residual=residual, seed=seed)
+    checkpoint = model
+    if isinstance(model, str | Path):
+        named = str(model) in MODELS or not Path(model).expanduser().exists()
+        found = find_checkpoint(str(model), progress=reporter.say) if named else model
+        checkpoint = open_checkpoint(found)
+    cfg = checkpoint.config(wanted)
+    checkpoint.check(cfg)
+    name = str(model) if isinstance(model, str) else Path(checkpoint.path).name
+    return Source(name, cfg, checkpoint, residual=residual, seed=seed)
+
+
+def add_converted(
+    source: Source,
+    draft: Draft,
+    quantizer: Quantizer = "hqq",
+    folder: Path | None = None,
+    reporter: Reporter = Reporter(),
+) -> None:
+    """Gives the source its converted form, which is made first if `folder` does not hold it.
+
+    The default folder is in the cache and named after the model. A process of its own converts,
+    because this one must not touch the device before its limit is set.
+    """
+    if source.checkpoint is None:
+        return
+    cfg, checkpoint = source.cfg, source.checkpoint
+    if folder is None:
+        kind = f"{draft.bits}x{draft.group}-{quantizer}-{cfg.dtype}"
+        folder = cache_folder() / "converted" / f"{source.name}-{kind}"
+    folder = Path(folder).expanduser()
+    how = draft.bits, draft.group, ITERATIONS[quantizer]
+    if not is_complete(folder, cfg):
+        reporter.say(f"Converting to {folder}, once …")
+        if not memory.backends_started():
+            _convert_apart(checkpoint, cfg, folder, how)
+    source.converted = convert(checkpoint, cfg, folder, *how)
+
+
+def _convert_apart(checkpoint: Checkpoint, cfg: Config, folder: Path, how: tuple) -> None:
+    given = [str(checkpoint.path), cfg.dtype, str(folder), *how]
+    command = [sys.executable, "-m", "subspec_jax.residual", json.dumps(given)]
+    if subprocess.run(command).returncode:
+        raise MethodError("the conversion failed; its message is above")
+
+
+def find_draft_model(model: str | Path, target: Source, reporter: Reporter = Reporter()) -> Source:
+    """A small model that drafts for the target. Raises MethodError for another vocabulary."""
+    random = target.checkpoint is None
+    small = find_source(model, target.cfg.dtype, random=random, seed=target.seed + 1)
+    same = random
+    if not random:
+        text = "Speculation: 2 tokenizers, één vocabulary?\n"
+        same = small.tokenizer().encode(text) == target.tokenizer().encode(text)
+    if small.cfg.vocab > target.cfg.vocab or not same:
+        raise MethodError(
+            f"the draft model has a vocabulary of {small.cfg.vocab} and the model one of "
+            f"{target.cfg.vocab}"
+            + ("" if same else ", and they cut text into different tokens")
+            + "; speculation needs the same tokens, so take a smaller model of the same family"
+        )
+    return small
+
+
+def load_whole(source: Source) -> Params:
+    """All parameters on the device."""
+    cfg = source.cfg
+    whole = make_plan(cfg, 2**60, TreeSpec("chain", depth=0), resident=cfg.layers)
+    return all_on_device(source.load(whole).params)
