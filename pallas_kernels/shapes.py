@@ -31,10 +31,6 @@ class LowrankShape:
         each = sum(block_bytes(r, bits) for r in (self.k_rank, self.v_rank))
         return batch * slots * self.groups * (each + (8 if bits < 16 else 0))
 
-    def full_bytes(self, batch: int, slots: int) -> int:
-        """Bytes of the ordinary 16-bit keys and values of one layer."""
-        return batch * slots * self.kv_heads * self.head_dim * 4
-
     def arguments(self, batch: int, slots: int, bits: int, positions: int = 1):
         """(q, k, v, up_k, up_v, lengths) of `lowrank_attention` as shapes, bfloat16."""
         bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)

@@ -23,7 +23,7 @@ def test_every_entry_of_the_table_fits():
     for (_, inputs, outputs, bits, group, rows), cfg in tiling._table().items():
         shape = next(s for s in MATMUL.values() if (s.inputs, s.outputs) == (inputs, outputs))
         chunks = shape.packed(bits, group).words_BNSc.shape[1]
-        assert rows in tiling.ROWS and why_not_tiling(cfg, chunks) is None
+        assert rows in tiling.ROW_BUCKETS and why_not_tiling(cfg, chunks) is None
 
 
 def test_lookup_by_the_bucket(tmp_path, monkeypatch):
