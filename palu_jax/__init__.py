@@ -1,5 +1,101 @@
-"""Low-rank, quantized KV caches as transformations of parameters (Palu, arXiv 2407.21118)."""
+"""Low-rank, quantized KV caches as transformations of parameters (Palu, arXiv 2407.21118).
+
+    palu = palu_jax.compress(params, cfg, batches, keep=0.7, bits=4)
+
+Importing it needs jax and numpy alone, and loads a module when one of its names is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 
 class PaluError(ValueError):
     """The base of this package's errors; their messages are for users."""
+
+
+if TYPE_CHECKING:
+    from palu_jax.calibration import CalibrationError, Statistics, calibrate
+    from palu_jax.compression import Compression, Compressor, compress
+    from palu_jax.convert import ConvertError, Recipe, to_palu
+    from palu_jax.latent import FormatError, LatentFormat
+    from palu_jax.planner import CachePlan, plan_cache
+    from palu_jax.rank import (
+        RankError,
+        bytes_per_token,
+        error_ranks,
+        fisher_ranks,
+        group_sizes,
+        uniform_ranks,
+    )
+    from palu_jax.rival import KVFormat, kivi, to_quantized_cache
+    from palu_jax.store import PaluCheckpoint, StoreError, describe, restore, save
+
+_HOMES = {  # name -> its module, imported when the name is first used; no module has such a name
+    "CachePlan": "palu_jax.planner",
+    "CalibrationError": "palu_jax.calibration",
+    "Compression": "palu_jax.compression",
+    "Compressor": "palu_jax.compression",
+    "ConvertError": "palu_jax.convert",
+    "FormatError": "palu_jax.latent",
+    "KVFormat": "palu_jax.rival",
+    "LatentFormat": "palu_jax.latent",
+    "PaluCheckpoint": "palu_jax.store",
+    "RankError": "palu_jax.rank",
+    "Recipe": "palu_jax.convert",
+    "Statistics": "palu_jax.calibration",
+    "StoreError": "palu_jax.store",
+    "bytes_per_token": "palu_jax.rank",
+    "calibrate": "palu_jax.calibration",
+    "compress": "palu_jax.compression",
+    "describe": "palu_jax.store",
+    "error_ranks": "palu_jax.rank",
+    "fisher_ranks": "palu_jax.rank",
+    "group_sizes": "palu_jax.rank",
+    "kivi": "palu_jax.rival",
+    "plan_cache": "palu_jax.planner",
+    "restore": "palu_jax.store",
+    "save": "palu_jax.store",
+    "to_palu": "palu_jax.convert",
+    "to_quantized_cache": "palu_jax.rival",
+    "uniform_ranks": "palu_jax.rank",
+}
+__all__ = [
+    "CachePlan",
+    "CalibrationError",
+    "Compression",
+    "Compressor",
+    "ConvertError",
+    "FormatError",
+    "KVFormat",
+    "LatentFormat",
+    "PaluCheckpoint",
+    "PaluError",
+    "RankError",
+    "Recipe",
+    "Statistics",
+    "StoreError",
+    "bytes_per_token",
+    "calibrate",
+    "compress",
+    "describe",
+    "error_ranks",
+    "fisher_ranks",
+    "group_sizes",
+    "kivi",
+    "plan_cache",
+    "restore",
+    "save",
+    "to_palu",
+    "to_quantized_cache",
+    "uniform_ranks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

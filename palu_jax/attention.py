@@ -22,31 +22,35 @@ from llm_jax.attention import (
     rotated,
 )
 from llm_jax.config import Config
-from llm_jax.linear import linear, precision
+from llm_jax.linear import linear
 from pallas_kernels.lowrank_attention import lowrank_attention
+from pallas_kernels.lowrank_attention.reference import rebuilt_heads
+from pallas_kernels.precision import precision
 from palu_jax.latent import LatentFormat, PaluCache
 
 _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 FEW = 16
-"""Up to so many query positions go through the fused kernel; more rebuild keys and values once."""
+"""Up to this many query positions go through the fused kernel. For more of them, keys and values
+are rebuilt once."""
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """A key or value projection x @ down @ up, group of heads by group of heads."""
+    """A key or value projection as a product, x @ down @ up, for each group of heads."""
 
     down_DR: jax.Array
-    """The groups' latents side by side."""
+    """[D, sum of the groups' ranks]: the groups' latents side by side."""
     up_gRKH: jax.Array | None
-    """[groups, largest rank, kv heads a group, head size]; zero beyond a group's rank or heads.
-    None where it is fused into the output projection."""
+    """[groups, largest rank, kv heads in a group, head size]; zero beyond a group's own rank and
+    heads. None where it is multiplied into the output projection."""
     mean_F: jax.Array | None
-    """[K * H]: what the mean direction of the inputs gives, for the mean split."""
+    """[K * H]: the projection of the mean direction of the inputs, for the mean split."""
     ranks: tuple[int, ...] = _static()
+    """The rank of each group."""
     heads: tuple[int, ...] = _static()
-    """kv heads of each group."""
+    """The number of kv heads in each group."""
 
 
 @register_dataclass
@@ -58,51 +62,40 @@ class PaluAttention:
     k: Factors
     v: Factors
     o: jax.Array
-    """[N * H, D]; with fused values [N * R_v, D]."""
+    """[N * H, D], or [N * R_v, D] where the value factors are multiplied into it."""
     q_bias: jax.Array | None
     k_bias: jax.Array | None
     v_bias: jax.Array | None
     q_norm: jax.Array | None
     k_norm: jax.Array | None
-    lead_D: jax.Array | None
-    """The mean split's coefficient of an input is its product with this."""
+    mean_probe_D: jax.Array | None
+    """For the mean split: its product with an input is the input's coefficient of the mean."""
     o_bias: jax.Array | None
-    """What the value bias gives behind a fused output projection."""
+    """The value bias behind an output projection that holds the value factors."""
     format: LatentFormat = dataclasses.field(metadata=dict(static=True))
 
 
 @empty_cache.register
 def _(p: PaluAttention, cfg: Config, batch: int, slots: int, scratch: int = 0) -> PaluCache:
-    ranks = p.k.ranks, p.v.ranks
-    lead = p.lead_D is not None
-    return PaluCache.empty(p.format, ranks, lead, batch, slots, scratch, cfg.dtype)
+    ranks, mean_split = (p.k.ranks, p.v.ranks), p.mean_probe_D is not None
+    return PaluCache.empty(p.format, ranks, mean_split, batch, slots, scratch, cfg.dtype)
 
 
-def rebuild(f: Factors, z_BSR, mean_coefficient_BS, bias, head_dim: int):
-    """The projection's output from its latents, [B, S, K, H]."""
+def rebuild(
+    f: Factors,
+    z_BSR: jax.Array,
+    mean_coefficient_BS: jax.Array | None,
+    bias: jax.Array | None,
+    head_dim: int,
+) -> jax.Array:
+    """The projection's output from its latents: [B, S, K, H] in the latents' dtype."""
+    heads = lambda vector: None if vector is None else vector.reshape(-1, head_dim)
+    addends = mean_coefficient_BS, heads(f.mean_F), heads(bias)
     with jax.named_scope("rebuild"):
-        parts, at = [], 0
-        product = functools.partial(jnp.einsum, precision=precision(z_BSR.dtype))
-        for up_RKH, rank, heads in zip(f.up_gRKH, f.ranks, f.heads, strict=True):
-            z = z_BSR[..., at : at + rank]
-            parts.append(product("BSR,RKH->BSKH", z, up_RKH[:rank, :heads]))
-            at += rank
-        y_BSKH = jnp.concatenate(parts, axis=2)
-        if f.mean_F is not None:
-            mean = f.mean_F.reshape(1, 1, -1, head_dim)
-            y_BSKH = y_BSKH + mean_coefficient_BS[..., None, None].astype(y_BSKH.dtype) * mean
-        if bias is not None:
-            y_BSKH = y_BSKH + bias.reshape(1, 1, -1, head_dim)
-        return y_BSKH
+        return rebuilt_heads(z_BSR, f.up_gRKH, f.ranks, f.heads, *addends, z_BSR.dtype)
 
 
-def keys(p: PaluAttention, z_BSR, mean_coefficient_BS, position_BS, cfg: Config):
-    """Rotated keys from latents, [B, S, K, H]."""
-    k_BSKH = rebuild(p.k, z_BSR, mean_coefficient_BS, p.k_bias, cfg.head_dim)
-    return rotated(k_BSKH, p.k_norm, position_BS, cfg)
-
-
-def slot_positions(step: Step, slots: int):
+def slot_positions(step: Step, slots: int) -> jax.Array:
     """[B or 1, S]: the rotary position of every slot."""
     return jnp.arange(slots, dtype=jnp.int32)[None] if step.slot_BS is None else step.slot_BS
 
@@ -113,10 +106,11 @@ def _(p: PaluAttention, x_BTD, cache: PaluCache, step: Step, cfg: Config):
     q = projected(p.q, p.q_bias, x_BTD, cfg.head_dim)
     q = rotated(q, p.q_norm, step.position_BT, cfg)
     zk, zv = linear(p.k.down_DR, x_BTD), linear(p.v.down_DR, x_BTD)
-    lead = None
-    if p.lead_D is not None:
-        lead = jnp.einsum("BTD,D->BT", x_BTD, p.lead_D, precision=precision(x_BTD.dtype))
-    before, cache = cache, cache.write(zk, zv, lead, step.at, step.real)
+    coefficient = None
+    if p.mean_probe_D is not None:
+        products = precision(x_BTD.dtype)
+        coefficient = jnp.einsum("BTD,D->BT", x_BTD, p.mean_probe_D, precision=products)
+    before, cache = cache, cache.write(zk, zv, coefficient, step.at, step.real)
     if p.format.keeps_exact:
         y = _mixed(p, q, before, cache, (zk, zv), step, cfg)
     elif T <= FEW:
@@ -128,7 +122,8 @@ def _(p: PaluAttention, x_BTD, cache: PaluCache, step: Step, cfg: Config):
 
 
 def _fused(p, q_BTNH, cache, step, cfg):
-    """One kernel over the packed latents; heads [B, T, N, H], or [B, T, N, R_v] if fused into o."""
+    """One kernel over the packed latents: [B, T, N, H], or [B, T, N, R_v] where o holds the value
+    factors."""
     heads = lambda vector: None if vector is None else vector.reshape(-1, cfg.head_dim)
     return lowrank_attention(
         q_BTNH,
@@ -156,12 +151,18 @@ def _fused(p, q_BTNH, cache, step, cfg):
 def _rebuilt(p, q_BTNH, cache, step, cfg):
     """Keys and values rebuilt for all slots, then dense attention: for prefill."""
     zk, zv = cache.stored(q_BTNH.dtype)
-    k = keys(p, zk, cache.mean_coefficient_BS, slot_positions(step, cache.slots), cfg)
+    k = _keys(p, zk, cache.mean_coefficient_BS, slot_positions(step, cache.slots), cfg)
     return dense_attention(q_BTNH, k, _values(p, zv, cache.mean_coefficient_BS, cfg), step.mask_BTS)
 
 
+def _keys(p, z_BSR, mean_coefficient_BS, position_BS, cfg):
+    """Normed and rotated keys from latents, [B, S, K, H]."""
+    k_BSKH = rebuild(p.k, z_BSR, mean_coefficient_BS, p.k_bias, cfg.head_dim)
+    return rotated(k_BSKH, p.k_norm, position_BS, cfg)
+
+
 def _values(p, zv_BSR, mean_coefficient_BS, cfg):
-    """What the attention weights average: values, or with a fused output projection latents."""
+    """What the attention weights average: values, or latents where o holds the value factors."""
     if p.v.up_gRKH is not None:
         return rebuild(p.v, zv_BSR, mean_coefficient_BS, p.v_bias, cfg.head_dim)
     B, S, _ = zv_BSR.shape
@@ -169,9 +170,13 @@ def _values(p, zv_BSR, mean_coefficient_BS, cfg):
     return jnp.repeat(zv_BSR.reshape(B, S, groups, -1), cfg.kv_heads // groups, axis=2)
 
 
-def dense_attention(q_BTNH, k_BSKH, v_BSKX, mask_BTS):
-    """Attention over rebuilt keys and values; cuDNN's for long bfloat16 prefill on a GPU, which
-    never holds all scores."""
+def dense_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKX: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """Attention over rebuilt keys and values, [B, T, N, width of v].
+
+    A long bfloat16 prefill on a GPU takes cuDNN's attention, which never holds all scores.
+    """
     flash = q_BTNH.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
     flash &= k_BSKH.shape == v_BSKX.shape and q_BTNH.shape[-1] in (64, 128)
     if not flash or q_BTNH.shape[1] % 64 or k_BSKH.shape[1] % 64:
@@ -184,21 +189,31 @@ def dense_attention(q_BTNH, k_BSKH, v_BSKX, mask_BTS):
 def _mixed(p, q_BTNH, before, cache, new, step, cfg):
     """Attention where the first and the newest tokens count with their exact latents.
 
-    A token's distance to the query decides, so queries of one chunk see different sets: scores are
-    made from both kinds of keys and chosen one by one.
+    The distance between token and query decides. So the queries of one chunk see different tokens
+    exactly: scores are computed with both kinds of keys, and each pair takes one of the two.
     """
     f, slots, dtype = p.format, cache.slots, q_BTNH.dtype
     position_BS = slot_positions(step, slots)
     behind_BTS = step.position_BT[:, :, None] - position_BS[:, None]
     old_BTS = (behind_BTS >= f.window) & (jnp.arange(slots) >= f.sinks)[None, None]
     kinds = cache.stored(dtype), before.recent(*new, step.at, dtype)
-    k_old, k_exact = (keys(p, zk, cache.mean_coefficient_BS, position_BS, cfg) for zk, _ in kinds)
-    v_old, v_exact = (_values(p, zv, cache.mean_coefficient_BS, cfg) for _, zv in kinds)
+    mean = cache.mean_coefficient_BS
+    k_old, k_exact = (_keys(p, zk, mean, position_BS, cfg) for zk, _ in kinds)
+    v_old, v_exact = (_values(p, zv, mean, cfg) for _, zv in kinds)
     return attend_either(q_BTNH, (k_old, v_old), (k_exact, v_exact), step.mask_BTS, old_BTS)
 
 
-def attend_either(q_BTNH, old, exact, mask_BTS, old_BTS):
-    """`attend` over two versions of keys and values; `old_BTS` says which one a query sees."""
+def attend_either(
+    q_BTNH: jax.Array,
+    old: tuple[jax.Array, jax.Array],
+    exact: tuple[jax.Array, jax.Array],
+    mask_BTS: jax.Array,
+    old_BTS: jax.Array,
+) -> jax.Array:
+    """`attend` over two versions of keys and values [B, S, K, H].
+
+    A query sees the version `old` of a slot where `old_BTS` is True, otherwise `exact`.
+    """
     B, T, N, H = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(B, T, old[0].shape[2], -1, H)
     product = functools.partial(

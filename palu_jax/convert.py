@@ -1,15 +1,18 @@
 """`to_palu`: parameters in, parameters out, with low-rank key and value projections.
 
+    groups = group_sizes(cfg.kv_heads, 2)
+    ranks = uniform_ranks(cfg.layers, groups, cfg.head_dim, keep=0.7)
     statistics = calibrate(params, batches, cfg)
-    palu = to_palu(params, cfg, Recipe(ranks=uniform(...)), statistics)
-    tokens = generate(palu, prompt, cfg, steps=64)
+    palu = to_palu(params, cfg, Recipe(groups, ranks), statistics)
+
+`palu_jax.compress` does all of it in one call.
 
 Letters: D model, F outputs of a projection, K kv heads (K' in a group), N query heads, H head size,
 R rank, g groups.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import jax.numpy as jnp
@@ -20,57 +23,67 @@ from llm_jax.config import Config
 from llm_jax.params import Attention, Layer, Params
 from palu_jax import PaluError
 from palu_jax.attention import Factors, PaluAttention
+from palu_jax.calibration import LayerStatistics, Statistics
 from palu_jax.decompose import Spectrum, block_diagonal, key_metric, spectrum, value_metric
-from palu_jax.latent import LatentFormat, rotation
+from palu_jax.hadamard import rotation
+from palu_jax.latent import LatentFormat
+from palu_jax.rank import Ranks
 
 Objective = Literal["plain", "whitened", "aware", "gradient"]
 DISTANCES = np.unique(np.geomspace(1, 2048, 48).astype(int))
-"""Between query and key, over which the cost of a key's error is averaged."""
+"""Distances between query and key; the cost of a key's error is averaged over them."""
 
 
 class ConvertError(PaluError):
-    """A conversion that cannot be; the message says what does not fit."""
+    """An impossible conversion; the message says what does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a converted model looks like.
-
-    `objective`: plain SVD of the weight; whitened by the inputs (Palu); aware, which weights errors
-    of keys by the queries they meet and errors of values by the output projection; gradient, which
-    weights both by the gradient of the loss.
-    """
+    """What a converted model looks like: ranks, objective and format."""
 
     groups: tuple[int, ...]
-    """kv heads of each group, from `palu_jax.rank.group_sizes`."""
-    ranks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    """For each layer the ranks of K's groups and of V's, from `palu_jax.rank`."""
+    """The number of kv heads in each group, from `palu_jax.rank.group_sizes`."""
+    ranks: Ranks
+    """From `palu_jax.rank`."""
     objective: Objective = "whitened"
+    """What the factors minimize. plain: the error of the weight (an SVD). whitened: the error of
+    the outputs (Palu). aware: errors of keys weighted by the queries that they meet, errors of
+    values by the output projection. gradient: both weighted by the gradient of the loss."""
     format: LatentFormat = dataclasses.field(default_factory=LatentFormat)
     rotate: bool = True
-    """Latents are turned by a Hadamard matrix, folded into the factors; for fewer than 16 bits."""
+    """Latents of fewer than 16 bits are rotated by a Hadamard matrix, which is multiplied into the
+    factors."""
     mean_split: bool = False
-    """The mean direction of the inputs has a 16-bit coefficient of its own, one a token."""
+    """Each token's coefficient of the mean direction of the inputs is kept apart, in 16 bits."""
     fuse_values: bool = False
-    """The value factor is multiplied into the output projection; pays for ranks up to H."""
+    """The value factors are multiplied into the output projection; worth it for ranks up to H."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spectra:
-    """The spectra of all groups of one layer, and the mean direction that was split off."""
+    """The spectra of all groups of one layer, and what is needed to make factors from them."""
 
     k: tuple[Spectrum, ...]
     v: tuple[Spectrum, ...]
     mean_D: np.ndarray | None
+    """The mean direction that was split off."""
     w_k_DF: np.ndarray
     w_v_DF: np.ndarray
 
 
-def layer_spectra(attn: Attention, cfg: Config, groups, objective, statistics=None, mean=False):
-    """The `Spectra` of a layer: everything about a conversion but the ranks.
+def layer_spectra(
+    attn: Attention,
+    cfg: Config,
+    groups: Sequence[int],
+    objective: Objective,
+    statistics: LayerStatistics | None = None,
+    mean: bool = False,
+) -> Spectra:
+    """The `Spectra` of a layer; they serve any ranks and any format.
 
-    `statistics` is the layer's `palu_jax.calibrate.LayerStatistics`; the plain objective and no
-    mean split need none.
+    `mean` splits off the mean direction. Only the plain objective without a mean split needs no
+    `statistics`. Raises ConvertError where something does not fit.
     """
     if not isinstance(attn, Attention):
         raise ConvertError(f"only ordinary attention can be converted, not {type(attn).__name__}")
@@ -88,13 +101,13 @@ def layer_spectra(attn: Attention, cfg: Config, groups, objective, statistics=No
         gram = np.asarray(statistics.gram_DD, np.float64)
         if len(gram) != cfg.d_model:
             raise ConvertError(
-                f"the statistics are of a model of width {len(gram)}; this one has {cfg.d_model}"
+                f"the statistics belong to a model of width {len(gram)}; this one has {cfg.d_model}"
             )
         theirs = np.shape(statistics.query_KHH)[:2]
         if theirs != (cfg.kv_heads, cfg.head_dim):
             raise ConvertError(
-                f"the statistics are of a model with kv heads and head size {theirs}; this one has "
-                f"{(cfg.kv_heads, cfg.head_dim)}"
+                f"the statistics belong to a model with kv heads and head size {theirs}; this one "
+                f"has {(cfg.kv_heads, cfg.head_dim)}"
             )
     mu = None
     if mean:
@@ -116,7 +129,7 @@ def layer_spectra(attn: Attention, cfg: Config, groups, objective, statistics=No
 
 
 def _metrics(attn, cfg, objective, statistics):
-    """The metrics [F, F] of the errors of keys and of values, None for the identity."""
+    """The metrics [F, F] for errors of keys and of values; None for the identity."""
     if objective == "aware":
         frequencies = rope_frequencies(cfg).astype(np.float64)
         k = key_metric(statistics.query_KHH, frequencies, DISTANCES)
@@ -131,28 +144,40 @@ def to_palu(
     params: Params,
     cfg: Config,
     recipe: Recipe,
-    statistics=None,
+    statistics: Statistics | None = None,
     progress: Callable[[int], None] | None = None,
+    spectra: Sequence[Spectra] | None = None,
 ) -> Params:
-    """The parameters with every layer's attention converted; everything else is shared.
+    """The parameters with the attention of every layer converted; all other arrays are shared.
 
-    `statistics` are `palu_jax.calibrate.Statistics`, not needed by the plain objective.
+    Only the plain objective needs no `statistics`. `progress` gets the number of layers done.
+    `spectra` are those of all layers where they exist already (`palu_jax.Compressor` keeps them).
+    Raises ConvertError where the recipe does not fit.
     """
-    check(cfg, recipe, statistics)
+    check_recipe(cfg, recipe, statistics)
     layers = []
     for i, layer in enumerate(params.layers):
-        of_layer = None if statistics is None else statistics.layers[i]
-        found = layer_spectra(
-            layer.attn, cfg, recipe.groups, recipe.objective, of_layer, recipe.mean_split
-        )
+        if spectra is not None:
+            found = spectra[i]
+        else:
+            own = None if statistics is None else statistics.layers[i]
+            found = layer_spectra(
+                layer.attn, cfg, recipe.groups, recipe.objective, own, recipe.mean_split
+            )
         layers.append(convert_layer(layer, cfg, recipe, recipe.ranks[i], found))
         if progress:
             progress(i + 1)
     return dataclasses.replace(params, layers=tuple(layers))
 
 
-def convert_layer(layer: Layer, cfg: Config, recipe: Recipe, ranks, found: Spectra) -> Layer:
-    """The layer with a `PaluAttention`, from spectra that serve any ranks and format."""
+def convert_layer(
+    layer: Layer,
+    cfg: Config,
+    recipe: Recipe,
+    ranks: tuple[tuple[int, ...], tuple[int, ...]],
+    found: Spectra,
+) -> Layer:
+    """The layer with a `PaluAttention` of these ranks, made from the layer's spectra."""
     attn, dtype = layer.attn, cfg.dtype
     bits = recipe.format.key_bits, recipe.format.value_bits
     made = []
@@ -168,26 +193,26 @@ def convert_layer(layer: Layer, cfg: Config, recipe: Recipe, ranks, found: Spect
         down, up = jnp.asarray(down, dtype), jnp.asarray(up, dtype)
         made.append(Factors(down, up, mean_F, tuple(ranks[which]), tuple(recipe.groups)))
     k, v = made
-    lead = None
+    mean_probe_D = None
     if found.mean_D is not None:
-        lead = jnp.asarray(found.mean_D / (found.mean_D @ found.mean_D), dtype)
+        mean_probe_D = jnp.asarray(found.mean_D / (found.mean_D @ found.mean_D), dtype)
     o, o_bias = attn.o, None
     if recipe.fuse_values:
         o, o_bias = _fused_output(attn, v, cfg)
         v = dataclasses.replace(v, up_gRKH=None)
     palu = PaluAttention(
-        attn.q,
-        k,
-        v,
-        o,
-        attn.q_bias,
-        attn.k_bias,
-        None if recipe.fuse_values else attn.v_bias,
-        attn.q_norm,
-        attn.k_norm,
-        lead,
-        o_bias,
-        recipe.format,
+        q=attn.q,
+        k=k,
+        v=v,
+        o=o,
+        q_bias=attn.q_bias,
+        k_bias=attn.k_bias,
+        v_bias=None if recipe.fuse_values else attn.v_bias,
+        q_norm=attn.q_norm,
+        k_norm=attn.k_norm,
+        mean_probe_D=mean_probe_D,
+        o_bias=o_bias,
+        format=recipe.format,
     )
     return dataclasses.replace(layer, attn=palu)
 
@@ -199,16 +224,16 @@ def _factors(spectra, ranks, recipe, cfg, rotate):
     for i, (s, rank, heads) in enumerate(zip(spectra, ranks, recipe.groups, strict=True)):
         down, up = s.factors(rank)
         if rotate:
-            down, up = turned(down, up, recipe.format.block or rank)
+            down, up = _rotated(down, up, recipe.format.block or rank)
         downs.append(down)
         up_gRKH[i, :rank, :heads] = up.reshape(rank, heads, cfg.head_dim)
     return np.concatenate(downs, axis=1), up_gRKH
 
 
-def turned(down_DR, up_RF, block: int):
+def _rotated(down_DR, up_RF, block: int):
     """The factors with their latents rotated, `block` latents at a time.
 
-    Blocks take every n-th latent, so that each has its share of the large ones.
+    A block takes every n-th latent, so that each block has some of the large ones.
     """
     count = down_DR.shape[1] // block
     order = np.arange(count * block).reshape(block, count).T.reshape(-1)
@@ -219,7 +244,7 @@ def turned(down_DR, up_RF, block: int):
 
 
 def _fused_output(attn, v: Factors, cfg):
-    """(W_o with each head's value factor in front [N * R_v, D], W_o^T of the value bias [D])."""
+    """(W_o times each head's value factor [N * R_v, D], W_o times the value bias [D])."""
     o = np.asarray(attn.o, np.float64).reshape(cfg.heads, cfg.head_dim, -1)
     up = np.asarray(v.up_gRKH, np.float64)
     shared = cfg.heads // cfg.kv_heads
@@ -235,7 +260,8 @@ def _fused_output(attn, v: Factors, cfg):
     return fused, jnp.asarray(np.einsum("nh,nhd->d", spread, o), cfg.dtype)
 
 
-def check_groups(cfg: Config, groups) -> None:
+def check_groups(cfg: Config, groups: Sequence[int]) -> None:
+    """Raises ConvertError where groups do not make up the model's kv heads."""
     if sum(groups) != cfg.kv_heads or any(size < 1 for size in groups):
         raise ConvertError(
             f"groups {tuple(groups)} do not add up to the {cfg.kv_heads} kv heads of this model"
@@ -244,8 +270,8 @@ def check_groups(cfg: Config, groups) -> None:
         raise ConvertError(f"groups {tuple(groups)}: only the last one may be smaller")
 
 
-def check(cfg: Config, recipe: Recipe, statistics=None) -> None:
-    """Raises ConvertError for the first thing about a recipe that does not fit the model."""
+def check_recipe(cfg: Config, recipe: Recipe, statistics: Statistics | None = None) -> None:
+    """Raises ConvertError for the first thing in a recipe that does not fit the model."""
     check_groups(cfg, recipe.groups)
     if len(recipe.ranks) != cfg.layers:
         raise ConvertError(
@@ -253,7 +279,7 @@ def check(cfg: Config, recipe: Recipe, statistics=None) -> None:
         )
     if statistics is not None and len(statistics.layers) != cfg.layers:
         raise ConvertError(
-            f"the statistics are of {len(statistics.layers)} layers; the model has {cfg.layers}"
+            f"the statistics have {len(statistics.layers)} layers; the model has {cfg.layers}"
         )
     for i, layer in enumerate(recipe.ranks):
         for name, ranks in zip(("key", "value"), layer, strict=True):
@@ -268,7 +294,7 @@ def check(cfg: Config, recipe: Recipe, statistics=None) -> None:
                         f"layer {i}: {name} rank {rank} of a group of {heads} heads; expected 1 to "
                         f"{full}, the group's outputs"
                     )
-            recipe.format.blocks(ranks)  # raises where blocks do not divide
+            recipe.format.blocks(ranks)  # raises where blocks do not divide ranks
     if recipe.fuse_values:
         if recipe.mean_split:
             raise ConvertError("fused values leave no place for a mean split; choose one")

@@ -1,27 +1,29 @@
-"""Low-rank factors of key and value projections, the best of their rank in a chosen metric.
+"""Low-rank factors of key and value projections: the best of their rank in a chosen metric.
 
-Of a weight W [D, F] with inputs of second moment C = E[x x^T] and a metric M on the outputs, the
-factors minimize E |(x W - x down up) M^(1/2)|^2. With A = M^(1/2) W^T C W M^(1/2) = E diag(a) E^T
-they are down = W M^(1/2) E_r and up = E_r^T M^(-1/2), and the error is the sum of the eigenvalues
-left out. (Palu takes an SVD of W S with C = S S^T; the same optimum for M = I, without Cholesky
-factors, which fail, or inverses of C, which need not exist.)
+A weight W [D, F] has inputs with the second moment C = E[x x^T], and M is a metric on the outputs.
+The factors minimize E |(x W - x down up) M^(1/2)|^2. With A = M^(1/2) W^T C W M^(1/2) =
+E diag(a) E^T they are down = W M^(1/2) E_r and up = E_r^T M^(-1/2), and the error is the sum of the
+eigenvalues that are left out. (Palu takes an SVD of W S with C = S S^T. For M = I the optimum is
+the same, but this way needs no Cholesky factors, which may fail, and no inverse of C, which need
+not exist.)
 
 Letters: D inputs, F outputs of a group of heads, R rank, K kv heads, H head size.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """The eigenvectors behind the factors of one group, for any rank. float64 NumPy."""
+    """The eigenvectors that give the factors of one group for any rank; float64 NumPy arrays."""
 
     down_DF: np.ndarray
     up_FF: np.ndarray
     energy_F: np.ndarray
-    """Eigenvalues of A, largest first: what a rank more takes off the squared error."""
+    """Eigenvalues of A, largest first: one more rank reduces the squared error by the next one."""
 
     def factors(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """(down [D, R], up [R, F])."""
@@ -32,12 +34,14 @@ class Spectrum:
         return float(self.energy_F[rank:].sum())
 
 
-def spectrum(w_DF, gram_DD=None, metric_FF=None, floor: float = 1e-6) -> Spectrum:
-    """The best factors of every rank. None stands for the identity.
+def spectrum(
+    w_DF: Any, gram_DD: Any = None, metric_FF: Any = None, floor: float = 1e-6
+) -> Spectrum:
+    """The best factors of every rank. None for C or M stands for the identity.
 
-    Latent i is scaled to the fourth root of its eigenvalue, as in Palu: rotated latents are
-    quantized with equal noise, whose share in the output is then least. `floor` bounds the metric
-    from below (as a part of its mean), so that no direction of the output is given up entirely.
+    Latent i is scaled to the fourth root of its eigenvalue, as in Palu. Rotated latents are
+    quantized with equal noise, and this scale makes the noise in the output smallest. `floor` is
+    the metric's lower bound as a part of its mean, so that no direction of the output is given up.
     """
     w = np.asarray(w_DF, np.float64)
     middle = w.T @ w if gram_DD is None else w.T @ np.asarray(gram_DD, np.float64) @ w
@@ -58,12 +62,13 @@ def _roots(metric_FF, size, floor):
     return (u * np.sqrt(s)) @ u.T, (u / np.sqrt(s)) @ u.T
 
 
-def key_metric(query_KHH, frequencies, distances) -> np.ndarray:
-    """[K, H, H]: what an error of an unrotated key costs in scores, averaged over distances.
+def key_metric(query_KHH: Any, frequencies: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    """[K, H, H]: how much an error of an unrotated key changes scores, averaged over distances.
 
-    A score is q^T R_d k with the rotation R_d of their distance, so an error e of the key costs
-    e^T (mean over d of R_d^T E[q q^T] R_d) e. Pairs that turn fast keep only the energy of the
-    query in the pair; slow ones keep its direction too. `frequencies` [H/2] are radians a token.
+    A score is q^T R_d k, where R_d is the rotation by the distance of query and key. So an error e
+    of the key costs e^T (mean over d of R_d^T E[q q^T] R_d) e. For pairs that turn fast only the
+    query's energy in the pair counts, for slow pairs its direction too. `frequencies` [H/2] are
+    radians a token.
     """
     q = np.asarray(query_KHH, np.float64)
     half = q.shape[-1] // 2
@@ -78,19 +83,19 @@ def key_metric(query_KHH, frequencies, distances) -> np.ndarray:
     return out / len(distances) / (2 * half)
 
 
-def value_metric(o_ND, heads: int, kv_heads: int) -> np.ndarray:
-    """[K, H, H]: what an error of a value costs behind the output projection.
+def value_metric(o_ND: Any, heads: int, kv_heads: int) -> np.ndarray:
+    """[K, H, H]: how much an error of a value changes the output of the output projection.
 
-    The sum of W_o,n W_o,n^T over the query heads n that read a kv head; how the heads' errors add
-    up depends on the text and is left out.
+    This is the sum of W_o,n W_o,n^T over the query heads n that read a kv head. How the errors of
+    different heads add up depends on the text and is left out.
     """
     w = np.asarray(o_ND, np.float64)
     w = w.reshape(kv_heads, heads // kv_heads, -1, w.shape[1])
     return np.einsum("kghd,kgid->khi", w, w)
 
 
-def block_diagonal(metric_KHH) -> np.ndarray:
-    """[F, F] with the heads' metrics along the diagonal."""
+def block_diagonal(metric_KHH: np.ndarray) -> np.ndarray:
+    """[F, F] with the metrics of the heads along the diagonal."""
     K, H, _ = metric_KHH.shape
     out = np.zeros((K, H, K, H))
     for k in range(K):

@@ -1,5 +1,7 @@
 """What a Palu layer keeps of its tokens: packed latents, and exact ones of the first and newest.
 
+`quantize_latents` packs latents, `PaluCache` holds them, `LatentFormat` says how.
+
 Letters: B batch, T new tokens, S slots, X exact slots, R latents of a token, r latents of a block,
 P packed bytes, g blocks.
 """
@@ -7,45 +9,47 @@ P packed bytes, g blocks.
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
-from llm_jax.cache import move_rows, write
-from pallas_kernels.lowrank_attention.latents import BITS, Latents, block_bytes, dense, pack
+from llm_jax.cache import move_rows, write_rows
+from pallas_kernels.bit_fields import pack_codes
+from pallas_kernels.lowrank_attention.latents import LATENT_BITS, Latents, block_bytes, dense
 from palu_jax import PaluError
 
 _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 
 class FormatError(PaluError):
-    """A cache format that cannot be; the message says what is possible."""
+    """An impossible cache format; the message says what is possible."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentFormat:
-    """How latents are stored. Keys and values may differ; 16 bits means as they are."""
+    """How latents are stored. Keys and values may differ; with 16 bits they are not quantized."""
 
     key_bits: int = 16
     value_bits: int = 16
     clip: tuple[float, ...] | None = None
-    """Shares of a block's range that are tried; the one with the least squared error is used.
-    None: the whole range, and at 2 bits down to 0.6 of it."""
+    """Shares of a block's range to try; the one with the least squared error is used.
+    None: the whole range, and at 2 bits also shares down to 0.6."""
     block: int = 0
-    """Latents that share a step and an offset; 0: all of a group of heads."""
+    """Number of latents that share a step and an offset; 0: all of a group of heads."""
     sinks: int = 0
-    """First tokens kept in 16 bits."""
+    """Number of first tokens kept in 16 bits."""
     window: int = 0
-    """Newest tokens kept in 16 bits; a token is quantized once, when it leaves."""
+    """Number of newest tokens kept in 16 bits; older ones are read as quantized."""
     dtype: str | None = None
-    """Of 16-bit latents; None: the model's."""
+    """The dtype of 16-bit latents; None: the model's."""
 
     def __post_init__(self):
         for name in ("key_bits", "value_bits"):
-            if getattr(self, name) not in BITS:
-                known = ", ".join(map(str, BITS))
+            if getattr(self, name) not in LATENT_BITS:
+                known = ", ".join(map(str, LATENT_BITS))
                 raise FormatError(f"{name} is {getattr(self, name)}; possible are {known}")
         for name in ("block", "sinks", "window"):
             if getattr(self, name) < 0:
@@ -54,13 +58,16 @@ class LatentFormat:
             raise FormatError(f"clip is {self.clip}; expected shares above 0 and at most 1")
 
     def shares(self, bits: int) -> tuple[float, ...]:
-        """What `encode` tries at so many bits."""
+        """The shares of a block's range that `quantize_latents` tries at this number of bits."""
         if self.clip is not None:
             return self.clip
         return (1.0, 0.9, 0.8, 0.7, 0.6) if bits == 2 else (1.0,)
 
     def blocks(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        """Sizes of the quantization blocks of groups with these ranks."""
+        """Sizes of the quantization blocks of groups with these ranks.
+
+        Raises FormatError where blocks do not divide a rank.
+        """
         if not self.block:
             return tuple(ranks)
         if bad := [r for r in ranks if r % self.block]:
@@ -69,15 +76,19 @@ class LatentFormat:
 
     @property
     def keeps_exact(self) -> bool:
+        """Whether some tokens are kept in 16 bits beside their codes."""
         return bool(self.sinks or self.window) and min(self.key_bits, self.value_bits) < 16
 
 
-def encode(z_BTR, bits: int, blocks: tuple[int, ...], clip=(1.0,)) -> Latents:
-    """The latents of T tokens as `bits`-bit codes, asymmetric, one step and offset a block.
+def quantize_latents(
+    z_BTR: jax.Array, bits: int, blocks: tuple[int, ...], clip: tuple[float, ...] = (1.0,)
+) -> Latents:
+    """The latents of T tokens as asymmetric codes of `bits` bits, with a step and an offset for
+    each block.
 
-    Offsets are rounded down and steps up in bfloat16, so that the whole range is covered. A range
-    smaller than the block's own (`clip`) is taken where it lowers the squared error: at 2 bits the
-    extremes of a Gaussian block cost more than they are worth.
+    Offsets are rounded down and steps are rounded up in bfloat16, so that the whole range is
+    covered. `clip` lists shares of a block's range; a smaller range is used where it lowers the
+    squared error. At 2 bits the extremes of a Gaussian block cost more than they are worth.
     """
     if bits == 16:
         return Latents(z_BTR, None, None, bits, blocks)
@@ -88,7 +99,7 @@ def encode(z_BTR, bits: int, blocks: tuple[int, ...], clip=(1.0,)) -> Latents:
             z = z_BTR[..., at : at + count * size].astype(jnp.float32)
             z = z.reshape(*z.shape[:-1], count, size)
             code, step, offset = _best(z, bits, clip)
-            bytes_ = pack(code.astype(jnp.uint8), bits)
+            bytes_ = pack_codes(code.astype(jnp.uint8), bits)
             parts.append((bytes_.reshape(*bytes_.shape[:-2], -1), step, offset))
             at += count * size
         codes, step, offset = (jnp.concatenate(p, axis=-1) for p in zip(*parts, strict=True))
@@ -96,7 +107,7 @@ def encode(z_BTR, bits: int, blocks: tuple[int, ...], clip=(1.0,)) -> Latents:
 
 
 def _best(z_Xr, bits, clip):
-    """(codes [..., r], step, offset [...]) of the share of the range with the least error."""
+    """(codes [..., r], step [...], offset [...]) for the share of the range with least error."""
     low, high = z_Xr.min(-1, keepdims=True), z_Xr.max(-1, keepdims=True)
     best = None
     for share in clip:
@@ -125,8 +136,10 @@ def _round(x, toward: int):
     )
 
 
-def empty_latents(batch: int, slots: int, bits: int, blocks: tuple[int, ...], dtype) -> Latents:
-    """Zeroed slots on the default device."""
+def empty_latents(
+    batch: int, slots: int, bits: int, blocks: tuple[int, ...], dtype: jnp.dtype
+) -> Latents:
+    """Slots that hold zeros, on the default device."""
     if bits == 16:
         return Latents(jnp.zeros((batch, slots, sum(blocks)), dtype), None, None, bits, blocks)
     count = sum(block_bytes(size, bits) for size in blocks)
@@ -138,26 +151,30 @@ def empty_latents(batch: int, slots: int, bits: int, blocks: tuple[int, ...], dt
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """Rows kept in 16 bits: of the first `sinks` slots, then a ring of the newest ones.
+    """Rows kept in 16 bits: those of the first `sinks` slots, then a ring of the newest ones.
 
-    Slot s is at place s, or behind the sinks at sinks + (s - sinks) % ring.
+    A slot s below `sinks` is at place s, any other at place sinks + (s - sinks) % ring.
     """
 
     rows_BXR: jax.Array
     sinks: int = _static()
 
     @classmethod
-    def empty(cls, batch, slots, width, sinks, window, scratch, dtype):
+    def empty(
+        cls, batch: int, slots: int, width: int, sinks: int, window: int, scratch: int, dtype: Any
+    ) -> "Exact":
+        """Zeros; `scratch` is the largest number of slots beyond the committed text."""
         ring = min(max(window + scratch, 1), slots)
         return cls(jnp.zeros((batch, min(sinks, slots) + ring, width), dtype), min(sinks, slots))
 
-    def place(self, slot):
+    def place(self, slot: Any) -> jax.Array:
+        """Where the rows of these slots are, if they are still there."""
         ring = self.rows_BXR.shape[1] - self.sinks
         return jnp.where(slot < self.sinks, slot, self.sinks + (slot - self.sinks) % ring)
 
-    def write(self, fresh_BTR, at, real=None) -> "Exact":
-        """With the rows of slots at … at+T-1, or the first `real` of them; of more than the ring
-        holds, the last stay."""
+    def write(self, fresh_BTR: jax.Array, at: Any, real: Any = None) -> "Exact":
+        """With new rows for slots at … at+T-1, or for the first `real` of them. Where these are
+        more than the ring holds, the last ones stay."""
         place = np.arange(self.rows_BXR.shape[1])
         last = at + (fresh_BTR.shape[1] if real is None else real) - 1
         behind = (last - place) % (len(place) - self.sinks)
@@ -166,16 +183,19 @@ class Exact:
         taken = jnp.take(fresh_BTR.astype(self.rows_BXR.dtype), slot - at, axis=1, mode="clip")
         return Exact(jnp.where(new_X[None, :, None], taken, self.rows_BXR), self.sinks)
 
-    def move(self, source, at) -> "Exact":
+    def move(self, source: jax.Array, at: Any) -> "Exact":
+        """Slots `source[R]` moved to at … at+R-1."""
         taken = jnp.take(self.rows_BXR, self.place(source), axis=1)
         places = self.place(at + jnp.arange(source.shape[0]))
         return Exact(self.rows_BXR.at[:, places].set(taken), self.sinks)
 
-    def view(self, fresh_BTR, at, slots: int):
-        """[B, S, R] before `write`, with the new rows in: right for sinks, the newest slots and the
-        new ones, anything elsewhere."""
+    def view(self, fresh_BTR: jax.Array, at: Any, slots: int) -> jax.Array:
+        """[B, S, R]: the rows of all slots before `write`, with the new rows put in.
+
+        They are right for the sinks, the newest slots and the new rows, and arbitrary elsewhere.
+        """
         every = jnp.take(self.rows_BXR, self.place(jnp.arange(slots)), axis=1)
-        return write(every, fresh_BTR, at)
+        return write_rows(every, fresh_BTR, at)
 
 
 @register_dataclass
@@ -186,18 +206,29 @@ class PaluCache:
     k: Latents
     v: Latents
     mean_coefficient_BS: jax.Array | None
-    """The mean split's coefficient of each token, in 16 bits."""
+    """For the mean split: each token's coefficient of the mean direction, in 16 bits."""
     exact: Exact | None
-    """Key and value latents side by side."""
+    """Key and value latents of some tokens in 16 bits, side by side."""
     format: LatentFormat = dataclasses.field(metadata=dict(static=True))
 
     @property
     def slots(self) -> int:
+        """The number of tokens that fit."""
         return self.k.codes_BSP.shape[1]
 
     @classmethod
-    def empty(cls, format: LatentFormat, ranks, lead: bool, batch, slots, scratch, dtype):
-        """Zeroed; `ranks` are those of the groups of K and of V."""
+    def empty(
+        cls,
+        format: LatentFormat,
+        ranks: tuple[tuple[int, ...], tuple[int, ...]],
+        mean_split: bool,
+        batch: int,
+        slots: int,
+        scratch: int,
+        dtype: Any,
+    ) -> "PaluCache":
+        """Zeros; `ranks` are those of the key groups and of the value groups. `scratch` is the
+        largest number of slots beyond the committed text, such as those of a draft tree."""
         dtype = jnp.dtype(format.dtype or dtype)
         k, v = (
             empty_latents(batch, slots, bits, format.blocks(r), dtype)
@@ -207,85 +238,47 @@ class PaluCache:
         if format.keeps_exact:
             sizes = (k.rank + v.rank, format.sinks, format.window, scratch)
             exact = Exact.empty(batch, slots, *sizes, dtype)
-        return cls(k, v, jnp.zeros((batch, slots), dtype) if lead else None, exact, format)
+        coefficient_BS = jnp.zeros((batch, slots), dtype) if mean_split else None
+        return cls(k, v, coefficient_BS, exact, format)
 
-    def write(self, zk_BTR, zv_BTR, lead_BT, at, real=None) -> "PaluCache":
-        """With T new tokens in slots at … at+T-1, `real` as in `Step`; nothing stored before is
-        touched."""
+    def write(
+        self,
+        zk_BTR: jax.Array,
+        zv_BTR: jax.Array,
+        mean_coefficient_BT: jax.Array | None,
+        at: Any,
+        real: Any = None,
+    ) -> "PaluCache":
+        """With T new tokens in slots at … at+T-1, `real` as in `llm_jax.attention.Step`. Tokens
+        stored before stay as they are."""
         f = self.format
-        put = lambda old, new: jax.tree.map(lambda a, b: write(a, b, at), old, new)
-        k = put(self.k, encode(zk_BTR, f.key_bits, self.k.blocks, f.shares(f.key_bits)))
-        v = put(self.v, encode(zv_BTR, f.value_bits, self.v.blocks, f.shares(f.value_bits)))
-        lead = (
-            None
-            if self.mean_coefficient_BS is None
-            else write(self.mean_coefficient_BS, lead_BT, at)
+        put = lambda old, new: jax.tree.map(lambda a, b: write_rows(a, b, at), old, new)
+        sides = (self.k, zk_BTR, f.key_bits), (self.v, zv_BTR, f.value_bits)
+        k, v = (
+            put(old, quantize_latents(z, bits, old.blocks, f.shares(bits)))
+            for old, z, bits in sides
         )
+        coefficient_BS = self.mean_coefficient_BS
+        if coefficient_BS is not None:
+            coefficient_BS = write_rows(coefficient_BS, mean_coefficient_BT, at)
         exact = self.exact and self.exact.write(jnp.concatenate([zk_BTR, zv_BTR], -1), at, real)
-        return PaluCache(k, v, lead, exact, f)
+        return PaluCache(k, v, coefficient_BS, exact, f)
 
-    def move(self, source, at) -> "PaluCache":
-        """Slots `source[R]` to at … at+R-1, exact latents with them."""
+    def move(self, source: jax.Array, at: Any) -> "PaluCache":
+        """Slots `source[R]` moved to at … at+R-1, together with their exact latents."""
         rows = lambda tree: jax.tree.map(lambda a: move_rows(a, source, at), tree)
         exact = self.exact and self.exact.move(source, at)
         return PaluCache(
             rows(self.k), rows(self.v), rows(self.mean_coefficient_BS), exact, self.format
         )
 
-    def stored(self, dtype):
-        """(key latents, value latents) [B, S, R] as their codes say, every slot."""
+    def stored(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """(key latents, value latents) [B, S, R] of all slots, dequantized."""
         return dense(self.k, dtype), dense(self.v, dtype)
 
-    def recent(self, zk_BTR, zv_BTR, at, dtype):
-        """(key latents, value latents) [B, S, R] from `Exact.view`; of the cache before `write`."""
+    def recent(
+        self, zk_BTR: jax.Array, zv_BTR: jax.Array, at: Any, dtype: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """(key latents, value latents) [B, S, R] of `Exact.view`; ask the cache before `write`."""
         both = self.exact.view(jnp.concatenate([zk_BTR, zv_BTR], -1), at, self.slots).astype(dtype)
         return both[..., : self.k.rank], both[..., self.k.rank :]
-
-
-def rotation(size: int) -> np.ndarray:
-    """An orthogonal [size, size] float64 matrix whose entries are as equal as can be.
-
-    A Hadamard matrix over sqrt(size) (Sylvester's and Paley's constructions and their products)
-    where one is known, else the Q of a fixed Gaussian matrix. The first row is constant: the first
-    latent, which carries most of the energy, becomes the same addend of every rotated one, and a
-    block's offset takes it up.
-    """
-    found = _hadamard(size)
-    if found is None:
-        gaussian = np.random.default_rng(size).normal(size=(size, size))
-        gaussian[:, 0] = 1
-        q, _ = np.linalg.qr(gaussian)
-        return (q * np.sign(q[0, 0])).T
-    return found * found[:1] / np.sqrt(size)  # columns with the sign that makes the first row +
-
-
-def _hadamard(size: int) -> np.ndarray | None:
-    """A matrix of ±1 with orthogonal rows, or None where these constructions give none."""
-    if size in (1, 2):
-        return np.array([[1.0, 1.0], [1.0, -1.0]])[:size, :size]
-    if size % 4:
-        return None
-    if _is_prime(size - 1):  # Paley I: size - 1 = 3 mod 4
-        q = size - 1
-        s = np.zeros((size, size))
-        s[0, 1:], s[1:, 0], s[1:, 1:] = 1, -1, _jacobsthal(q)
-        return s + np.eye(size)
-    if (half := _hadamard(size // 2)) is not None:
-        return np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), half)
-    if _is_prime(q := size // 2 - 1) and q % 4 == 1:  # Paley II
-        s = np.ones((q + 1, q + 1)) - np.eye(q + 1)
-        s[1:, 1:] = _jacobsthal(q)
-        eye = np.eye(q + 1)
-        return np.kron(s, np.array([[1, 1], [1, -1]])) + np.kron(eye, np.array([[1, -1], [-1, -1]]))
-    return None
-
-
-def _is_prime(n: int) -> bool:
-    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
-
-
-def _jacobsthal(q: int) -> np.ndarray:
-    """Entry (i, j) is 1 where i - j is a nonzero square modulo the prime q, else -1; 0 at i = j."""
-    squares = {i * i % q for i in range(1, q)}
-    row = np.array([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)])
-    return row[(np.arange(q)[:, None] - np.arange(q)[None]) % q]

@@ -1,13 +1,13 @@
-"""Group size, bits and ranks for a number of cache bytes a token, by predicted error.
+"""Group size, bits and ranks for a number of cache bytes a token, chosen by predicted error.
 
-A plan weighs what truncation loses against what quantization loses, for every item (the keys or the
-values of one group of heads in one layer). With eigenvalues a_1 >= a_2 >= ... of an item, latents
-scaled to their fourth roots and rotated, rank r at b bits is predicted to cost
+A plan weighs the loss by truncation against the loss by quantization for every item: the keys or
+the values of one group of heads in one layer. An item has eigenvalues a_1 >= a_2 >= ...; its
+latents are scaled to their fourth roots and rotated. Rank r at b bits is predicted to cost
 
     TRUNCATION sum_{j > r} a_j  +  NOISE D(b, r) (sum_{j <= r} a_j^(1/2))^2 / r,
 
-D being the mean squared error of a Gaussian block of r latents over its variance. Items compare
-under the gradient objective, where this is a change of the loss in nats a token.
+where D is the mean squared error of a Gaussian block of r latents over its variance. Under the
+gradient objective this is a change of the loss in nats a token, so items can be compared.
 """
 
 import dataclasses
@@ -15,14 +15,15 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from llm_jax.config import Config
 from pallas_kernels.lowrank_attention.cost import decode_seconds
-from pallas_kernels.lowrank_attention.latents import BITS, dense
-from palu_jax.latent import LatentFormat, encode
+from pallas_kernels.lowrank_attention.latents import LATENT_BITS, dense
+from palu_jax.latent import LatentFormat, quantize_latents
 from palu_jax.rank import (
     META,
     RankError,
@@ -35,41 +36,44 @@ from palu_jax.rank import (
 )
 
 TRUNCATION, NOISE = 3.1, 0.27
-"""Change of the loss over what the metric says, fitted to seven conversions of SmolLM2 (truncation
-2.5 to 3.7, noise 0.24 to 0.29; docs/decisions.md). What truncation drops is the same subspace in
-every token and adds up, rounding errors of different tokens average out."""
+"""Change of the loss over the metric's error, fitted to seven conversions of SmolLM2 (truncation
+2.5 to 3.7, noise 0.24 to 0.29). Truncation drops the same subspace in every token, so its errors
+add up; rounding errors of different tokens average out."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """One way to spend a budget."""
+class CachePlan:
+    """One way to spend a budget of cache bytes."""
 
     groups: tuple[int, ...]
+    """The number of kv heads in each group."""
     ranks: Ranks
     key_bits: int
     value_bits: int
     error: float
     """Predicted change of the loss, in nats a token."""
     bytes_per_token: int
+    """In the caches of all layers."""
     seconds: float | None
-    """Predicted time of one decode step's attention over all layers; None where no kernel runs."""
+    """Predicted time of one decode step's attention in all layers; None where no kernel runs."""
 
 
-def plan(
+def plan_cache(
     energies: Mapping[int, Sequence],
     cfg: Config,
     budget: float,
     multiple: int = 4,
-    bits: Sequence[int] = BITS,
+    bits: Sequence[int] = LATENT_BITS,
     tokens: int = 65536,
     slowest: float | None = None,
-) -> list[Plan]:
+) -> list[CachePlan]:
     """Every combination of group size and bits that fits `budget` bytes a token, the best first.
 
-    `energies` has, for each group size (kv heads), a list over layers of (energies of the key
-    groups, energies of the value groups), each largest first. `slowest`: seconds that a step's
-    attention over `tokens` slots may take by the cost model of the kernels; combinations that no
-    kernel covers are then left out. RankError if nothing fits.
+    `energies` has for each group size (in kv heads) a list over layers of (eigenvalues of the key
+    groups, eigenvalues of the value groups), each largest first. `slowest` limits the seconds that
+    a decode step's attention over `tokens` slots takes by the cost model of the kernels;
+    combinations that no kernel runs are then left out. Raises RankError if nothing fits.
+    `palu_jax.Compressor.plans` makes the energies and calls this.
     """
     found, least = [], math.inf
     for group, layers in energies.items():
@@ -80,7 +84,7 @@ def plan(
             raise RankError(
                 f"ranks in steps of {multiple} do not reach the full rank {min(full)} of a group"
             )
-        curves = {b: [predicted(part, b) for part in parts] for b in set(bits)}
+        curves = {b: [predicted_error(part, b) for part in parts] for b in set(bits)}
         items = _tied(groups, cfg.layers)
         for pair in itertools.product(bits, bits):
             of = [pair[side] for side in np.tile(np.repeat([0, 1], len(groups)), cfg.layers)]
@@ -101,7 +105,7 @@ def plan(
                 continue
             error = sum(c[r] for c, r in zip(chosen, at, strict=True))
             size = bytes_per_token(ranks, form)
-            found.append(Plan(groups, ranks, *pair, float(error), size, seconds))
+            found.append(CachePlan(groups, ranks, *pair, float(error), size, seconds))
     if not found:
         limit = "" if slowest is None else f" and {slowest:g} s a step over {tokens} tokens"
         raise RankError(
@@ -111,9 +115,10 @@ def plan(
 
 
 def _tied(groups, layers: int) -> list[list[int]]:
-    """Which items share a rank: the groups of a projection, as the kernels want it, if of one size.
+    """Which items share a rank: the groups of one projection if they are of one size, because the
+    kernels want equal ranks there.
 
-    Items count layer by layer, keys before values, group by group.
+    Items are counted layer by layer, keys before values, group by group.
     """
     n = len(groups)
     together = n if len(set(groups)) == 1 else 1
@@ -125,9 +130,11 @@ def _spread(at, items, groups: int) -> Ranks:
 
 
 def _fill(curves, costs, items, groups, budget, fixed, multiple, form):
-    """Ranks of the items with least error within the budget; None where rounding leaves no room.
+    """The ranks of the items with the least error within the budget; None where rounding leaves no
+    room.
 
-    Packed blocks are whole bytes, so what rounding up added is taken off and tried again.
+    Packed blocks are whole bytes: what rounding up adds is taken off the budget, and ranks are
+    chosen again.
     """
     over = 0
     while True:
@@ -141,11 +148,13 @@ def _fill(curves, costs, items, groups, budget, fixed, multiple, form):
         over += excess
 
 
-def step_seconds(cfg: Config, groups, ranks: Ranks, form: LatentFormat, tokens: int):
-    """Predicted seconds of a decode step's attention over all layers, by the kernels' cost model.
+def step_seconds(
+    cfg: Config, groups: Sequence[int], ranks: Ranks, form: LatentFormat, tokens: int
+) -> float | None:
+    """Predicted seconds of a decode step's attention in all layers, by the kernels' cost model.
 
-    None where the kernels do not run: 2 and 3 bits, groups of different sizes or ranks, and ranks
-    that they do not take.
+    None where the kernels do not run: for 2 and 3 bits, for groups of different sizes or ranks, and
+    for ranks that they do not take.
     """
     if min(form.key_bits, form.value_bits) < 4 or len(set(groups)) > 1:
         return None
@@ -161,8 +170,8 @@ def step_seconds(cfg: Config, groups, ranks: Ranks, form: LatentFormat, tokens: 
     return total
 
 
-def predicted(energy_F, bits: int) -> np.ndarray:
-    """The change of the loss if 0 … F latents of an item are kept, at so many bits, [F + 1]."""
+def predicted_error(energy_F: Any, bits: int) -> np.ndarray:
+    """[F + 1]: the change of the loss if 0 … F latents of an item are kept with `bits` bits."""
     energy = np.asarray(energy_F, np.float64)
     cost = TRUNCATION * truncation(energy)
     if bits == 16:
@@ -172,10 +181,11 @@ def predicted(energy_F, bits: int) -> np.ndarray:
     return cost + np.concatenate([[0.0], NOISE * distortion(bits, count) * kept])
 
 
-def distortion(bits: int, size) -> np.ndarray:
-    """D(b, r): mean squared error over variance of `encode` on Gaussian blocks of r latents.
+def distortion(bits: int, size: Any) -> np.ndarray:
+    """D(b, r) for block sizes r: the mean squared error of `quantize_latents` over the variance of
+    Gaussian blocks.
 
-    Measured on a fixed sample at powers of two and interpolated in log r.
+    It is measured on a fixed sample for powers of two, and interpolated in log r.
     """
     if bits == 16:
         return np.zeros(np.shape(size))
@@ -190,7 +200,7 @@ def _sampled(bits: int, power: int) -> float:
     size = 2**power
     z = np.random.default_rng(power).standard_normal((max(16, 2**14 // size), size))
     z = z.astype(np.float32)
-    packed = jax.jit(encode, static_argnums=(1, 2, 3))(
+    packed = jax.jit(quantize_latents, static_argnums=(1, 2, 3))(
         z, bits, (size,), LatentFormat(bits).shares(bits)
     )
     back = np.asarray(jax.jit(dense, static_argnums=1)(packed, "float32"))

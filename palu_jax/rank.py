@@ -1,30 +1,34 @@
-"""How many ranks each projection keeps: evenly, by Fisher information, or where they matter most.
-
-`Ranks` are, for each layer, the ranks of the key groups and those of the value groups.
+"""How many ranks each projection keeps: the same share everywhere, shares by Fisher information, or
+the ranks that reduce the error most.
 """
 
 import heapq
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from pallas_kernels.lowrank_attention.latents import block_bytes
 from palu_jax import PaluError
+from palu_jax.calibration import Statistics
 from palu_jax.latent import LatentFormat
 
 Ranks = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+"""For each layer the ranks of its key groups and the ranks of its value groups."""
+META = 4
+"""Bytes of a block's step and offset."""
 
 
 class RankError(PaluError):
-    """Ranks that cannot be; the message says what is possible."""
+    """Impossible ranks; the message says what is possible."""
 
 
 def group_sizes(kv_heads: int, group: int) -> tuple[int, ...]:
-    """kv heads of each group: 1 is Palu's M-LRD, all of them J-LRD, between them G-LRD.
+    """The number of kv heads in each group, for groups of `group` heads.
 
-    The last group is smaller where `group` does not divide the heads.
+    In Palu's words, 1 head is M-LRD, all heads are J-LRD, and numbers between are G-LRD. The last
+    group is smaller where `group` does not divide the heads. Raises RankError.
     """
     if not 1 <= group <= kv_heads:
         raise RankError(
@@ -44,11 +48,12 @@ def _check(keep: float, multiple: int, full: Sequence[int]) -> None:
         )
 
 
-def distribute(shares, caps, total: int, multiple: int) -> np.ndarray:
-    """Whole multiples near total * share each, at least one and at most their cap.
+def distribute(shares: Any, caps: Any, total: int, multiple: int) -> np.ndarray:
+    """Ranks [n] near total * share: multiples of `multiple`, at least one of them, at most the cap.
 
-    What a cap cuts off goes to the others in proportion, and rounding is by largest remainder, so
-    the sum is `total` rounded down to a multiple (or what floors and caps allow).
+    What a cap takes away goes to the others in proportion. Rounding is by the largest remainder, so
+    the sum is `total` rounded down to a multiple (or what floors and caps allow). Raises RankError
+    where `total` is too small.
     """
     shares, caps = np.asarray(shares, np.float64), np.asarray(caps) // multiple
     units = min(int(total // multiple), int(caps.sum()))
@@ -74,11 +79,18 @@ def distribute(shares, caps, total: int, multiple: int) -> np.ndarray:
     return found * multiple
 
 
-def uniform(layers: int, groups, head_dim: int, keep: float, multiple: int = 4, split=(1, 1)):
-    """`Ranks` that keep the same share everywhere; `split` is R_k : R_v, (1, 1) for equal ones.
+def uniform_ranks(
+    layers: int,
+    groups: Sequence[int],
+    head_dim: int,
+    keep: float,
+    multiple: int = 4,
+    split: tuple[float, float] = (1, 1),
+) -> Ranks:
+    """`Ranks` that keep the share `keep` in every layer and group; `split` is R_k : R_v.
 
-    Every group gets the multiple at or below its share, so that groups of any size have the same
-    sum of ranks where its multiple divides them.
+    Every group gets the largest multiple of `multiple` that its share allows, and at least one.
+    Raises RankError.
     """
     full = [heads * head_dim for heads in groups]
     _check(keep, multiple, full)
@@ -90,19 +102,21 @@ def uniform(layers: int, groups, head_dim: int, keep: float, multiple: int = 4, 
     return (one,) * layers
 
 
-def fisher(
-    statistics,
-    groups,
+def fisher_ranks(
+    statistics: Statistics,
+    groups: Sequence[int],
     head_dim: int,
     keep: float,
     multiple: int = 4,
     per: Literal["projection", "group"] = "projection",
 ) -> Ranks:
-    """`Ranks` in proportion to Fisher information: the mean over weights of the root of its mean.
+    """`Ranks` in proportion to Fisher information (Palu's search).
 
-    Palu's search. `per` projection (its default) splits a projection's ranks evenly over its
-    groups. Differences: labels are shifted once, and ranks that rounding or caps take away go to
-    the others, so that `keep` is met; the official code rounds each to 32 and leaves it at that.
+    The score of a projection is the mean, over its weights, of the square root of their Fisher
+    information. With `per` projection (Palu's default) a projection's ranks are divided evenly
+    among its groups; with `per` group each group has a score. Two differences to the official code:
+    labels are shifted once, and ranks lost to rounding or caps go to other projections, so that
+    `keep` is met. Raises RankError.
     """
     full = [heads * head_dim for heads in groups]
     _check(keep, multiple, full)
@@ -122,19 +136,21 @@ def fisher(
     return by_layer(found, len(groups))
 
 
-def by_layer(flat, groups: int) -> Ranks:
-    """`Ranks` from a flat row of them: layer by layer, keys before values, group by group."""
+def by_layer(flat: Any, groups: int) -> Ranks:
+    """`Ranks` from a flat row: layer by layer, keys before values, group by group."""
     table = np.asarray(flat).reshape(-1, 2, groups)
     return tuple(tuple(tuple(int(r) for r in part) for part in layer) for layer in table)
 
 
-def water_fill(curves, costs, budget: float, multiple: int = 4) -> np.ndarray:
-    """Ranks [n] of least total error whose cost stays within the budget.
+def water_fill(
+    curves: Sequence[np.ndarray], costs: np.ndarray, budget: float, multiple: int = 4
+) -> np.ndarray:
+    """Ranks [n] with the least total error whose cost stays within the budget.
 
-    `curves[i][r]` is the error of item i at rank r = 0 … full, `costs[i]` the price of one of its
-    ranks. Steps of `multiple` are bought where they take off most a price; optimal, but for the
-    last step, where curves are convex (sums of discarded eigenvalues are), otherwise each curve
-    counts as its convex hull.
+    `curves[i][r]` is the error of item i at rank r = 0 … full; `costs[i]` is the price of one of
+    its ranks. Each step buys `multiple` ranks of the item whose error falls most for the price. For
+    convex curves, such as sums of discarded eigenvalues, this is optimal up to the last step; any
+    other curve counts as its convex hull. Raises RankError where the budget is too small.
     """
     hulls = [_hull(np.asarray(c, np.float64)[::multiple]) for c in curves]
     at = np.ones(len(curves), int)
@@ -159,7 +175,7 @@ def water_fill(curves, costs, budget: float, multiple: int = 4) -> np.ndarray:
 
 
 def _hull(curve) -> np.ndarray:
-    """The largest convex curve nowhere above the given one."""
+    """The largest convex curve that is nowhere above the given one."""
     kept = [0]
     for i in range(1, len(curve)):
         while len(kept) > 1 and (curve[kept[-1]] - curve[kept[-2]]) * (i - kept[-1]) >= (
@@ -170,16 +186,19 @@ def _hull(curve) -> np.ndarray:
     return np.interp(np.arange(len(curve)), kept, curve[kept])
 
 
-def truncation(energy) -> np.ndarray:
-    """The error at ranks 0 … full, from eigenvalues in descending order."""
+def truncation(energy: Any) -> np.ndarray:
+    """The error at ranks 0 … full, [F + 1], from F eigenvalues in descending order."""
     return np.concatenate([np.cumsum(np.asarray(energy)[::-1])[::-1], [0.0]])
 
 
-def by_error(spectra, groups, head_dim: int, keep: float, multiple: int = 4) -> Ranks:
-    """`Ranks` of least summed error, the budget being ranks: water-filling over all spectra.
+def error_ranks(
+    spectra: Sequence[Any], groups: Sequence[int], head_dim: int, keep: float, multiple: int = 4
+) -> Ranks:
+    """`Ranks` with the least total error for a share of all ranks: water-filling over all spectra.
 
-    `spectra` are the `palu_jax.convert.Spectra` of all layers. Errors of different layers, and of
-    keys and values, compare only under the gradient objective, where all are changes of the loss.
+    `spectra` are the `palu_jax.convert.Spectra` of all layers. Errors of different layers, and
+    errors of keys and of values, can be compared only under the gradient objective: there all are
+    changes of the loss. Raises RankError.
     """
     full = [heads * head_dim for heads in groups]
     _check(keep, multiple, full)
@@ -190,20 +209,23 @@ def by_error(spectra, groups, head_dim: int, keep: float, multiple: int = 4) -> 
     return by_layer(water_fill(curves, np.ones(len(curves)), keep * total, multiple), len(groups))
 
 
-def kept(ranks: Ranks, groups, head_dim: int) -> float:
-    """The share of all ranks that is kept."""
+def share_kept(ranks: Ranks, groups: Sequence[int], head_dim: int) -> float:
+    """The share of all ranks that these keep."""
     full = 2 * len(ranks) * sum(groups) * head_dim
     return sum(sum(part) for layer in ranks for part in layer) / full
 
 
-def bytes_per_token(ranks: Ranks, format: LatentFormat, lead: bool = False, size: int = 2) -> int:
-    """Bytes that a token takes in all layers' caches, steps and offsets included.
+def bytes_per_token(
+    ranks: Ranks, format: LatentFormat, mean_split: bool = False, size: int = 2
+) -> int:
+    """Bytes that a token takes in the caches of all layers, with steps and offsets.
 
-    `size` is that of a 16-bit latent. Exact tokens of sinks and window are not counted.
+    `size` is the number of bytes of an unquantized latent. The exact tokens of sinks and window are
+    not counted.
     """
     total = 0
     for layer in ranks:
-        total += size * lead
+        total += size * mean_split
         for part, bits in zip(layer, (format.key_bits, format.value_bits), strict=True):
             if bits == 16:
                 total += size * sum(part)
@@ -211,7 +233,3 @@ def bytes_per_token(ranks: Ranks, format: LatentFormat, lead: bool = False, size
                 blocks = format.blocks(part)
                 total += sum(block_bytes(b, bits) + META for b in blocks)
     return total
-
-
-META = 4
-"""Bytes of a block's step and offset."""

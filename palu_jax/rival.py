@@ -14,13 +14,20 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from llm_jax.attention import Step, attention, empty_cache, qkv_heads, rotated
-from llm_jax.cache import write
+from llm_jax.cache import write_rows
 from llm_jax.config import Config
 from llm_jax.linear import linear
 from llm_jax.params import Attention, Params
-from pallas_kernels.lowrank_attention.latents import BITS, Latents, dense
+from pallas_kernels.lowrank_attention.latents import LATENT_BITS, Latents, dense
 from palu_jax.attention import attend_either, dense_attention, slot_positions
-from palu_jax.latent import Exact, FormatError, LatentFormat, PaluCache, empty_latents, encode
+from palu_jax.latent import (
+    Exact,
+    FormatError,
+    LatentFormat,
+    PaluCache,
+    empty_latents,
+    quantize_latents,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +45,9 @@ class KVFormat:
     dtype: str | None = None
 
     def __post_init__(self):
-        if self.bits not in BITS:
-            raise FormatError(f"bits is {self.bits}; possible are {', '.join(map(str, BITS))}")
+        if self.bits not in LATENT_BITS:
+            known = ", ".join(map(str, LATENT_BITS))
+            raise FormatError(f"bits is {self.bits}; possible are {known}")
         if self.group < 1:
             raise FormatError(f"group is {self.group}; expected 1 or more")
         if self.window < 0 or (self.per_channel and self.bits < 16 and self.window < self.group):
@@ -112,19 +120,19 @@ class ChannelCache:
         first = jnp.minimum(at // f.group, self.codes_BCP.shape[1] - count)
         rows = jax.lax.dynamic_slice_in_dim(every, first * f.group, count * f.group, axis=1)
         by_channel = rows[..., :F].reshape(B, count, f.group, F).swapaxes(2, 3)
-        new = encode(by_channel.reshape(B, count, -1), f.bits, (f.group,) * F, f.clip)
+        new = quantize_latents(by_channel.reshape(B, count, -1), f.bits, (f.group,) * F, f.clip)
         fresh_C = (first + jnp.arange(count) >= at // f.group)[None, :, None]
 
         def put(old, new):
             kept = jax.lax.dynamic_slice_in_dim(old, first, count, axis=1)
-            return write(old, jnp.where(fresh_C, new, kept), first)
+            return write_rows(old, jnp.where(fresh_C, new, kept), first)
 
-        value = encode(v_BTF, f.bits, self.v.blocks, f.clip)
+        value = quantize_latents(v_BTF, f.bits, self.v.blocks, f.clip)
         return ChannelCache(
             put(self.codes_BCP, new.codes_BSP),
             put(self.step_BCF, new.step_BSg),
             put(self.offset_BCF, new.offset_BSg),
-            jax.tree.map(lambda a, b: write(a, b, at), self.v, value),
+            jax.tree.map(lambda a, b: write_rows(a, b, at), self.v, value),
             self.exact.write(fresh, at, real),
             f,
         )

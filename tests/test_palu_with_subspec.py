@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from llm_jax.attention import caches_for
 from llm_jax.config import Config
-from llm_jax.generate import generate
+from llm_jax.generation import generate
 from llm_jax.params import abstract
 from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_params
@@ -21,10 +21,11 @@ from palu_jax.convert import Recipe, to_palu
 from palu_jax.latent import LatentFormat
 from subspec_jax.decoder import Decoder
 from subspec_jax.offload import place, to_device
-from subspec_jax.plan import Draft, make_plan
+from subspec_jax.draft_model import Draft
+from subspec_jax.plan import make_plan
 from subspec_jax.precompile import compile_ahead, use_cache
 from subspec_jax.propose import ModelDraft, Vanilla
-from subspec_jax.substitute import substitute
+from subspec_jax.draft_model import substitute
 from subspec_jax.tree import TreeSpec, cache_slots
 from subspec_jax.verify import Target, streamed_prefill
 
@@ -134,7 +135,7 @@ def test_nothing_large_is_compiled_again(tmp_path):
     cfg, form = dataclasses.replace(CFG, vocab=98), LatentFormat(2, 2, (1.0,), sinks=2, window=4)
     recipe = Recipe((2,), RANKS, "plain", form)
     params = to_device(to_palu(tiny_params(cfg), cfg, recipe))
-    model = store.abstract_layers(store.Stored(None, "", cfg, recipe, []), abstract(cfg), cfg)
+    model = store.abstract_layers(store.StoredModel(None, "", cfg, recipe, []), abstract(cfg), cfg)
     options = dict(max_length=64, chunk=16, resident=0, model=model)
     plan = make_plan(cfg, 2**30, TREES["beam"], Draft(4, 16), **options)
     large = lambda: sorted(
@@ -179,7 +180,7 @@ def test_speculative_tokens_are_the_models_own(name):
 def test_plan_counts_what_is_there():
     form, spec, draft = LatentFormat(4, 2, window=8), TREES["beam"], Draft(4, 16)
     params, recipe = palu(form), Recipe((2,), RANKS, "plain", form)
-    stored = store.Stored(None, "tiny", CFG, recipe, [])
+    stored = store.StoredModel(None, "tiny", CFG, recipe, [])
     model = store.abstract_layers(stored, abstract(CFG), CFG)
     plan = make_plan(CFG, 2**30, spec, draft, max_length=64, resident=1, model=model)
     plain = make_plan(CFG, 2**30, spec, draft, max_length=64, resident=1)

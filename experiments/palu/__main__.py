@@ -30,11 +30,11 @@ from experiments.palu import evaluate as palu_evaluate
 from experiments.palu import methods as palu_methods
 from experiments.palu import report as palu_report
 from experiments.palu.methods import RIVALS, Maker, Method
-from llm_jax import registry
-from llm_jax.checkpoint import CheckpointError, open_checkpoint
+from llm_jax import CheckpointError, registry
 from llm_jax.config import ConfigError
+from llm_jax.formats import open_checkpoint
 from palu_jax import rank, store
-from palu_jax.calibrate import CalibrationError, calibrate
+from palu_jax.calibration import CalibrationError, calibrate
 from palu_jax.convert import ConvertError, Objective
 from palu_jax.latent import FormatError
 from subspec_jax import offload
@@ -382,7 +382,7 @@ class Run:
             calibration=self.args.calibration if recipe else None,
             evaluation=self.args.evaluation,
             **dataclasses.asdict(method) | _planned(method, recipe),
-            rank_kept=rank.kept(recipe.ranks, recipe.groups, cfg.head_dim) if recipe else None,
+            rank_kept=rank.share_kept(recipe.ranks, recipe.groups, cfg.head_dim) if recipe else None,
             key_rank_share=_key_share(recipe),
             result=result,
             bf16_bytes_per_token=dense_bytes(cfg),
@@ -401,7 +401,7 @@ class Run:
         self.console.print("Written: " + ", ".join(map(str, files)), style="dim", highlight=False)
 
     def continue_text(self):
-        from llm_jax.generate import generate
+        from llm_jax.generation import generate
 
         maker = Maker(self.params, self.cfg, self.calibrate(), self.bar)
         prompt = self.tokenizer.chat([{"role": "user", "content": self.args.generate}])

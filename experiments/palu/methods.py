@@ -116,18 +116,18 @@ class Maker:
         cfg, groups = self.cfg, rank.group_sizes(self.cfg.kv_heads, m.group)
         size, rest = cfg.head_dim, (m.keep, m.multiple)
         if m.search == "uniform":
-            ranks = rank.uniform(cfg.layers, groups, size, *rest, m.split)
+            ranks = rank.uniform_ranks(cfg.layers, groups, size, *rest, m.split)
         elif m.search == "error":
-            ranks = rank.by_error(self.spectra_of(m), groups, size, *rest)
+            ranks = rank.error_ranks(self.spectra_of(m), groups, size, *rest)
         else:
             per = "group" if m.search == "fisher-group" else "projection"
-            ranks = rank.fisher(self.statistics, groups, size, *rest, per)
+            ranks = rank.fisher_ranks(self.statistics, groups, size, *rest, per)
         form = LatentFormat(
             m.key_bits, m.value_bits, sinks=m.sinks, window=m.window, dtype=short
         )  # fmt: skip
         return Recipe(groups, ranks, m.objective, form, m.rotate, m.mean_split, m.fuse_values)
 
-    def plan(self, m: Method) -> planner.Plan:
+    def plan(self, m: Method) -> planner.CachePlan:
         """The best plan for a budget; energies of every group size are made once."""
         if m.objective not in self.energies:
             sizes = [n for n in range(1, self.cfg.kv_heads + 1) if self.cfg.kv_heads % n == 0]
@@ -138,7 +138,7 @@ class Maker:
                     tuple([s.energy_F for s in side] for side in (layer.k, layer.v))
                     for layer in spectra
                 ]
-        found = planner.plan(
+        found = planner.plan_cache(
             self.energies[m.objective], self.cfg, m.budget, m.multiple, tokens=m.context,
             slowest=m.slowest,
         )  # fmt: skip

@@ -4,6 +4,9 @@ Letters: B batch, T query positions, S slots, N query heads, K kv heads (K' of a
 H head size, h = H/2, R rank, g groups.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +16,7 @@ from pallas_kernels.precision import precision
 HIDDEN = -1e30
 
 
-def product(equation, a, b, dtype):
+def product(equation: str, a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """einsum of operands rounded to `dtype`, added in float32.
 
     The CPU backend lacks some of these products of 16-bit operands: there they are widened, which
@@ -39,7 +42,7 @@ def group_heads(heads: int, groups: int, most: int, kv_heads: int | None) -> tup
     return (most,) * (groups - 1) + (kv_heads - (groups - 1) * most,)
 
 
-def turn(x_BSKH, position_BS, frequencies):
+def turn(x_BSKH: jax.Array, position_BS: jax.Array, frequencies: Any) -> jax.Array:
     """float32 x with pairs (i, i + H/2) turned by position x frequency."""
     with jax.named_scope("rope"):
         angle = position_BS.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
@@ -48,7 +51,16 @@ def turn(x_BSKH, position_BS, frequencies):
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def rebuilt_heads(z_BSR, up_gRKH, ranks, heads, mean_coefficient_BS, mean_KH, bias_KH, dtype):
+def rebuilt_heads(
+    z_BSR: jax.Array,
+    up_gRKH: jax.Array,
+    ranks: Sequence[int],
+    heads: Sequence[int],
+    mean_coefficient_BS: jax.Array | None,
+    mean_KH: jax.Array | None,
+    bias_KH: jax.Array | None,
+    dtype: Any,
+) -> jax.Array:
     """Keys or values from latents: z @ up + coefficient * mean + bias, [B, S, K, H] in `dtype`.
 
     `ranks` and `heads` are those of the groups; `mean_KH` and `bias_KH` may be None. Products take
@@ -68,7 +80,15 @@ def rebuilt_heads(z_BSR, up_gRKH, ranks, heads, mean_coefficient_BS, mean_KH, bi
     return y_BSKH
 
 
-def finish(y_BTNR, coefficient_BTN, up_v_gRKH, heads, v_bias_KH, v_mean_KH, dtype):
+def finish(
+    y_BTNR: jax.Array,
+    coefficient_BTN: jax.Array | None,
+    up_v_gRKH: jax.Array | None,
+    heads: Sequence[int],
+    v_bias_KH: jax.Array | None,
+    v_mean_KH: jax.Array | None,
+    dtype: Any,
+) -> jax.Array:
     """Values [B, T, N, H] from averaged latents (float32 [B, T, N, R_v]) and averaged
     coefficients of the mean."""
     if up_v_gRKH is None:
@@ -95,26 +115,26 @@ def finish(y_BTNR, coefficient_BTN, up_v_gRKH, heads, v_bias_KH, v_mean_KH, dtyp
 
 
 def lowrank_attention_reference(
-    q_BTNH,
+    q_BTNH: jax.Array,
     k: Latents,
     v: Latents,
-    up_k_gRKH,
-    up_v_gRKH,
-    frequencies,
-    lengths_B,
+    up_k_gRKH: jax.Array,
+    up_v_gRKH: jax.Array | None,
+    frequencies: Any,
+    lengths_B: jax.Array,
     *,
-    ranks,
-    heads,
-    mask_BTS=None,
-    position_BS=None,
-    k_bias_KH=None,
-    v_bias_KH=None,
-    mean_coefficient_BS=None,
-    k_mean_KH=None,
-    v_mean_KH=None,
-    k_norm_H=None,
-    norm_eps=1e-6,
-):
+    ranks: tuple[Sequence[int], Sequence[int]],
+    heads: Sequence[int],
+    mask_BTS: jax.Array | None = None,
+    position_BS: jax.Array | None = None,
+    k_bias_KH: jax.Array | None = None,
+    v_bias_KH: jax.Array | None = None,
+    mean_coefficient_BS: jax.Array | None = None,
+    k_mean_KH: jax.Array | None = None,
+    v_mean_KH: jax.Array | None = None,
+    k_norm_H: jax.Array | None = None,
+    norm_eps: float = 1e-6,
+) -> jax.Array:
     """As `lowrank_attention`; `ranks` are those of the groups of k and v, `heads` their kv heads.
 
     Products take operands of q's dtype and add in float32; all else is float32.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llm_jax.testing import tiny_config, tiny_params
-from palu_jax.calibrate import LayerStatistics, Statistics
+from palu_jax.calibration import LayerStatistics, Statistics
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -200,7 +200,7 @@ def test_impossible_recipes(tiny, change, words):
 def test_statistics_must_be_of_this_model(tiny):
     good = Recipe((3,), (((8,), (8,)),) * 2, "whitened")
     one = dataclasses.replace(tiny.statistics, layers=tiny.statistics.layers[:1])
-    with pytest.raises(ConvertError, match="of 1 layers"):
+    with pytest.raises(ConvertError, match="have 1 layers"):
         to_palu(tiny.params, tiny.cfg, good, one)
     other = dataclasses.replace(tiny.statistics.layers[0], gram_DD=np.eye(7))
     with pytest.raises(ConvertError, match="width 7"):

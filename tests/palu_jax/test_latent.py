@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels.lowrank_attention.latents import Latents, block_bytes, dense
+from palu_jax.hadamard import rotation
 from palu_jax.latent import (
     Exact,
     FormatError,
     LatentFormat,
     PaluCache,
     empty_latents,
-    encode,
-    rotation,
+    quantize_latents,
 )
 
-jit_encode = jax.jit(encode, static_argnums=(1, 2, 3))
+jit_encode = jax.jit(quantize_latents, static_argnums=(1, 2, 3))
 jit_write = jax.jit(PaluCache.write, donate_argnums=0)
 
 
@@ -28,7 +28,7 @@ def test_quantization_covers_the_range_and_is_off_by_half_a_step(bits, blocks):
     rng = np.random.default_rng(bits)
     z = rng.normal(size=(2, 5, sum(blocks))) * np.exp(rng.normal(size=(2, 5, 1)) * 3)
     z += rng.normal(size=(2, 5, 1)) * 10  # an offset much larger than the range, too
-    found = encode(jnp.asarray(z, jnp.float32), bits, blocks)
+    found = quantize_latents(jnp.asarray(z, jnp.float32), bits, blocks)
     value, step = np.asarray(dense(found), np.float64), np.asarray(found.step_BSg, np.float64)
     assert found.codes_BSP.shape[-1] == sum(block_bytes(b, bits) for b in blocks)
     for i, (start, size) in enumerate(zip(np.cumsum((0, *blocks)), blocks, strict=False)):
@@ -44,12 +44,12 @@ def test_quantization_covers_the_range_and_is_off_by_half_a_step(bits, blocks):
 @pytest.mark.parametrize("value", [0.0, 1.0, -3e4, 1e-20, 7e4])
 def test_constant_blocks_survive(value):
     z = jnp.full((1, 2, 8), value, jnp.float32)
-    np.testing.assert_allclose(dense(encode(z, 2, (8,))), z, rtol=2.0**-7, atol=1e-25)
+    np.testing.assert_allclose(dense(quantize_latents(z, 2, (8,))), z, rtol=2.0**-7, atol=1e-25)
 
 
 def test_more_bits_and_a_shorter_range_lower_the_error():
     z = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 128)), jnp.float32)
-    error = lambda *a: float(jnp.mean((dense(encode(z, *a)) - z) ** 2))
+    error = lambda *a: float(jnp.mean((dense(quantize_latents(z, *a)) - z) ** 2))
     plain = [error(b, (128,)) for b in (2, 3, 4, 8)]
     assert plain == sorted(plain, reverse=True)
     assert error(2, (128,), (1.0, 0.8, 0.6)) < 0.75 * plain[0]
@@ -111,7 +111,7 @@ def test_rotation_helps_spiky_latents(bits):
     rng = np.random.default_rng(1)
     z = rng.normal(size=(1, 256, 32)) * np.geomspace(20, 0.1, 32)
     q = rotation(32)
-    mse = lambda z, back: np.mean((np.asarray(dense(encode(jnp.asarray(z), bits, (32,)))) @ back - z @ back) ** 2)  # fmt: skip # noqa: E501
+    mse = lambda z, back: np.mean((np.asarray(dense(quantize_latents(jnp.asarray(z), bits, (32,)))) @ back - z @ back) ** 2)  # fmt: skip # noqa: E501
     assert mse((z @ q).astype(np.float32), q.T) < 0.7 * mse(z.astype(np.float32), np.eye(32))
 
 

@@ -23,7 +23,7 @@ from llm_jax.testing import tiny_config, tiny_params
 from pallas_kernels.lowrank_attention.latents import dense
 from palu_jax.attention import FEW, attend_either
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat, encode
+from palu_jax.latent import LatentFormat, quantize_latents
 
 SLOTS = 48
 f64 = lambda a: np.asarray(jnp.asarray(a, jnp.float32), np.float64)
@@ -49,12 +49,12 @@ def converted(family, recipe_changes=(), seed=0):
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def latents_of(p, x_BSD, cfg):
-    """(exact, quantized) latents of keys and of values; `encode` has tests of its own."""
+    """(exact, quantized) latents of keys and of values; `quantize_latents` has tests of its own."""
     form, found = p.format, []
     for f, bits in ((p.k, form.key_bits), (p.v, form.value_bits)):
         z = linear(f.down_DR, x_BSD)
         kept = z.astype(form.dtype or z.dtype)
-        low = dense(encode(kept, bits, form.blocks(f.ranks), form.shares(bits)))
+        low = dense(quantize_latents(kept, bits, form.blocks(f.ranks), form.shares(bits)))
         found.append((kept.astype(jnp.float32), low))
     return found
 
@@ -87,7 +87,7 @@ def by_hand(p, x_BSD, cfg, queries, seen, position_S):
                 z_BSR[..., starts[group] : starts[group + 1]] @ up[group, : f.ranks[group], at]
             )
         if f.mean_F is not None:
-            lead = f64(x_BSD) @ f64(p.lead_D)
+            lead = f64(x_BSD) @ f64(p.mean_probe_D)
             out += lead[..., None, None] * f64(f.mean_F).reshape(K, H)
         return out if bias is None else out + f64(bias).reshape(K, H)
 

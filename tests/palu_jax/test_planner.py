@@ -42,7 +42,7 @@ def test_the_best_plan_is_that_of_brute_force(seed):
     cfg, size = model(), 8
     found = {1: energies(rng, 1, 1, size)}
     budget = 18.0
-    best = planner.plan(found, cfg, budget, multiple=1, bits=(16, 4))[0]
+    best = planner.plan_cache(found, cfg, budget, multiple=1, bits=(16, 4))[0]
     (k,), (v,) = found[1][0]
     every = []
     for kb, vb in itertools.product((16, 4), (16, 4)):
@@ -51,7 +51,7 @@ def test_the_best_plan_is_that_of_brute_force(seed):
             if used <= budget:
                 every.append(cost_of(k, rk, kb) + cost_of(v, rv, vb))
     # Greedy buying leaves at most the last steps unspent, so one rank of slack.
-    looser = planner.plan(found, cfg, budget + 4, multiple=1, bits=(16, 4))[0]
+    looser = planner.plan_cache(found, cfg, budget + 4, multiple=1, bits=(16, 4))[0]
     assert looser.error <= min(every) + 1e-12 <= best.error + 2e-12
     assert best.error <= min(every) * 1.25 + 1e-12
 
@@ -60,7 +60,7 @@ def test_plans_are_sorted_fit_and_have_predicted_what_they_say():
     rng = np.random.default_rng(7)
     cfg = model(layers=2, kv_heads=2, head_dim=16)
     found = {g: energies(rng, 2, 2 // g, 16 * g) for g in (1, 2)}
-    plans = planner.plan(found, cfg, 60)
+    plans = planner.plan_cache(found, cfg, 60)
     assert [p.error for p in plans] == sorted(p.error for p in plans)
     assert {p.groups for p in plans} == {(1, 1), (2,)}
     for p in plans:
@@ -78,7 +78,7 @@ def test_more_budget_is_never_worse_and_small_ones_take_fewer_bits():
     rng = np.random.default_rng(3)
     found = {4: energies(rng, 1, 1, 64)}
     cfg = model(kv_heads=4, head_dim=16)
-    best = [planner.plan(found, cfg, b)[0] for b in (16, 24, 48, 96, 256)]
+    best = [planner.plan_cache(found, cfg, b)[0] for b in (16, 24, 48, 96, 256)]
     assert all(a.error >= b.error for a, b in itertools.pairwise(best))
     assert best[0].key_bits + best[0].value_bits < best[-1].key_bits + best[-1].value_bits
 
@@ -104,7 +104,7 @@ def test_the_budget_is_that_of_the_live_arrays():
     cfg = tiny_config("qwen2", kv_heads=2)
     rng = np.random.default_rng(0)
     found = {2: energies(rng, cfg.layers, 1, 2 * cfg.head_dim)}
-    best = planner.plan(found, cfg, 40, bits=(4, 2))[0]
+    best = planner.plan_cache(found, cfg, 40, bits=(4, 2))[0]
     form = LatentFormat(best.key_bits, best.value_bits)
     palu = to_palu(tiny_params(cfg), cfg, Recipe(best.groups, best.ranks, "plain", form))
     caches = caches_for(palu, cfg, 1, 10)
@@ -116,11 +116,11 @@ def test_time_limits_choose_among_what_the_kernels_run():
     rng = np.random.default_rng(5)
     cfg = model(layers=1, kv_heads=4, head_dim=64)
     found = {1: energies(rng, 1, 4, 64), 4: energies(rng, 1, 1, 256)}
-    free = planner.plan(found, cfg, 400, multiple=32)
+    free = planner.plan_cache(found, cfg, 400, multiple=32)
     timed = [p for p in free if p.seconds is not None]
     assert any(p.seconds is None for p in free) and len(timed) > 3
     middle = sorted(p.seconds for p in timed)[len(timed) // 2]
-    limited = planner.plan(found, cfg, 400, multiple=32, slowest=middle)
+    limited = planner.plan_cache(found, cfg, 400, multiple=32, slowest=middle)
     assert limited and all(p.seconds <= middle for p in limited)
     assert limited == [p for p in timed if p.seconds <= middle]
     for p in timed:
@@ -132,7 +132,7 @@ def test_groups_of_different_sizes_have_ranks_of_their_own():
     rng = np.random.default_rng(2)
     cfg = model(kv_heads=3, head_dim=8)
     sides = lambda: [np.sort(rng.random(n))[::-1] for n in (16, 8)]
-    best = planner.plan({2: [(sides(), sides())]}, cfg, 24, multiple=2)[0]
+    best = planner.plan_cache({2: [(sides(), sides())]}, cfg, 24, multiple=2)[0]
     assert best.groups == (2, 1) and best.seconds is None
     assert all(part[1] <= 8 for part in best.ranks[0])
 
@@ -140,8 +140,8 @@ def test_groups_of_different_sizes_have_ranks_of_their_own():
 def test_what_cannot_be_is_said():
     found = {1: energies(np.random.default_rng(0), 1, 1, 8)}
     with pytest.raises(RankError, match="no ranks fit 2 bytes a token; the least possible is 10"):
-        planner.plan(found, model(), 2, bits=(4, 2))
+        planner.plan_cache(found, model(), 2, bits=(4, 2))
     with pytest.raises(RankError, match="1e-09 s a step over 65536"):
-        planner.plan(found, model(), 64, slowest=1e-9)
+        planner.plan_cache(found, model(), 64, slowest=1e-9)
     with pytest.raises(RankError, match="steps of 3"):
-        planner.plan(found, model(), 64, multiple=3)
+        planner.plan_cache(found, model(), 64, multiple=3)

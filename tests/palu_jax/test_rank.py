@@ -23,12 +23,14 @@ def test_group_sizes():
 def test_uniform_ranks_have_one_sum_in_all_groups(keep):
     sums = set()
     for groups in ((3,), (1, 1, 1)):
-        (layer,) = rank.uniform(1, groups, 64, keep, 16)
+        (layer,) = rank.uniform_ranks(1, groups, 64, keep, 16)
         sums.add((sum(layer[0]), sum(layer[1])))
         assert all(r % 16 == 0 and r <= 64 * g for part in layer for r, g in zip(part, groups))
     assert len({abs(a - round(keep * 192)) <= 48 for a, _ in sums}) == 1
-    assert rank.uniform(2, (3,), 64, 0.5, 4, (1, 3)) == (((48,), (144,)),) * 2
-    assert rank.uniform(1, (1,), 64, 0.9, 4, (1, 3)) == (((48,), (64,)),)  # V takes what it can
+    assert rank.uniform_ranks(2, (3,), 64, 0.5, 4, (1, 3)) == (((48,), (144,)),) * 2
+    assert rank.uniform_ranks(1, (1,), 64, 0.9, 4, (1, 3)) == (
+        ((48,), (64,)),
+    )  # V takes what it can
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -50,11 +52,11 @@ def test_distribute_meets_the_total_near_the_shares(seed):
 def test_fisher(tiny):
     cfg = tiny.cfg
     for per in ("projection", "group"):
-        ranks = rank.fisher(tiny.statistics, (1, 1, 1), cfg.head_dim, 0.5, 2, per)
-        assert rank.kept(ranks, (1, 1, 1), cfg.head_dim) == 0.5
+        ranks = rank.fisher_ranks(tiny.statistics, (1, 1, 1), cfg.head_dim, 0.5, 2, per)
+        assert rank.share_kept(ranks, (1, 1, 1), cfg.head_dim) == 0.5
     louder = tiny.statistics.layers[1]
     louder.fisher_v_DF[:] *= 9  # three times the score
-    ranks = rank.fisher(tiny.statistics, (3,), cfg.head_dim, 0.4, 2)
+    ranks = rank.fisher_ranks(tiny.statistics, (3,), cfg.head_dim, 0.4, 2)
     louder.fisher_v_DF[:] /= 9
     (a, b), (c, d) = ((k[0], v[0]) for k, v in ranks)
     assert d > 2 * max(a, b, c) and a + b + c + d == round(0.4 * 4 * 48) // 2 * 2
@@ -95,8 +97,8 @@ def test_by_error_takes_the_largest_eigenvalues(tiny):
         layer_spectra(l.attn, tiny.cfg, (2, 1), "gradient", s)
         for l, s in zip(tiny.params.layers, tiny.statistics.layers, strict=True)
     ]
-    ranks = rank.by_error(spectra, (2, 1), tiny.cfg.head_dim, 0.5, 1)
-    assert abs(rank.kept(ranks, (2, 1), tiny.cfg.head_dim) - 0.5) < 0.01
+    ranks = rank.error_ranks(spectra, (2, 1), tiny.cfg.head_dim, 0.5, 1)
+    assert abs(rank.share_kept(ranks, (2, 1), tiny.cfg.head_dim) - 0.5) < 0.01
     kept, lost = [], []
     for layer, found in zip(ranks, spectra, strict=True):
         for part, some in zip(layer, (found.k, found.v), strict=True):
@@ -129,6 +131,6 @@ def test_bytes_per_token_are_the_live_ones(bits, lead):
 )
 def test_impossible_ranks(arguments, words):
     with pytest.raises(RankError, match=words):
-        rank.uniform(*arguments)
+        rank.uniform_ranks(*arguments)
     with pytest.raises(RankError, match="too few"):
         rank.distribute([1, 1], [8, 8], 1, 1)

@@ -9,7 +9,7 @@ from feeding import one_by_one, text, whole
 
 from llm_jax.attention import attention, caches_for, causal_step, empty_cache, rope_frequencies
 from pallas_kernels.lowrank_attention.latents import dense
-from palu_jax.latent import FormatError, encode
+from palu_jax.latent import FormatError, quantize_latents
 from palu_jax.rival import ChannelCache, KVFormat, kivi, to_quantized_cache
 
 jit_attention = jax.jit(attention, static_argnames="cfg")
@@ -51,7 +51,7 @@ def by_hand(d, form, x_TD, cfg):
     def quantized(rows):
         """Every row in codes of its own range."""
         a = jnp.asarray(rows, jnp.float32)[None]
-        return np.asarray(dense(encode(a, form.bits, (a.shape[-1],))), np.float64)[0]
+        return np.asarray(dense(quantize_latents(a, form.bits, (a.shape[-1],))), np.float64)[0]
 
     low_k, low_v, g = k.copy(), v.copy(), form.group
     for first in range(0, T // g * g, g) if form.per_channel else ():
@@ -140,7 +140,7 @@ def test_keys_are_quantized_per_channel_over_full_groups():
     stored = np.asarray(cache.stored(jnp.float32)[0])[0]
     for first in range(0, at // 4 * 4, 4):
         group = k[0, first : first + 4].T  # a row is a channel
-        want = np.asarray(dense(encode(jnp.asarray(group[None]), 3, (4,))))[0].T
+        want = np.asarray(dense(quantize_latents(jnp.asarray(group[None]), 3, (4,))))[0].T
         np.testing.assert_allclose(stored[first : first + 4], want, atol=1e-6)
     per_group = cache.codes_BCP.nbytes / cache.codes_BCP.shape[1]
     assert per_group == width * 2  # four codes of three bits in two bytes: planes of whole bytes

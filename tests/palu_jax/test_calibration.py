@@ -11,8 +11,8 @@ from llm_jax.attention import attention, causal_step, rms_norm
 from llm_jax.cache import empty_caches
 from llm_jax.model import forward
 from llm_jax.testing import tiny_config, tiny_params
-from palu_jax import calibrate as module
-from palu_jax.calibrate import CalibrationError, Probed, calibrate
+from palu_jax import calibration as module
+from palu_jax.calibration import CalibrationError, ProbedAttention, calibrate
 
 B, T = 2, 9
 
@@ -24,7 +24,7 @@ def tokens(cfg, seed=0, batch=B):
 def loss(params, tokens_BT, cfg, dk, dv):
     """Summed over a sequence's predictions; label of position t is token t + 1."""
     layers = tuple(
-        dataclasses.replace(l, attn=Probed(l.attn, dk[i], dv[i]))
+        dataclasses.replace(l, attn=ProbedAttention(l.attn, dk[i], dv[i]))
         for i, l in enumerate(params.layers)
     )
     params = dataclasses.replace(params, layers=layers)

@@ -1,7 +1,7 @@
-"""What a model does to text: moments of activations and gradients, layer by layer.
+"""Statistics of a model on text: moments of activations and gradients, layer by layer.
 
-One forward pass and, for gradients, one backward pass over layers that are brought to the device
-one after another: memory holds two layers, their inputs for one batch, and the sums.
+There is one forward pass and, for gradients, one backward pass. Layers are brought to the device
+one after another, so memory holds two layers, the inputs of all layers for one batch, and the sums.
 
 Letters: B sequences, T tokens of each, D model, K kv heads, H head size, F = K * H.
 """
@@ -9,7 +9,6 @@ Letters: B sequences, T tokens of each, D model, K kv heads, H head size, F = K 
 import dataclasses
 import functools
 import hashlib
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,40 +31,45 @@ from llm_jax.attention import (
     rotated,
 )
 from llm_jax.config import Config
+from llm_jax.files import atomic_file
 from llm_jax.linear import linear
 from llm_jax.model import block, embed, unembed
 from llm_jax.params import Attention, Params
 from palu_jax import PaluError
 
-HIGHEST = jax.lax.Precision.HIGHEST
-VERSION = 1
+_HIGHEST = jax.lax.Precision.HIGHEST
+_VERSION = 1
 
 
 class CalibrationError(PaluError):
-    """Statistics that do not belong to this model or text; the message says what differs."""
+    """Statistics of another model or text, or no text; the message says what differs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics:
-    """One layer's moments, float32 NumPy arrays. x is the input of attention, behind its norm."""
+    """The moments of one layer, float32 NumPy arrays; x is the normed input of attention."""
 
     gram_DD: np.ndarray
     """Mean over tokens of x x^T."""
     mean_D: np.ndarray
     """Mean of x."""
     query_KHH: np.ndarray
-    """Mean of q q^T, queries before their rotation, summed over the heads that share a kv head."""
+    """Mean of q q^T for queries before their rotation, summed over the heads that share a kv
+    head."""
     grad_k_FF: np.ndarray | None = None
-    """Mean over tokens of g g^T, g the loss's gradient for a key, before norm and rotation."""
+    """Mean over tokens of g g^T, where g is the loss's gradient for a key before norm and
+    rotation."""
     grad_v_FF: np.ndarray | None = None
+    """The same for values."""
     fisher_k_DF: np.ndarray | None = None
     """Mean over sequences of the squared gradient for the key projection (Fisher information)."""
     fisher_v_DF: np.ndarray | None = None
+    """The same for the value projection."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Moments of all layers, over so many tokens of so many sequences."""
+    """The moments of all layers, over this many tokens of this many sequences."""
 
     layers: tuple[LayerStatistics, ...]
     tokens: int
@@ -73,13 +77,14 @@ class Statistics:
 
     @property
     def gradients(self) -> bool:
+        """Whether there are moments of gradients."""
         return self.layers[0].grad_k_FF is not None
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Probed:
-    """Attention with addends to its keys and values, to differentiate by; needs no cache."""
+class ProbedAttention:
+    """Attention with addends to its keys and values, to differentiate by them; uses no cache."""
 
     attn: Attention
     dk_BTKH: jax.Array
@@ -87,7 +92,7 @@ class Probed:
 
 
 @attention.register
-def _(p: Probed, x_BTD, cache, step: Step, cfg: Config):
+def _(p: ProbedAttention, x_BTD, cache, step: Step, cfg: Config):
     a = p.attn
     q, k, v = qkv_heads(a, x_BTD, cfg)
     q = rotated(q, a.q_norm, step.position_BT, cfg)
@@ -98,47 +103,49 @@ def _(p: Probed, x_BTD, cache, step: Step, cfg: Config):
 
 def _probed(layer, x_BTD, dk, dv, cfg):
     T = x_BTD.shape[1]
-    layer = dataclasses.replace(layer, attn=Probed(layer.attn, dk, dv))
+    layer = dataclasses.replace(layer, attn=ProbedAttention(layer.attn, dk, dv))
     return block(layer, x_BTD, None, causal_step(0, T, T), cfg)[0]
 
 
-def _no_change(x_BTD, cfg):
+def _zeros(x_BTD, cfg):
+    """[B, T, K, H]: an addend that changes nothing."""
     return jnp.zeros((*x_BTD.shape[:2], cfg.kv_heads, cfg.head_dim), x_BTD.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _forward(layer, x_BTD, cfg):
-    """(x behind the layer, sums over tokens of x x^T, x and q q^T)."""
-    zero = _no_change(x_BTD, cfg)
+    """(the layer's output, sums over tokens of x x^T, x and q q^T)."""
+    zero = _zeros(x_BTD, cfg)
     h = rms_norm(x_BTD, layer.attn_norm, cfg.norm_eps)
     q = projected(layer.attn.q, layer.attn.q_bias, h, cfg.head_dim)
     q = normed(q, layer.attn.q_norm, cfg)
     h, q = h.astype(jnp.float32), q.astype(jnp.float32)
     q_BTKGH = q.reshape(*q.shape[:2], cfg.kv_heads, -1, cfg.head_dim)
-    gram = jnp.einsum("BTD,BTE->DE", h, h, precision=HIGHEST)
-    query = jnp.einsum("BTKGH,BTKGI->KHI", q_BTKGH, q_BTKGH, precision=HIGHEST)
+    gram = jnp.einsum("BTD,BTE->DE", h, h, precision=_HIGHEST)
+    query = jnp.einsum("BTKGH,BTKGI->KHI", q_BTKGH, q_BTKGH, precision=_HIGHEST)
     return _probed(layer, x_BTD, zero, zero, cfg), (gram, h.sum((0, 1)), query)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="grad_BTD")
 def _backward(layer, x_BTD, grad_BTD, cfg):
-    """(gradient for x, sums over tokens of g g^T and over sequences of (x^T g)^2, for k and v)."""
-    zero = _no_change(x_BTD, cfg)
+    """(gradient for the layer's input; for k and v the sums of g g^T over tokens; for k and v the
+    sums of (x^T g)^2 over sequences)."""
+    zero = _zeros(x_BTD, cfg)
     _, vjp = jax.vjp(lambda x, dk, dv: _probed(layer, x, dk, dv, cfg), x_BTD, zero, zero)
     grad, *changes = vjp(grad_BTD)
     h = rms_norm(x_BTD, layer.attn_norm, cfg.norm_eps).astype(jnp.float32)
     sums = []
     for change in changes:
         g = change.astype(jnp.float32).reshape(*change.shape[:2], -1)
-        of_weight = jnp.einsum("BTD,BTF->BDF", h, g, precision=HIGHEST)
-        sums.append(jnp.einsum("BTF,BTE->FE", g, g, precision=HIGHEST))
-        sums.append((of_weight**2).sum(0))
+        weight_gradient = jnp.einsum("BTD,BTF->BDF", h, g, precision=_HIGHEST)
+        sums.append(jnp.einsum("BTF,BTE->FE", g, g, precision=_HIGHEST))
+        sums.append((weight_gradient**2).sum(0))
     return grad, tuple(sums[0::2] + sums[1::2])
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _loss_gradient(top, x_BTD, tokens_BT, cfg):
-    """Of the summed loss, for x behind the last layer; the token after position t is predicted."""
+    """The summed loss's gradient for the last layer's output; position t predicts token t + 1."""
 
     def loss(x_TD, tokens_T):
         logp = jax.nn.log_softmax(unembed(top, x_TD[None, :-1], cfg)[0], axis=-1)
@@ -148,10 +155,10 @@ def _loss_gradient(top, x_BTD, tokens_BT, cfg):
 
 
 def _walk(layers: Sequence) -> Iterator:
-    """(layer on the device, function to call with an output of it); one is always on its way.
+    """(a layer on the device, a function to call with its output) for each layer.
 
-    A copy starts when the block before the layer in hand is complete, so that no more than two
-    streamed layers exist.
+    The next layer is copied meanwhile. Its copy starts when the block before the present layer is
+    complete, so no more than two streamed layers exist at a time.
     """
     home = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
     coming, last = jax.device_put(layers[0], home), [None]
@@ -175,11 +182,11 @@ def calibrate(
 ) -> Statistics:
     """`Statistics` over batches of token sequences, int [B, T].
 
-    Layers may be in host memory. The loss is the sum over a sequence of -log p(next token), labels
-    shifted by one position (the official code shifts twice, and so predicts the token after the
-    next). With `path` the sums are saved there every `every_s` seconds and at the end, and a run
-    that was interrupted goes on behind the batches it has done; the same text must come again.
-    `progress` hears the number of sequences done.
+    Layers may be in host memory. The loss of a sequence is the sum of -log p(next token). Labels
+    are shifted by one position; the official code shifts twice, and so predicts the token after the
+    next one. With `path`, sums are saved there every `every_s` seconds and at the end. An
+    interrupted run continues after the batches that it has done; it must get the same text again.
+    `progress` gets the number of sequences done. Raises CalibrationError.
     """
     path = None if path is None else Path(path).expanduser()
     key = _key(params, cfg, gradients)
@@ -224,7 +231,7 @@ def calibrate(
 
 
 def _sums(params: Params, tokens_BT, cfg: Config, gradients: bool) -> list[tuple]:
-    """The sums of one batch: for each layer those of `_forward`, then those of `_backward`."""
+    """The sums of one batch for each layer: those of `_forward`, then those of `_backward`."""
     top = dataclasses.replace(params, layers=())
     if isinstance(params.embed_VD, np.ndarray):  # a table kept on the host
         x = jnp.asarray(params.embed_VD[tokens_BT]).astype(cfg.dtype)
@@ -248,35 +255,27 @@ def _sums(params: Params, tokens_BT, cfg: Config, gradients: bool) -> list[tuple
 
 
 def _key(params: Params, cfg: Config, gradients: bool) -> str:
-    """What saved sums belong to: the model's sizes, some of its weights, and what was summed."""
+    """A hash of what saved sums depend on: sizes, some weights, and gradients or not."""
     rows = [np.asarray(jax.device_get(l.attn.k[:1]), np.float32) for l in params.layers]
     digest = hashlib.sha256(np.concatenate(rows).tobytes())
-    digest.update(repr((VERSION, cfg, gradients)).encode())
+    digest.update(repr((_VERSION, cfg, gradients)).encode())
     return digest.hexdigest()
 
 
 def _save(path: Path, key: str, sums, batches: int, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"{i}/{j}": a for i, layer in enumerate(sums) for j, a in enumerate(layer)}
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with scratch.open("wb") as file:
-            np.savez(file, key=key, batches=batches, text=text, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with atomic_file(path) as scratch, scratch.open("wb") as file:
+        np.savez(file, key=key, batches=batches, text=text, **arrays)
 
 
 def _resume(path: Path, key: str):
-    """(sums, batches done, hash of their text)."""
+    """(saved sums, number of batches done, hash of their text)."""
     try:
         with path.open("rb") as file, np.load(file) as found:
             if str(found["key"]) != key:
                 raise CalibrationError(
-                    f"{path} holds statistics of another model or of another kind (gradients); "
-                    "give another file or remove it"
+                    f"{path} holds statistics of another model, or of another kind (with or "
+                    "without gradients); give another file or remove it"
                 )
             sums = {tuple(map(int, n.split("/"))): found[n] for n in found.files if "/" in n}
             batches, text = int(found["batches"]), str(found["text"])

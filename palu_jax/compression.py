@@ -1,0 +1,215 @@
+"""`compress`: from a model and some text to the same model with a small KV cache, in one call.
+
+    palu = compress(params, cfg, batches, keep=0.7, bits=4)
+    tokens = generate(palu, prompt, cfg, steps=64)
+
+`Compressor` does the same for many settings of one model, and also gives the recipes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import numpy as np
+
+from llm_jax.config import Config
+from llm_jax.params import Params
+from palu_jax.calibration import Statistics, calibrate
+from palu_jax.convert import ConvertError, Objective, Recipe, Spectra, layer_spectra, to_palu
+from palu_jax.latent import LatentFormat
+from palu_jax.planner import CachePlan, plan_cache
+from palu_jax.rank import Ranks, error_ranks, fisher_ranks, group_sizes, uniform_ranks
+
+Search = Literal["uniform", "fisher", "fisher-group", "error"]
+"""How ranks are chosen. uniform: the same share everywhere. fisher: by Fisher information, a share
+for each projection (Palu). fisher-group: a share for each group. error: the least predicted error
+over all layers."""
+Progress = Callable[[str, int, int], Any]
+"""Gets what is being done, the number of steps done, and the number of all steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """How to compress a model: all choices but the model and the text."""
+
+    keep: float = 0.7
+    """The share of the ranks to keep; 0.7 is Palu-30%."""
+    format: LatentFormat = dataclasses.field(default_factory=lambda: LatentFormat(4, 4))
+    """How latents are stored."""
+    group: int | None = None
+    """The number of kv heads that share latents; None: all of them."""
+    objective: Objective = "gradient"
+    """What the factors minimize; `palu_jax.Recipe` explains them."""
+    search: Search = "error"
+    split: tuple[float, float] = (1, 1)
+    """R_k : R_v of the uniform search."""
+    multiple: int = 4
+    """Ranks are multiples of it; the kernels on a GPU want 16 or 32."""
+    rotate: bool = True
+    """Rotate latents before they are quantized."""
+    mean_split: bool = False
+    """Keep each token's coefficient of the mean direction apart, in 16 bits."""
+    fuse_values: bool = False
+    """Multiply the value factors into the output projection."""
+    budget: float | None = None
+    """Cache bytes a token, of all layers. The planner then chooses the group size, the ranks and
+    the bits, so `keep`, `group`, `search`, `split`, `mean_split` and the bits in `format` do not
+    count."""
+    slowest: float | None = None
+    """With a budget: the most seconds that a decode step's attention may take over `tokens` slots,
+    by the cost model of the kernels."""
+    tokens: int = 65536
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the statistics must have gradients."""
+        return self.objective == "gradient" or self._by_fisher
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether there must be statistics at all."""
+        mean_split = self.mean_split and self.budget is None
+        return self.objective != "plain" or mean_split or self._by_fisher
+
+    @property
+    def _by_fisher(self) -> bool:
+        return self.budget is None and self.search.startswith("fisher")
+
+
+def compress(
+    params: Params,
+    cfg: Config,
+    batches: Iterable[np.ndarray] = (),
+    *,
+    keep: float = 0.7,
+    bits: int | None = None,
+    format: LatentFormat | None = None,
+    group: int | None = None,
+    objective: Objective = "gradient",
+    search: Search = "error",
+    split: tuple[float, float] = (1, 1),
+    multiple: int = 4,
+    rotate: bool = True,
+    mean_split: bool = False,
+    fuse_values: bool = False,
+    budget: float | None = None,
+    slowest: float | None = None,
+    tokens: int = 65536,
+    statistics: Statistics | None = None,
+    progress: Progress | None = None,
+) -> Params:
+    """The parameters with low-rank key and value projections and a quantized cache of latents.
+
+    `batches` are token ids, int [B, T], to calibrate on; `statistics` from an earlier `calibrate`
+    take their place. `bits` is for keys and values, 4 if neither it nor a `format` is given; the
+    other choices are those of `Compression`. Layers may be in host memory. `progress` gets what is
+    being done, the steps done and all steps (0 where the number is not known).
+
+    Raises ConvertError, RankError, FormatError and CalibrationError, which are all PaluError. To
+    store the result, take it and its recipe from a `Compressor`.
+    """
+    if bits is not None and format is not None:
+        raise ConvertError("bits and a format both say how latents are stored; give one of them")
+    if format is None:
+        format = LatentFormat(*(4 if bits is None else bits,) * 2)
+    how = Compression(
+        keep, format, group, objective, search, split, multiple, rotate, mean_split, fuse_values,
+        budget, slowest, tokens,
+    )  # fmt: skip
+    if statistics is None and how.needs_statistics:
+        heard = None if progress is None else lambda done: progress("Calibrating", done, 0)
+        gradients = how.needs_gradients
+        statistics = calibrate(params, batches, cfg, gradients=gradients, progress=heard)
+    return Compressor(params, cfg, statistics, progress).compress(how)[0]
+
+
+class Compressor:
+    """Compresses one model in several ways.
+
+    Decompositions are kept from call to call, because ranks and formats share them: in host memory
+    up to 48 * D * F bytes a layer, for a model of width D with F numbers in a token's keys. Calls
+    with the same group size, objective and mean split should follow each other.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        cfg: Config,
+        statistics: Statistics | None = None,
+        progress: Progress | None = None,
+    ):
+        """`statistics` are those of `calibrate`, where what is asked for needs them."""
+        self._params, self._cfg, self._statistics = params, cfg, statistics
+        self._progress = progress
+        self._kept: tuple[Any, list[Spectra]] | None = None
+        self._energies: dict[Objective, dict[int, list]] = {}
+
+    def compress(self, how: Compression) -> tuple[Params, Recipe]:
+        """(the compressed parameters, the recipe, as `palu_jax.save` wants it)."""
+        recipe = self.recipe(how)
+        spectra = self._spectra(recipe.groups, recipe.objective, recipe.mean_split)
+        return to_palu(self._params, self._cfg, recipe, self._statistics, spectra=spectra), recipe
+
+    def recipe(self, how: Compression) -> Recipe:
+        """The recipe with the ranks that the search or the planner chooses."""
+        if how.budget is not None:
+            plan = self.plans(how)[0]
+            bits = dict(key_bits=plan.key_bits, value_bits=plan.value_bits)
+            form = dataclasses.replace(how.format, **bits)
+            return Recipe(
+                plan.groups, plan.ranks, how.objective, form, how.rotate, False, how.fuse_values
+            )
+        groups = group_sizes(self._cfg.kv_heads, how.group or self._cfg.kv_heads)
+        return Recipe(
+            groups, self._ranks(how, groups), how.objective, how.format, how.rotate,
+            how.mean_split, how.fuse_values,
+        )  # fmt: skip
+
+    def _ranks(self, how: Compression, groups: tuple[int, ...]) -> Ranks:
+        cfg, size = self._cfg, (self._cfg.head_dim, how.keep, how.multiple)
+        if how.search == "uniform":
+            return uniform_ranks(cfg.layers, groups, *size, how.split)
+        if how.search == "error":
+            return error_ranks(
+                self._spectra(groups, how.objective, how.mean_split), groups, *size
+            )  # fmt: skip
+        if self._statistics is None:
+            raise ConvertError(f"the search {how.search} needs statistics; calibrate first")
+        per = "group" if how.search == "fisher-group" else "projection"
+        return fisher_ranks(self._statistics, groups, *size, per)
+
+    def plans(self, how: Compression) -> list[CachePlan]:
+        """Every way to spend `how.budget`, the least predicted error first; raises RankError."""
+        kv_heads = self._cfg.kv_heads
+        if how.objective not in self._energies:
+            sizes = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+            self._energies[how.objective] = {n: self._energy(n, how.objective) for n in sizes}
+        return plan_cache(
+            self._energies[how.objective], self._cfg, how.budget, how.multiple,
+            tokens=how.tokens, slowest=how.slowest,
+        )  # fmt: skip
+
+    def _energy(self, group: int, objective: Objective) -> list:
+        """For each layer the eigenvalues of its key groups and of its value groups."""
+        spectra = self._spectra(group_sizes(self._cfg.kv_heads, group), objective, False)
+        return [
+            tuple([s.energy_F for s in side] for side in (layer.k, layer.v)) for layer in spectra
+        ]
+
+    def _spectra(
+        self, groups: tuple[int, ...], objective: Objective, mean_split: bool
+    ) -> list[Spectra]:
+        """The spectra of all layers; the last ones made are kept."""
+        key = groups, objective, mean_split
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        self._kept, found = None, []
+        layers = self._params.layers
+        for i, layer in enumerate(layers):
+            own = None if self._statistics is None else self._statistics.layers[i]
+            found.append(layer_spectra(layer.attn, self._cfg, groups, objective, own, mean_split))
+            if self._progress:
+                title = f"Decomposing (groups of {groups[0]}, {objective})"
+                self._progress(title, i + 1, len(layers))
+        self._kept = key, found
+        return found
