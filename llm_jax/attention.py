@@ -7,6 +7,7 @@ H head size.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.tree_util import register_dataclass
 from llm_jax.cache import KV, write_rows
 from llm_jax.config import Config
 from llm_jax.linear import linear, terms
-from llm_jax.params import Attention, JoinedAttention, Weight
+from llm_jax.params import Attention, JoinedAttention, Params, Weight
 from pallas_kernels.rotary_cache import rotary_cache
 from pallas_kernels.tree_attention import tree_attention
 
@@ -44,7 +45,9 @@ class Step:
     that keep the newest tokens apart must not take them for such. None: all."""
 
 
-def causal_step(at, length: int, slots: int, real=None) -> Step:
+def causal_step(
+    at: jax.Array | int, length: int, slots: int, real: jax.Array | int | None = None
+) -> Step:
     """`length` consecutive tokens behind `at` earlier ones, for a cache of `slots` slots."""
     at = jnp.asarray(at, jnp.int32)
     position_T = at + jnp.arange(length, dtype=jnp.int32)
@@ -53,12 +56,12 @@ def causal_step(at, length: int, slots: int, real=None) -> Step:
     return Step(at, position_T[None], seen, causal=True, real=real)
 
 
-def along_last(vector, x):
+def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
     """The vector with leading axes of size 1, so that it broadcasts along x's last axis."""
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def rms_norm(x, gain, eps: float):
+def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     """x over its root mean square (taken in float32), times the gain; same dtype as x."""
     x32 = x.astype(jnp.float32)
     scaled = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
@@ -81,14 +84,14 @@ def rope_frequencies(cfg: Config) -> np.ndarray:
     return freq.astype(np.float32)
 
 
-def rope_angles(position_BT, cfg: Config):
+def rope_angles(position_BT: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
     """(cosine, sine) of position x frequency, float32 [B, T, H/2]."""
     freq = jnp.asarray(rope_frequencies(cfg))[None, None]
     angle_BTh = position_BT.astype(jnp.float32)[:, :, None] * freq
     return jnp.cos(angle_BTh), jnp.sin(angle_BTh)
 
 
-def rope(x_BTNH, position_BT, cfg: Config):
+def rope(x_BTNH: jax.Array, position_BT: jax.Array, cfg: Config) -> jax.Array:
     """x with pairs (i, i + H/2) turned by position x frequency (the half-split layout of HF)."""
     with jax.named_scope("rope"):
         cos, sin = (part[:, :, None] for part in rope_angles(position_BT, cfg))
@@ -96,14 +99,16 @@ def rope(x_BTNH, position_BT, cfg: Config):
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+def attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, width of v]; softmax in
     float32. A mask of the first slots only: nothing behind them is read."""
     with jax.named_scope("attend"):
         return tree_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
-def caches_for(params, cfg: Config, batch: int, slots: int, scratch: int = 0) -> tuple:
+def caches_for(params: Params, cfg: Config, batch: int, slots: int, scratch: int = 0) -> tuple:
     """An empty cache for every layer, of the kind its attention fills.
 
     `scratch` is the most slots beyond the committed text that are in use at once (a draft tree's).
@@ -112,13 +117,15 @@ def caches_for(params, cfg: Config, batch: int, slots: int, scratch: int = 0) ->
 
 
 @functools.singledispatch
-def empty_cache(p, cfg: Config, batch: int, slots: int, scratch: int = 0):
+def empty_cache(p: Any, cfg: Config, batch: int, slots: int, scratch: int = 0) -> Any:
     """The empty cache that `attention` with these parameters fills; `KV` unless registered."""
     return KV.empty(cfg, batch, slots)
 
 
 @functools.singledispatch
-def attention(p, x_BTD, cache, step: Step, cfg: Config):
+def attention(
+    p: Any, x_BTD: jax.Array, cache: Any, step: Step, cfg: Config
+) -> tuple[jax.Array, Any]:
     """Self-attention of the T tokens in `step` over the cache: (y_BTD, the cache with them in)."""
     raise TypeError(
         f"no attention is registered for parameters of type {type(p).__name__}; "

@@ -4,6 +4,7 @@ Letters: B batch, S slots, K kv heads, H head size, T new positions.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ class KV:
     def slots(self) -> int:
         return self.k_BSKH.shape[1]
 
-    def move(self, source, at) -> "KV":
+    def move(self, source: jax.Array, at: jax.Array) -> "KV":
         return jax.tree.map(lambda buffer: move_rows(buffer, source, at), self)
 
     @classmethod
@@ -39,14 +40,14 @@ def empty_caches(cfg: Config, batch: int, slots: int) -> tuple[KV, ...]:
     return tuple(KV.empty(cfg, batch, slots) for _ in range(cfg.layers))
 
 
-def write_rows(buffer_BS, new_BT, at):
+def write_rows(buffer_BS: jax.Array, new_BT: jax.Array, at: jax.Array) -> jax.Array:
     """`buffer` with T new entries in slots at … at+T-1; `at + T` must not pass the last slot."""
     return jax.lax.dynamic_update_slice_in_dim(
         buffer_BS, new_BT.astype(buffer_BS.dtype), at, axis=1
     )
 
 
-def move_rows(buffer_BS, source, at):
+def move_rows(buffer_BS: jax.Array, source: jax.Array, at: jax.Array) -> jax.Array:
     """`buffer` with the rows of slots `source[R]` copied to slots at … at+R-1.
 
     All rows are read before any is written, so source and destination may overlap:
@@ -55,6 +56,6 @@ def move_rows(buffer_BS, source, at):
     return write_rows(buffer_BS, jnp.take(buffer_BS, source, axis=1, mode="clip"), at)
 
 
-def move(caches, source, at):
+def move(caches: Any, source: jax.Array, at: jax.Array) -> Any:
     """Caches of any kind with slots `source[R]` moved to slots at … at+R-1, no other changed."""
     return jax.tree.map(lambda c: c.move(source, at), caches, is_leaf=lambda c: hasattr(c, "move"))

@@ -1,6 +1,8 @@
 """Plain decoding of a model that fits on the device: chunked prefill and one jitted loop."""
 
 import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,9 @@ def chunk_sizes(chunk: int) -> list[int]:
     return [4**n for n in range(2, 16) if 4**n < chunk] + [chunk]
 
 
-def chunks(tokens, slots: int, chunk: int, start: int = 0):
+def chunks(
+    tokens: Sequence[int] | np.ndarray, slots: int, chunk: int, start: int = 0
+) -> Iterator[tuple[np.ndarray, int, int]]:
     """Pieces of a prompt for prefill: yields (tokens_1T, at, how many of the T are real).
 
     T is `chunk`, and for the last piece the smallest of `chunk_sizes` that holds it, so that a few
@@ -39,7 +43,9 @@ def _prefill(params, tokens_1T, caches, at, real, cfg):
     return unembed(params, last, cfg)[:, 0], caches
 
 
-def prefill(params: Params, prompt, caches, cfg: Config, chunk: int = 512):
+def prefill(
+    params: Params, prompt: Sequence[int] | np.ndarray, caches: Any, cfg: Config, chunk: int = 512
+) -> tuple[jax.Array, Any]:
     """(logits_1V behind the prompt, caches holding it in slots 0 … len(prompt)-1)."""
     if not len(prompt):
         raise ValueError("the prompt is empty; at least one token is needed")
@@ -54,7 +60,17 @@ def prefill(params: Params, prompt, caches, cfg: Config, chunk: int = 512):
 @functools.partial(
     jax.jit, static_argnames=("cfg", "steps", "sampler", "eos"), donate_argnames="caches"
 )
-def decode_loop(params, token, caches, at, key, cfg, steps, sampler=Sampler(), eos=()):
+def decode_loop(
+    params: Params,
+    token: jax.Array,
+    caches: Any,
+    at: jax.Array,
+    key: jax.Array,
+    cfg: Config,
+    steps: int,
+    sampler: Sampler = Sampler(),
+    eos: tuple[int, ...] = (),
+) -> tuple[jax.Array, jax.Array, Any]:
     """Up to `steps` tokens behind `token`, in one program that stays on the device.
 
     `token` [1] stands at position `at` and is not in the caches yet. Returns (tokens [steps], how
@@ -80,7 +96,13 @@ def decode_loop(params, token, caches, at, key, cfg, steps, sampler=Sampler(), e
 
 
 def generate(
-    params, prompt, cfg: Config, steps: int, sampler=Sampler(), seed=0, eos=()
+    params: Params,
+    prompt: Sequence[int] | np.ndarray,
+    cfg: Config,
+    steps: int,
+    sampler: Sampler = Sampler(),
+    seed: int = 0,
+    eos: Sequence[int] = (),
 ) -> list[int]:
     """Up to `steps` new tokens behind the prompt, as plain ints; batch of one."""
     key = jax.random.key(seed)

@@ -1,5 +1,7 @@
 """The transformer: embed, blocks, unembed. Every method changes the parameters, never this file."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,12 +12,14 @@ from llm_jax.params import MLP, JoinedMLP, Layer, Params
 from pallas_kernels.precision import precision
 
 
-def embed(params: Params, tokens_BT, cfg: Config):
+def embed(params: Params, tokens_BT: jax.Array, cfg: Config) -> jax.Array:
     """The tokens' embeddings, [B, T, D]."""
     return embedding_rows(params.embed_VD, tokens_BT).astype(cfg.dtype)
 
 
-def block(layer: Layer, x_BTD, cache, step: Step, cfg: Config):
+def block(
+    layer: Layer, x_BTD: jax.Array, cache: Any, step: Step, cfg: Config
+) -> tuple[jax.Array, Any]:
     """One decoder layer: (x_BTD, the layer's cache with the new tokens in)."""
     with jax.named_scope("attention"):
         h = rms_norm(x_BTD, layer.attn_norm, cfg.norm_eps)
@@ -26,7 +30,7 @@ def block(layer: Layer, x_BTD, cache, step: Step, cfg: Config):
         return x_BTD + mlp(layer.mlp, h), cache
 
 
-def mlp(p: MLP | JoinedMLP, x_BTD):
+def mlp(p: MLP | JoinedMLP, x_BTD: jax.Array) -> jax.Array:
     """down(silu(gate(x)) * up(x))."""
     if isinstance(p, JoinedMLP):
         gate, up = jnp.split(linear(p.gate_up, x_BTD), 2, axis=-1)
@@ -35,7 +39,7 @@ def mlp(p: MLP | JoinedMLP, x_BTD):
     return linear(p.down, jax.nn.silu(gate) * up)
 
 
-def unembed(params: Params, x_BTD, cfg: Config):
+def unembed(params: Params, x_BTD: jax.Array, cfg: Config) -> jax.Array:
     """Logits in float32, [B, T, V]; a tied head reads the embedding table."""
     with jax.named_scope("head"):
         h = rms_norm(x_BTD, params.norm, cfg.norm_eps)
@@ -50,7 +54,9 @@ def unembed(params: Params, x_BTD, cfg: Config):
         )
 
 
-def hidden(params: Params, tokens_BT, caches, step: Step, cfg: Config):
+def hidden(
+    params: Params, tokens_BT: jax.Array, caches: Any, step: Step, cfg: Config
+) -> tuple[jax.Array, tuple]:
     """(x_BTD after the last layer, the caches): `forward` without the head."""
     x, new = embed(params, tokens_BT, cfg), []
     for layer, cache in zip(params.layers, caches, strict=True):
@@ -59,7 +65,9 @@ def hidden(params: Params, tokens_BT, caches, step: Step, cfg: Config):
     return x, tuple(new)
 
 
-def forward(params: Params, tokens_BT, caches, step: Step, cfg: Config):
+def forward(
+    params: Params, tokens_BT: jax.Array, caches: Any, step: Step, cfg: Config
+) -> tuple[jax.Array, tuple]:
     """(logits_BTV in float32, caches). All parameters must be on the device."""
     x, caches = hidden(params, tokens_BT, caches, step, cfg)
     return unembed(params, x, cfg), caches

@@ -1,4 +1,4 @@
-"""What long work tells: progress bars on a terminal, one line at the start elsewhere, or nothing."""
+"""Progress of long work: bars on a terminal, one line at the start elsewhere, or nothing."""
 
 import contextlib
 import sys

@@ -57,7 +57,7 @@ def codes_of(w: Quantized, array_module: ModuleType = jnp) -> Any:
     return unpack_codes(w.codes_QpF, w.bits, w.group, 1, array_module)
 
 
-def dequantize(w: Quantized, dtype=jnp.float32) -> jax.Array:
+def dequantize(w: Quantized, dtype: Any = jnp.float32) -> jax.Array:
     """The dense matrix [D, F]: float32 arithmetic, rounded once to `dtype`."""
     with jax.named_scope("dequantize"):
         step, offset = (v.astype(jnp.float32)[:, None] for v in (w.step_QF, w.offset_QF))

@@ -37,7 +37,7 @@ class Sampler:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def scores(self, logits_XV):
+    def scores(self, logits_XV: jax.Array) -> jax.Array:
         """Log-probabilities up to a constant, float32: tempered, -inf where filtered out."""
         z = logits_XV.astype(jnp.float32)
         if self.greedy:
@@ -58,17 +58,17 @@ class Sampler:
             z = jnp.where(z < floor, -jnp.inf, z)
         return z
 
-    def perturbed(self, logits_XV, key, position_X):
+    def perturbed(self, logits_XV: jax.Array, key: jax.Array, position_X: jax.Array) -> jax.Array:
         """Scores plus the noise of each row's position: the argmax is that position's draw."""
         z = self.scores(logits_XV)
         return z if self.greedy else z + noise(key, position_X, z.shape[-1])
 
-    def draw(self, logits_XV, key, position_X):
+    def draw(self, logits_XV: jax.Array, key: jax.Array, position_X: jax.Array) -> jax.Array:
         """The token drawn for each row, int32 [X]; `position_X` is where that token will stand."""
         return jnp.argmax(self.perturbed(logits_XV, key, position_X), -1).astype(jnp.int32)
 
 
-def noise(key, position_X, vocab: int):
+def noise(key: jax.Array, position_X: jax.Array, vocab: int) -> jax.Array:
     """Standard Gumbel noise, float32 [X, V]: rows with the same position get the same noise."""
     row = lambda position: jax.random.gumbel(
         jax.random.fold_in(key, position), (vocab,), jnp.float32

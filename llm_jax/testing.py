@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_config(family: str = "qwen2", **changes) -> Config:
+def tiny_config(family: str = "qwen2", **changes: Any) -> Config:
     """A small float32 model of a family in `TINY_FAMILIES`; sizes are multiples of a GGUF block."""
     base = dict(
         layers=2,
@@ -132,7 +132,7 @@ def tiny_vocabulary(size: int) -> tuple[list[str], list[str]]:
     return tokens, merges
 
 
-def tiny_tokenizer(size: int):
+def tiny_tokenizer(size: int) -> Any:
     """A `transformers` tokenizer over `tiny_vocabulary`, with a chat template."""
     return from_metadata(_tokenizer_metadata(size), Path("tiny")).hf
 

@@ -129,7 +129,7 @@ def plain_chat(messages: list[dict[str, str]]) -> str:
     return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
 
 
-def wrap(hf, extra_eos: Iterable[int] = ()) -> Tokenizer:
+def wrap(hf: Any, extra_eos: Iterable[int] = ()) -> Tokenizer:
     """A `Tokenizer` whose eos holds the tokenizer's own, the extra ids and known turn ends."""
     added = {token.content: i for i, token in hf.added_tokens_decoder.items()}
     ends = [hf.eos_token_id, *extra_eos, *(added.get(name) for name in TURN_ENDS)]

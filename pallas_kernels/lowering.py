@@ -1,11 +1,13 @@
 """Triton IR of Pallas kernels, made without a GPU."""
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 
-def lower_for(f, *arguments, device: str = "NVIDIA H200") -> str:
+def lower_for(f: Callable[..., Any], *arguments: Any, device: str = "NVIDIA H200") -> str:
     """The program that `f` becomes for that GPU, as text; kernels are custom calls in it.
 
     Raises what compiling there would: block sizes that are no powers of two, operations that the

@@ -31,7 +31,7 @@ class LowrankShape:
         each = sum(block_bytes(r, bits) for r in (self.k_rank, self.v_rank))
         return batch * slots * self.groups * (each + (8 if bits < 16 else 0))
 
-    def arguments(self, batch: int, slots: int, bits: int, positions: int = 1):
+    def arguments(self, batch: int, slots: int, bits: int, positions: int = 1) -> tuple:
         """(q, k, v, up_k, up_v, lengths) of `lowrank_attention` as shapes, bfloat16."""
         bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
         g, H = self.groups, self.head_dim

@@ -11,6 +11,7 @@ sines), U functions of the place, X spans.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.reference import HIDDEN
 from pallas_kernels.lowrank_attention.tiles import (
+    LatentTiling,
     Packing,
     masked_load,
     operand_dtype,
@@ -31,7 +34,9 @@ from pallas_kernels.lowrank_attention.tiles import (
 
 
 @functools.cache
-def basis(frequencies: tuple[float, ...], span: int, count: int):
+def basis(
+    frequencies: tuple[float, ...], span: int, count: int
+) -> tuple[np.ndarray, np.ndarray, float]:
     """(functions [span, U], their parts [J, U], largest error) for the slow pairs' cos | sin."""
     angle = np.arange(span)[:, None] * np.asarray(frequencies, np.float64)[None]
     table = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
@@ -42,7 +47,7 @@ def basis(frequencies: tuple[float, ...], span: int, count: int):
     return place, parts, np.abs(place @ parts.T - table).max()
 
 
-def absorbed(q_BgKH, up_gRKH):
+def absorbed(q_BgKH: jax.Array, up_gRKH: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The matrices of cosines and of sines, each float32 [B, g, R, K', H/2]."""
     qa, qb = jnp.split(q_BgKH[:, :, None].astype(jnp.float32), 2, axis=-1)
     ua, ub = jnp.split(up_gRKH[None].astype(jnp.float32), 2, axis=-1)
@@ -110,7 +115,16 @@ def _kernel(*refs, tile, span, heads, width, slow, packing, masked, interpret):
     top_ref[b, g, x, :] = jnp.max(high, axis=0)
 
 
-def absorbed_scores(q_BNH, k, up_k_gRKH, frequencies, lengths_B, mask_BS, cfg, interpret=False):
+def absorbed_scores(
+    q_BNH: jax.Array,
+    k: Latents,
+    up_k_gRKH: jax.Array,
+    frequencies: Any,
+    lengths_B: jax.Array,
+    mask_BS: jax.Array | None,
+    cfg: LatentTiling,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
     """(scores [B, g, spans * span, K'], largest of each span [B, g, X, K']), base 2, float32."""
     g, _, K, H = up_k_gRKH.shape
     B, S = k.codes_BSP.shape[:2]

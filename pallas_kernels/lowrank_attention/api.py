@@ -4,6 +4,8 @@ Letters: B batch, T query positions, S slots, N query heads, K kv heads (K' of a
 head size, R rank, g groups.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -36,7 +38,15 @@ def _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads):
 
 
 def why_not(
-    q_BTNH, k: Latents, v: Latents, up_k_gRKH, *_, k_ranks=None, v_ranks=None, kv_heads=None, **__
+    q_BTNH: jax.Array,
+    k: Latents,
+    v: Latents,
+    up_k_gRKH: jax.Array,
+    *_: Any,
+    k_ranks: tuple[int, ...] | None = None,
+    v_ranks: tuple[int, ...] | None = None,
+    kv_heads: int | None = None,
+    **__: Any,
 ) -> str | None:
     """Why Triton kernels cannot do this call of `lowrank_attention`; None where they can.
 
@@ -80,7 +90,7 @@ def lowrank_attention(
     v: Latents,
     up_k_gRKH: jax.Array,
     up_v_gRKH: jax.Array | None,
-    frequencies,
+    frequencies: Any,
     lengths_B: jax.Array,
     *,
     mask_BTS: jax.Array | None = None,

@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.tiles import (
+    LatentTiling,
     Packing,
     masked_load,
     operand_dtype,
@@ -82,7 +83,15 @@ def _kernel(*refs, tile, span, M, rows, sets, chunks, packing, lead, dtype, inte
         y_ref[b, i, x, pl.ds(own + start, packing.chunk), :] = part
 
 
-def average(score_BiSM, top_BiXM, v: Latents, lengths_B, mean_coefficient_BS, cfg, interpret=False):
+def average(
+    score_BiSM: jax.Array,
+    top_BiXM: jax.Array,
+    v: Latents,
+    lengths_B: jax.Array,
+    mean_coefficient_BS: jax.Array | None,
+    cfg: LatentTiling,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
     """(averaged value latents float32 [B, i, M, R], averaged leads [B, i, M])."""
     B, i, _, M = score_BiSM.shape
     X, packing = top_BiXM.shape[2], Packing(v.bits, v.blocks[0])
@@ -111,7 +120,7 @@ def average(score_BiSM, top_BiXM, v: Latents, lengths_B, mean_coefficient_BS, cf
     return join(stats, y)
 
 
-def join(stats_BiX4M, y_BiXRM):
+def join(stats_BiX4M: jax.Array, y_BiXRM: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(averaged latents [B, i, M, R], averaged leads [B, i, M]) of all spans together."""
     with jax.named_scope("join"):
         high, total, offsets, leads = (stats_BiX4M[:, :, :, n] for n in range(4))

@@ -7,6 +7,7 @@ token, g blocks.
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class Latents:
         return sum(self.blocks)
 
 
-def dense(latents: Latents, dtype=jnp.float32) -> jax.Array:
+def dense(latents: Latents, dtype: Any = jnp.float32) -> jax.Array:
     """The values [B, S, R]; float32 arithmetic, rounded once to `dtype`."""
     if latents.bits == 16:
         return latents.codes_BSP.astype(dtype)

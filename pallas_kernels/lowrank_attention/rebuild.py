@@ -10,6 +10,7 @@ h = H/2, R rank, g groups, M query rows side by side, i sets of such rows, X spa
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.reference import HIDDEN
 from pallas_kernels.lowrank_attention.tiles import (
+    LatentTiling,
     Packing,
     masked_load,
     operand_dtype,
@@ -63,7 +65,7 @@ class Rows:
         """Of a group."""
         return self.heads // self.together * self.blocks
 
-    def arranged(self, q_BTNH):
+    def arranged(self, q_BTNH: jax.Array) -> jax.Array:
         """Queries [B, g, K', blocks, rows, H]."""
         B, T, _, H = q_BTNH.shape
         q = q_BTNH.reshape(B, T, self.groups, self.heads, -1, H).transpose(0, 2, 3, 1, 4, 5)
@@ -72,7 +74,7 @@ class Rows:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
         return q.reshape(B, self.groups, self.heads, self.blocks, self.each, H)
 
-    def restored(self, y_BiMR, T: int):
+    def restored(self, y_BiMR: jax.Array, T: int) -> jax.Array:
         """[B, T, N, R] of what the second kernel gives."""
         B, _, _, R = y_BiMR.shape
         g, t = self.groups, self.together
@@ -178,10 +180,23 @@ def _turns(position, frequencies):
 
 
 def rebuilt_scores(
-    q_BTNH, k: Latents, up_k_gRKH, frequencies, lengths_B, rows: Rows, cfg, *, mask_BTS=None,
-    position_BS=None, k_bias_KH=None, mean_coefficient_BS=None, k_mean_KH=None, k_norm_H=None,
-    norm_eps=1e-6, interpret=False,
-):  # fmt: skip
+    q_BTNH: jax.Array,
+    k: Latents,
+    up_k_gRKH: jax.Array,
+    frequencies: Any,
+    lengths_B: jax.Array,
+    rows: Rows,
+    cfg: LatentTiling,
+    *,
+    mask_BTS: jax.Array | None = None,
+    position_BS: jax.Array | None = None,
+    k_bias_KH: jax.Array | None = None,
+    mean_coefficient_BS: jax.Array | None = None,
+    k_mean_KH: jax.Array | None = None,
+    k_norm_H: jax.Array | None = None,
+    norm_eps: float = 1e-6,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
     """(scores [B, i, spans * span, M], largest of each span [B, i, X, M]), base 2, float32."""
     B, T, N, H = q_BTNH.shape
     (g, _, K, _), S, half = up_k_gRKH.shape, k.codes_BSP.shape[1], H // 2

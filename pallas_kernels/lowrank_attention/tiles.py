@@ -4,6 +4,7 @@ Letters: B batch, S slots, P packed bytes, C columns of a chunk, g groups.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +56,39 @@ class Packing:
         return MAGIC if self.bits == 4 else 0.0
 
 
-def operand_dtype(latents: Latents):
+@dataclasses.dataclass(frozen=True)
+class LatentTiling:
+    """How the slots are cut up, and how queries are absorbed."""
+
+    tile: int = 64
+    span: int = 1024
+    """Slots of a program."""
+    fast: int = 16
+    """Rotary pairs that keep two columns of their own."""
+    slow: int = 32
+    """Columns for all others."""
+    width: int = 32
+    """Columns of a head in one product."""
+
+    def rows(self, bits: int, columns: int) -> int:
+        """Columns of weights that a product gets, at least."""
+        return 16 if bits == 16 else 8
+
+
+def tiling(batch: int, programs: int, slots: int) -> LatentTiling:
+    """Long spans, unless too few programs for a GPU would come of it."""
+    cfg = LatentTiling()
+    while cfg.span > 256 and batch * programs * -(-slots // cfg.span) < 256:
+        cfg = dataclasses.replace(cfg, span=cfg.span // 2)
+    return cfg
+
+
+def operand_dtype(latents: Latents) -> Any:
     """The dtype in which products with these latents are taken."""
     return latents.codes_BSP.dtype if latents.bits == 16 else jnp.dtype(jnp.bfloat16)
 
 
-def spread(codes, interpret: bool):
+def spread(codes: jax.Array, interpret: bool) -> list[jax.Array]:
     """The low and the high halves of bytes [tile, C], each as bfloat16 128 + half."""
     if interpret:
         wide = codes.astype(jnp.int32)
@@ -74,7 +102,15 @@ def spread(codes, interpret: bool):
     ]
 
 
-def read_latents(ref, index, column, ok, packing: Packing, interpret: bool, chunks=None):
+def read_latents(
+    ref: Any,
+    index: Any,
+    column: Any,
+    ok: Any,
+    packing: Packing,
+    interpret: bool,
+    chunks: int | None = None,
+) -> list[jax.Array]:
     """The parts [tile, C] of a group's (first) chunks; code 0 where not `ok` (None: all are)."""
     parts = []
     for c in packing.chunks[:chunks]:
@@ -88,7 +124,7 @@ def read_latents(ref, index, column, ok, packing: Packing, interpret: bool, chun
     return parts
 
 
-def masked_load(ref, index, ok, other=0):
+def masked_load(ref: Any, index: Any, ok: Any, other: Any = 0) -> jax.Array:
     """The block of `ref` at `index`, `other` in rows that are not `ok` (None: all are)."""
     if ok is None:
         return ref[index]
@@ -97,13 +133,15 @@ def masked_load(ref, index, ok, other=0):
     return plgpu.load(at, mask=there, other=jnp.asarray(other, ref.dtype))
 
 
-def read_scale(refs, index, ok):
+def read_scale(refs: Any, index: Any, ok: Any) -> list[jax.Array]:
     """(step, offset) float32 [tile] of a group's block; step 1 and offset 0 where not `ok`."""
     pairs = zip(refs, (1, 0), strict=True)
     return [masked_load(ref, index, ok, other).astype(jnp.float32) for ref, other in pairs]
 
 
-def tile_range(length, x, tile: int, span: int):
+def tile_range(
+    length: jax.Array, x: jax.Array, tile: int, span: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(first, first that is perhaps not whole, end) of the tiles of span x."""
     first = x * (span // tile)
     clip = lambda n: jnp.clip(n, first, first + span // tile)

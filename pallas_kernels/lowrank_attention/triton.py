@@ -4,7 +4,8 @@ Letters: B batch, T query positions, S slots, N query heads, K' kv heads of a gr
 rank, g groups, X spans.
 """
 
-import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,44 +13,26 @@ import numpy as np
 
 from pallas_kernels.lowrank_attention.absorb import absorbed_scores, basis
 from pallas_kernels.lowrank_attention.average import average
+from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.rebuild import Rows, rebuilt_scores
+from pallas_kernels.lowrank_attention.tiles import LatentTiling, tiling
 
 TOLERANCE = 1e-3
 """Largest error of a cosine that absorption may make; bfloat16's rounding is 4e-3."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentTiling:
-    """How the slots are cut up, and how queries are absorbed."""
-
-    tile: int = 64
-    span: int = 1024
-    """Slots of a program."""
-    fast: int = 16
-    """Rotary pairs that keep two columns of their own."""
-    slow: int = 32
-    """Columns for all others."""
-    width: int = 32
-    """Columns of a head in one product."""
-
-    def rows(self, bits: int, columns: int) -> int:
-        """Columns of weights that a product gets, at least."""
-        return 16 if bits == 16 else 8
-
-
-def tiling(batch: int, programs: int, slots: int) -> LatentTiling:
-    """Long spans, unless too few programs for a GPU would come of it."""
-    cfg = LatentTiling()
-    while cfg.span > 256 and batch * programs * -(-slots // cfg.span) < 256:
-        cfg = dataclasses.replace(cfg, span=cfg.span // 2)
-    return cfg
 
 
 def _power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-def can_absorb(q_BTNH, heads: int, groups: int, frequencies, span: int, others) -> bool:
+def can_absorb(
+    q_BTNH: jax.Array,
+    heads: int,
+    groups: int,
+    frequencies: Any,
+    span: int,
+    others: Sequence[jax.Array | None],
+) -> bool:
     """Whether queries may be absorbed: one row a kv head, and keys that are only rotated."""
     _, T, N, H = q_BTNH.shape
     cfg = LatentTiling()
@@ -63,10 +46,24 @@ def can_absorb(q_BTNH, heads: int, groups: int, frequencies, span: int, others) 
 
 
 def lowrank_attention_triton(
-    q_BTNH, k, v, up_k_gRKH, frequencies, lengths_B, *, mask_BTS=None, position_BS=None,
-    k_bias_KH=None, mean_coefficient_BS=None, k_mean_KH=None, k_norm_H=None, norm_eps=1e-6,
-    interpret=False, cfg: LatentTiling | None = None, absorb: bool | None = None,
-):  # fmt: skip
+    q_BTNH: jax.Array,
+    k: Latents,
+    v: Latents,
+    up_k_gRKH: jax.Array,
+    frequencies: Any,
+    lengths_B: jax.Array,
+    *,
+    mask_BTS: jax.Array | None = None,
+    position_BS: jax.Array | None = None,
+    k_bias_KH: jax.Array | None = None,
+    mean_coefficient_BS: jax.Array | None = None,
+    k_mean_KH: jax.Array | None = None,
+    k_norm_H: jax.Array | None = None,
+    norm_eps: float = 1e-6,
+    interpret: bool = False,
+    cfg: LatentTiling | None = None,
+    absorb: bool | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """(averaged value latents float32 [B, T, N, R_v], averaged leads [B, T, N])."""
     B, T, N, _ = q_BTNH.shape
     g, _, K, _ = up_k_gRKH.shape
@@ -85,9 +82,21 @@ def lowrank_attention_triton(
         y, leads = average(*found, v, lengths, mean_coefficient_BS, cfg, interpret)
         return y.reshape(B, 1, N, -1), leads.reshape(B, 1, N)
     found = rebuilt_scores(
-        q_BTNH, k, up_k_gRKH, frequencies, lengths, rows, cfg, mask_BTS=mask_BTS,
-        position_BS=position_BS, k_bias_KH=k_bias_KH, mean_coefficient_BS=mean_coefficient_BS,
-        k_mean_KH=k_mean_KH, k_norm_H=k_norm_H, norm_eps=norm_eps, interpret=interpret,
-    )  # fmt: skip
+        q_BTNH,
+        k,
+        up_k_gRKH,
+        frequencies,
+        lengths,
+        rows,
+        cfg,
+        mask_BTS=mask_BTS,
+        position_BS=position_BS,
+        k_bias_KH=k_bias_KH,
+        mean_coefficient_BS=mean_coefficient_BS,
+        k_mean_KH=k_mean_KH,
+        k_norm_H=k_norm_H,
+        norm_eps=norm_eps,
+        interpret=interpret,
+    )
     y, leads = average(*found, v, lengths, mean_coefficient_BS, cfg, interpret)
     return rows.restored(y, T), rows.restored(leads[..., None], T)[..., 0]

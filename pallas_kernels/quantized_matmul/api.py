@@ -1,6 +1,7 @@
 """The public function: one specification, and the choice of what computes it."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ LARGEST = 64
 the matrix once for 16 rows; at 289 it would lose, between 22 and 289 nobody has timed the two."""
 
 
-def why_not(x, w: Packed) -> str | None:
+def why_not(x: jax.Array, w: Packed) -> str | None:
     """Why Triton kernels cannot do this product; None where they can.
 
     Whether there is a GPU is not looked at.
@@ -48,7 +49,7 @@ def quantized_matmul(
     x: jax.Array,
     w: Packed,
     *,
-    out_dtype=None,
+    out_dtype: Any = None,
     implementation: str | None = None,
     tiling: Tiling | None = None,
     interpret: bool = False,

@@ -101,7 +101,7 @@ def _joined(parts, width: int, dtype) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="bits")
-def repack(codes_QgF, step_QF, offset_QF, bits: int) -> Packed:
+def repack(codes_QgF: jax.Array, step_QF: jax.Array, offset_QF: jax.Array, bits: int) -> Packed:
     """Packed from codes (uint8, below 2**bits) and the bfloat16 step and offset of each group.
 
     Several matrices with the same inputs become one by joining their arrays along F before.

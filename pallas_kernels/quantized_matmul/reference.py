@@ -1,6 +1,7 @@
 """The product in plain jnp: the specification."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ DENSE_WEIGHTS = 40_000_000
 """Weights that are dense at a time where many rows are multiplied: 80 MB."""
 
 
-def dequantized(w: Packed, dtype=jnp.float32) -> jax.Array:
+def dequantized(w: Packed, dtype: Any = jnp.float32) -> jax.Array:
     """The dense matrix [D, F]: float32 arithmetic, rounded once to `dtype`."""
     return _dense_FD(w, dtype).T
 
@@ -24,7 +25,7 @@ def _dense_FD(w: Packed, dtype) -> jax.Array:
     return (codes_FQg * step + offset).reshape(w.columns, -1).astype(dtype)
 
 
-def quantized_matmul_reference(x_MD, w: Packed, out_dtype=None) -> jax.Array:
+def quantized_matmul_reference(x_MD: jax.Array, w: Packed, out_dtype: Any = None) -> jax.Array:
     """x @ dequantized(w), [M, F] in `out_dtype` (x's)."""
     # The barrier ties the words to x, which changes in a loop: without it a compiler may move the
     # dequantization out of the loop and keep every dense matrix alive.
@@ -35,7 +36,7 @@ def quantized_matmul_reference(x_MD, w: Packed, out_dtype=None) -> jax.Array:
     )
 
 
-def quantized_matmul_by_parts(x_MD, w: Packed, out_dtype=None) -> jax.Array:
+def quantized_matmul_by_parts(x_MD: jax.Array, w: Packed, out_dtype: Any = None) -> jax.Array:
     """The same, with some blocks of the matrix dense at a time, one part after another."""
     (M, D), B, F = x_MD.shape, w.words_BNSc.shape[0], w.shape[1]
     each = max(1, DENSE_WEIGHTS // (D * BLOCK * w.fields))

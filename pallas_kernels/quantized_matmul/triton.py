@@ -11,6 +11,7 @@ Letters: M rows, X splits of the groups; the others as in `packing`.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,12 @@ def _kernel(*refs, cfg, rows, bits, fields, each, interpret):
 
 
 def quantized_matmul_triton(
-    x_MD, w: Packed, cfg: Tiling, interpret: bool = False, out_dtype=None, terms: bool = False
+    x_MD: jax.Array,
+    w: Packed,
+    cfg: Tiling,
+    interpret: bool = False,
+    out_dtype: Any = None,
+    terms: bool = False,
 ) -> jax.Array:
     """[M, F] in `out_dtype` (x's). With splits XLA sums over them, in float32 until then; with
     `terms` they are what is returned, [splits, M, F]."""

@@ -60,7 +60,9 @@ def _code(words_Sc, top_Sc, bits: int, i: int):
     return found.astype(jnp.int32)
 
 
-def operand(words_Sc, top_Sc, bits: int, i: int, interpret: bool):
+def operand(
+    words_Sc: jax.Array, top_Sc: jax.Array | None, bits: int, i: int, interpret: bool
+) -> jax.Array:
     """Field i of a block of words, `lift` added, as bfloat16 [S, c]: exact.
 
     The instructions take two neighbours along c at a time, which every layout that Triton can give
@@ -75,7 +77,7 @@ def operand(words_Sc, top_Sc, bits: int, i: int, interpret: bool):
     return _asm(_operand_asm(bits, i), args, constraints, 2, like)
 
 
-def fma(a, b, c, interpret: bool):
+def fma(a: jax.Array, b: jax.Array, c: jax.Array, interpret: bool) -> jax.Array:
     """a * b + c in float32, rounded once. XLA's Triton never contracts; it would be two steps."""
     if interpret:
         return a * b + c

@@ -30,6 +30,8 @@ the code is this project's own.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +98,9 @@ class Prediction(NamedTuple):
     level: Any
 
 
-def predict_weights(codes_QgF, step_QF, offset_QF, octaves, dtype: str, xp) -> Prediction:
+def predict_weights(
+    codes_QgF: Any, step_QF: Any, offset_QF: Any, octaves: Any, dtype: str, xp: ModuleType
+) -> Prediction:
     """The prediction of every weight, the same bits in NumPy and in any compiled program.
 
     code * step is exact in float32 (see `llm_jax.quantize`), so that fusing it with the sum changes
@@ -138,7 +142,7 @@ def _round(size, dtype: str, xp):
     return xp.minimum(bits, 0x7C00) if dtype == "float16" else bits
 
 
-def complete(prediction: Prediction, difference, xp):
+def complete(prediction: Prediction, difference: Any, xp: ModuleType) -> Any:
     """The bit patterns, int32, of weights that lie `difference` numbers further from zero."""
     place = prediction.ordered + difference
     turned = place < 0
@@ -147,7 +151,7 @@ def complete(prediction: Prediction, difference, xp):
     return (xp.where(size > 0, size - 1 + prediction.floor, 0) & 0x7FFF) | sign
 
 
-def differ(prediction: Prediction, pattern):
+def differ(prediction: Prediction, pattern: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(difference, whether there is one) of NumPy bit patterns, int32; `complete` undoes it."""
     size = pattern & 0x7FFF
     place = np.where(size >= prediction.floor, size - prediction.floor + 1, 0)
@@ -160,7 +164,7 @@ def tiles(shape: tuple[int, int], group: int) -> tuple[int, int]:
     return shape[0] // group, -(-shape[1] // COLUMNS)
 
 
-def check_pair(name: str, substitute: Any, shape, dtype: str) -> None:
+def check_pair(name: str, substitute: Any, shape: Sequence[int], dtype: str) -> None:
     """Raises ValueError where a matrix cannot be the one that `substitute` stands for."""
     if dtype not in FRACTION:
         raise ValueError(f"{name} is {dtype}; residuals are of {' and '.join(FRACTION)} weights")

@@ -7,7 +7,7 @@ from pallas_kernels.device import takes_triton, triton_missing
 from pallas_kernels.rotary_cache.reference import rotary_cache_reference
 
 
-def why_not(y_XTF, k_SKH, v_SKH) -> str | None:
+def why_not(y_XTF: jax.Array, k_SKH: jax.Array, v_SKH: jax.Array) -> str | None:
     """Why the Triton kernel cannot do this; None where it can. Not asked: is there a GPU?"""
     if reason := triton_missing():
         return reason

@@ -4,7 +4,15 @@ import jax
 import jax.numpy as jnp
 
 
-def rotary_cache_reference(y_XTF, bias_F, cos_Th, sin_Th, k_SKH, v_SKH, at):
+def rotary_cache_reference(
+    y_XTF: jax.Array,
+    bias_F: jax.Array | None,
+    cos_Th: jax.Array,
+    sin_Th: jax.Array,
+    k_SKH: jax.Array,
+    v_SKH: jax.Array,
+    at: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `api.rotary_cache`."""
     (T, _), (_, K, H) = cos_Th.shape, k_SKH.shape
     y = y_XTF.astype(jnp.float32).sum(0)

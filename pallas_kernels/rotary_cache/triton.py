@@ -37,7 +37,16 @@ def _kernel(*refs, heads, kv_heads, biased):
     pl.when(values)(lambda: store(v_ref, slot, n - heads - kv_heads))
 
 
-def rotary_cache_triton(y_XTF, bias_F, cos_Th, sin_Th, k_SKH, v_SKH, at, interpret: bool = False):
+def rotary_cache_triton(
+    y_XTF: jax.Array,
+    bias_F: jax.Array | None,
+    cos_Th: jax.Array,
+    sin_Th: jax.Array,
+    k_SKH: jax.Array,
+    v_SKH: jax.Array,
+    at: jax.Array,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `api.rotary_cache`; the caches are written in place."""
     (T, h), (_, K, H) = cos_Th.shape, k_SKH.shape
     N = y_XTF.shape[2] // H - 2 * K

@@ -13,7 +13,9 @@ HEADS = (32, 64, 128)
 """Head sizes the kernel takes."""
 
 
-def why_not(q_BTNH, k_BSKH, v_BSKX, mask_BTS) -> str | None:
+def why_not(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKX: jax.Array, mask_BTS: jax.Array
+) -> str | None:
     """Why the Triton kernel cannot do this attention; None where it can.
 
     Whether there is a GPU is not looked at.

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from pallas_kernels.precision import precision
 
 
-def tree_attention_reference(q_BTNH, k_BSKH, v_BSKX, mask_BTS):
+def tree_attention_reference(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKX: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, X], in q's dtype."""
     k_BSKH, v_BSKX = (a[:, : mask_BTS.shape[-1]] for a in (k_BSKH, v_BSKX))
     B, T, N, H = q_BTNH.shape

@@ -70,7 +70,13 @@ def _combine(y_ref, top_ref, sum_ref, out_ref, *, G):
     out_ref[row // G, head * G + row % G] = y.astype(out_ref.dtype)
 
 
-def tree_attention_triton(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret: bool = False):
+def tree_attention_triton(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:
     """[1, T, N, H] in q's dtype."""
     _, T, N, H = q_BTNH.shape
     S, K = mask_BTS.shape[-1], k_BSKH.shape[2]
