@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+Progress = Callable[[int], None]
+"""Hears how many steps of long work are done."""
+
 
 class Bar:
     """A progress bar as a callable: `bar(done)`, or `bar(done, "what it is doing")`."""

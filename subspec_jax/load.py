@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 
 from llm_jax.packed import packed
 from llm_jax.params import Layer, Params, init_layer, joined, unjoined
+from llm_jax.progress import Progress
 from llm_jax.quantize import quantize
 from pallas_kernels.residual_decode.code import pad
 from subspec_jax.offload import offload, place, to_device
@@ -19,8 +19,6 @@ from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import Split, decode_layer, is_split
 from subspec_jax.verify import Target
-
-Progress = Callable[[int], None]
 
 
 def load_target(

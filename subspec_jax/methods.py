@@ -29,7 +29,7 @@ MethodName = Literal[
     "subspec-unshared-layers",
     "subspec-uncoupled",
 ]
-NAMES: tuple[str, ...] = get_args(MethodName)
+METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 
 
 class MethodError(SubspecError):
@@ -132,4 +132,4 @@ def _make_method(name, spec, draft, gate, stop_gain, draft_model, longest) -> Me
             return change(substitutes, draft=change(draft, share_resident=False))
         case "subspec-uncoupled":
             return change(substitutes, spec=change(spec, coupled=False))
-    raise MethodError(f"method {name!r} is not one of {', '.join(NAMES)}")
+    raise MethodError(f"method {name!r} is not one of {', '.join(METHOD_NAMES)}")

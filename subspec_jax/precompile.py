@@ -26,7 +26,7 @@ from subspec_jax.plan import Plan
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, last_logits, lay_out
 
-AT_ONCE = 4
+PROGRAMS_AT_ONCE = 4
 """Programs compiled side by side; more would need more memory for candidates that are timed."""
 
 
@@ -44,7 +44,7 @@ def compile_ahead(
 
     Returns the most bytes that one of them needs beside its inputs and what it returns.
     """
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+    with concurrent.futures.ThreadPoolExecutor(PROGRAMS_AT_ONCE) as pool:
         lowered = _lowered(plan, sampler, gate, replay, longest)
         waiting = [pool.submit(program.compile) for program in lowered]
         needs = [program.result().memory_analysis() for program in waiting]

@@ -18,12 +18,12 @@ from llm_jax.checkpoint import Checkpoint
 from llm_jax.config import Config
 from llm_jax.formats import open_checkpoint
 from llm_jax.params import Layer, Params, abstract, init_layer
-from llm_jax.progress import Reporter
+from llm_jax.progress import Progress, Reporter
 from llm_jax.registry import MODELS, cache_folder, find_checkpoint, find_model
 from llm_jax.tokenizer import ByteTokenizer
 from subspec_jax import memory
 from subspec_jax.draft_model import Draft
-from subspec_jax.load import Progress, all_on_device, load_target, random_target, split_layer
+from subspec_jax.load import all_on_device, load_target, random_target, split_layer
 from subspec_jax.methods import MethodError
 from subspec_jax.plan import Plan, make_plan
 from subspec_jax.residual.convert import convert, is_complete

@@ -28,7 +28,7 @@ from subspec_jax.program import Program, donated, static
 from subspec_jax.residual.split import is_split, over_parts
 from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
-ROWS = 64
+LOGIT_ROWS = 64
 """Rows of logits made at a time: 64 x 152,064 float32 are 39 MB, all 289 would be 176 MB."""
 
 SPLIT_ROWS = 160
@@ -155,7 +155,7 @@ def lay_out(tree: Tree, at, spec: TreeSpec, slots: int):
 def rows_at_a_time(nodes: int, split_head: bool) -> int:
     """Of how many nodes `judge` makes logits at a time."""
     if not split_head:
-        return min(ROWS, nodes)
+        return min(LOGIT_ROWS, nodes)
     return math.ceil(nodes / math.ceil(nodes / SPLIT_ROWS))
 
 

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments.common.plots import STYLE, method_colors
+from experiments.common.records import Record
 from llm_jax.files import atomic_file
-
-Record = dict[str, Any]
 
 PARTS = {"draft": "#56b4e9", "verify": "#0b3c5d", "other": "#c4c8cc"}
 

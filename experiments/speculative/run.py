@@ -206,11 +206,11 @@ class Run:
             tokens.extend(result.tokens)
             if aloud:
                 for token in result.tokens:
-                    write(text.push(token))
+                    _write(text.push(token))
             elif step:
                 step.add(len(result.tokens))
         if aloud:
-            write(text.flush() + "\n")
+            _write(text.flush() + "\n")
         answer = engine.tokenizer.decode([t for t in tokens if t not in engine.eos])
         self.answers.setdefault((sample.id, turn), answer)
         lossless = None
@@ -320,8 +320,8 @@ def output_folder(args: Speculative) -> Path:
     return folder
 
 
-def write(text: str) -> None:
-    sys.stdout.write(text)
+def _write(text: str) -> None:
+    sys.stdout._write(text)
     sys.stdout.flush()
 
 

@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from llm_jax.checkpoint import Checkpoint, shapes
 from llm_jax.config import Config
+from llm_jax.files import atomic_file
 from llm_jax.packed import packed
 from llm_jax.params import joined
 from llm_jax.quantize import check_grouping, quantize
@@ -30,7 +30,7 @@ from subspec_jax.residual.files import (
     ResidualError,
     checksum,
     read_manifest,
-    write,
+    write_tensors,
 )
 from subspec_jax.residual.split import head_shape
 
@@ -92,7 +92,7 @@ def convert(
             arrays, more = _encoded("head_DV", padded, quantizer, code, "the output head")
             tables |= arrays
             entries["head_DV"] |= more | {"shape": list(shape)}
-        write(path / TABLES, tables, entries)
+        write_tensors(path / TABLES, tables, entries)
     for index in range(cfg.layers):
         if not (path / LAYER.format(index)).exists():
             _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers)
@@ -114,9 +114,9 @@ def _begin(path: Path, manifest: dict[str, Any]) -> None:
     if not file.exists():
         if any(path.glob("*.safetensors")):
             raise ResidualError(f"{path} holds other safetensors files; choose an empty folder")
-        scratch = path / f".{MANIFEST}.part"
-        scratch.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        os.replace(scratch, file)
+        with atomic_file(file) as scratch:
+            scratch.write_text(json.dumps(manifest, indent=2) + "
+", encoding="utf-8")
         return
     there = read_manifest(file)
     differences = [
@@ -146,7 +146,7 @@ def _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers) -> No
         for arrays, entry in pool.map(one, *zip(*named, strict=True)):
             tensors |= arrays
             entries |= entry
-    write(path / LAYER.format(index), tensors, entries)
+    write_tensors(path / LAYER.format(index), tensors, entries)
 
 
 def _encoded(field: str, w: np.ndarray, quantizer, code: str, name: str):

@@ -8,7 +8,6 @@ opening a model reads headers alone.
 import dataclasses
 import functools
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import jax
 import numpy as np
 
 from llm_jax.config import Config, Llama3Rope
+from llm_jax.extras import need
+from llm_jax.files import atomic_file
 from llm_jax.params import JoinedAttention, JoinedMLP, Layer, Params, abstract
 from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.residual_decode.code import Residual, pad
@@ -36,15 +37,12 @@ def checksum(array) -> int:
     return zlib.crc32(np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8))
 
 
-def write(file: Path, tensors: dict[str, np.ndarray], entries: dict[str, Any]) -> None:
-    """The file, complete on disk before it has its name."""
-    from safetensors.numpy import save_file
-
-    scratch = file.with_name(f".{file.name}.part")
-    save_file(tensors, str(scratch), metadata={"entries": json.dumps(entries)})
-    with scratch.open("rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(scratch, file)
+def write_tensors(file: Path, tensors: dict[str, np.ndarray], entries: dict[str, Any]) -> None:
+    """Writes a safetensors file with `entries` in its metadata; it is there whole or not at all."""
+    safetensors = need("safetensors.numpy", "models", "a converted model")
+    with atomic_file(file) as scratch:
+        metadata = {"entries": json.dumps(entries)}
+        safetensors.save_file(tensors, str(scratch), metadata=metadata)
 
 
 def mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 from llm_jax.testing import tiny_config
 from subspec_jax.accept import Gate
 from subspec_jax.draft_model import NO_DRAFT, Draft
-from subspec_jax.methods import NAMES, MethodError, make_method
+from subspec_jax.methods import METHOD_NAMES, MethodError, make_method
 from subspec_jax.plan import make_plan
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
 from subspec_jax.tree import TreeSpec
@@ -40,7 +40,7 @@ PROMISED = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_method_has_the_tree_and_the_draft_it_promises(name):
     method = make(name)
     assert (method.name, method.spec, method.draft) == (name, *PROMISED[name])
@@ -51,7 +51,7 @@ def test_a_method_has_the_tree_and_the_draft_it_promises(name):
     assert make_plan(CFG, 2**30, method.spec, method.draft).spec == method.spec
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_methods_proposer_is_of_the_same_tree(name):
     method, params = make(name), object()
     proposer = method.proposer(CFG, params)
@@ -67,7 +67,7 @@ def test_a_methods_proposer_is_of_the_same_tree(name):
         assert proposer.stop_gain == 0.25 and proposer.longest == 4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHOD_NAMES)
 @pytest.mark.parametrize(
     "spec",
     [
@@ -102,4 +102,4 @@ def test_what_a_method_lacks_is_said():
 
 
 def test_every_name_is_tested():
-    assert set(NAMES) == set(PROMISED)
+    assert set(METHOD_NAMES) == set(PROMISED)

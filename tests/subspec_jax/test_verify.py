@@ -135,7 +135,7 @@ def test_layout_cuts_the_places_that_are_not_verified(target):
 def test_judgement_in_blocks_of_any_size(
     passed, target, node_logits, tiny, monkeypatch, sampler, rows
 ):
-    monkeypatch.setattr(verify, "ROWS", rows)
+    monkeypatch.setattr(verify, "LOGIT_ROWS", rows)
     x, tree, _ = passed
     at, depth = jnp.int32(AT), [len(path_to(i)) for i in range(6)]
     judged = judge(target.top, x, tree, at, KEY, tiny.cfg, sampler, Gate())

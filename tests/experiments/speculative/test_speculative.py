@@ -22,7 +22,7 @@ from llm_jax import registry
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 from subspec_jax import engine, memory, sources
 from subspec_jax.memory import parse_bytes
-from subspec_jax.methods import NAMES, VANILLA
+from subspec_jax.methods import METHOD_NAMES, VANILLA
 
 CFG = tiny_config("qwen2", layers=3)
 SMALL = tiny_config("llama", layers=1, d_model=32, d_ff=64)
@@ -98,7 +98,7 @@ def run(models):
 @pytest.fixture(scope="module")
 def everything(run, models, tmp_path_factory):
     """All methods, checked against plain decoding."""
-    others = " ".join(name for name in NAMES if name != "subspec")
+    others = " ".join(name for name in METHOD_NAMES if name != "subspec")
     return run(
         f"--compare {others} --draft-checkpoint {models['small']} --check-lossless",
         tmp_path_factory.mktemp("everything"),
@@ -125,14 +125,14 @@ def test_all_outputs_exist_and_can_be_read(everything):
 def test_the_table_names_every_method_and_is_not_cut(everything):
     table = everything.out[everything.out.index("method ") :]
     rows = [line.split()[0] for line in table.splitlines() if line.strip()]
-    assert set(NAMES) <= set(rows)
+    assert set(METHOD_NAMES) <= set(rows)
     assert "…" not in everything.out
-    assert "Plan for subspec in 16.00 MB" in everything.out
+    assert "Plan for subspec within 16.00 MB" in everything.out
     assert "1 of 3 layers resident, 2 streamed" in everything.out
 
 
 def test_records_are_in_order_and_complete(everything):
-    assert [r["method"] for r in everything.records] == ["vanilla", "subspec", *NAMES[2:]]
+    assert [r["method"] for r in everything.records] == ["vanilla", "subspec", *METHOD_NAMES[2:]]
     for r in everything.records:
         assert (r["benchmark"], r["sample"], r["turn"]) == ("builtin", "writing-1", 0)
         assert len(r["token_ids"]) <= 8 and not r["replayed"]
@@ -153,7 +153,7 @@ def test_records_are_in_order_and_complete(everything):
     assert set(streamed) == {2 * layer}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("vanilla", "subspec-lossy")])
+@pytest.mark.parametrize("name", [n for n in METHOD_NAMES if n not in ("vanilla", "subspec-lossy")])
 def test_every_lossless_method_decodes_the_plain_text(everything, name):
     found = everything.by_method[name]
     assert found["lossless"]["identical"] is True
@@ -164,7 +164,7 @@ def test_every_lossless_method_decodes_the_plain_text(everything, name):
 def test_the_run_file_says_what_was_run(everything):
     meta = json.loads((everything.folder / "run.json").read_text())
     assert meta["arguments"]["depth"] == 3 and meta["arguments"]["check_lossless"] is True
-    assert set(meta["plans"]) == set(NAMES) == {s["method"] for s in meta["summaries"]}
+    assert set(meta["plans"]) == set(METHOD_NAMES) == {s["method"] for s in meta["summaries"]}
     assert meta["memory_limit"] == 2**24 and meta["pool"] is None
     assert meta["link_bytes_per_s"] > 0 and meta["memory_bytes_per_s"] > 0
     assert "draft model" in meta["plans"]["classic"]["device"]

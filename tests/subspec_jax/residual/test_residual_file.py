@@ -162,9 +162,9 @@ def test_a_killed_conversion_goes_on(source, original, tmp_path, monkeypatch, at
             file.with_name(f".{file.name}.part").write_bytes(b"half")
             raise Killed
         written.append(file)
-        residual_file.write(file, tensors, entries)
+        residual_file.write_tensors(file, tensors, entries)
 
-    monkeypatch.setattr(residual_convert, "write", write)
+    monkeypatch.setattr(residual_convert, "write_tensors", write)
     with pytest.raises(Killed):
         convert(source, CFG, tmp_path, group=GROUP)
     monkeypatch.undo()
@@ -179,7 +179,7 @@ def test_a_killed_conversion_goes_on(source, original, tmp_path, monkeypatch, at
 
 
 def test_a_complete_conversion_is_not_repeated(source, converted, monkeypatch):
-    monkeypatch.setattr(residual_convert, "write", None)
+    monkeypatch.setattr(residual_convert, "write_tensors", None)
     convert(source, CFG, converted.path, group=GROUP)
 
 
