@@ -1,4 +1,4 @@
-"""Which predictions answer for which boxes: SimOTA over the cells and anchors near each box.
+"""Which predictions learn which boxes: SimOTA over the cells and anchors near each box.
 
 M counts the padded boxes of a sample, P its predictions (see `boxes`), K the 27 candidates of a
 box: 3 levels x 3 anchors x (its own cell, the nearer neighbour in x, the nearer one in y).
@@ -22,21 +22,21 @@ from qyolop_jax.boxes import (
 )
 from qyolop_jax.config import ModelConfig
 
-RATIO = 4.0  # an anchor fits a box if neither side is this many times the other's
-TOP = 10  # best overlaps that are summed to say how many predictions a box gets
-IOU_WEIGHT = 3.0  # of -log IoU in the cost, beside the cross-entropy of the class
-CROWD_OVERLAP = 0.5  # share of a prediction inside a crowd box from which it is left alone
+RATIO = 4.0  # an anchor fits a box if neither is this many times as wide or high as the other
+TOP = 10  # a box gets as many predictions as the sum of this many best overlaps
+IOU_WEIGHT = 3.0  # weight of -log IoU in the cost; the cross-entropy of the class has 1
+CROWD_OVERLAP = 0.5  # a prediction with more than this share in a crowd box is left alone
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """For every prediction the box it answers for, and whether it is to be left alone."""
+    """For every prediction: the box that it learns, and whether it is left alone."""
 
     box_BP: jax.Array
-    """int32, index of the box, -1 where there is none."""
+    """int32, index of the box; -1 for none."""
     ignore_BP: jax.Array
-    """bool: without a box of its own and inside a crowd, so without objectness loss."""
+    """bool: no box of its own, but inside a crowd; such a prediction has no objectness loss."""
 
 
 def box_candidates(
@@ -44,8 +44,8 @@ def box_candidates(
 ) -> tuple[jax.Array, jax.Array]:
     """Indices [M, 27] of predictions that could describe each box, and which of them count [M, 27].
 
-    A level's anchor counts where its width and height are within a factor `RATIO` of the box's;
-    a neighbouring cell where it is inside the grid. The others have an index too, a valid one.
+    An anchor counts if its width and height are within a factor `RATIO` of the box's, a
+    neighbouring cell if it is inside the grid. Candidates that do not count have a valid index too.
     """
     levels = zip(cfg.strides, anchors(cfg), fixed.shapes, fixed.starts[:-1], strict=True)
     wh = boxes_M4[:, 2:] - boxes_M4[:, :2]
@@ -84,13 +84,13 @@ def match(
     fixed: Cells,
     cfg: ModelConfig,
 ) -> jax.Array:
-    """Index of the box that each of P predictions of one sample answers for, -1 for none.
+    """Index of the box that each of P predictions of one sample learns, -1 for none.
 
-    A box takes the k cheapest of its candidates, k being the whole part of the sum of its ten
-    best IoUs, at least 1. Cost: cross-entropy of sqrt(objectness * class) with the box's class,
-    summed over classes, - 3 log IoU. A prediction that two boxes take goes to the cheaper
-    (YOLOX, arXiv 2107.08430, as YOLOv7 uses it; but a box only takes candidates of its own,
-    which its decoding can reach, never those of a neighbour).
+    A box takes the k cheapest of its candidates; k is the sum of its ten best IoUs, rounded down,
+    at least 1. Cost: cross-entropy of sqrt(objectness * class) with the box's class,
+    summed over classes, - 3 log IoU. A prediction that two boxes take goes to the one with the
+    lower cost (YOLOX, arXiv 2107.08430, as YOLOv7 uses it; but here a box takes only candidates
+    whose decoding can reach it).
     """
     index_MK, counts_MK = box_candidates(targets_M4, fixed, cfg)
     counts_MK &= usable_M[:, None]
@@ -122,7 +122,7 @@ def match(
 
 
 def in_crowd(boxes_P4: jax.Array, targets_M4: jax.Array, crowd_M: jax.Array) -> jax.Array:
-    """Which predictions [P] lie by more than half of their own area in some crowd box."""
+    """Which predictions [P] have more than half of their area inside some crowd box."""
     shared_PM = intersection(boxes_P4[:, None, :], targets_M4[None])
     inside = shared_PM > CROWD_OVERLAP * area(boxes_P4)[:, None]
     return jnp.any(inside & crowd_M[None], axis=1)
@@ -131,9 +131,9 @@ def in_crowd(boxes_P4: jax.Array, targets_M4: jax.Array, crowd_M: jax.Array) -> 
 def assign(
     decoded: Decoded, batch: dict[str, jax.Array], cfg: ModelConfig, size: tuple[int, int]
 ) -> Assignment:
-    """The `Assignment` of a batch whose images are of `size`; without gradient.
+    """The `Assignment` of a batch of images of `size` (H, W); without gradient.
 
-    Padding, crowd boxes, boxes without area and samples without detection labels get nothing.
+    Padding, crowd boxes, boxes without area and samples without detection labels get no prediction.
     """
     decoded = jax.lax.stop_gradient(decoded)
     fixed = cells(cfg, size)

@@ -1,8 +1,8 @@
 """Images and their labels warped together: letterbox, random perspective, mosaic, flip, colour.
 
-Every warp is one homography a source image, applied to image (bilinear), boxes (their corners) and
-both masks (nearest), so that they stay aligned; a mosaic is four of them into one canvas. Points
-are continuous: pixel i covers [i, i + 1). Randomness comes from a NumPy generator alone.
+Every source image is warped by one homography, applied to the image (bilinear), the boxes (their
+corners) and both masks (nearest), so that they stay aligned; a mosaic is four of them on a canvas.
+Points are continuous: pixel i covers [i, i + 1). All randomness comes from a NumPy generator.
 """
 
 import dataclasses
@@ -17,27 +17,27 @@ from qyolop_jax.config import IGNORE
 from qyolop_jax.postprocess import Transform
 from qyolop_jax.samples import Sample, SampleError
 
-GREY = 114  # what is outside of all images
+GREY = 114  # the value outside of all images
 
 
 class AugmentError(QyolopError):
-    """A setting that cannot be; the message says what is possible."""
+    """An impossible setting; the message says what is possible."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """How far images are changed; defaults are the paper's, which are YOLOP's without rotation."""
+    """How much images are changed; the defaults are the paper's (YOLOP's without rotation)."""
 
     scale: float = 0.25
-    """Size changes by 1 - scale to 1 + scale."""
+    """The size is multiplied by 1 - scale to 1 + scale."""
     translate: float = 0.1
-    """Share of width and height, either way."""
+    """Largest shift, as a share of width and height, in either direction."""
     rotate: float = 0.0
-    """Degrees, either way."""
+    """Degrees, in either direction."""
     shear: float = 0.0
-    """Degrees, either way."""
+    """Degrees, in either direction."""
     perspective: float = 0.0
-    """Up to this, a pixel and axis; 0.001 is strong."""
+    """Largest value for each pixel and axis; 0.001 is strong."""
     hue: float = 0.015
     saturation: float = 0.7
     value: float = 0.4
@@ -46,11 +46,11 @@ class AugmentConfig:
     mosaic: float = 0.0
     """Probability of a mosaic of four images."""
     least_side: float = 2.0
-    """A box stays with sides longer than this, in pixels,"""
+    """A box stays if its sides are longer than this, in pixels,"""
     least_share: float = 0.1
-    """with more than this share of its area inside,"""
+    """if more than this share of its area is inside,"""
     most_aspect: float = 20.0
-    """and no longer than this times its width or height."""
+    """and if its longer side is less than this many times its shorter side."""
 
     def __post_init__(self):
         wrong = [
@@ -111,9 +111,9 @@ def _pixels(matrix) -> np.ndarray:
 def warp_image(
     image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], border: int | None = GREY
 ) -> np.ndarray:
-    """An image [H, W, 3] through a homography; where it shrinks, averaged before it is sampled.
+    """An image [H, W, 3] through a homography; where it shrinks, it is averaged first.
 
-    `border` is the grey around it, or None to go on with the pixels of its edge.
+    `border` is the grey value around it; None repeats the pixels of its edge.
     """
     cv2 = need("cv2", "vision", "warping images")
     height, width = image.shape[:2]
@@ -153,10 +153,10 @@ def compose(
 ) -> Sample:
     """One sample of this size from several, each through its homography.
 
-    Masks are `IGNORE` outside of all images and where a part has no labels of the task; the whole
-    is labelled if any part is. Detection is labelled only if all parts are, as an object without a
-    box would be learned as background. With `cfg` the boxes that it finds too small go, else only
-    those outside.
+    Masks are `IGNORE` outside of all images and where a part has no labels for the task; a mask is
+    labelled if that of any part is. Detection is labelled only if it is in all parts, because an
+    object without a box would be learned as background. Boxes outside are dropped, and with `cfg`
+    also those that it calls too small.
     """
     height, width = size
     image = np.full((height, width, 3), GREY, np.uint8)
@@ -187,7 +187,7 @@ def compose(
 
 
 def paste(s: Sample, matrix: np.ndarray, onto: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    """Draws a sample through a homography onto (image, area, lane), where it has pixels."""
+    """Draws a sample through a homography onto (image, area, lane), in place."""
     cv2 = need("cv2", "vision", "warping images")
     size, source = onto[0].shape[:2], s.image.shape[:2]
     extent = map_boxes(matrix, [[0, 0, source[1], source[0]]])[0]
@@ -233,16 +233,16 @@ def letterbox_matrix(size: tuple[int, int], into: tuple[int, int]) -> tuple[np.n
 
 
 def letterbox(s: Sample, size: tuple[int, int]) -> tuple[Sample, Transform]:
-    """The sample scaled to fit, its middle in the middle, grey and ignored around; and how.
+    """The sample scaled to fit and centred, with grey, ignored pixels around it; and its transform.
 
-    720x1280 into 384x640 is at scale 0.5, with 12 rows above and below.
+    720x1280 into 384x640 has scale 0.5, with 12 rows above and below.
     """
     matrix, transform = letterbox_matrix(s.image.shape[:2], size)
     return dataclasses.replace(compose([(s, matrix)], size), name=s.name), transform
 
 
 def letterbox_image(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, Transform]:
-    """The same of an image without labels."""
+    """The same for an image without labels."""
     matrix, transform = letterbox_matrix(image.shape[:2], size)
     return warp_image(image, matrix, size), transform
 
@@ -250,7 +250,7 @@ def letterbox_image(image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarra
 def perspective_matrix(
     rng: np.random.Generator, cfg: AugmentConfig, canvas: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """A random homography from a canvas (H, W), its middle to the middle of the result."""
+    """A random homography from a canvas (H, W) to an image of `size`, centre to centre."""
     centre = moved(-canvas[1] / 2, -canvas[0] / 2)
     bend = np.eye(3)
     bend[2, :2] = rng.uniform(-cfg.perspective, cfg.perspective, 2)
@@ -270,8 +270,8 @@ def mosaic_parts(
 ) -> list[tuple[Sample, np.ndarray]]:
     """Four samples around a random point of a canvas of twice the size, each with its homography.
 
-    The point is uniform in a half to three halves of `size`; each image, scaled to fit `size`,
-    touches it with a corner.
+    The point is uniform between 0.5 and 1.5 times `size`; each image is scaled to fit `size` and
+    has one corner at the point.
     """
     if len(samples) != 4:
         raise SampleError(f"a mosaic of {len(samples)} samples; expected 4")
@@ -313,7 +313,7 @@ def recolour(image: np.ndarray, rng: np.random.Generator, cfg: AugmentConfig) ->
 def augment(
     samples: Sequence[Sample], size: tuple[int, int], rng: np.random.Generator, cfg: AugmentConfig
 ) -> Sample:
-    """One sample of this size from one sample, or a mosaic from four; all of `cfg` at random."""
+    """One sample of this size, from one or as a mosaic of four, changed at random by `cfg`."""
     if len(samples) == 1:
         (s,) = samples
         matrix, _ = letterbox_matrix(s.image.shape[:2], size)

@@ -1,7 +1,7 @@
 """Boxes: raw detection outputs to pixels, and how much two boxes overlap.
 
-A box is xyxy in pixels of the network's input image, float32, half-open. P counts predictions:
-level by level (stride 8, 16, 32), then row, column and anchor, as the raw outputs lie in memory.
+A box is (x1, y1, x2, y2) in pixels of the network's input image, float32, half-open. P counts
+predictions: level by level (stride 8, 16, 32), then row, column and anchor, in memory order.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ ANCHORS_PER_CELL = 3  # of each cell
 
 
 class BoxError(QyolopError):
-    """Raw outputs that do not fit the config; the message says what was expected."""
+    """Raw outputs that do not fit the settings; the message says what was expected."""
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Every prediction of a batch: boxes in pixels; objectness and classes still as logits."""
+    """Every prediction of a batch: boxes in pixels; objectness and classes as logits."""
 
     boxes_BP4: jax.Array
     obj_BP: jax.Array
@@ -35,7 +35,7 @@ class Decoded:
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """What is constant of the P predictions, in NumPy: cell corner, stride and anchor in pixels."""
+    """The constants of the P predictions, in NumPy: cell corner, stride, anchor in pixels."""
 
     xy_P2: np.ndarray
     stride_P: np.ndarray
@@ -45,16 +45,16 @@ class Cells:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Index of the first prediction of each level, and the number of them all."""
+        """Index of the first prediction of each level, and then the number of all predictions."""
         counts = [rows * columns * ANCHORS_PER_CELL for rows, columns in self.shapes]
         return tuple(int(n) for n in np.cumsum([0, *counts]))
 
 
 def anchors(cfg: ModelConfig) -> np.ndarray:
-    """Anchors [level, 3, wh] in pixels of the images that the model is made for.
+    """Anchors [level, 3, (width, height)] in pixels of an image of `cfg.size`.
 
-    The config gives them for a width of 640; a model of width 320 has them half as large, and
-    keeps them when it is run on images of another size.
+    The settings give them for images 640 wide; a network for images 320 wide has anchors half as
+    large, and keeps them when it runs on images of another size.
     """
     table = np.asarray(cfg.anchors, np.float32)
     if table.shape != (len(cfg.strides), ANCHORS_PER_CELL, 2) or (table <= 0).any():
@@ -99,8 +99,8 @@ def decode_boxes(raw: dict[str, jax.Array], cfg: ModelConfig) -> Decoded:
     """All predictions of a batch as boxes in pixels and logits [B, P].
 
     YOLOv7's form, s the sigmoid of the output: centre (2s - 0.5 + cell) * stride, size
-    (2s)^2 * anchor; so a box is at most four times its anchor and its centre within half a cell
-    of its own.
+    (2s)^2 * anchor; so a box is at most four times as large as its anchor, and its centre at most
+    half a cell outside its own cell.
     """
     fixed = cells(cfg, image_size(raw, cfg))
     fields = 5 + len(cfg.detection)
@@ -109,7 +109,7 @@ def decode_boxes(raw: dict[str, jax.Array], cfg: ModelConfig) -> Decoded:
     all_BPF = jnp.concatenate(flat, axis=1)
     with jax.named_scope("decode"):
         s_BP4 = jax.nn.sigmoid(all_BPF[..., :4])
-        # constants of rank 3: rank promotion is an error where this is tested
+        # constants of rank 3, because tests forbid rank promotion
         xy, stride, anchor = (a[None] for a in (fixed.xy_P2, fixed.stride_P[:, None],
                                                 fixed.anchor_P2))  # fmt: skip
         centre = (2 * s_BP4[..., :2] - 0.5 + xy) * stride
@@ -119,27 +119,27 @@ def decode_boxes(raw: dict[str, jax.Array], cfg: ModelConfig) -> Decoded:
 
 
 def area(boxes: jax.Array) -> jax.Array:
-    """Areas [...] of boxes [..., 4]; 0 where one is empty or inside out."""
+    """Areas [...] of boxes [..., 4]; 0 for a box that is empty or inside out."""
     wh = jnp.maximum(boxes[..., 2:] - boxes[..., :2], 0)
     return wh[..., 0] * wh[..., 1]
 
 
 def intersection(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Shared areas [...] of boxes a and b [..., 4] of equal (or broadcast) leading shape."""
+    """Areas [...] that boxes a and b [..., 4] share; leading shapes are equal or broadcast."""
     low = jnp.maximum(a[..., :2], b[..., :2])
     high = jnp.minimum(a[..., 2:], b[..., 2:])
     return area(jnp.concatenate([low, high], -1))
 
 
 def iou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Intersection over union [...] of boxes [..., 4], one with one; 0 where the union is empty."""
+    """Intersection over union [...] of pairs of boxes [..., 4]; 0 where the union is empty."""
     shared = intersection(a, b)
     union = area(a) + area(b) - shared
     return jnp.where(union > 0, shared / jnp.where(union > 0, union, 1), 0)
 
 
 def pairwise_iou(a_N4: jax.Array, b_M4: jax.Array) -> jax.Array:
-    """Intersection over union [N, M] of every box of `a` with every one of `b`."""
+    """Intersection over union [N, M] of every box of `a` with every box of `b`."""
     return iou(a_N4[:, None, :], b_M4[None, :, :])
 
 

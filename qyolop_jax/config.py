@@ -1,4 +1,4 @@
-"""What a model is made of: its size, its classes, its anchors; and what mask values mean."""
+"""The settings of a network: size, classes, anchors; and what the values of masks mean."""
 
 import dataclasses
 import json
@@ -12,19 +12,19 @@ LANE = ("background", "single", "double", "dashed")
 IGNORE = 255
 """Mask value: no loss, no metric."""
 UNKNOWN = 254
-"""Mask value: foreground of a kind that is not known; any class but background is right."""
+"""Mask value: foreground of unknown kind; any class but background is right."""
 ANCHORS = (
     ((12, 16), (19, 36), (40, 28)),
     ((36, 75), (76, 55), (72, 146)),
     ((142, 110), (192, 243), (459, 401)),
 )
-"""YOLOv7's for COCO at 640 pixels, (width, height), which Q-YOLOP keeps."""
+"""(width, height) at 640 pixels: YOLOv7's for COCO, which Q-YOLOP keeps."""
 
 Activation = Literal["silu", "relu", "hardswish"]
 
 
 class ModelConfigError(QyolopError):
-    """A model that cannot be; the message says what is possible."""
+    """Impossible settings of a network; the message says what is possible."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,16 @@ class ModelConfig:
             raise ModelConfigError("expected three anchors for each of the strides 8, 16 and 32")
 
     def to_json(self) -> str:
+        """The settings as JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
+        """The settings that `to_json` wrote."""
         whole = lambda x: tuple(map(whole, x)) if isinstance(x, list) else x
         return cls(**{k: whole(v) for k, v in json.loads(text).items()})
 
     @property
     def strides(self) -> tuple[int, int, int]:
+        """Pixels of the input per cell, for each of the three detection outputs."""
         return (8, 16, 32)

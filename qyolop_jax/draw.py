@@ -1,4 +1,4 @@
-"""Images with boxes, areas and lanes drawn on them, and panels of several to look at."""
+"""Images with boxes, areas and lanes drawn on them, and panels of several images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,11 +40,11 @@ def overlay(
     conf: float = 0.25,
     width: int | None = None,
 ) -> np.ndarray:
-    """A uint8 RGB copy of the image with everything that was found, or is labelled, drawn on it.
+    """A uint8 RGB copy of the image, with everything that was found or is labelled drawn on it.
 
     `found` has boxes [n, 4], classes [n], masks area and lane [H, W] in pixels of the image, and
-    perhaps scores [n]: a `Sample`, or `postprocess.Found`. Boxes that score below `conf` are left
-    out, crowds are grey. `width` enlarges or shrinks the result to that many columns.
+    perhaps scores [n]: a `Sample`, or `postprocess.Found`. Boxes with a score below `conf` are left
+    out; crowds are grey. `width` scales the result to that many columns.
     """
     cv2 = need("cv2", "vision", "drawing on images")
     cfg = ModelConfig() if cfg is None else cfg
@@ -93,7 +93,7 @@ def write_text(
     larger: float = 1.0,
     back: bool = True,
 ) -> None:
-    """Puts text above (x, y), inside the image, on a plate of this colour."""
+    """Writes text above (x, y), inside the image, on a plate of this colour, in place."""
     cv2 = need("cv2", "vision", "drawing on images")
     scale = max(0.3, canvas.shape[1] / 1800) * larger
     (wide, high), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
@@ -110,9 +110,9 @@ def write_text(
 def panel(
     rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str] = (), gap: int = 6
 ) -> np.ndarray:
-    """One image of rows of images, all brought to the size of the first; titles stand above.
+    """One image that shows rows of images, all scaled to the size of the first, under titles.
 
-    Rows are usually (labels, prediction) of one image each; a shorter row leaves its end dark.
+    A row is usually (labels, prediction) of one image; the end of a shorter row stays dark.
     """
     cv2 = need("cv2", "vision", "drawing on images")
     if not rows or not rows[0]:
@@ -138,7 +138,7 @@ def panel(
 
 
 def legend(cfg: ModelConfig | None = None, width: int = 640) -> np.ndarray:
-    """A strip that says which colour is which class."""
+    """An image that says which colour is which class."""
     cv2 = need("cv2", "vision", "drawing on images")
     cfg = ModelConfig() if cfg is None else cfg
     entries = [
@@ -163,7 +163,7 @@ def legend(cfg: ModelConfig | None = None, width: int = 640) -> np.ndarray:
 
 
 def save_image(path: str | Path, image: np.ndarray) -> None:
-    """Writes an RGB image; the folder is made, the suffix decides the format."""
+    """Writes an RGB image, whole or not at all; the suffix decides the format."""
     cv2 = need("cv2", "vision", "drawing on images")
     path = Path(path)
     try:

@@ -1,14 +1,14 @@
 """Networks for other programs: StableHLO by `jax.export`, and ONNX, in integers or in float.
 
-    data = serialize(lambda x: run(model, x), (384, 640))       # of an integer model or of floats
+    data = serialize(lambda x: run_integer(model, x), (384, 640))    # or any other forward function
     raw = deserialize(data)(images)
 
     onnx.save(integer_onnx(model, (384, 640)), "q.onnx")
 
 All take uint8 images [batch, H, W, 3] of any batch and give the raw outputs, float32 NHWC, by name.
-In ONNX 8-bit tensors are uint8, our s8 plus 128, since the image then goes in as it is and
-onnxruntime is at its fastest; a convolution's scales are 1 but for the weights', which hold our
-factor, so that its rounding is ours. Of onnx only the writer is needed; nothing here needs torch.
+In ONNX, 8-bit tensors are uint8 (our s8 plus 128): the image goes in unchanged, and onnxruntime is
+fastest so. All scales of a convolution are 1 except the weights', which hold our factor, so that it
+rounds as ours does. Nothing here needs torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,13 +30,14 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 class ExportError(QyolopError):
-    """Something that cannot be exported or read back; the message says why."""
+    """What cannot be exported or read back; the message says why."""
 
 
 def serialize(
     forward: Callable, size: tuple[int, int], platforms: Sequence[str] = PLATFORMS
 ) -> bytes:
-    """The program images -> outputs with its weights; height and width are fixed."""
+    """The program images -> outputs with its weights, as bytes; height and width are fixed."""
+    need("flatbuffers", "vision", "exporting StableHLO")
     from jax import export
 
     check_size((1, *size, 3))
@@ -46,19 +47,18 @@ def serialize(
 
 
 def deserialize(data: bytes) -> Callable:
-    """images -> outputs, of what `serialize` gave."""
+    """The function images -> outputs in the bytes of `serialize`. ExportError for other bytes."""
+    need("flatbuffers", "vision", "reading StableHLO")
     from jax import export
 
     try:
         return jax.jit(export.deserialize(bytearray(data)).call)
     except Exception as error:
-        raise ExportError(
-            f"{len(data)} bytes are no exported program ({error}); expected serialize's"
-        ) from error
+        raise ExportError(f"{len(data)} bytes are not an exported program ({error})") from error
 
 
 class Writer:
-    """Collects ONNX nodes and constants; every method returns the name of its tensor."""
+    """Collects ONNX nodes and constants; each method returns the name of the tensor it adds."""
 
     def __init__(self, graph: Graph, size: tuple[int, int]):
         check_size((1, *size, 3))
@@ -68,11 +68,13 @@ class Writer:
         self.nodes, self.constants = [], []
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """The output of a new node."""
         name = f"{kind}_{len(self.nodes)}"
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [name], **attributes))
         return name
 
     def constant(self, value: ArrayLike, dtype: DTypeLike) -> str:
+        """A constant of this type."""
         name = f"constant_{len(self.constants)}"
         array = np.ascontiguousarray(value, dtype)
         if np.ndim(value) == 0:
@@ -81,10 +83,11 @@ class Writer:
         return name
 
     def kernel(self, kernel_HWIO: ArrayLike, dtype: DTypeLike) -> str:
+        """A kernel as a constant, in the order OIHW of ONNX."""
         return self.constant(np.transpose(kernel_HWIO, (3, 2, 0, 1)), dtype)
 
     def moved(self, node: Node, inputs: Sequence[str]) -> str:
-        """Nodes that do the same to 8 bits and to floats."""
+        """The output of a node that treats 8 bits and floats alike."""
         if node.op == "concat":
             return self.op("Concat", *inputs, axis=1)
         if node.op == "maxpool":
@@ -98,6 +101,7 @@ class Writer:
         raise GraphError(f"{node.name}: unknown operation {node.op!r}")
 
     def activated(self, x: str, act: str) -> str:
+        """The activation of a float tensor."""
         if act == "none":
             return x
         if act == "silu":
@@ -105,7 +109,7 @@ class Writer:
         return self.op({"relu": "Relu", "hardswish": "HardSwish"}[act], x)
 
     def model(self, outputs: dict[str, str]) -> Any:
-        """The checked ModelProto; outputs are float NCHW tensors by the name to give them."""
+        """The ModelProto, checked; `outputs` are float NCHW tensors by the name they get."""
         onnx, (H, W) = self.onnx, self.size
         info = onnx.helper.make_tensor_value_info
         images = info("images", onnx.TensorProto.UINT8, ["batch", H, W, 3])
@@ -124,12 +128,13 @@ class Writer:
 
 
 def window(node: Node) -> dict:
+    """The attributes of a node that has a window."""
     k, s, p = node.kernel, node.stride, node.padding
     return dict(kernel_shape=[k, k], strides=[s, s], pads=[p, p, p, p])
 
 
 def float_onnx(graph: Graph, params: Any, size: tuple[int, int]) -> Any:
-    """The ONNX model of a folded graph in float32."""
+    """The ONNX model (ModelProto) of a folded graph in float32."""
     if any(n.op == "conv" and (n.norm or n.rep or n.implicit) for n in graph.nodes):
         raise GraphError("the graph is not folded; export what fold.fold returns")
     w, values = Writer(graph, size), {}
@@ -151,7 +156,7 @@ def float_onnx(graph: Graph, params: Any, size: tuple[int, int]) -> Any:
 
 
 def integer_onnx(model: IntegerModel, size: tuple[int, int]) -> Any:
-    """The ONNX model of an integer one: QLinearConv, tables by Gather, nothing else that counts."""
+    """The ONNX model (ModelProto) of an integer model: QLinearConv, and Gather for tables."""
     w, values = Writer(model.graph, size), {}
     for node in model.graph.nodes:
         inputs = [values[name] for name in node.inputs]

@@ -1,7 +1,7 @@
-"""A pytree's floats as one vector: what is done to all of them is one kernel, not one an array.
+"""The floats of a pytree as one vector, so that one kernel changes all of them.
 
 A network of 100 convolutions has 600 arrays. Optimizer and moving average, array by array, were
-half of all fusions of a training step.
+half of the fusions of a training step.
 """
 
 import dataclasses
@@ -15,22 +15,22 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where each array of a tree is: in the vector, or, if it is no float32, beside it."""
+    """Where each array of a tree is: float32 in the vector, others beside it."""
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
     order: tuple[int, ...]
-    """Leaves in the order of the vector: those of two or more axes (kernels) first."""
+    """Indices of leaves in the order of the vector: kernels (two or more axes) first."""
     beside: tuple[int, ...]
-    """Leaves that are not in the vector."""
+    """Indices of the leaves that are not in the vector."""
     kernels: int
-    """How many of the vector's first values belong to kernels."""
+    """This many first values of the vector belong to kernels."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FlatTree:
-    """A tree of arrays as one float32 vector and what is not float32; `tree` gives it back."""
+    """A tree of arrays as one float32 vector, and the arrays of other types; see `tree`."""
 
     vector: jax.Array
     beside: list[jax.Array]
@@ -38,7 +38,7 @@ class FlatTree:
 
     @property
     def tree(self) -> Any:
-        """The arrays in their places; on the host where the vector is NumPy's."""
+        """The original tree; its arrays are NumPy's where the vector is."""
         layout = self.layout
         cut = _cut if isinstance(self.vector, np.ndarray) else _split
         found: list = [None] * len(layout.shapes)
@@ -50,7 +50,7 @@ class FlatTree:
 
 
 def flatten(tree: Any) -> FlatTree:
-    """The `Packed` of a tree of arrays."""
+    """The `FlatTree` of a tree of arrays."""
     leaves, treedef = jax.tree.flatten(tree)
     leaves = [jnp.asarray(a) for a in leaves]
     real = [i for i, a in enumerate(leaves) if a.dtype == jnp.float32]

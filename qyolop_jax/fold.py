@@ -1,7 +1,7 @@
-"""Deployment form: every convolution a kernel and a bias, nothing else.
+"""The form for deployment: every convolution is one kernel and one bias.
 
-Batch norm, RepConv's branches and the implicit vectors are linear, so they go into the kernel; in
-float64, since quantization starts from here.
+Batch norm, RepConv's branches and the implicit vectors are linear, so they become part of the
+kernel. This is computed in float64, because quantization starts from the result.
 """
 
 import dataclasses
@@ -30,7 +30,10 @@ Folded = dict[str, dict[str, jnp.ndarray]]
 
 
 def fold(model: ModelConfig | Graph, variables: dict[str, Any]) -> tuple[Graph, Folded]:
-    """(graph without norms, branches and implicit vectors, its parameters)."""
+    """The graph without norms, branches and implicit vectors, and its parameters.
+
+    GraphError where the variables do not fit the graph.
+    """
     graph = build_graph(model) if isinstance(model, ModelConfig) else model
     params, stats = variables["params"], variables.get("batch_stats", {})
     nodes, folded = [], {}
@@ -71,7 +74,7 @@ def fold(model: ModelConfig | Graph, variables: dict[str, Any]) -> tuple[Graph, 
 
 
 def _normed(kernel, norm, stats):
-    """(kernel, bias) of a convolution with batch norm behind it."""
+    """(kernel, bias) of a convolution followed by batch norm."""
     f64 = lambda a: np.asarray(a, np.float64)
     factor = f64(norm["scale"]) / np.sqrt(f64(stats["var"]) + EPSILON)
     return kernel * factor, f64(norm["bias"]) - f64(stats["mean"]) * factor
@@ -80,7 +83,7 @@ def _normed(kernel, norm, stats):
 def run_folded(
     graph: Graph, params: Folded, images_u8: jax.Array, dtype: DTypeLike = jnp.float32
 ) -> dict:
-    """Raw outputs of a folded graph, float32; the same as the model's to rounding."""
+    """Raw outputs of a folded graph, float32; equal to the model's except for rounding."""
     check_size(images_u8.shape)
 
     def conv(node, x):

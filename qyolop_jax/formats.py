@@ -1,4 +1,4 @@
-"""Files of driving data: images, masks and boxes, read with clear errors; BDD100K's also written.
+"""Files of driving data: images, masks and boxes, read with clear errors; a writer for BDD100K.
 
 Values of BDD100K masks. Drivable, one byte: 0 direct, 1 alternative, 2 background (before 2020: 0
 background, 1 direct, 2 alternative). Lane, one byte: bits 0 to 2 what (0 crosswalk, 1 to 3 double,
@@ -26,19 +26,19 @@ CATEGORY_OUT = {
     "scooter": "motorcycle",
     "bicycle": "bicycle",
 }
-"""What our classes are called in BDD100K files that we write."""
+"""Names of our classes in the BDD100K files that we write."""
 LANE_OUT = {0: 255, 1: 6, 2: 2, 3: 6 | 16, IGNORE: 248, UNKNOWN: 249}
-"""Our lane values in BDD100K's bits (white, along the road). 248 and 249 are ours, to keep what is
-ignored or of unknown kind; to other readers they are background, as bit 3 is set."""
+"""Our lane values in BDD100K's bits (white, along the road). 248 and 249 are our own, for pixels
+that are ignored or of unknown kind; other readers see background, because bit 3 is set."""
 AREA_OUT = {0: 2, 1: 0, 2: 1, IGNORE: 255, UNKNOWN: 254}
 
 
 class ReadError(QyolopError):
-    """A file or folder that is missing or broken; the message names it."""
+    """A missing or broken file or folder; the message names it."""
 
 
 def lane_table() -> np.ndarray:
-    """[256] uint8 from BDD100K's lane byte to ours; curbs and crosswalks are background."""
+    """[256] uint8: our value for each lane byte of BDD100K; curbs and crosswalks are background."""
     byte = np.arange(256)
     what, background, dashed = byte & 7, byte & 8, byte & 16
     table = np.zeros(256, np.uint8)
@@ -79,7 +79,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """[H, W, 3] uint8 RGB in the pixel order of the file, which is that of its labels."""
+    """[H, W, 3] uint8 RGB, not rotated by EXIF, since labels are not. ReadError if broken."""
     cv2 = need("cv2", "vision", "reading and writing images")
     data = _bytes(path)
     cut = (data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < len(data) // 2) or (
@@ -98,7 +98,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_mask(path: Path, size: tuple[int, int], color: bool = False) -> np.ndarray:
-    """[H, W] uint8 values, a palette's indices; or [H, W, 3] colours. ReadError on a wrong size."""
+    """[H, W] uint8 values (a palette's indices) or [H, W, 3] colours. ReadError if broken."""
     pillow = need("PIL.Image", "vision", "reading masks")
     data = _bytes(path)
     try:
@@ -120,14 +120,14 @@ def read_mask(path: Path, size: tuple[int, int], color: bool = False) -> np.ndar
 
 
 def colored_area(rgb: np.ndarray) -> np.ndarray:
-    """Our area values of BDD100K's colour maps: reddish is direct, bluish alternative."""
+    """Our area values for BDD100K's colour maps [H, W, 3]: red is direct, blue alternative."""
     red, blue = rgb[..., 0].astype(int), rgb[..., 2].astype(int)
     dark = rgb.max(-1) < 40
     return np.where(dark, 0, np.where(red >= blue, 1, 2)).astype(np.uint8)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
+    """The content of a JSON file. ReadError if it is missing or broken."""
     try:
         return json.loads(_bytes(path))
     except ValueError as error:
@@ -137,9 +137,9 @@ def read_json(path: Path) -> Any:
 
 
 def objects_of(entry: dict, where: str) -> list[Object]:
-    """Boxes of one image in BDD100K's per-image or Scalabel layout; polygons become their extent.
+    """Boxes of one image in BDD100K's per-image or Scalabel layout; polygons become boxes.
 
-    Entries without geometry, and lanes and areas, give nothing.
+    Lanes, areas and entries without geometry are left out. ReadError for another layout.
     """
     try:
         frames = entry.get("frames")
@@ -182,11 +182,11 @@ def _write(path: Path, data: bytes) -> None:
 
 
 class Bdd100kWriter:
-    """Writes labels or predictions as BDD100K has them; `readers.Bdd100k` reads them back.
+    """Writes labels or predictions in BDD100K's layout; `readers.Bdd100k` reads them back.
 
     `images/100k/SPLIT`, `labels/det_20/det_SPLIT.json` (Scalabel, with scores where there are
-    some), `labels/drivable/masks/SPLIT`, `labels/lane/masks/SPLIT`. A context manager, as the JSON
-    is written at the end.
+    any), `labels/drivable/masks/SPLIT`, `labels/lane/masks/SPLIT`. A context manager, because the
+    JSON is written at the end.
     """
 
     def __init__(self, root: str | Path, split: str, classes: Sequence[str]):
@@ -201,7 +201,7 @@ class Bdd100kWriter:
             self.close()
 
     def add(self, name: str, found: Any, image: np.ndarray | None = None) -> None:
-        """Labels of one image, a `Sample` or `postprocess.Found`; and the image, where given."""
+        """Adds the labels of an image, a `Sample` or `postprocess.Found`; the image if given."""
         stem = Path(name).stem
         known = getattr(found, "labelled", (True, True, True))
         scores, crowd = getattr(found, "scores", None), getattr(found, "crowd", None)
@@ -233,6 +233,6 @@ class Bdd100kWriter:
             _write(path, data.tobytes())
 
     def close(self) -> None:
-        """Writes the JSON of all that was added."""
+        """Writes the JSON of all images."""
         path = self.root / "labels" / "det_20" / f"det_{self.split}.json"
         _write(path, json.dumps(self.entries).encode())

@@ -1,8 +1,8 @@
-"""The network as a list of nodes, which the model, folding, quantization, integers and export walk.
+"""The network as a list of nodes: the model, folding, quantization, integers and export follow it.
 
 ELAN backbone, SPPCSPC, FPN and PAN with ELAN-H blocks and RepConv heads as in YOLOv7 (arXiv
-2207.02696); two decoders for masks as in YOLOP (arXiv 2108.11250): the drivable area's taps the
-backbone before the FPN, the lanes' its end. At 384x640 with 4 object classes:
+2207.02696); two decoders for masks as in YOLOP (arXiv 2108.11250): the one for the drivable area
+reads the backbone before the FPN, the one for lanes the end of the FPN. At 384x640, 4 classes:
 
     width    parameters    multiply-adds    of backbone / area / lane
     1.00     37.4 M        38.6 G           19.8 / 4.7 / 3.0
@@ -23,96 +23,110 @@ from qyolop_jax.config import ModelConfig
 
 
 class GraphError(QyolopError):
-    """A graph that does not hold together, or an image that does not fit it."""
+    """An inconsistent graph, or images that do not fit it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One operation. Padding is kernel // 2 on every side, none where stride and kernel are equal;
-    zeros for convolutions, nothing for pooling. Upsampling doubles, by nearest neighbour."""
+    """One operation. Convolutions pad with zeros; pooling ignores its padding. Upsampling doubles
+    height and width, by nearest neighbour."""
 
     name: str
     op: Literal["input", "conv", "maxpool", "upsample", "concat"]
     inputs: tuple[str, ...]
     channels: int
-    """Of its output."""
+    """Channels of its output."""
     kernel: int = 1
     stride: int = 1
     act: Literal["silu", "relu", "hardswish", "none"] = "none"
     norm: bool = True
-    """Batch norm behind the convolution; without it there is a bias."""
+    """Batch norm after the convolution; without it the convolution has a bias."""
     rep: bool = False
-    """RepConv: 3x3 and 1x1 with a batch norm each, and a batch norm alone where shapes allow."""
+    """RepConv: a 3x3 and a 1x1, each with batch norm, and a batch norm alone where shapes allow."""
     implicit: bool = False
-    """A learned vector added to the input, another multiplied into the output (YOLOR)."""
+    """A learned vector is added to the input, another multiplies the output (YOLOR)."""
 
     @property
     def padding(self) -> int:
+        """Pixels on every side: kernel // 2, or 0 where stride and kernel are equal."""
         return 0 if self.kernel == self.stride else self.kernel // 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
+    """A network: nodes in the order of computation, and the names of its outputs."""
+
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...]
 
     def node(self, name: str) -> Node:
+        """The node of this name. GraphError where there is none."""
         for node in self.nodes:
             if node.name == name:
                 return node
         raise GraphError(f"no node {name!r}")
 
     def consumers(self, name: str) -> tuple[Node, ...]:
+        """The nodes that read this node."""
         return tuple(n for n in self.nodes if name in n.inputs)
 
     @property
     def convs(self) -> tuple[Node, ...]:
+        """The convolutions."""
         return tuple(n for n in self.nodes if n.op == "conv")
 
     def in_channels(self, node: Node) -> int:
+        """Channels of the node's first input."""
         return self.node(node.inputs[0]).channels
 
 
 class Builder:
-    """Collects nodes; every method returns the name of its last one."""
+    """Collects nodes; each method returns the name of the last node that it adds."""
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
         self.nodes: list[Node] = [Node("image", "input", (), 3)]
 
     def scaled(self, channels: int) -> int:
-        """A channel count at this width: a multiple of 4, at least 4."""
+        """The number of channels at this width: a multiple of 4, at least 4."""
         return max(4, round(channels * self.cfg.width / 4) * 4)
 
     def add(self, node: Node) -> str:
+        """Adds a node."""
         self.nodes.append(node)
         return node.name
 
     def channels(self, name: str) -> int:
+        """Channels of the output of a node."""
         return next(n.channels for n in self.nodes if n.name == name)
 
     def conv(
         self, name: str, x: str, channels: int, kernel: int = 1, stride: int = 1, **rest: Any
     ) -> str:
+        """A convolution with batch norm and activation; `rest` are other fields of `Node`."""
         rest = dict(act=self.cfg.activation) | rest
         return self.add(Node(name, "conv", (x,), self.scaled(channels), kernel, stride, **rest))
 
     def logits(
         self, name: str, x: str, channels: int, implicit: bool = False, kernel: int = 1
     ) -> str:
+        """A convolution with bias and without activation, not scaled by the width."""
         return self.add(Node(name, "conv", (x,), channels, kernel, norm=False, implicit=implicit))
 
     def concat(self, name: str, *inputs: str) -> str:
+        """The inputs side by side, by channels."""
         return self.add(Node(name, "concat", inputs, sum(map(self.channels, inputs))))
 
     def pool(self, name: str, x: str, kernel: int, stride: int) -> str:
+        """Max pooling."""
         return self.add(Node(name, "maxpool", (x,), self.channels(x), kernel, stride))
 
     def up(self, name: str, x: str) -> str:
+        """Twice the height and width."""
         return self.add(Node(name, "upsample", (x,), self.channels(x)))
 
     def elan(self, name: str, x: str, inner: int, outer: int) -> str:
-        """Two paths of 1x1, one goes on through four 3x3; the ends and the middle are joined."""
+        """Two 1x1 paths, one followed by four 3x3; both, its middle and its end are joined."""
         a = self.conv(f"{name}.a", x, inner)
         b = self.conv(f"{name}.b", x, inner)
         c = self.conv(f"{name}.c1", b, inner, 3)
@@ -122,7 +136,7 @@ class Builder:
         return self.conv(f"{name}.out", self.concat(f"{name}.cat", d, c, b, a), outer)
 
     def elan_h(self, name: str, x: str, inner: int, outer: int) -> str:
-        """As `elan` with four 3x3 of half the channels, all of which are joined."""
+        """Like `elan` with four 3x3 of half the channels, all of them joined."""
         a = self.conv(f"{name}.a", x, inner)
         b = self.conv(f"{name}.b", x, inner)
         chain = [b]
@@ -132,7 +146,7 @@ class Builder:
         return self.conv(f"{name}.out", joined, outer)
 
     def down(self, name: str, x: str, channels: int, *others: str) -> str:
-        """Half the size: a strided 3x3 beside max pooling, each to `channels`; and others."""
+        """Half the size: a strided 3x3 and max pooling, `channels` each, joined with `others`."""
         a = self.conv(f"{name}.a1", x, channels)
         a = self.conv(f"{name}.a2", a, channels, 3, 2)
         b = self.conv(f"{name}.b", self.pool(f"{name}.pool", x, 2, 2), channels)
@@ -150,7 +164,7 @@ class Builder:
         return self.conv(f"{name}.7", self.concat(f"{name}.cat", y, shortcut), channels)
 
     def decoder(self, name: str, x: str, classes: int) -> str:
-        """Logits at full size from features at an eighth of it."""
+        """Logits at full size, from features at an eighth of it."""
         x = self.conv(f"{name}.8", x, 128, 3)
         x = self.elan(f"{name}.4", self.up(f"{name}.up4", x), 32, 80)
         x = self.conv(f"{name}.4.last", x, 32, 3)
@@ -193,19 +207,19 @@ def build_graph(cfg: ModelConfig) -> Graph:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Parameters and multiply-adds of every convolution, at one image size."""
+    """Parameters and multiply-adds of every convolution, for one image size."""
 
     parameters: dict[str, int]
     macs: dict[str, int]
 
     def total(self, start: str = "") -> tuple[int, int]:
-        """(parameters, multiply-adds) of the nodes whose names begin so."""
+        """(parameters, multiply-adds) of the nodes whose names begin with `start`."""
         pick = lambda table: sum(n for name, n in table.items() if name.startswith(start))
         return pick(self.parameters), pick(self.macs)
 
 
 def count(graph: Graph, size: tuple[int, int], fused: bool = True) -> Counts:
-    """`Counts`; `fused` as deployed (a kernel and a bias each), else as trained."""
+    """The `Counts` as deployed (`fused`: one kernel and one bias each) or as trained."""
     scales, parameters, macs = {}, {}, {}
     for node in graph.nodes:
         before = scales[node.inputs[0]] if node.inputs else 1
@@ -230,6 +244,7 @@ def count(graph: Graph, size: tuple[int, int], fused: bool = True) -> Counts:
 
 
 def check_size(shape: Sequence[int]) -> None:
+    """GraphError unless the shape is [B, H, W, 3] with H and W multiples of 32."""
     if len(shape) != 4 or shape[3] != 3 or any(n < 32 or n % 32 for n in shape[1:3]):
         raise GraphError(
             f"images of shape {tuple(shape)}; expected [B, H, W, 3] with H and W multiples of 32"
@@ -237,12 +252,12 @@ def check_size(shape: Sequence[int]) -> None:
 
 
 def normalized(images_u8: jax.Array) -> jax.Array:
-    """float32 (x - 128) / 64: eight bits hold it exactly, and padding with zeros is mid-grey."""
+    """float32 (x - 128) / 64: exact in eight bits, and padding with zeros is mid-grey."""
     return (images_u8.astype(jnp.float32) - 128) / 64
 
 
 def run_graph(graph: Graph, x: jax.Array, conv: Callable) -> dict[str, jax.Array]:
-    """The outputs by name; `conv(node, x)` does the convolutions, the rest is always the same."""
+    """The outputs by name; `conv(node, x)` computes the convolutions, all else is done here."""
     values: dict[str, jax.Array] = {}
     for node in graph.nodes:
         inputs = [values[name] for name in node.inputs]
@@ -263,15 +278,17 @@ def run_graph(graph: Graph, x: jax.Array, conv: Callable) -> dict[str, jax.Array
 
 
 def max_pool(x_BHWC: jax.Array, node: Node) -> jax.Array:
+    """Max pooling [B, h, w, C] with the node's kernel, stride and padding."""
     dtype = x_BHWC.dtype
     low = -np.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
     k, s, p = node.kernel, node.stride, node.padding
     padding = ((0, 0), (p, p), (p, p), (0, 0))
-    start = np.asarray(low, dtype)  # a constant, or there is no gradient
+    start = np.asarray(low, dtype)  # a constant; otherwise there is no gradient
     return jax.lax.reduce_window(x_BHWC, start, jax.lax.max, (1, k, k, 1), (1, s, s, 1), padding)
 
 
 def upsample(x_BHWC: jax.Array) -> jax.Array:
+    """[B, 2H, 2W, C], every pixel four times."""
     B, H, W, C = x_BHWC.shape
     wide = jnp.broadcast_to(x_BHWC[:, :, None, :, None, :], (B, H, 2, W, 2, C))
     return wide.reshape(B, 2 * H, 2 * W, C)

@@ -1,11 +1,12 @@
-"""The quantized network in integers: 8-bit tensors, 32-bit sums, no float but one factor a channel.
+"""The quantized network in integers: 8-bit tensors, 32-bit sums, one float factor per channel.
 
     model = to_integer(graph, params, scales)
     raw = jax.jit(run_integer)(model, images)  # the same bits as run_numpy(model, images)
 
-A convolution is s8 x s8 -> s32 (`sums`); its sums times a float32 factor a channel, rounded half to
-even, plus the zero point, cut to s8, are the next tensor; silu and hardswish look that up in a
-table of 256. Padding is the zero point. Letters: B H W C, I channels in, O out.
+A convolution is s8 x s8 -> s32 (`sums`). Its sums are multiplied by a float32 factor per channel,
+rounded half to even, shifted by the zero point and cut to s8; that is the next tensor. silu and
+hardswish are tables of 256 values. Padding is the zero point.
+Letters: B H W C, I channels in, O out.
 """
 
 import dataclasses
@@ -40,29 +41,30 @@ from qyolop_jax.scales import (
 
 
 class IntegerError(QyolopError):
-    """A file that is not an integer model; the message says what is wrong with it."""
+    """A file that is not an integer model; the message says what is wrong."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IntegerModel:
-    """Arrays by node; takes part in jit as a pytree.
+    """Arrays by node, as a pytree.
 
-    Of a convolution: kernel s8 [k, k, I, O], bias s32 [O] (with what the input's zero point adds),
-    factor f32 [O], zero_in and zero s8 (of the input and of what is rounded to), low s8 (relu's
-    clamp); table s8 [256] with silu or hardswish. Of one kept in float: kernel and bias f32,
-    step_in f32, zero_in s8, and step f32 and zero s8 unless it ends in float.
+    A convolution has kernel s8 [k, k, I, O], bias s32 [O] (with the part that the input's zero
+    point adds), factor f32 [O], zero_in and zero s8 (zero points of the input and of the result),
+    low s8 (where relu cuts), and table s8 [256] for silu or hardswish. One that stays in float has
+    kernel and bias f32, step_in f32, zero_in s8, and step f32 and zero s8 if its result has 8 bits.
     """
 
     layers: dict[str, dict[str, jax.Array]]
     outputs: dict[str, dict[str, jax.Array]]
-    """step f32 [C] or [1] and zero s8 of the outputs that are s8."""
+    """step f32 [C] or [1] and zero s8, for the outputs that are s8."""
     graph: Graph = dataclasses.field(metadata=dict(static=True))
     config: ModelConfig | None = dataclasses.field(default=None, metadata=dict(static=True))
-    """What the outputs mean; nothing here needs it."""
+    """What the outputs mean."""
 
     @property
     def bytes(self) -> int:
+        """Bytes of all arrays."""
         return sum(a.nbytes for a in jax.tree.leaves((self.layers, self.outputs)))
 
 
@@ -73,11 +75,14 @@ def to_integer(
     settings: Settings = DEFAULT,
     config: ModelConfig | None = None,
 ) -> IntegerModel:
-    """The `IntegerModel` of a folded graph; `settings` are those of the calibration."""
+    """The `IntegerModel` of a folded graph; `settings` are those of the calibration.
+
+    QuantizeError where graph, scales and settings do not fit.
+    """
     return dataclasses.replace(_to_integer(graph, params, scales, settings), config=config)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))  # one program, not one an array
+@functools.partial(jax.jit, static_argnums=(0, 3))  # one program for all arrays
 def _to_integer(graph, params, scales, settings):
     steps = steps_of(graph, scales, settings)
     layers, floating = {}, set()
@@ -128,9 +133,12 @@ def activation_table(
 
 
 def sums(x_BHWI: jax.Array, kernel_HWIO: jax.Array, node: Node) -> jax.Array:
-    """s32 [B, H', W', O] of s8 operands; x is padded already. Each platform has its own way:
-    XLA's s8 convolution is fast on TPUs, and on CPUs but for 3x3 between few channels (10 times
-    slower than patches, measured with 8 to 16 of them); GPUs have none, but a fast s8 dot."""
+    """s32 [B, H', W', O], the convolution of s8 operands; x is padded already.
+
+    Each platform has its own fast way. XLA's s8 convolution is fast on TPUs, and on CPUs except for
+    3x3 between few channels (10 times slower than patches, measured with 8 to 16 channels). GPUs
+    have no s8 convolution, but a fast s8 dot.
+    """
     k, _, I, O = kernel_HWIO.shape
     patches = lambda x, w: _patches_dot(x, w, node.stride)
     whole = lambda x, w: convolve(x, w, _Unpadded(node.stride), preferred_element_type=jnp.int32)
@@ -147,7 +155,7 @@ class _Unpadded:
 
 
 def _patches_dot(x_BHWI, kernel_HWIO, stride: int):
-    """The same by a matrix of patches; channels are padded to what s8 tensor cores take."""
+    """The same as a product with a matrix of patches; padded to sizes that tensor cores take."""
     k, _, I, O = kernel_HWIO.shape
     B, H, W, _ = x_BHWI.shape
     h, w = (H - k) // stride + 1, (W - k) // stride + 1
@@ -166,7 +174,7 @@ def _patches_dot(x_BHWI, kernel_HWIO, stride: int):
 
 
 def run_integer(model: IntegerModel, images_u8: jax.Array) -> dict:
-    """Raw outputs, float32, of uint8 images [B, H, W, 3]; to be jitted."""
+    """Raw outputs, float32, for uint8 images [B, H, W, 3]; made for jit."""
     check_size(images_u8.shape)
     wide = lambda a: a.reshape(1, 1, 1, -1)
 
@@ -199,9 +207,9 @@ def _to_s8(near, zero):
 
 
 def run_numpy(model: IntegerModel, images_u8: ArrayLike) -> dict:
-    """What `run` computes, spelled out in NumPy integers: the reference for every other executor.
+    """What `run_integer` computes, in plain NumPy integers: the reference for all other executors.
 
-    Convolutions kept in float it refuses, since their sums have no order to agree on.
+    IntegerError for convolutions kept in float, because the order of their sums is not defined.
     """
     images = np.asarray(images_u8)
     check_size(images.shape)
@@ -249,7 +257,7 @@ FORMAT, CONFIG = "qyolop integer model 1", "config"
 
 
 def save_integer_model(model: IntegerModel, path: str | Path) -> None:
-    """Writes a safetensors file, whole or not at all; about a byte a weight."""
+    """Writes a safetensors file, whole or not at all; about one byte per weight."""
     flat = {
         f"{kind}/{name}/{key}": np.asarray(a, order="C")  # scalars stay scalars
         for kind in ("layers", "outputs")
@@ -265,7 +273,7 @@ def save_integer_model(model: IntegerModel, path: str | Path) -> None:
 
 
 def load_integer_model(path: str | Path) -> IntegerModel:
-    """The `IntegerModel` of a file of `save`."""
+    """The model in a file of `save_integer_model`. IntegerError for any other file."""
     try:
         with safe_open(path, "numpy") as file:
             meta = file.metadata() or {}
@@ -273,7 +281,7 @@ def load_integer_model(path: str | Path) -> IntegerModel:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise IntegerError(f"{path} is no safetensors file ({error}); save it anew") from error
+        raise IntegerError(f"{path} is not a safetensors file ({error}); save it again") from error
     if meta.get("format") != FORMAT:
         raise IntegerError(f"{path} has format {meta.get('format')!r}; expected {FORMAT!r}")
     nodes = [Node(**(n | dict(inputs=tuple(n["inputs"])))) for n in json.loads(meta["nodes"])]
@@ -287,7 +295,7 @@ def load_integer_model(path: str | Path) -> IntegerModel:
 
 
 def is_integer(path: str | Path) -> bool:
-    """Whether `save` wrote this file."""
+    """Whether `save_integer_model` wrote this file."""
     try:
         with safe_open(path, "numpy") as file:
             return (file.metadata() or {}).get("format") == FORMAT

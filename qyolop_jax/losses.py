@@ -1,7 +1,7 @@
-"""What training minimises: focal class and objectness, boxes; Tversky, focal and Jaccard of masks.
+"""The losses: focal for classes and objectness, boxes; Tversky, focal and Jaccard for masks.
 
-Everything takes logits. A task that a sample has no labels for gives it no loss; where nobody in
-the batch has labels, the loss of the task is 0. Weights are those of Q-YOLOP (arXiv 2307.04537).
+All take logits. A sample without labels for a task gets no loss there; if no sample of the batch
+has labels, the loss of the task is 0. Weights are those of Q-YOLOP (arXiv 2307.04537).
 """
 
 import dataclasses
@@ -18,32 +18,32 @@ from qyolop_jax.config import UNKNOWN, ModelConfig
 
 
 class LossError(QyolopError):
-    """Settings or targets that cannot be; the message says what was expected."""
+    """Impossible settings or targets; the message says what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights and exponents; the defaults are the paper's, its focal and Tversky HybridNets'."""
+    """Weights and exponents; the defaults are the paper's (focal and Tversky: HybridNets')."""
 
     tasks: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Of detection, area and lane in the total."""
+    """Weights of detection, area and lane in the total."""
     detection: tuple[float, float, float] = (0.5, 1.0, 0.05)
-    """Of class, objectness and box."""
+    """Weights of class, objectness and box."""
     area: tuple[float, float] = (0.2, 0.2)
-    """Of Tversky and focal."""
+    """Weights of Tversky and focal."""
     lane: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Of Tversky, focal and Jaccard."""
+    """Weights of Tversky, focal and Jaccard."""
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
     area_tversky: tuple[float, float] = (0.7, 0.3)
-    """Of false positives and of false negatives."""
+    """Weights of false positives and of false negatives."""
     lane_tversky: tuple[float, float] = (0.7, 0.3)
     tversky_gamma: float = 4 / 3
     box: Literal["smooth_l1", "ciou"] = "smooth_l1"
     box_beta: float = 1 / 9
-    """Where smooth L1 turns from square to straight, in cells and anchors."""
+    """The error, in cells and anchors, at which smooth L1 turns from a square to a line."""
     balance: tuple[float, float, float] = (4.0, 1.0, 0.4)
-    """Of the objectness of levels 8, 16 and 32, each a mean over its predictions."""
+    """Weights of the objectness of levels 8, 16 and 32, each a mean over its predictions."""
 
     def __post_init__(self):
         for name, count in (("tasks", 3), ("detection", 3), ("area", 2), ("lane", 3),
@@ -68,16 +68,16 @@ class LossConfig:
 
 
 def _power(x, gamma: float) -> jax.Array:
-    """x^gamma, whose gradient at x = 0 is 0 for gamma = 0 too (XLA's is NaN)."""
+    """x^gamma, with gradient 0 at x = 0 also for gamma = 0 (where XLA's is NaN)."""
     return x**gamma if gamma else jnp.ones_like(x)
 
 
 def binary_focal(logits: jax.Array, target: jax.Array, alpha: float, gamma: float) -> jax.Array:
     """Focal cross-entropy, elementwise, of logits with targets in [0, 1] of the same shape.
 
-    weight |target - p|^gamma, alpha for the target's part and 1 - alpha for the rest. With targets
-    0 and 1 it is the focal loss (arXiv 1708.02002); between them its least is at p = target
-    (quality focal loss, arXiv 2006.04388).
+    The cross-entropy is weighted by |target - p|^gamma, and by alpha for the target's part and
+    1 - alpha for the rest. With targets 0 and 1 it is the focal loss (arXiv 1708.02002); for
+    targets between them the minimum is at p = target (quality focal loss, arXiv 2006.04388).
     """
     p = jax.nn.sigmoid(logits)
     entropy = jax.nn.softplus(logits) - logits * target
@@ -94,14 +94,14 @@ def smooth_l1(error: jax.Array, beta: float) -> jax.Array:
 def detection_losses(
     raw: dict[str, jax.Array], batch: dict[str, jax.Array], cfg: ModelConfig, loss_cfg: LossConfig
 ) -> dict[str, jax.Array]:
-    """Class, objectness and box losses before their weights, and positives a labelled sample.
+    """Class, objectness and box losses before their weights, and positives per labelled sample.
 
-    Class and objectness are focal. All are sums over the batch divided by the number of positives
-    (no fewer than labelled samples, so that empty roads do not divide by nothing). The target of a
-    positive's objectness is the IoU that its box has now, that of all others 0, and predictions
-    inside crowds have none. `balance` is turned into a weight for each prediction, 1 on average.
-    Smooth L1 takes centre errors in cells and size errors in anchors: all four are of order one at
-    every level, and bounded, since decoding is.
+    Class and objectness are focal. All are sums over the batch, divided by the number of positives
+    (or of labelled samples if that is larger, so that an empty road does not divide by 0). The
+    objectness target of a positive is the IoU that its box has now; it is 0 for all others, and
+    predictions inside crowds have none. `balance` becomes a weight for each prediction, 1 on
+    average. Smooth L1 takes centre errors in cells and size errors in anchors: all four are about
+    1 at every level, and bounded, because decoding is.
     """
     size = image_size(raw, cfg)
     fixed = cells(cfg, size)
@@ -146,10 +146,10 @@ def detection_losses(
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """A mask head and its labels, one plane [B, H, W] a class: planes are fast, rows of 3 are not.
+    """A mask head and its labels, one plane [B, H, W] per class: fast, unlike rows of 3 values.
 
-    `log_any` are the logs of background and of all foreground classes together, `log_kind` those
-    of each foreground class given that it is foreground.
+    `log_any` are log probabilities of background and of all foreground classes together,
+    `log_kind` those of each foreground class, given that a pixel is foreground.
     """
 
     log_any: tuple[jax.Array, jax.Array]
@@ -162,13 +162,13 @@ class Mask:
     """1 where a pixel counts, 0 elsewhere."""
 
     def pooled(self, plane: jax.Array) -> jax.Array:
-        """Sum over the pixels that count; by sample first, where float32 still adds exactly."""
+        """Sum over the pixels that count; first over each sample, where float32 is still exact."""
         return jnp.sum(plane * self.counts, (1, 2)).sum()
 
 
 @jax.custom_vjp
 def planes(x_BHWC: jax.Array) -> tuple[jax.Array, ...]:
-    """The C planes [B, H, W]. JAX's own gradient of slices pads and adds: half the loss's time."""
+    """The C planes [B, H, W]. JAX's own gradient of slices would take half the time of the loss."""
     return tuple(x_BHWC[..., c] for c in range(x_BHWC.shape[-1]))
 
 
@@ -178,8 +178,9 @@ planes.defvjp(lambda x: (planes(x), None), lambda _, gradients: (jnp.stack(gradi
 def prepare_mask(logits_BHWC: jax.Array, mask_BHW: jax.Array, labelled_B: jax.Array) -> Mask:
     """Probabilities and targets of a head. The target of a class is 1 on its pixels.
 
-    UNKNOWN pixels have the model's own distribution over the foreground classes, without gradient,
-    so that no kind is preferred. Any value that is no class, such as IGNORE, does not count.
+    The target of UNKNOWN pixels is the model's own distribution over the foreground classes,
+    without gradient, so that no kind is preferred. A value that is not a class, such as IGNORE,
+    does not count.
     """
     back, *kinds = planes(logits_BHWC)
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, kinds))
@@ -206,11 +207,11 @@ def prepare_mask(logits_BHWC: jax.Array, mask_BHW: jax.Array, labelled_B: jax.Ar
 
 
 def mask_focal(mask: Mask, alpha: float, gamma: float) -> jax.Array:
-    """Focal loss of softmax over pixels, divided by the foreground ones.
+    """Focal loss of softmax, summed over pixels and divided by the number of foreground pixels.
 
-    -(1 - p)^gamma log p with p the probability of the pixel's class, or of all foreground where it
-    is UNKNOWN; alpha for foreground and 1 - alpha for background. Divided by no fewer than 1 % of
-    the pixels that count, so that a batch without a lane is not all there is.
+    -(1 - p)^gamma log p, where p is the probability of the pixel's class, or of all foreground
+    where it is UNKNOWN; weighted by alpha for foreground and 1 - alpha for background. The divisor
+    is at least 1 % of the pixels that count, so that a batch without lanes does not dominate.
     """
     back, log_p = mask.log_any
     for c, kind in enumerate(mask.log_kind, 1):
@@ -226,8 +227,8 @@ def mask_focal(mask: Mask, alpha: float, gamma: float) -> jax.Array:
 def overlaps(mask: Mask) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Shared, predicted and true mass [C] of every class over the batch.
 
-    Shared is the lesser of probability and target: their product where targets are 0 and 1, and
-    for soft targets the form that a prediction equal to the target makes largest.
+    Shared is the smaller of probability and target. For targets 0 and 1 that is their product; for
+    soft targets it is the form that is largest where the prediction equals the target.
     """
     pairs = list(zip(mask.p, mask.target, strict=True))
     over = lambda planes: jnp.stack([mask.pooled(x) for x in planes])
@@ -235,7 +236,7 @@ def overlaps(mask: Mask) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _over_present(loss_C, true_C) -> jax.Array:
-    """Mean over the classes with a pixel in the batch; 0 where there is none."""
+    """Mean over the classes that have a pixel in the batch; 0 if none has."""
     present = true_C > 0.5
     count = jnp.maximum(jnp.sum(present, dtype=jnp.float32), 1)
     return jnp.where(present, loss_C, 0).sum() / count
@@ -268,10 +269,10 @@ def mask_losses(
     loss_cfg: LossConfig,
     shares: tuple[float, float],
 ) -> dict[str, jax.Array]:
-    """Tversky, focal and Jaccard of one mask head before their weights.
+    """Tversky, focal and Jaccard losses of one mask head, before their weights.
 
-    `shares` are Tversky's of false positives and false negatives,
-    `logits` [B, H, W, C], `mask` [B, H, W] uint8 class indices, `labelled` [B].
+    `logits` [B, H, W, C], `mask` [B, H, W] uint8 class indices, `labelled` [B]; `shares` are
+    Tversky's weights of false positives and false negatives. LossError where shapes differ.
     """
     if logits.ndim != 4 or mask.shape != logits.shape[:3]:
         raise LossError(
@@ -293,9 +294,9 @@ def total_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted loss of a batch, a float32 scalar, and its parts before their weights.
 
-    `raw` are the raw outputs of a forward (logits), `batch` the dict of `samples.collate`. Parts
-    are named "detection/class", "lane/focal" …; "detection/positives" is the mean number of
-    predictions with a box, no loss. A part whose weight is 0 is left out.
+    `raw` are the raw outputs of the network, `batch` is a dict of `samples.collate`. Parts are
+    named "detection/class", "lane/focal" …; "detection/positives" is not a loss but the mean number
+    of predictions with a box. A part with weight 0 is left out.
     """
     weights = {
         "detection": dict(zip(("class", "objectness", "box"), loss_cfg.detection, strict=True)),

@@ -1,7 +1,7 @@
-"""How good predictions are: IoU of masks, average precision of boxes, F1 of lane boundaries.
+"""Scores of predictions: IoU of masks, average precision of boxes, F1 of lane boundaries.
 
-NumPy on the host. Everything accumulates over a data set and is divided once, at the end; the one
-exception is the `yolop` protocol, which is there so that published numbers can be compared.
+NumPy on the host. Counts are added up over a data set and divided once, at the end. The only
+exception is the `yolop` protocol, which makes published numbers comparable.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ Protocol = Literal["pooled", "yolop"]
 
 
 class MetricError(QyolopError):
-    """Masks, boxes or settings that cannot be; the message says what was expected."""
+    """Wrong masks, boxes or settings; the message says what was expected."""
 
 
 def _iou(matrix: np.ndarray, absent: float) -> np.ndarray:
-    """IoU [C] of a confusion matrix; `absent` where a class is neither true nor predicted."""
+    """IoU [C] of a confusion matrix; `absent` for a class that is neither true nor predicted."""
     shared = np.diag(matrix).astype(np.float64)
     union = matrix.sum(0) + matrix.sum(1) - shared
     return np.where(union > 0, shared / np.maximum(union, 1), absent)
 
 
 def _mean(values) -> float:
-    """Mean of what is not NaN; NaN of nothing."""
+    """Mean of the values that are not NaN; NaN if there are none."""
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")
@@ -58,9 +58,9 @@ class Confusion:
     """Confusion matrices of a data set, rows true and columns predicted, filled by `add`.
 
     `typed` has every class and leaves out IGNORE and UNKNOWN pixels; `binary` has background and
-    foreground, where UNKNOWN is foreground. Protocol "pooled" divides once for the data set. That
-    of YOLOP (its lib/core/function.py) averages the IoU of batches, weighted by their images, with
-    0 for a class that a batch has not: it depends on the batch size and is for comparison only.
+    foreground, and UNKNOWN is foreground. Protocol "pooled" divides once for the data set. "yolop"
+    (YOLOP's lib/core/function.py) averages the IoU of batches, weighted by their images, with 0 for
+    a class that a batch lacks: it depends on the batch size and is for comparison only.
     """
 
     names: tuple[str, ...]
@@ -78,8 +78,8 @@ class Confusion:
     def add(self, truth: ArrayLike, predicted: ArrayLike) -> None:
         """Counts a batch of masks [B, H, W] (or one [H, W]) of class indices.
 
-        Images that are IGNORE throughout count for nothing. Under the YOLOP protocol, one call is
-        one batch.
+        Images that are IGNORE everywhere do not count. In the YOLOP protocol, one call is one
+        batch.
         """
         truth, predicted = _check_masks(truth, predicted, len(self.names))
         seen = truth != IGNORE
@@ -95,10 +95,9 @@ class Confusion:
     def result(self) -> dict[str, float]:
         """IoU of each class and "mIoU", "foreground IoU", "foreground recall", "binary mIoU".
 
-        Shares of 1. NaN, left out of means, where a class is neither true nor predicted, and for
-        all classes where every foreground pixel is UNKNOWN. YOLOP's
-        "lane accuracy" is the foreground recall, its lane IoU the foreground IoU, its drivable
-        mIoU the binary mIoU.
+        From 0 to 1. NaN, which means leave out, for a class that is neither true nor predicted, and
+        for all classes if every foreground pixel is UNKNOWN. YOLOP's "lane accuracy" is the
+        foreground recall, its lane IoU the foreground IoU, its drivable mIoU the binary mIoU.
         """
         if self.protocol == "pooled":
             return self._scores(self.typed, self.binary, float("nan"))
@@ -129,7 +128,7 @@ def _count(truth, predicted, classes: int) -> np.ndarray:
 
 
 class Boxes(NamedTuple):
-    """Boxes of one image: xyxy [n, 4], classes [n], and scores [n] or crowd flags [n]."""
+    """Boxes of one image: (x1, y1, x2, y2) [n, 4], classes [n], scores [n] or crowd flags [n]."""
 
     boxes: np.ndarray
     classes: np.ndarray
@@ -171,9 +170,10 @@ def average_precision(
 ) -> dict[str, float]:
     """AP50, AP (the mean over IoU .5 to .95), recall50 and AP50 of each class, by COCOeval.
 
-    One `Boxes` an image, in the same order; a crowd box is never missed, and boxes of its class
-    that lie in it cost nothing. At most `limit` boxes of a class an image. Shares of 1; means are
-    over classes that have a true box, NaN stands for those without.
+    One `Boxes` per image, in the same order. It costs nothing to miss a crowd box or to predict
+    boxes of its class inside it. At most `limit` boxes of a class count in an image. Scores are
+    from 0 to 1; means are over classes that have a true box, the others are NaN. MissingPackage
+    without pycocotools.
     """
     coco_format = need("pycocotools.coco", "vision", "average precision")
     cocoeval = need("pycocotools.cocoeval", "vision", "average precision")
@@ -222,10 +222,10 @@ LANE_BITS = {  # of BDD100K's lane byte: task -> (lowest bit, names by value)
 
 
 def boundary_f1(truth: ArrayLike, predicted: ArrayLike, radii: Sequence[int] = RADII) -> np.ndarray:
-    """F1 [len(radii)] of two binary masks [H, W] that match within a disk of so many pixels.
+    """F1 [len(radii)] of two binary masks [H, W] that match within a disk of each radius in pixels.
 
-    Precision is the share of predicted pixels within the disk of a true one, recall the other way
-    round. NaN where both masks are empty, 0 where one is. As bdd100k/eval/lane.py measures it.
+    Precision is the share of predicted pixels within the disk around a true pixel, recall the
+    opposite. NaN if both masks are empty, 0 if one is. As bdd100k/eval/lane.py measures it.
     """
     cv2 = need("cv2", "vision", "F1 of lane boundaries")
     truth, predicted = np.asarray(truth, bool), np.asarray(predicted, bool)
@@ -264,8 +264,8 @@ def bdd100k_lanes(byte_HW: ArrayLike) -> dict[str, np.ndarray]:
 class LaneF1:
     """F1 of lane boundaries, a mean over images for each class, filled by `add` or `add_bdd100k`.
 
-    An image that has a class neither in truth nor in prediction counts as 1 with absent "one", as
-    BDD100K does it, which flatters rare classes, and not at all with "skip".
+    An image where a class is neither true nor predicted counts as 1 with absent "one" (as BDD100K
+    does it, which flatters rare classes), and does not count with "skip".
     """
 
     absent: Literal["one", "skip"] = "one"
@@ -282,8 +282,8 @@ class LaneF1:
     def add(self, truth: ArrayLike, predicted: ArrayLike, names: Sequence[str]) -> None:
         """One image's masks [H, W] of class indices; `names` from background on.
 
-        Adds "kind/<name>" for each kind and "any" for all foreground. IGNORE pixels count for
-        neither side. An image with UNKNOWN pixels adds to "any" alone.
+        Adds "kind/<name>" for each kind and "any" for all foreground. IGNORE pixels do not count.
+        An image with UNKNOWN pixels adds to "any" alone.
         """
         truth, predicted = _check_masks(truth, predicted, len(names))
         predicted = np.where(truth == IGNORE, 0, predicted)
@@ -299,9 +299,9 @@ class LaneF1:
             self._add(name, mask, predicted[name])
 
     def result(self) -> dict[str, np.ndarray]:
-        """F1 [radius] as shares of 1: of each class, and of each task (the mean of its classes).
+        """F1 [radius] from 0 to 1: of each class, and of each task (the mean of its classes).
 
-        NaN, left out of the task's mean, where no image counts.
+        NaN, left out of the task's mean, if no image counts.
         """
         over = lambda rows: np.array([_mean(column) for column in np.array(rows).T])
         absent = 1.0 if self.absent == "one" else np.nan

@@ -1,4 +1,4 @@
-"""The network in Flax linen, one submodule a convolution, over the nodes of `graph.build`.
+"""The network in Flax linen, one submodule per convolution, from the nodes of `build_graph`.
 
     model, variables = Panoptic(cfg), initial(cfg)  # {"params", "batch_stats"}
     raw, changed = model.apply(variables, images, train=True, mutable=["batch_stats"])
@@ -9,12 +9,13 @@ Images are uint8 RGB [B, H, W, 3]. `raw` has detect.8, detect.16 and detect.32 [
 """
 
 import math
+from typing import TYPE_CHECKING
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.extras import need
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.graph import (
     Node,
@@ -26,10 +27,15 @@ from qyolop_jax.graph import (
     run_graph,
 )
 
+if TYPE_CHECKING:
+    import flax.linen as nn
+else:
+    nn = need("flax.linen", "vision", "the Q-YOLOP network")
+
 EPSILON, MOMENTUM = 1e-3, 0.97
-"""Of batch norm, as YOLOv7 has them; the running value keeps so much of itself."""
+"""Of batch norm, as in YOLOv7; MOMENTUM is the share of the old running value."""
 BACKGROUND = 2.0
-"""First bias of background against every other class of a mask."""
+"""First bias of background; that of every other class of a mask is 0."""
 
 
 class BatchNorm(nn.Module):
@@ -57,7 +63,7 @@ class BatchNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """One convolution node: what is trained of it."""
+    """The trained form of one convolution node."""
 
     node: Node
     dtype: jnp.dtype
@@ -89,6 +95,7 @@ class Conv(nn.Module):
         return activate(y, node.act)
 
     def kernel(self, name: str, node: Node, x: jax.Array) -> jax.Array:
+        """The convolution of x with a new parameter of this name."""
         he = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
         shape = (node.kernel, node.kernel, x.shape[-1], node.channels)
         return convolve(x, self.param(name, he, shape).astype(self.dtype), node)
@@ -114,9 +121,9 @@ class Panoptic(nn.Module):
 
 
 def initial(cfg: ModelConfig, seed: int = 0) -> dict:
-    """Random variables as `Panoptic.init` draws them, but by NumPy: in no time, not half a minute.
+    """Random variables with the distributions of `Panoptic.init`, but drawn by NumPy.
 
-    (Every shape of a `jax.random` draw is a program of its own to compile.)
+    That takes no time instead of half a minute: JAX compiles a program for every shape.
     """
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
     abstract = lambda key, x: Panoptic(cfg).init(key, x, train=False)
@@ -131,7 +138,7 @@ def initial(cfg: ModelConfig, seed: int = 0) -> dict:
             found = (name == "multiply") + 0.02 * rng.normal(size=like.shape)
         elif name in ("scale", "var"):
             found = np.ones(like.shape)
-        elif len(path) == 3 and name == "bias":  # of a convolution that gives logits
+        elif len(path) == 3 and name == "bias":  # of a convolution whose output is logits
             found = logit_bias(cfg, node, like.shape)
         else:
             found = np.zeros(like.shape)
@@ -141,7 +148,7 @@ def initial(cfg: ModelConfig, seed: int = 0) -> dict:
 
 
 def logit_bias(cfg: ModelConfig, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """First biases: few objects, YOLOv7's way; background likely in masks."""
+    """First biases of logits: few objects, as in YOLOv7, and mostly background in masks."""
     bias = np.zeros(shape, np.float32)
     if name in ("area", "lane"):
         bias[0] = BACKGROUND

@@ -1,8 +1,8 @@
-"""Ranges of values from what streams past: what 8 bits are spread over.
+"""Observers: the range of values that 8 bits are spread over, from a stream of arrays.
 
 An observer takes arrays with `add` and gives (low, high) with `range`. A histogram of fixed size
-stands for all that was seen; it doubles its reach when a value falls outside, which loses nothing
-but half of its resolution.
+stands for all values seen; when a value falls outside, it doubles its reach and halves its
+resolution.
 """
 
 import dataclasses
@@ -15,21 +15,26 @@ from qyolop_jax import QyolopError
 
 ObserverKind = Literal["absmax", "ema", "percentile", "mse"]
 BINS = 8192
-"""Of a histogram, a power of two; its steps are at most 2 / 4096 of the largest magnitude."""
+"""Bins of a histogram, a power of two; a step is at most 2 / 4096 of the largest magnitude."""
 
 
 class ObserveError(QyolopError):
-    """An observer that cannot be, or one that saw nothing; the message says what to do."""
+    """An impossible observer, or one that saw no value; the message says what to do."""
 
 
 class Observer(Protocol):
-    def add(self, values: ArrayLike) -> None: ...
+    """Collects values and gives their range."""
 
-    def range(self) -> tuple[float, float]: ...
+    def add(self, values: ArrayLike) -> None:
+        """Takes an array of any shape. ObserveError if it is empty or not finite."""
+
+    def range(self) -> tuple[float, float]:
+        """(low, high). ObserveError before the first `add`."""
+        raise NotImplementedError
 
 
 def observer(kind: ObserverKind, percentile: float = 99.99, symmetric: bool = False) -> Observer:
-    """A fresh `Observer`; `percentile` is for its own kind, `symmetric` for what mse searches."""
+    """A new `Observer`; `percentile` is for the kind of that name, `symmetric` for mse."""
     if kind == "absmax":
         return Extremes()
     if kind == "ema":
@@ -42,6 +47,7 @@ def observer(kind: ObserverKind, percentile: float = 99.99, symmetric: bool = Fa
 
 
 def check_percentile(percentile: float) -> None:
+    """ObserveError unless the percentile is above 50 and at most 100."""
     if not 50 < percentile <= 100:
         raise ObserveError(f"percentile {percentile}; expected above 50 and at most 100")
 
@@ -63,11 +69,13 @@ class Extremes:
     high: float = -np.inf
 
     def add(self, values: ArrayLike) -> None:
+        """See `Observer`."""
         values = _checked(values)
         self.low = min(self.low, float(values.min()))
         self.high = max(self.high, float(values.max()))
 
     def range(self) -> tuple[float, float]:
+        """See `Observer`."""
         if self.low > self.high:
             raise ObserveError("nothing was observed; add a batch first")
         return self.low, self.high
@@ -75,12 +83,13 @@ class Extremes:
 
 @dataclasses.dataclass
 class Average:
-    """Moving averages of the extremes of every `add`; the first one counts as all before it."""
+    """Moving averages of the extremes of each `add`, beginning with the first."""
 
     decay: float = 0.9
     ends: tuple[float, float] | None = None
 
     def add(self, values: ArrayLike) -> None:
+        """See `Observer`."""
         values = _checked(values)
         now = float(values.min()), float(values.max())
         old = self.ends or now
@@ -89,6 +98,7 @@ class Average:
         )
 
     def range(self) -> tuple[float, float]:
+        """See `Observer`."""
         if self.ends is None:
             raise ObserveError("nothing was observed; add a batch first")
         return self.ends
@@ -103,6 +113,7 @@ class Histogram:
         self.extremes = Extremes()
 
     def add(self, values: ArrayLike) -> None:
+        """See `Observer`."""
         values = _checked(values)
         self.extremes.add(values)
         most = max(float(np.abs(values).max()), 1e-30)
@@ -117,12 +128,13 @@ class Histogram:
 
     @property
     def edges(self) -> np.ndarray:
+        """The edges of the bins [BINS + 1]."""
         if self.reach is None:
             raise ObserveError("nothing was observed; add a batch first")
         return np.linspace(-self.reach, self.reach, BINS + 1)
 
     def quantile(self, share: float) -> float:
-        """The value below which `share` of all lie, to a bin's width; within the extremes."""
+        """The value below which `share` of all values lie, to a bin's width; in the extremes."""
         edges = self.edges
         total = np.concatenate([[0], np.cumsum(self.counts)])
         found = np.interp(share * total[-1], total, edges)
@@ -130,7 +142,7 @@ class Histogram:
 
 
 class Percentile(Histogram):
-    """Leaves out 100 - percentile per cent at each end."""
+    """Leaves out 100 - percentile percent of the values at each end."""
 
     def __init__(self, percentile: float = 99.99):
         check_percentile(percentile)
@@ -138,11 +150,12 @@ class Percentile(Histogram):
         self.share = percentile / 100
 
     def range(self) -> tuple[float, float]:
+        """See `Observer`."""
         return self.quantile(1 - self.share), self.quantile(self.share)
 
 
 class SquaredError(Histogram):
-    """The range cut by the share, of `CUTS`, whose 8 bits have the least squared error."""
+    """The range, multiplied by the factor in `CUTS` that gives the least squared error."""
 
     CUTS = np.linspace(0.1, 1, 91)
 
@@ -151,6 +164,7 @@ class SquaredError(Histogram):
         self.symmetric = symmetric
 
     def range(self) -> tuple[float, float]:
+        """See `Observer`."""
         edges = self.edges
         middles = (edges[:-1] + edges[1:]) / 2
         seen = self.counts > 0

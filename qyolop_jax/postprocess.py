@@ -1,6 +1,6 @@
-"""Raw outputs to what people use: boxes after NMS, masks, and both on the original image.
+"""From raw outputs to what people use: boxes after NMS and masks, on the original image too.
 
-`predict` is jittable; the way back through a letterbox is NumPy on the host.
+`to_predictions` is made for jit; the way back through a letterbox is NumPy on the host.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ CANDIDATES = 512  # best-scored predictions of an image that enter NMS
 
 
 class PostprocessError(QyolopError):
-    """Arguments or transforms that cannot be; the message says what was expected."""
+    """Wrong arguments or transforms; the message says what was expected."""
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What was found in a batch of images [B], in pixels of the network's input. N is the limit."""
+    """What was found in B images, in pixels of the network's input; at most N boxes per image."""
 
     boxes: jax.Array
-    """[B, N, 4] xyxy inside the image, best first; zeros where not valid."""
+    """[B, N, 4] (x1, y1, x2, y2) inside the image, best first; zeros where not valid."""
     scores: jax.Array
-    """[B, N] objectness times class."""
+    """[B, N] objectness times class probability."""
     classes: jax.Array
     """[B, N] int32."""
     valid: jax.Array
@@ -47,10 +47,10 @@ class Predictions:
 def nms(
     boxes_N4: jax.Array, scores_N: jax.Array, classes_N: jax.Array, iou: float, limit: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Indices [limit] of the boxes that greedy class-wise NMS keeps, best first, and which exist.
+    """Indices [limit] of the boxes that greedy NMS keeps in each class, best first; which exist.
 
-    A box goes if it overlaps a better kept one of its class by more than `iou`. Scores must be in
-    descending order; those of 0 or less are no boxes.
+    A box is dropped if it overlaps a better kept box of its class by more than `iou`. Scores must
+    be in descending order; a score of 0 or less means no box.
     """
     count = len(scores_N)
     clash_NN = pairwise_iou(boxes_N4, boxes_N4) > iou
@@ -58,9 +58,9 @@ def nms(
     clash_NN &= jnp.arange(count)[:, None] < jnp.arange(count)[None]  # [better, worse]
     real_N = scores_N > 0
 
-    # Who is kept follows from who is kept among the better ones: after n rounds the first n are
-    # right, and nothing changes once all are. Chains of boxes are short, so a few rounds do, where
-    # one box after the other takes as many steps as there are boxes.
+    # Whether a box is kept depends on the better boxes alone: after n rounds the first n are right,
+    # and once all are right nothing changes. Chains of boxes are short, so a few rounds are enough;
+    # one box after the other would take as many steps as there are boxes.
     def again(state):
         kept_N, _ = state
         now_N = real_N & ~jnp.any(clash_NN & kept_N[:, None], axis=0)
@@ -79,10 +79,11 @@ def to_predictions(
     iou: float = 0.25,
     limit: int = 100,
 ) -> Predictions:
-    """The `Predictions` of a batch from its raw outputs; defaults are the paper's thresholds.
+    """The `Predictions` of a batch from its raw outputs; the defaults are the paper's thresholds.
 
-    A prediction has its best class, and counts from a score of `conf` on. The best 512 of them go
-    into NMS, at most `limit` come out. Jittable; `limit` is static.
+    A prediction has its best class and counts if its score is at least `conf`. The best 512 enter
+    NMS, at most `limit` come out. Made for jit; `limit` is static. PostprocessError for a limit
+    below 1.
     """
     if limit < 1:
         raise PostprocessError(f"limit is {limit}; expected at least 1 box an image")
@@ -109,7 +110,7 @@ def to_predictions(
 
 
 def merge_masks(area: jax.Array, lane: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """One mask of drivable and lane classes, lanes on top; 0 is background in all three."""
+    """One mask of drivable and lane classes, lanes on top; 0 is background."""
     shift = jnp.uint8(len(cfg.area) - 1)
     return jnp.where(lane > 0, lane + shift, area)
 
@@ -124,14 +125,20 @@ class Transform(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was found in one image, in NumPy, in pixels of the original; only boxes that exist."""
+    """What was found in one image, in NumPy, in pixels of the original image."""
 
     boxes: np.ndarray
+    """[n, 4] float32, (x1, y1, x2, y2), best first."""
     scores: np.ndarray
+    """[n]."""
     classes: np.ndarray
+    """[n], index into `ModelConfig.detection`."""
     area: np.ndarray
+    """[H, W] uint8, index into `ModelConfig.area`."""
     lane: np.ndarray
+    """[H, W] uint8, index into `ModelConfig.lane`."""
     merged: np.ndarray
+    """[H, W] uint8: background, drivable kinds, then lane kinds."""
 
 
 def _checked(transform) -> Transform:
@@ -144,14 +151,14 @@ def _checked(transform) -> Transform:
 
 
 def boxes_to_original(boxes: ArrayLike, transform: Transform) -> np.ndarray:
-    """Boxes [n, 4] of the network's input as float32 boxes of the original image, clipped to it."""
+    """Boxes [n, 4] of the network's input as boxes of the original image, clipped to it."""
     scale, dx, dy, (height, width) = _checked(transform)
     back = (np.asarray(boxes, np.float64).reshape(-1, 4) - [dx, dy, dx, dy]) / scale
     return np.clip(back, 0, [width, height, width, height]).astype(np.float32)
 
 
 def mask_to_original(mask: ArrayLike, transform: Transform) -> np.ndarray:
-    """A mask [H, W] of the network's input at the original size: the pixel under each centre."""
+    """A mask [H, W] of the network's input at the size of the original, by nearest pixel."""
     scale, dx, dy, size = _checked(transform)
     mask = np.asarray(mask)
     at = [
@@ -164,7 +171,7 @@ def mask_to_original(mask: ArrayLike, transform: Transform) -> np.ndarray:
 def to_original(predictions: Predictions, index: int, transform: Transform) -> Found:
     """`Found` in image `index` of a batch; `transform` is its letterbox (scale, dx, dy, (H, W)).
 
-    Boxes that lie in the padding alone, so have no area left, are dropped.
+    Boxes that lie entirely in the padding are dropped.
     """
     valid = np.asarray(predictions.valid[index])
     boxes = boxes_to_original(np.asarray(predictions.boxes[index])[valid], transform)

@@ -1,14 +1,14 @@
-"""Eight bits in float: post-training and quantization-aware forward passes, calibration.
+"""Eight bits simulated in float: forward passes for evaluation and training, calibration.
 
     graph, params = fold(cfg, variables)
-    scales = calibrate(graph, params, batches)            # batches of uint8 images
+    scales = calibrate_scales(graph, params, batches)     # batches of uint8 images
     raw, seen = qat_forward(graph, params, scales, images)
     scales = follow(scales, seen, 0.99)
 
-Which tensors are quantized, and how they share scales, `scales` says. Between the nodes values are
-in steps, x / step, which rounding makes whole numbers: float32 adds them without error below
-2**24, in any order, so this is what `integer` computes, and it has gradients: straight through the
-rounding, none from outside the range. relu is the clamp of the rounding.
+`scales` says which tensors are quantized and how they share scales. Between the nodes values are in
+steps, x / step, and rounding makes them whole numbers. float32 adds those exactly below 2**24, in
+any order, so the results are those of `integer`, but with gradients: straight through the rounding,
+zero outside the range. The clamp of the rounding does what relu does.
 """
 
 import math
@@ -40,12 +40,12 @@ from qyolop_jax.scales import (
 )
 
 SAMPLED_VALUES = 16384
-"""Values of a tensor that percentiles in training are taken of."""
+"""Percentiles in training come from at least this many values of a tensor, if it has them."""
 
 
 @jax.custom_vjp
 def rounded(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """round(x) within [low, high]; the gradient passes where nothing was cut off."""
+    """round(x) within [low, high]; the gradient passes where nothing is cut off."""
     return jnp.clip(jnp.round(x), low, high)
 
 
@@ -112,10 +112,10 @@ def _forward(graph, params, scales, images_u8, settings, flags):
 def qat_forward(
     graph: Graph, params: Any, scales: Scales, images_u8: jax.Array, settings: Settings = DEFAULT
 ) -> tuple[dict[str, jax.Array], Scales]:
-    """(raw outputs float32, the ranges this batch has, as `Scales`); gradients reach `params`.
+    """(raw outputs float32, the ranges of this batch, as `Scales`); gradients reach `params`.
 
-    The ranges are percentiles of a sample of `SAMPLE` values, or extremes where the observer is
-    absmax or ema; where it is mse they are `scales`. They have no gradient.
+    The ranges are percentiles of about `SAMPLED_VALUES` values, or extremes if the observer is
+    absmax or ema; if it is mse they are `scales`. They have no gradient.
     """
     raw, seen = _forward(graph, params, scales, images_u8, settings, None)
     if settings.observer == "mse":
@@ -138,7 +138,7 @@ def _limits(x_BHWC, part, settings):
         C, flat = y.shape[-1], y.ravel()
         if settings.observer == "percentile":
             stride = max(1, flat.size // SAMPLED_VALUES)
-            while math.gcd(stride, C) > 1:  # or some channels are never looked at
+            while math.gcd(stride, C) > 1:  # otherwise some channels are never seen
                 stride += 1
             flat = jnp.sort(flat[::stride])
             last = flat.size - 1
@@ -150,19 +150,19 @@ def _limits(x_BHWC, part, settings):
 
 
 def follow(scales: Scales, seen: Scales, decay: float) -> Scales:
-    """decay of the old, the rest of the new."""
+    """The moving average: `decay` times the old scales plus the rest of the new ones."""
     return {name: decay * a + (1 - decay) * seen[name] for name, a in scales.items()}
 
 
 def simulated_forward(
     graph: Graph, params: Any, scales: Scales, images_u8: jax.Array, settings: Settings = DEFAULT
 ) -> dict[str, jax.Array]:
-    """Raw outputs as 8 bits give them, float32; for evaluation."""
+    """Raw outputs with simulated 8 bits, float32; for evaluation."""
     return _forward(graph, params, scales, images_u8, settings, None)[0]
 
 
 def float_tensors(graph: Graph, params: Any, images_u8: jax.Array) -> tuple[dict, dict]:
-    """(raw outputs, {name: values} of all that is quantized) of the float network."""
+    """(raw outputs, {name: values} of all quantized tensors) of the float network."""
     check_size(images_u8.shape)
     seen = {}
 
@@ -179,14 +179,17 @@ def float_tensors(graph: Graph, params: Any, images_u8: jax.Array) -> tuple[dict
 
 
 def images_of(batch: Any) -> jax.Array:
+    """The images of a batch, which is a dict with "image" or the images themselves."""
     return batch["image"] if isinstance(batch, dict) else batch
 
 
 def calibrate_scales(
     graph: Graph, params: Any, batches: Iterable, settings: Settings = DEFAULT
 ) -> Scales:
-    """`Scales` from what the float network does with `batches`: uint8 [B, H, W, 3], or dicts
-    with it as "image"."""
+    """`Scales` from the values of the float network on `batches`, see `images_of`.
+
+    QuantizeError where there is no batch.
+    """
     made = plan_quantization(graph, settings)
     watch = {
         name: [
@@ -221,11 +224,11 @@ def sensitivity(
     loss: Callable | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """What 8 bits in one convolution alone do, by its name.
+    """The effect of 8 bits in one convolution alone, by its name; means over the batches.
 
-    Without `loss`, the lowest signal-to-noise ratio of an output in dB, against the float network;
-    with `loss(raw, batch) -> scalar`, by how much that grows. Means over the batches. `progress` is
-    called with how many convolutions were measured so far, of all in every batch.
+    Without `loss` it is the lowest signal-to-noise ratio of an output in dB, against the float
+    network; with `loss(raw, batch) -> scalar`, the growth of the loss. `progress` gets the number
+    of measurements done; there is one for each convolution and batch.
     """
     names = [n.name for n in graph.convs]
     quantized = jax.jit(lambda p, s, x, flags: _forward(graph, p, s, x, settings, flags)[0])
@@ -249,7 +252,7 @@ def sensitivity(
 
 
 def sqnr(want: ArrayLike, got: ArrayLike) -> float:
-    """Signal-to-noise ratio in dB; infinite without noise."""
+    """Signal-to-noise ratio of `got` in dB; infinite if it equals `want`."""
     want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
     noise = ((want - got) ** 2).sum()
     return math.inf if noise == 0 else 10 * math.log10(max((want**2).sum(), TINY) / noise)

@@ -1,8 +1,8 @@
 """Folders of driving data as sequences of `Sample`s at their original size, loaded when asked for.
 
-Missing folders are errors at once. A broken image, mask or JSON is a `ReadError` for its index;
-`sources` skips and counts those. A label file that one image lacks leaves that task unlabelled
-there. Boxes are clipped to their image; what is changed or left out, `report` counts.
+A missing folder is an error at once. A broken image, mask or JSON is a `ReadError` for its index;
+`sources` skips and counts those. Where an image lacks a label file, that task is unlabelled. Boxes
+are clipped to their image; `report` counts what is changed or left out.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from qyolop_jax.samples import TASKS, Report, Sample, check_sample, clip_boxes, 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 TYPED = dict(background=0, main=1, alternative=2, double=3, dashed=4, single=5)
-"""Values of typed masks, unless a data set has others."""
+"""Values of typed masks; a data set may have others."""
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Images of a folder by name; ReadError if there are none."""
+    """Images of a folder, sorted by name. ReadError if there are none."""
     if not folder.is_dir():
         raise ReadError(f"there is no folder {folder}")
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -34,7 +34,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 class ImageFolder(Sequence):
-    """What all readers share: images by index, and the labels that `labels` finds for each."""
+    """The base of all readers: images by index, and the labels that `labels` finds for each."""
 
     def __init__(
         self, images: list[Path], split: str, classes: Sequence[str], report: Report | None
@@ -65,7 +65,7 @@ class ImageFolder(Sequence):
         return check_sample(make_sample(image, name=path.stem, **found), self.classes)
 
     def labels(self, path: Path, size: tuple[int, int]) -> dict:
-        """The labels of an image as arguments of `samples.sample`; absent is unlabelled."""
+        """The labels of an image as arguments of `make_sample`; a missing one is unlabelled."""
         raise NotImplementedError
 
     def _boxes(self, entry: dict, path: Path) -> dict:
@@ -75,7 +75,7 @@ class ImageFolder(Sequence):
         return dict(boxes=boxes, classes=classes, crowd=crowd)
 
     def _mask(self, task: str, path: Path, size, table, color: bool = False):
-        """A mask through a table; None, counted, where the file does not exist."""
+        """A mask through a table; None, and counted, if there is no file."""
         if not path.exists():
             self.report.count(f"image without {task} labels", path.name)
             return None
@@ -84,9 +84,9 @@ class ImageFolder(Sequence):
 
 
 class Bdd100k(ImageFolder):
-    """BDD100K in its own layouts, or YOLOP's; whichever of them lie under `root`.
+    """BDD100K in its own layouts or in YOLOP's, whichever is under `root`.
 
-    `tasks` are those that must have labels, an error otherwise; None takes what there is.
+    ReadError where one of `tasks` has no labels; None needs labels for one task at least.
     """
 
     IMAGES = ("images/100k/{split}", "images/{split}")
@@ -145,6 +145,7 @@ class Bdd100k(ImageFolder):
             raise ReadError(f"no labels of {split} in {root}; looked for " + "; ".join(lines))
 
     def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:
+        """See `ImageFolder`."""
         found = {}
         if self.entries is not None:
             if path.stem in self.entries:
@@ -170,7 +171,7 @@ class Bdd100k(ImageFolder):
 class TypedLanes(ImageFolder):
     """iVS-style folders: `images/SPLIT`, `masks/SPLIT` of one value a pixel, `det/SPLIT` if any.
 
-    Lanes cover drivable area in such masks, so area is ignored below them. `ids` are the values of
+    In such masks lanes cover the drivable area, so area is ignored there. `ids` are the values of
     the six kinds; boxes are in BDD100K's per-image JSON.
     """
 
@@ -195,6 +196,7 @@ class TypedLanes(ImageFolder):
         self.tables = formats.value_table(areas), formats.value_table(lanes)
 
     def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:
+        """See `ImageFolder`."""
         file = self.masks / f"{path.stem}.png"
         area = self._mask("mask", file, size, self.tables[0])
         found = {}
@@ -212,7 +214,8 @@ class TypedLanes(ImageFolder):
 class CamVid(ImageFolder):
     """CamVid with 11 classes: boxes, road as drivable area of unknown kind, derived lanes.
 
-    The lanes (`lane_pseudo`) come from a filter, not from people: `UNKNOWN`, for training only.
+    The lanes (`lane_pseudo`) come from a filter, not from people. They are `UNKNOWN`, and for
+    training only.
     """
 
     ROAD, UNLABELLED = 3, 11
@@ -236,6 +239,7 @@ class CamVid(ImageFolder):
         self.table = formats.value_table(kinds)
 
     def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:
+        """See `ImageFolder`."""
         at = lambda folder, suffix: self.root / folder / self.split / f"{path.stem}{suffix}"
         found = dict(area=self._mask("area", at("semantic", ".png"), size, self.table))
         if self.lanes:
@@ -249,7 +253,7 @@ class CamVid(ImageFolder):
 
 
 class ApolloScape(ImageFolder):
-    """ApolloScape lane marks: typed lanes alone. `lane3` masks, or the class ids in `label`."""
+    """ApolloScape's lane marks, typed lanes only: `lane3` masks, or class ids in `label`."""
 
     IDS = formats.value_table(
         {200: 1, 204: 1, 206: 2, 207: 2, 209: 2, 201: 3, 203: 3, 255: IGNORE}, 0
@@ -266,14 +270,15 @@ class ApolloScape(ImageFolder):
         self.folder, self.table = there[0]
 
     def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:
+        """See `ImageFolder`."""
         file = self.folder / f"{path.stem}.png"
         return dict(lane=self._mask("lane", file, size, self.table))
 
 
 class TuSimple(ImageFolder):
-    """TuSimple lanes of unknown kind: polylines drawn `width` pixels wide, or masks of them.
+    """TuSimple's lanes, of unknown kind: polylines drawn `width` pixels wide, or masks.
 
-    `root` has `label_data*.json` (split train) or `test_label.json` (test), one JSON a line; or
+    `root` has `label_data*.json` (split train) or `test_label.json` (test), one JSON per line; or
     `image` and `gt_binary`, which have no splits.
     """
 
@@ -310,9 +315,10 @@ class TuSimple(ImageFolder):
                     raise ValueError("lanes and h_samples differ in length")
                 yield self.root / entry["raw_file"], (rows, lanes)
             except (KeyError, ValueError, TypeError) as error:
-                raise ReadError(f"{file}, line {number}: no TuSimple entry ({error})") from error
+                raise ReadError(f"{file}, line {number}: not a TuSimple entry ({error})") from error
 
     def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:
+        """See `ImageFolder`."""
         if self.lines is None:
             file = self.root / "gt_binary" / f"{path.stem}.png"
             return dict(lane=self._mask("lane", file, size, formats.LANE_TABLES["binary"]))
@@ -320,7 +326,7 @@ class TuSimple(ImageFolder):
         mask = np.zeros(size, np.uint8)
         rows, lanes = self.lines[path]
         for x in lanes:
-            there = x >= 0  # -2 is nothing in that row
+            there = x >= 0  # -2: no point in that row
             points = np.stack([x, rows], 1)[there]
             flat = np.round(points * 16).astype(np.int32)[:, None]
             cv2.polylines(mask, [flat], False, UNKNOWN, self.width, cv2.LINE_8, 4)

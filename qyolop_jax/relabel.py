@@ -1,7 +1,7 @@
-"""Other people's categories to ours: maps, and riders joined with what they ride.
+"""From the categories of data sets to ours; riders are joined with what they ride.
 
-BDD100K labels a rider and the bicycle or motorcycle below as two boxes; Q-YOLOP wants one. Riders
-are paired by the Hungarian algorithm, and a pair becomes one box around both.
+BDD100K labels a rider and the bicycle or motorcycle as two boxes; Q-YOLOP wants one. They are
+paired by the Hungarian algorithm, and a pair becomes one box around both.
 """
 
 import dataclasses
@@ -33,17 +33,17 @@ CATEGORIES = {
     "bicyclist": "bicycle",
     RIDER: RIDER,
 }
-"""Categories of BDD100K (2018 and 2020), CamVid and iVS. A bicyclist is a rider with bicycle."""
+"""Categories of BDD100K (2018, 2020), CamVid and iVS. A bicyclist is a rider with bicycle."""
 IGNORED = {"other person": "pedestrian", "other vehicle": "vehicle"}
-"""Categories that count neither for nor against: crowds of our class."""
+"""Categories that become crowds of our class, so that they count neither way."""
 NO_OBJECTS = frozenset({"traffic light", "traffic sign"})
-"""Categories that are left out without being reported; so are those of lanes and areas."""
-LEAST_OVERLAP = 0.1  # of the smaller box, for a rider and something to ride
+"""Categories that are left out without a report, like those of lanes and areas."""
+LEAST_OVERLAP = 0.1  # share of the smaller box that a rider and a cycle have in common
 
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """A labelled box in somebody's category; xyxy in pixels."""
+    """A labelled box in a category of its data set; (x1, y1, x2, y2) in pixels."""
 
     category: str
     box: tuple[float, float, float, float]
@@ -51,9 +51,9 @@ class Object:
 
 
 def affinity(riders_n4: ArrayLike, cycles_m4: ArrayLike) -> np.ndarray:
-    """[n, m] how well each rider fits on each cycle, 0 to 1; 0 is not at all.
+    """[n, m] how well each rider fits each cycle, 0 (not at all) to 1.
 
-    The overlap in shares of the smaller box, less the farther the two are apart sideways.
+    The overlap as a share of the smaller box, reduced by the sideways distance of the two.
     """
     r, c = (np.asarray(b, np.float64).reshape(-1, 4) for b in (riders_n4, cycles_m4))
     r, c = r[:, None], c[None]
@@ -68,7 +68,10 @@ def affinity(riders_n4: ArrayLike, cycles_m4: ArrayLike) -> np.ndarray:
 
 
 def pair_riders(riders_n4: ArrayLike, cycles_m4: ArrayLike) -> list[tuple[int, int]]:
-    """Pairs (rider, cycle) of the largest summed affinity, each at most once, in rider order."""
+    """Pairs (rider, cycle) with the largest sum of affinities, each at most once, by rider.
+
+    MissingPackage without scipy.
+    """
     assignment = need("scipy.optimize", "vision", "pairing riders with cycles")
     fit = affinity(riders_n4, cycles_m4)
     rows, columns = assignment.linear_sum_assignment(fit, maximize=True)
@@ -76,7 +79,7 @@ def pair_riders(riders_n4: ArrayLike, cycles_m4: ArrayLike) -> list[tuple[int, i
 
 
 def around(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float, float]:
-    """The smallest box that holds both."""
+    """The smallest box around both."""
     return (min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3]))
 
 
@@ -86,11 +89,11 @@ def relabel(
     report: Report | None = None,
     name: str = "",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(boxes [n, 4] float32, classes [n] int32, crowd [n]) of objects in others' categories.
+    """(boxes [n, 4] float32, classes [n] int32, crowd [n]) of objects of a data set.
 
-    A rider without a cycle becomes a crowd of pedestrians, as it is a person but not one on foot:
-    it counts neither way. Cycles without a rider stay what they are. Categories that are not known,
-    or not among `classes`, are left out and counted.
+    A rider without a cycle becomes a crowd of pedestrians: a person, but not on foot, so it counts
+    neither way. A cycle without a rider stays what it is. Unknown categories, and those that are
+    not among `classes`, are left out and counted.
     """
     report = Report() if report is None else report
     kept: list[tuple[str, tuple, bool]] = []

@@ -1,7 +1,7 @@
-"""Labelled images: what one is, batches of static shape, and a count of what was skipped.
+"""Labelled images, batches of static shape, and a count of what was skipped.
 
-NumPy alone. A sample need not have labels for all three tasks; masks of a task that has none are
-all `IGNORE`. Letters: B batch, M boxes an image, H height, W width.
+NumPy alone. A sample may lack labels for some of the three tasks; the mask of such a task is
+`IGNORE` everywhere. Letters: B batch, M boxes an image, H height, W width.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ and lane u8 [B, H, W], labelled bool [B, 3]."""
 
 
 class SampleError(QyolopError):
-    """A sample or a batch that cannot be; the message names it and says what was expected."""
+    """A wrong sample or batch; the message names it and says what was expected."""
 
 
 @dataclasses.dataclass
@@ -38,7 +38,7 @@ class Sample:
     classes: np.ndarray
     """[n] int32, index into the detection classes."""
     crowd: np.ndarray
-    """[n] bool: several objects, or one that does not count; no loss and no metric there."""
+    """[n] bool: several objects, or one that does not count; it gets no loss and no metric."""
     area: np.ndarray
     """[H, W] uint8: 0 to 2, `UNKNOWN` or `IGNORE`."""
     lane: np.ndarray
@@ -57,7 +57,7 @@ def make_sample(
     lane: ArrayLike | None = None,
     name: str = "",
 ) -> Sample:
-    """A `Sample` of the labels that are given; a task whose label is None is unlabelled."""
+    """A `Sample` with the labels that are given; a task whose label is None is unlabelled."""
     image = np.asarray(image)
     ignored = np.full(image.shape[:2], IGNORE, np.uint8)
     boxes_n4 = np.asarray([] if boxes is None else boxes, np.float32).reshape(-1, 4)
@@ -80,7 +80,7 @@ def check_sample(
     area: Sequence[str] = AREA,
     lane: Sequence[str] = LANE,
 ) -> Sample:
-    """The same sample, or a SampleError that says what is wrong with it."""
+    """The same sample. Raises a SampleError that says what is wrong with it."""
     where = f"sample {sample.name or '(no name)'}"
     image = sample.image
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -128,9 +128,9 @@ def check_sample(
 
 
 class Report:
-    """What was skipped or changed and how often, with the first names; safe between threads."""
+    """What was skipped or changed, how often, and the first names. Threads may share one."""
 
-    SHOWN = 3  # names a reason
+    SHOWN = 3  # names for each reason
 
     def __init__(self):
         self.counts: Counter[str] = Counter()
@@ -138,7 +138,7 @@ class Report:
         self._lock = threading.Lock()
 
     def count(self, reason: str, name: str = "", times: int = 1) -> None:
-        """Adds `times` to a reason; zero adds nothing."""
+        """Adds `times` to the count of a reason; zero adds nothing."""
         if times < 1:
             return
         with self._lock:
@@ -151,7 +151,7 @@ class Report:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        """One line a reason, most frequent first."""
+        """One line for each reason, most frequent first."""
         with self._lock:
             if not self.counts:
                 return "nothing was skipped"
@@ -170,7 +170,7 @@ class Report:
 
 
 def clip_boxes(boxes_n4: ArrayLike, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes [n, 4] clipped to the image, and which of them [n] have anything left."""
+    """Boxes [n, 4] clipped to the image, and which of them [n] have an area left."""
     boxes = np.asarray(boxes_n4, np.float32).reshape(-1, 4)
     clipped = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
     return clipped, (clipped[:, 2:] > clipped[:, :2]).all(1)
@@ -179,8 +179,9 @@ def clip_boxes(boxes_n4: ArrayLike, height: int, width: int) -> tuple[np.ndarray
 def collate(samples: Sequence[Sample], max_boxes: int = 64, report: Report | None = None) -> Batch:
     """A `Batch` of samples of one size, each with `max_boxes` places for boxes.
 
-    Of more boxes, crowds and the smallest go first; `report` counts them, and without a report
-    they are an error, as an object without a label would be learned as background.
+    Where a sample has more boxes, crowds and then the smallest are dropped, and `report` counts
+    them. Without a report that is a SampleError, because an object without a label would be
+    learned as background.
     """
     if not samples:
         raise SampleError("a batch of no samples; expected at least one")

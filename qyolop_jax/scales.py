@@ -1,10 +1,10 @@
-"""Which tensors of a folded graph have 8 bits, which share a scale, and what steps those have.
+"""Which tensors of a folded graph have 8 bits, which of them share a scale, and their steps.
 
-Weights are s8 in [-127, 127], symmetric, a scale for every output channel. Activations are s8 with
-a zero point for every tensor: real = (q - zero) * step. Tensors that meet in a concatenation, and
-both sides of pooling and upsampling, share theirs, so that those move bytes alone. silu and
-hardswish have an s8 tensor of their own before them. Letters: C channels, O those of an output, P
-parts of the channels that have a range each.
+Weights are s8 in [-127, 127], symmetric, with a scale for every output channel. Activations are s8
+with a step and a zero point per tensor: real = (q - zero) * step. Tensors that a concatenation
+joins share them, and so do both sides of pooling and upsampling; these then only move bytes. The
+input of silu and of hardswish is an s8 tensor too. Letters: C channels, O output channels, P parts
+of the channels, each with its own range.
 """
 
 import dataclasses
@@ -19,32 +19,32 @@ from qyolop_jax.graph import Graph, GraphError, Node
 from qyolop_jax.observe import ObserverKind, check_percentile, observer
 
 Scales = dict[str, jax.Array]
-"""float32 [P, 2], lowest and highest value, by the tensor's name: that of the first convolution of
-those that share it; with `PRE` behind it, what goes into a convolution's activation."""
+"""float32 [P, 2], lowest and highest value, by the tensor's name. That is the name of the first
+convolution that shares it; with `PRE` appended: the input of that convolution's activation."""
 PRE = ":pre"
 INPUT_SCALE = 1 / 64
-"""The image's; its zero point is 0."""
+"""The step of the image; its zero point is 0."""
 TINY = 1e-12
 
 
 class QuantizeError(QyolopError):
-    """Settings, scales and graph that do not fit; the message says which and what to do."""
+    """Settings, scales or a graph that do not fit; the message says which and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to quantize. `NAIVE` is how not to."""
+    """How to quantize. `DEFAULT` is good, `NAIVE` is for comparison."""
 
     observer: ObserverKind = "percentile"
     percentile: float = 99.99
     per_channel: bool = True
-    """A scale for each output channel of a kernel, else one."""
+    """A scale for each output channel of a kernel, otherwise one for the kernel."""
     per_field: bool = True
-    """A scale each for xy, wh, objectness and classes of a detection output, else one."""
+    """Separate scales for xy, wh, objectness and classes of a detection output."""
     symmetric: bool = False
-    """All zero points 0."""
+    """All zero points are 0."""
     keep: tuple[str, ...] = ()
-    """Convolutions that stay in float: only what they pass on has 8 bits."""
+    """Names of convolutions that stay in float: only their output has 8 bits."""
 
     def __post_init__(self):
         check_percentile(self.percentile)
@@ -57,12 +57,12 @@ NAIVE = Settings("absmax", per_channel=False, per_field=False, symmetric=True)
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationPlan:
-    """Which tensors share a range, and which channels of a tensor have one of their own."""
+    """Which tensors share a range, and which channels of a tensor have their own range."""
 
     groups: dict[str, str]
-    """Node -> the tensor's name in `Scales`; `image` alone is in none."""
+    """Node -> the tensor's name in `Scales`, which lacks only `image`."""
     parts: dict[str, np.ndarray]
-    """Name in `Scales` -> part of each channel, int [C]; of shape [1] if there is one part."""
+    """Name in `Scales` -> part of each channel, int [C]; shape [1] if there is one part."""
 
     def names(self, graph: Graph) -> tuple[str, ...]:
         """The keys of `Scales`."""
@@ -71,11 +71,12 @@ class QuantizationPlan:
 
 
 def has_table(node: Node) -> bool:
+    """Whether the activation becomes a table of 256 values."""
     return node.act in ("silu", "hardswish")
 
 
 def plan_quantization(graph: Graph, settings: Settings) -> QuantizationPlan:
-    """`Plan`; checks that the graph is folded and that the settings name what is there."""
+    """The plan for a graph. GraphError if it is not folded, QuantizeError for unknown names."""
     root = {}
 
     def find(name):
@@ -117,6 +118,7 @@ def plan_quantization(graph: Graph, settings: Settings) -> QuantizationPlan:
 
 
 def is_detection(graph: Graph, node: Node) -> bool:
+    """Whether the node is a detection output."""
     return node.name in graph.outputs and node.name.startswith("detect.")
 
 
@@ -129,22 +131,22 @@ def fields(channels: int) -> np.ndarray:
 
 
 def is_unread(graph: Graph, node: Node) -> bool:
-    """Whether nothing in the graph reads it: then it may stay in float."""
+    """Whether no node reads this one; then its output may stay in float."""
     return not graph.consumers(node.name)
 
 
 def scale_and_zero(limits_P2: jax.Array, symmetric: bool) -> tuple[jax.Array, jax.Array]:
-    """(step, zero point) float32 [P] each, from ranges; 0 is always a whole number of steps."""
+    """(step, zero point), float32 [P] each, of ranges; 0 is always a whole number of steps."""
     low = jnp.minimum(limits_P2[:, 0], 0.0)
     high = jnp.maximum(limits_P2[:, 1], 0.0)
-    if symmetric or limits_P2.shape[0] > 1:  # ONNX has one zero point for a convolution's output
+    if symmetric or limits_P2.shape[0] > 1:  # in ONNX a convolution's output has one zero point
         return jnp.maximum(jnp.maximum(-low, high) / 127, TINY), jnp.zeros_like(low)
     step = jnp.maximum((high - low) / 255, TINY)
     return step, jnp.clip(jnp.round(-128 - low / step), -128, 127)
 
 
 def steps_of(graph: Graph, scales: Scales, settings: Settings) -> Callable:
-    """name of a node, or of one with `PRE` -> (step, zero) float32, [C] each or [1]."""
+    """A function: name of a node, or with `PRE` appended -> (step, zero), float32 [C] or [1]."""
     made, cache = plan_quantization(graph, settings), {}
 
     def steps(name: str):
@@ -168,15 +170,18 @@ def steps_of(graph: Graph, scales: Scales, settings: Settings) -> Callable:
 
 
 def fixed(a: jax.Array) -> jax.Array:
-    """`a`, rounded to float32 here wherever it goes: or the compiler turns x / (a / b) into
-    x b / a in one program and not in another, and a weight at a tie rounds differently."""
+    """`a`, rounded to float32 here in every program.
+
+    Otherwise the compiler turns x / (a / b) into x b / a in one program and not in another, and a
+    weight at a tie is rounded differently.
+    """
     return jax.lax.optimization_barrier(a)
 
 
 def weight_scale(
     kernel_HWIO: jax.Array, bias_O: jax.Array, step_in: jax.Array, per_channel: bool
 ) -> jax.Array:
-    """float32 [O], such that kernels fit in [-127, 127] and the bias in 23 bits."""
+    """float32 [O]: the scales with which kernels fit in [-127, 127] and the bias in 23 bits."""
     step_in = step_in.reshape(())
     most = jnp.abs(kernel_HWIO).max((0, 1, 2)) / 127
     most = jnp.maximum(most, jnp.abs(bias_O) / (step_in * 2.0**22))
@@ -186,5 +191,5 @@ def weight_scale(
 
 
 def factor(step_in: jax.Array, by_O: jax.Array, step: jax.Array) -> jax.Array:
-    """float32 [O] that turns sums into steps of the output."""
+    """float32 [O]: the factors that turn sums into steps of the output."""
     return fixed(fixed(step_in.reshape(()) * by_O) / step.reshape(-1))

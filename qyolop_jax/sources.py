@@ -1,7 +1,7 @@
 """Streams of batches from one or several data sets: mixed, augmented, resumable, reproducible.
 
-Sample n of a stream depends on the data sets, the settings and n alone, so that the number of
-threads changes nothing and a restored stream goes on with the very batch that would have come next.
+Sample n of a stream depends only on the data sets, the settings and n. So the number of threads
+changes nothing, and a restored stream continues with the batch that would have come next.
 """
 
 import dataclasses
@@ -26,27 +26,27 @@ from qyolop_jax.samples import (
     make_sample,
 )
 
-TRIES = 20  # broken samples in a row that are skipped, before it is an error
+TRIES = 20  # this many broken samples in a row are an error
 
 
 class SourceError(QyolopError):
-    """Data sets or settings that give no stream; the message says what to change."""
+    """Data sets or settings that cannot make a stream; the message says what to change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """What a stream of batches is like."""
+    """The settings of a stream of batches."""
 
     size: tuple[int, int]
     batch: int
     augment: AugmentConfig | None = None
-    """None letterboxes alone."""
+    """None: images are letterboxed and not changed otherwise."""
     seed: int = 0
     max_boxes: int = 64
     threads: int = 4
-    """That load and warp; 0 does it in the caller's."""
+    """Threads that load and warp; 0 means the thread of the caller."""
     ahead: int = 2
-    """Batches that are prepared in advance."""
+    """Number of batches that are prepared in advance."""
 
     def __post_init__(self):
         if self.batch < 1 or self.threads < 0 or self.ahead < 1:
@@ -59,7 +59,10 @@ class Feed:
 
 
 def load_sample(dataset: Sequence[Sample], index: int, report: Report) -> Sample:
-    """The sample, or the next good one behind it where it is broken, which `report` counts."""
+    """The sample, or if it is broken the next good one; `report` counts the broken ones.
+
+    SourceError after `TRIES` broken samples.
+    """
     count = len(dataset)
     for step in range(min(TRIES, count)):
         at = (index + step) % count
@@ -75,7 +78,7 @@ def load_sample(dataset: Sequence[Sample], index: int, report: Report) -> Sample
 
 
 def _mixed(datasets, weights) -> tuple[list[Sequence], np.ndarray]:
-    """The data sets of positive weight and their weights, which sum to 1."""
+    """The data sets with a positive weight, and their weights, which sum to 1."""
     weights = {name: float(len(d)) for name, d in datasets.items()} if weights is None else weights
     if unknown := sorted(set(weights) - set(datasets)):
         raise SourceError(f"weights for {unknown}; there are the data sets {sorted(datasets)}")
@@ -93,7 +96,7 @@ def _mixed(datasets, weights) -> tuple[list[Sequence], np.ndarray]:
 def per_epoch(
     datasets: Mapping[str, Sequence], batch: int, weights: Mapping[str, float] | None = None
 ) -> int:
-    """Batches after which about as many samples came as the data sets of the mixture have."""
+    """Batches in an epoch: about as many samples as the data sets of the mixture have."""
     used, _ = _mixed(datasets, weights)
     return max(sum(map(len, used)) // batch, 1)
 
@@ -105,13 +108,12 @@ def batches(
     start: int = 0,
     report: Report | None = None,
 ) -> Any:
-    """An endless iterator of `Batch`es, from batch number `start` on, with get_state and set_state.
+    """An endless iterator of `Batch`es from number `start` on; it has get_state and set_state.
 
-    Every data set is shuffled anew each time it has been gone through. `weights` are the shares of
-    samples from each, by name; None is in proportion to their sizes. A mosaic takes its four images
-    from one data set, as only those share what is labelled. Broken samples are replaced by the next
-    good one and counted in `report`, as are boxes that do not fit; also those of batches that are
-    prepared ahead.
+    Every data set is shuffled again in each epoch. `weights` are the shares of samples from each
+    data set, by name; None is in proportion to their sizes. A mosaic takes its four images from one
+    data set, because only those have the same kinds of labels. A broken sample is replaced by the
+    next good one; `report` counts that and boxes that do not fit, also in batches prepared ahead.
     """
     if start < 0:
         raise SourceError(f"start is {start}; expected a batch number from 0 on")
@@ -135,7 +137,7 @@ def batches(
 
 
 def _seed(*numbers: int) -> int:
-    """A seed of 32 bits that differs for different numbers."""
+    """A seed of 32 bits, different for different numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -145,7 +147,7 @@ def _pick(k: int):
 
 @dataclasses.dataclass(frozen=True)
 class _Make:
-    """Makes the n-th sample of a stream from its pick (data set, index)."""
+    """Makes the n-th sample of a stream from a pick (data set, index)."""
 
     datasets: list[Sequence]
     feed: Feed
@@ -170,8 +172,8 @@ def in_order(
 ) -> Iterator[tuple[Batch, list[tuple[Sample, Transform]]]]:
     """Letterboxed batches of every sample once, with the original samples and their transforms.
 
-    The last batch is filled up with grey, unlabelled images, of which the list says nothing. Broken
-    samples are left out and counted. Nothing is augmented, whatever the settings say.
+    The last batch is filled up with grey, unlabelled images that are not in the list. Broken
+    samples are left out and counted. Nothing is augmented, whatever `feed` says.
     """
     report = Report() if report is None else report
     grain = need("grain", "vision", "making batches")
@@ -209,7 +211,7 @@ def _joined(found, blank, feed, report):
 class Cached(Sequence):
     """A data set that keeps its samples in memory, shrunk to a longer side of `long_side` if given.
 
-    They are checked once. Broken samples are tried again each time. Safe between threads.
+    Samples are checked once; a broken one is tried again each time. Threads may share one.
     """
 
     def __init__(self, dataset: Sequence[Sample], long_side: int | None = None):
@@ -234,7 +236,7 @@ class Cached(Sequence):
 
 
 def shrunk(s: Sample, long_side: int) -> Sample:
-    """The sample with its longer side at most this many pixels; boxes below a pixel stay."""
+    """The sample with its longer side at most this many pixels; tiny boxes are kept."""
     cv2 = need("cv2", "vision", "shrinking images")
     height, width = s.image.shape[:2]
     scale = long_side / max(height, width)

@@ -1,12 +1,12 @@
 """BDD100K and iVS-style folders as a tensorflow-datasets builder, written and read without TensorFlow.
 
     builder = prepare("/data/bdd100k", "/data/tfds")             # once
-    train = Stored(builder.as_data_source("train"))              # a sequence of `Sample`s
+    train = StoredSamples(builder.as_data_source("train"))              # a sequence of `Sample`s
 
 Importing this module registers `panoptic_driving`, so `tfds.data_source("panoptic_driving/bdd100k")`
 works as well. The files lie in array_record, one file a shard, which makes random access fast on
-disks that dislike a hundred thousand small files. Images stay the bytes that they were; masks are
-in our values, with riders paired and lanes typed.
+disks that dislike a hundred thousand small files. Images keep their bytes; masks have our
+values, riders are paired and lanes typed.
 """  # noqa: E501
 
 import io
@@ -43,7 +43,7 @@ class PanopticDriving(tfds.core.GeneratorBasedBuilder):
 
     def __init__(self, **settings: Any):
         self.report = Report()
-        """What was skipped while the files were written."""
+        """Counts what was skipped while the files were written."""
         super().__init__(**settings)
 
     def _info(self):
@@ -102,9 +102,9 @@ class PanopticDriving(tfds.core.GeneratorBasedBuilder):
 def prepare(
     manual_dir: str | Path, data_dir: str | Path, config: str = "bdd100k"
 ) -> PanopticDriving:
-    """The builder of a set, its files written under `data_dir` if they are not there yet.
+    """The builder of a data set; writes its files under `data_dir` if they are not there yet.
 
-    ReadError if the folder is not as expected; `builder.report` says what was left out.
+    ReadError if the folder is not as expected; `builder.report` counts what was left out.
     """
     if config not in READERS:
         raise ReadError(f"no set {config!r}; there are {', '.join(READERS)}")
@@ -118,7 +118,7 @@ def prepare(
 
 
 class StoredSamples(Sequence):
-    """The `Sample`s of a data source of `PanopticDriving`."""
+    """The `Sample`s in a data source of `PanopticDriving`."""
 
     def __init__(self, source: Any):
         self.source = source

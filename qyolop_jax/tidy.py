@@ -1,4 +1,4 @@
-"""Masks made calm for the eye: what people look at, never what is scored."""
+"""Masks smoothed for people to look at; never for what is scored."""
 
 import numpy as np
 
@@ -6,24 +6,23 @@ from llm_jax.extras import need
 from qyolop_jax.postprocess import Found
 
 PATCH = 100
-"""An area smaller than the image divided by this is taken for its surroundings."""
+"""A patch of area smaller than the image divided by this gets the class around it."""
 SPECK = 20_000
-"""A line smaller than the image divided by this goes."""
+"""A line smaller than the image divided by this is removed."""
 
 
 def tidy(found: Found) -> Found:
-    """The same with areas smoothed and every line in one kind.
+    """The same with smooth areas and one kind per line.
 
-    An area pixel takes the commonest class of a square of 1/24 of the width around it, small
-    patches that of what is around them. A line, its pixels that touch, takes the kind that most of
-    it has.
+    An area pixel gets the most common class in a square around it, 1/24 of the width wide; small
+    patches get the class around them. A line (pixels that touch) gets its most common kind.
     """
     area = smoothed(np.asarray(found.area), found.area.shape[1] // 24)
     return found._replace(area=area, lane=one_kind(np.asarray(found.lane)))
 
 
 def commonest(mask: np.ndarray, counts: np.ndarray, across: int) -> np.ndarray:
-    """The class that most of the pixels that count have within a square, uint8 [H, W]."""
+    """The most common class in a square around each pixel [H, W], of the pixels in `counts`."""
     cv2 = need("cv2", "vision", "smoothing masks")
     side = (max(1, across),) * 2
     layers = range(int(mask.max(initial=0)) + 1)
@@ -32,7 +31,7 @@ def commonest(mask: np.ndarray, counts: np.ndarray, across: int) -> np.ndarray:
 
 
 def smoothed(mask: np.ndarray, across: int) -> np.ndarray:
-    """The commonest class around each pixel [H, W], and patches in that of their surroundings."""
+    """The most common class around each pixel [H, W]; small patches get the class around them."""
     cv2 = need("cv2", "vision", "smoothing masks")
     calm = commonest(mask, np.ones(mask.shape, bool), across)
     small = np.zeros(mask.shape, bool)
@@ -44,7 +43,7 @@ def smoothed(mask: np.ndarray, across: int) -> np.ndarray:
 
 
 def one_kind(mask: np.ndarray) -> np.ndarray:
-    """Every group of foreground pixels that touch in its commonest kind; specks go."""
+    """Every group of touching foreground pixels in its most common kind; specks are removed."""
     cv2 = need("cv2", "vision", "smoothing masks")
     count, where = cv2.connectedComponents((mask > 0).astype(np.uint8), connectivity=8)
     votes = np.zeros((count, int(mask.max(initial=0)) + 1), np.int64)

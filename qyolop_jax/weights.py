@@ -16,7 +16,7 @@ KEY = "qyolop"
 
 
 class WeightsError(QyolopError):
-    """A file that is not of this model; the message says what it is."""
+    """A file that does not hold such a network; the message says what is wrong."""
 
 
 def save_weights(path: Path, cfg: ModelConfig, variables: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ def save_weights(path: Path, cfg: ModelConfig, variables: dict[str, Any]) -> Non
 
 
 def load_weights(path: Path) -> tuple[ModelConfig, dict]:
-    """(the model's config, its variables). Raises WeightsError for what `save` has not written."""
+    """(settings, variables) in a file of `save_weights`. WeightsError for any other file."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)

@@ -1,8 +1,8 @@
 """How fast a network runs: JAX in float32, bfloat16 and int8 beside onnxruntime, and training.
 
-Everything takes turns, so that a machine that slows down does so for all alike; what is timed has
-just run a few times untimed, and its result is waited for. Times are medians with quartiles.
-Multiply-adds a second are set against those of the best large matrix product of the same run.
+All ways to run take turns, so that a machine that slows down does so for all of them. A few untimed
+calls come before a timed one, and the clock stops when the result is there. Times are medians
+with quartiles. Multiply-adds per second are compared with the best large matrix product of the run.
 """
 
 import contextlib
@@ -39,30 +39,30 @@ from qyolop_jax.training import float_loss
 from qyolop_jax.weights import load_weights
 
 MATMUL_SIDE = dict(cpu=1536, gpu=8192)
-"""Side of the square matrices of the product that sets the limit."""
+"""Side of the square matrices whose product sets the limit."""
 WARM = 0.05
-"""Seconds of untimed calls before a timed one, at least one call: idle threads of what ran before
-still spin for a while, and made onnxruntime twice as slow on two cores."""
+"""Seconds of untimed calls before a timed one, at least one call. Idle threads of the call before
+still spin for a while; that made onnxruntime twice as slow on two cores."""
 TRAINING_MACS = 3
-"""Of a training step, in those of a forward: one forward, two products backward."""
+"""Multiply-adds of a training step in those of a forward pass: one forward, two backward."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkNetwork:
-    """Latency and throughput of one network, in every precision and engine there is here."""
+    """Latency and throughput of one network, in every precision and engine on this machine."""
 
     run: Path | None = None
     """Folder of `train`, or a model.safetensors; without it weights are random."""
     width: float = 0.25
-    """Of random weights."""
+    """For random weights."""
     activation: Literal["silu", "relu", "hardswish"] = "relu"
-    """Of random weights."""
+    """For random weights."""
     size: tuple[int, int] | None = None
     """Height and width, multiples of 32; default: the training's, 384 640 for random weights."""
     batch: tuple[int, ...] = (1, 16)
     repeats: int = 20
     train_batch: tuple[int, ...] = ()
-    """Also time steps of training with so many images."""
+    """Also time training steps with this many images."""
     output: Path | None = None
     """A file of JSON lines to append to."""
 
@@ -75,9 +75,9 @@ class Way:
     call: Callable
     images: int
     macs: int
-    """Of one image."""
+    """Multiply-adds of one image."""
     limit: str | None = None
-    """The matrix product that its rate is a share of."""
+    """The matrix product that its rate is compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Subject:
 
 
 def subject(args: BenchmarkNetwork, console: Console) -> Subject:
-    """What `--run` names, or random weights; `model` is None where there is no integer file."""
+    """The network that `--run` names, or random weights; `model` is None if there is no file."""
     if args.run is None:
         cfg = ModelConfig(args.width, args.activation, size=args.size or (384, 640))
         variables = initial(cfg)
@@ -118,7 +118,7 @@ def subject(args: BenchmarkNetwork, console: Console) -> Subject:
 def forwards(
     s: Subject, batch: int, console: Console
 ) -> Iterator[tuple[str, str, Callable, tuple]]:
-    """Every (engine, precision, function of one of `batch` images to raw outputs on the device)."""
+    """Every (engine, precision, function to raw outputs, its arguments) for `batch` images."""
     graph, params = fold(s.cfg, s.variables)
     images = np.resize(pictures(min(batch, 4), s.cfg.size), (batch, *s.cfg.size, 3))
     there = jax.device_put(images)
@@ -141,7 +141,7 @@ def forwards(
 
 
 def inference(s: Subject, batch: int, console: Console) -> Iterator[Way]:
-    """The `Way`s of one batch size, each with and without post-processing; what fails is told."""
+    """The `Way`s for one batch size, each without and with post-processing."""
     on_gpu = jax.default_backend() == "gpu"
     finish = lambda raw: to_predictions(raw, s.cfg)
     for engine, precision, run, arguments in forwards(s, batch, console):
@@ -161,7 +161,7 @@ def inference(s: Subject, batch: int, console: Console) -> Iterator[Way]:
 
 
 def cpu() -> jax.Device:
-    """Where onnxruntime's outputs are processed; the accelerator if JAX may use nothing else."""
+    """The device for onnxruntime's outputs: the CPU, or the accelerator if JAX may use no CPU."""
     try:
         return jax.devices("cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS names others
@@ -169,7 +169,7 @@ def cpu() -> jax.Device:
 
 
 def training(s: Subject, batch: int) -> Iterator[Way]:
-    """A `Way` a precision of one optimization step; the batch is on the device already."""
+    """A `Way` per precision: one optimization step, with the batch already on the device."""
     mesh, config = optimization.devices_for(batch), optimization.OPTIMIZATION
     stream = batches(dict(scenes=Scenes(min(batch, 16), s.cfg.size)), Feed(s.cfg.size, batch))
     data = optimization.placed(next(stream), mesh, split=True)
@@ -189,7 +189,7 @@ def training(s: Subject, batch: int) -> Iterator[Way]:
 
 
 def products() -> Iterator[Way]:
-    """A `Way` for every matrix product that is a limit: float32, and on a GPU 16 and 8 bits."""
+    """A `Way` per matrix product that sets a limit: float32, and on a GPU also 16 and 8 bits."""
     backend = jax.default_backend()
     device, kinds = jax.devices()[0], dict(float32=jnp.float32)
     if backend == "gpu":
@@ -207,7 +207,7 @@ def products() -> Iterator[Way]:
 
 
 def warmed(ways: Iterable[Way], step: Bar, console: Console) -> list[Way]:
-    """Those of `ways` that run; compiles them."""
+    """Compiles all ways; returns those that run, and prints which do not."""
     good = []
     for n, way in enumerate(ways, 1):
         try:
@@ -221,7 +221,7 @@ def warmed(ways: Iterable[Way], step: Bar, console: Console) -> list[Way]:
 
 
 def turns(ways: Sequence[Way], repeats: int, step: Bar) -> list[list[float]]:
-    """Seconds of every call, [ways][repeats]; all take turns, from another one on each time."""
+    """Seconds of every call, [ways][repeats]; all take turns, each round begins with another."""
     took: list[list[float]] = [[] for _ in ways]
     for n in range(repeats):
         for k in range(len(ways)):
@@ -238,7 +238,7 @@ def turns(ways: Sequence[Way], repeats: int, step: Bar) -> list[list[float]]:
 
 
 def speed_rows(ways: Sequence[Way], took: Sequence[Sequence[float]]) -> list[dict]:
-    """Records without what is the same for all: times, rates, and ratios."""
+    """A record for each way: times, rates and ratios."""
     best = {w.key["precision"]: w.macs / min(t) for w, t in zip(ways, took) if "side" in w.key}
     rows = []
     for way, seconds in zip(ways, took):
@@ -260,6 +260,7 @@ def speed_rows(ways: Sequence[Way], took: Sequence[Sequence[float]]) -> list[dic
 
 
 def benchmark_command(args: BenchmarkNetwork, console: Console) -> int:
+    """Times every way, prints a table, appends records."""
     if args.repeats < 1 or min((1, *args.batch, *args.train_batch)) < 1:
         raise DeployError("repeats and batches are 1 or more")
     s = subject(args, console)

@@ -1,4 +1,4 @@
-"""Trained models made ready for use: in 8 bits without training, as StableHLO, as ONNX."""
+"""Trained models for use elsewhere: in 8 bits without training, as StableHLO, as ONNX."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -52,11 +52,11 @@ class Quantize:
     per_tensor: bool = False
     """One scale for a whole kernel, not one for every output channel."""
     symmetric: bool = False
-    """All zero points 0."""
+    """All zero points are 0."""
     keep: tuple[str, ...] = ()
     """Convolutions that stay in float."""
     sensitivity: bool = False
-    """Measure what 8 bits in each convolution alone cost, and which to keep in float."""
+    """Measure the cost of 8 bits in each convolution alone, and suggest which to keep in float."""
     evaluate: bool = False
     """Score the model on validation data before and after."""
     held_out: int = 64
@@ -68,7 +68,7 @@ class Quantize:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A model for other programs, run there once to see that it gives the same."""
+    """A model for other programs; it runs there once, to check that it computes the same."""
 
     run: Path
     """Folder of `train`, or a file of `train` or `quantize`."""
@@ -126,7 +126,7 @@ def quantize_command(args: Quantize, console: Console) -> int:
 
 
 def _free_name(path: Path, console: Console) -> Path:
-    """`path`, or one beside it: `train` leaves a better model there, which is not to be lost."""
+    """`path`, or a name beside it: a better model of `train` must not be lost."""
     if not path.exists():
         return path
     console.print(

@@ -1,4 +1,4 @@
-"""Trained models as other programs run them, and whether those compute the same."""
+"""Trained models run by other programs, and a check that those compute the same."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +14,9 @@ from qyolop_jax import export, integer, quantize
 from qyolop_jax.scenes import scene
 
 EXACT = 1e-3
-"""Share of 8-bit outputs that onnxruntime may round otherwise."""
+"""Share of 8-bit outputs that onnxruntime may round differently."""
 CLOSE = dict(float32=40.0, int8=30.0)
-"""Least signal-to-noise ratio in dB, where floats are summed in another order."""
+"""Least signal-to-noise ratio in dB if floats are added in another order."""
 
 
 class DeployError(UserError):
@@ -24,7 +24,7 @@ class DeployError(UserError):
 
 
 def integer_model(path: Path) -> integer.IntegerModel:
-    """The model in a file of `train` or `quantize`. DeployError where there is none."""
+    """The integer model in a file of `train` or `quantize`. DeployError if there is none."""
     if not path.is_file():
         raise DeployError(
             f"there is no integer model {path}; `train` writes one after its last stage, "
@@ -94,7 +94,7 @@ def _compared(want: dict, found: dict, by: str, precision: str, steps: dict, mix
 
 
 def pictures(count: int, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [count, H, W, 3], generated scenes."""
+    """Generated scenes, uint8 [count, H, W, 3]."""
     H, W = size
     return np.stack([scene(i, (max(H, 64), max(W, 64))).image[:H, :W] for i in range(count)])
 

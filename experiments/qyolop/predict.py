@@ -1,4 +1,4 @@
-"""What a trained model sees in images, folders and videos, drawn over them and as labels."""
+"""What a trained network finds in images, folders and videos: drawn over them, and as labels."""
 
 import collections
 import dataclasses
@@ -25,7 +25,7 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
 class PredictError(UserError):
-    """An input that cannot be read; the message says what can."""
+    """An input that cannot be read; the message says what can be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Predict:
     """Least score of a box."""
     batch: int = 4
     tidy: bool = True
-    """Draw areas smoothed and every line in one kind; labels stay as predicted."""
+    """Draw smooth areas and one kind per line; labels stay as predicted."""
     labels: bool = True
-    """Write BDD100K-format JSON and masks too (not for videos)."""
+    """Also write JSON and masks in BDD100K's format (not for videos)."""
 
 
 def predict_command(args: Predict, console: Console) -> int:

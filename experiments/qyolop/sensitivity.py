@@ -1,4 +1,4 @@
-"""Which convolutions suffer from 8 bits, and what it would bring to keep those in float."""
+"""Which convolutions suffer from 8 bits, and how much it helps to keep them in float."""
 
 import dataclasses
 import math
@@ -69,7 +69,7 @@ def measure_sensitivity(
 
 
 def output_noise(case: Case, settings: Settings, batches: Sequence) -> dict[str, float]:
-    """Signal-to-noise ratio of every output in dB, all convolutions quantized; over all batches."""
+    """Signal-to-noise ratio of every output in dB, with all convolutions quantized; a mean."""
     exact = jax.jit(lambda p, x: quantize.float_tensors(case.graph, p, x)[0])
     ours = jax.jit(lambda p, s, x: quantize.simulated_forward(case.graph, p, s, x, settings))
     found: dict[str, list] = {name: [] for name in case.graph.outputs}
@@ -103,7 +103,7 @@ def _print_sensitivity(case: Case, ranked: list[str], found: dict, console: Cons
 
 
 def plot_sensitivity(alone: dict[str, float], folder: Path) -> list[str]:
-    """The path of a PNG, the most sensitive convolutions as bars; none without matplotlib."""
+    """Draws the most sensitive convolutions as bars. Returns the path; none without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure

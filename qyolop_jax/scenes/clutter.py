@@ -1,6 +1,6 @@
-"""What surrounds a generated road: sky, houses, trees, masts; then weather, lamps and noise.
+"""The surroundings of a generated road: sky, houses, trees, masts; weather, lamps, noise.
 
-None of it has labels.
+Nothing here has labels.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ LOOKS = {
 
 
 def backdrop(w: World, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """An image [H, W, 3] uint8 without road, and the colours and sight that the road takes."""
+    """An image [H, W, 3] uint8 without road, and colours and sight (metres) for the road."""
     cv2 = need("cv2", "vision", "drawing scenes")
     above, below, _, sight, shadow = LOOKS[w.weather]
     jitter = lambda color, by=10: tuple(
@@ -139,7 +139,7 @@ def _tree(w, rng, polygon, x, z) -> None:
 
 
 def _mast(w, polygon, s, x, z):
-    """Draws a street lamp; (column, row, radius) of its light."""
+    """Draws a street lamp. Returns (column, row, radius) of its light."""
     grey, arm = (96, 100, 104), x - s * 1.6
     polygon(_points(w, (x - 0.06, 0, z), (x + 0.06, 0, z), (x + 0.05, 6, z), (x - 0.05, 6, z)),
             grey, z)  # fmt: skip
@@ -155,7 +155,7 @@ def light_and_noise(
     lamps: Sequence[tuple],
     ground: dict[str, Any],
 ) -> np.ndarray:
-    """The finished uint8 image: light and weather, lamps that glow, the camera's faults."""
+    """The finished uint8 image, with light and weather, glowing lamps and camera noise."""
     cv2 = need("cv2", "vision", "drawing scenes")
     bright = LOOKS[w.weather][2] * rng.uniform(0.9, 1.1)
     height, width = w.height, w.width

@@ -1,6 +1,6 @@
 """Road users as coloured polygons: cars, vans, lorries, buses, people, scooters, bicycles.
 
-A figure is drawn in metres through a function that puts them into the image, so that it has its
+A figure is drawn in metres; a function projects its points into the image, which gives it the right
 perspective. Colours are RGB.
 """
 
@@ -31,48 +31,48 @@ _CIRCLE = np.array([(np.cos(t), np.sin(t), 0) for t in np.linspace(0, 2 * np.pi,
 
 
 def shade(color: Sequence[float], by: float) -> Color:
-    """The colour made lighter (`by` above 1) or darker."""
+    """The colour, lighter (`by` above 1) or darker."""
     return tuple(min(255.0, c * by) for c in color)
 
 
 @dataclasses.dataclass
 class Figure:
-    """Polygons in metres, in the order in which they are painted, and the lamps among them."""
+    """Polygons in metres, in painting order, and lamps."""
 
     shapes: list = dataclasses.field(default_factory=list)
-    """Pairs (contours of points (x, y, z), colour); a second contour is a hole."""
+    """Pairs (contours of points (x, y, z), colour); the second contour is a hole."""
     lamps: list = dataclasses.field(default_factory=list)
-    """Triples (x, y, radius) with a colour."""
+    """Pairs ((x, y, radius), colour)."""
 
     def polygon(self, points: Points, color: Color) -> None:
-        """Points are right of the figure's middle, above the ground, beyond its front face."""
+        """Adds a polygon; points are (right of the middle, above the ground, beyond the front)."""
         self.shapes.append(([points], color))
 
     def face(
         self, x1: float, y1: float, x2: float, y2: float, color: Color, z: float = 0.0
     ) -> None:
-        """An upright rectangle that faces the camera."""
+        """Adds an upright rectangle that faces the camera."""
         self.polygon([(x1, y1, z), (x2, y1, z), (x2, y2, z), (x1, y2, z)], color)
 
     def side(self, x: float, y1: float, z1: float, y2: float, z2: float, color: Color) -> None:
-        """An upright rectangle along the road."""
+        """Adds an upright rectangle along the road."""
         self.polygon([(x, y1, z1), (x, y1, z2), (x, y2, z2), (x, y2, z1)], color)
 
     def disc(
         self, x: float, y: float, rx: float, ry: float, color: Color, hole: float = 0.0
     ) -> None:
-        """An ellipse that faces the camera; `hole` is the share of its radius that is missing."""
+        """Adds an ellipse that faces the camera; `hole` is the empty share of its radius."""
         rings = [
             _CIRCLE * (rx * r, ry * r, 0) + (x, y, 0) for r in ((1.0, hole) if hole else (1.0,))
         ]
         self.shapes.append((rings, color))
 
     def wheel(self, x: float, z: float, radius: float, color: Color = TYRE) -> None:
-        """A disc that stands along the road."""
+        """Adds a disc that stands along the road."""
         self.polygon(_CIRCLE[:, [2, 1, 0]] * radius + (x, radius, z), color)
 
     def limb(self, points: Sequence[tuple[float, float]], width: float, color: Color) -> None:
-        """A line through points (x, y), with the same width all along."""
+        """Adds a line of this width through points (x, y)."""
         for (ax, ay), (bx, by) in itertools.pairwise(points):
             size = max(math.hypot(bx - ax, by - ay), 1e-6)
             ux, uy = (bx - ax) / size * width / 3, (by - ay) / size * width / 3
@@ -82,11 +82,12 @@ class Figure:
             self.polygon([*quad, (ax + nx, ay + ny, 0)], color)
 
     def lamp(self, x: float, y: float, size: float, color: Color) -> None:
+        """Adds a lamp that faces the camera."""
         self.disc(x, y, size, size * 0.8, color)
         self.lamps.append(((x, y, size), color))
 
     def projected(self, put: Put) -> tuple[list, list]:
-        """(shapes, lamps) with points [n, 2] of the image, all put there in one call."""
+        """(shapes, lamps) with points [n, 2] in pixels; `put` projects all points in one call."""
         contours = [np.asarray(c, np.float64) for rings, _ in self.shapes for c in rings]
         ends = np.array([(x + dx, y, 0) for (x, y, r), _ in self.lamps for dx in (0, r)])
         points = put(np.concatenate([*contours, ends.reshape(-1, 3)]))
@@ -107,7 +108,7 @@ def _lights(f: Figure, half, y, size, oncoming) -> None:
 
 
 def car(f: Figure, rng: np.random.Generator, sx: float, oncoming: bool) -> None:
-    """A saloon. `sx` is -1 or 1: the side that the camera sees."""
+    """Draws a car. `sx` is -1 or 1: the side that the camera sees."""
     paint = PAINT[rng.integers(len(PAINT))]
     w, length = 0.9 * rng.uniform(0.95, 1.05), rng.uniform(3.8, 4.6)
     belt, top = 0.88, rng.uniform(1.4, 1.6)
@@ -136,7 +137,7 @@ def car(f: Figure, rng: np.random.Generator, sx: float, oncoming: bool) -> None:
 
 
 def box(f: Figure, rng: np.random.Generator, sx: float, oncoming: bool, kind: str) -> None:
-    """A van, a lorry or a bus."""
+    """Draws a van, a lorry or a bus."""
     w, low, high, length = {
         "van": (1.0, 0.3, rng.uniform(1.9, 2.3), 5.0),
         "lorry": (1.22, 0.75, rng.uniform(2.8, 3.4), 8.0),
@@ -165,7 +166,7 @@ def box(f: Figure, rng: np.random.Generator, sx: float, oncoming: bool, kind: st
 
 
 def vehicle(f: Figure, rng: np.random.Generator, sx: float, oncoming: bool) -> None:
-    """A car, mostly; or something larger."""
+    """Draws mostly a car, sometimes a van, a lorry or a bus."""
     kind = rng.choice(["car", "van", "lorry", "bus"], p=[0.66, 0.14, 0.12, 0.08])
     if kind == "car":
         car(f, rng, sx, oncoming)
@@ -179,7 +180,7 @@ def _head(f: Figure, x, y, r, skin, cover) -> None:
 
 
 def pedestrian(f: Figure, rng: np.random.Generator) -> None:
-    """Somebody who walks or stands."""
+    """Draws a person who walks or stands."""
     skin, hair = SKIN[rng.integers(4)], ((40, 30, 24), (96, 66, 40), (30, 30, 34))[rng.integers(3)]
     coat, legs = CLOTHES[rng.integers(10)], ((44, 48, 66), (70, 66, 60), (34, 34, 38))
     trousers = legs[rng.integers(3)]
@@ -201,7 +202,7 @@ def pedestrian(f: Figure, rng: np.random.Generator) -> None:
 
 
 def scooter(f: Figure, rng: np.random.Generator, oncoming: bool) -> None:
-    """A motor scooter with its rider: a helmet, a solid body, small wheels."""
+    """Draws a motor scooter and its rider: a helmet, a solid body, small wheels."""
     paint, coat = CLOTHES[rng.integers(10)], CLOTHES[rng.integers(10)]
     helmet = ((240, 240, 236), (220, 40, 36), (30, 30, 34), (244, 200, 50))[rng.integers(4)]
     if rng.random() < 0.6:  # from behind or in front
@@ -242,7 +243,7 @@ def scooter(f: Figure, rng: np.random.Generator, oncoming: bool) -> None:
 
 
 def bicycle(f: Figure, rng: np.random.Generator, oncoming: bool) -> None:
-    """A bicycle with its rider: large thin wheels, an open frame, no helmet or a small one."""
+    """Draws a bicycle and its rider: large thin wheels, an open frame, at most a small helmet."""
     frame, coat = CLOTHES[rng.integers(10)], CLOTHES[rng.integers(10)]
     skin = SKIN[rng.integers(4)]
     cover = ((40, 30, 24), (120, 84, 50), (230, 230, 80))[rng.integers(3)]

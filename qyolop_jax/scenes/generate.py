@@ -1,8 +1,8 @@
-"""Generated road scenes with exact labels of every class, so that all of it can be tried at once.
+"""Generated road scenes with exact labels of every class, to try everything at once.
 
-A flat road seen from a car: lanes, painted lines, road users, clutter, weather. Nothing here stands
-for real images; what is measured on scenes has to be called synthetic. Lengths are metres, the
-camera looks along Z, and x on the road is counted from the middle of the car's own lane.
+A flat road seen from a car: lanes, painted lines, road users, surroundings, weather. Scenes do not
+replace real images; say "synthetic" about what is measured on them. Lengths are metres, the camera
+looks along Z, and x on the road is measured from the middle of the car's own lane.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from qyolop_jax.scenes.figures import Figure
 from qyolop_jax.scenes.road import World, road, shadow, world
 
 FINE = 3  # figures are drawn this many times larger, then averaged
-MIN_SIDE = 4  # pixels of a box
-MIN_SEEN = 0.45  # share of a figure that must not be hidden, or it is left out of the scene
+MIN_SIDE = 4  # least side of a box in pixels
+MIN_SEEN = 0.45  # a figure with a smaller visible share is left out of the scene
 
 
 def users(w: World, rng: np.random.Generator) -> list[tuple[int, float, float, Figure]]:
-    """Candidates (class, x, z, figure), none inside another."""
+    """Candidates (class, x, z, figure); none is inside another."""
     found = []
 
     def add(name, x, z, oncoming=False):
@@ -71,7 +71,7 @@ def rasterize(
 ) -> tuple[int, int, np.ndarray, np.ndarray] | None:
     """(row, column, colour [h, w, 3] times cover, cover [h, w]) of the part inside the image.
 
-    None where nothing is inside, or less than a quarter of the extent.
+    None if less than a quarter of the figure's extent is inside.
     """
     cv2 = need("cv2", "vision", "drawing scenes")
     every = np.concatenate([c for rings, _ in shapes for c in rings])
@@ -92,10 +92,11 @@ def rasterize(
 
 
 def scene(seed: int | Sequence[int], size: tuple[int, int] = (192, 320)) -> Sample:
-    """The `Sample` that a seed gives: all three tasks, boxes of what is visible, no crowds.
+    """The `Sample` of a seed: labels for all three tasks, boxes of what is visible, no crowds.
 
-    Every road user in the image has a box: what would be too small or too hidden is not there.
-    Masks are what is visible: 0 where a road user stands in front of lane or line.
+    Every road user in the image has a box; those that would be too small or too hidden are not
+    drawn. Masks show what is visible: 0 where a road user covers a lane or a line. SampleError for
+    less than 64x64 pixels.
     """
     height, width = size
     if height < 64 or width < 64:
@@ -151,8 +152,8 @@ def scene(seed: int | Sequence[int], size: tuple[int, int] = (192, 320)) -> Samp
 
 
 @dataclasses.dataclass(frozen=True)
-class Scenes:
-    """A sequence of generated scenes: the i-th is `scene((seed, i), size)`."""
+class Scenes(Sequence):
+    """A sequence of generated scenes: number i is `scene((seed, i), size)`."""
 
     count: int
     size: tuple[int, int] = (192, 320)

@@ -1,7 +1,7 @@
-"""The road of a generated scene: its geometry, its paint, and the masks that belong to them.
+"""The road of a generated scene: its geometry, its paint, and their masks.
 
-Lengths are metres; x is counted from the middle of the car's own lane, z from the camera. Edges are
-drawn with the exact share of each pixel that they cover.
+Lengths are metres; x is measured from the middle of the car's own lane, z from the camera. Every
+pixel of an edge gets the exact share that is covered.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ class World:
     focal: float
     horizon: float
     middle: float
-    """Column towards which the car points."""
+    """Column of the image towards which the car points."""
     eye: float
     """Camera height."""
     bend: tuple[float, float, float]
     """The road's middle at distance Z is bend · (1, Z, Z²)."""
     edges: tuple[float, ...]
-    """x of all lines from left to right; a lane lies between each two."""
+    """x of all lines from left to right; there is a lane between each two."""
     kinds: tuple[str, ...]
-    """Of each line, from `LANE`."""
+    """Kind of each line, from `LANE`."""
     own: int
     """Index of the car's own lane."""
     oncoming: int
-    """How many lanes, from the left, lead towards the car."""
+    """Number of lanes, from the left, with traffic towards the car."""
     weather: str
 
     def along(self, z: Any) -> Any:
@@ -47,7 +47,7 @@ class World:
         return self.middle + self.focal * (x + self.along(z)) / z
 
     def put(self, x: Any, z: Any, points_n3: np.ndarray) -> np.ndarray:
-        """Points (right, up, beyond) of something that stands at (x, z), in pixels [n, 2]."""
+        """Points (right, up, beyond) of a figure at (x, z), in pixels [n, 2]."""
         right, up, beyond = points_n3.T
         depth = np.maximum(z + beyond, 0.5)
         u = self.column(x + right, depth)
@@ -75,13 +75,13 @@ def world(rng: np.random.Generator, height: int, width: int) -> World:
 
 
 def _dash_share(near, far, period, dash, start):
-    """Share of each row's stretch of road [near, far] that dashes cover."""
+    """Share of the road [near, far] of each row that dashes cover."""
     done = lambda z: np.floor((z - start) / period) * dash + np.minimum((z - start) % period, dash)
     return (done(far) - done(near)) / (far - near)
 
 
 def _beyond(x, a, b):
-    """Share of the unit pixel that ends at x, to the right of an edge from a (top) to b (bottom).
+    """Share of the pixel [x - 1, x] to the right of an edge from a (top) to b (bottom).
 
     The mean of clip(x - e, 0, 1) over edges e from a to b.
     """
@@ -94,7 +94,7 @@ def _beyond(x, a, b):
 def road(
     w: World, rng: np.random.Generator, image: np.ndarray, ground: dict
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Paints the road into a float image; the masks (area, lane) of an empty road."""
+    """Paints the road into a float image, in place; the masks (area, lane) of an empty road."""
     top = int(np.ceil(w.horizon)) + 1
     rows = np.arange(top, w.height)[:, None]
     distance = lambda v: w.focal * w.eye / np.maximum(v - w.horizon, 0.3)
@@ -105,9 +105,9 @@ def road(
     lower = image[top:].reshape(-1, 3)
 
     def paint(x1, x2, color, share=None, least=0.0):
-        """Colours the strip from x1 to x2; (flat places, how much of each pixel it covers).
+        """Paints the strip from x1 to x2. Returns (flat indices of pixels, share of each covered).
 
-        `share` [rows, 1] of it is painted; it is at least `least` pixels wide, measured across.
+        `share` [rows, 1] of it is painted; it is at least `least` pixels wide.
         """
         used = rows if share is None else rows[share[:, 0] > 0]
         depth = distance(np.stack([used, used + 1]))
@@ -191,7 +191,7 @@ def road(
 def shadow(
     w: World, image: np.ndarray, x: float, z: float, half: float, ground: dict[str, Any]
 ) -> None:
-    """Darkens the ground under something that stands there."""
+    """Darkens the ground under a figure, in place."""
     u, v = w.column(x, z + 0.4 * half), w.horizon + w.focal * w.eye / (z + 0.4 * half)
     rx, ry = max(w.focal * half * 1.1 / z, 1.0), max(w.focal * 0.28 * half / z, 0.7)
     x1, x2 = max(int(u - rx), 0), min(int(u + rx) + 2, w.width)

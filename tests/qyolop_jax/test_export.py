@@ -98,7 +98,7 @@ def test_float_onnx_by_onnxruntime(act):
 
 def test_errors_name_what_is_wrong():
     graph, params, model = prepared("relu")
-    with pytest.raises(ExportError, match="4 bytes are no exported program"):
+    with pytest.raises(ExportError, match="4 bytes are not an exported program"):
         deserialize(b"torn")
     for make in (
         lambda size: serialize(lambda x: run_integer(model, x), size),

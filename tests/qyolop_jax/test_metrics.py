@@ -206,9 +206,7 @@ def test_missing_packages_are_named(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackage, match=r"precision needs pycocotools.*thimble-jax\[vision\]"):
         metrics.average_precision([], [], ("a",))
-    with pytest.raises(
-        MissingPackage, match=r"lane boundaries needs cv2.*\[vision\]"
-    ):
+    with pytest.raises(MissingPackage, match=r"lane boundaries needs cv2.*\[vision\]"):
         metrics.boundary_f1(np.ones((2, 2)), np.ones((2, 2)))
 
 

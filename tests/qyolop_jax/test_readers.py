@@ -385,10 +385,12 @@ def test_tusimple_entries_that_are_broken(tmp_path):
     image_at(tmp_path / "a.jpg")
     file = tmp_path / "label_data.json"
     file.write_text(json.dumps(dict(h_samples=[1, 2], lanes=[[1]], raw_file="a.jpg")))
-    with pytest.raises(ReadError, match=r"line 1: no TuSimple entry .lanes and h_samples differ"):
+    with pytest.raises(
+        ReadError, match=r"line 1: not a TuSimple entry .lanes and h_samples differ"
+    ):
         TuSimple(tmp_path)
     file.write_text("{}")
-    with pytest.raises(ReadError, match="line 1: no TuSimple entry"):
+    with pytest.raises(ReadError, match="line 1: not a TuSimple entry"):
         TuSimple(tmp_path)
     with pytest.raises(ReadError, match="at least 1"):
         TuSimple(tmp_path, width=0)

@@ -1,6 +1,8 @@
 """experiments.qyolop on a tiny network: what it writes, that it resumes, what it says."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import cv2
 import jax
@@ -113,6 +115,36 @@ def test_predict_a_video(run, tmp_path):
     assert reader.get(cv2.CAP_PROP_FRAME_COUNT) == 5
     assert (reader.get(cv2.CAP_PROP_FRAME_WIDTH), reader.get(cv2.CAP_PROP_FPS)) == (160, 10)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["drive.mp4", "seen.mp4"]
+
+
+def test_the_network_for_roads_is_in_the_repository_alone(run, monkeypatch, capsys, tmp_path):
+    """From a wheel, which holds no checkpoint, the message says where the network is."""
+    monkeypatch.setattr(qyolop_predict, "ROADS", tmp_path / "roads.safetensors")
+    args = qyolop_predict.Predict(tmp_path, qyolop_predict.ROADS)
+    with pytest.raises(qyolop_predict.PredictError, match=r"experiments/checkpoints.*commercial"):
+        qyolop.main(args, Console(quiet=True))
+    terms = (Path(qyolop.__file__).parents[1] / "checkpoints/README.md").read_text()
+    assert "Apache License 2.0" in terms and "non-commercial purposes only" in terms
+
+
+def test_help_calls_no_subcommand_required(capsys):
+    with pytest.raises(SystemExit) as status:
+        qyolop.cli(["--help"])
+    said = capsys.readouterr().out
+    assert status.value.code == 0 and "required" not in said and "(default: train)" in said
+    assert "[{train,evaluate,quantize,export,benchmark,predict}]" in "".join(said.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [([], {}), (["train"], {}), (["train", "--epochs", "1", "2", "3", "4", "--loss.box", "ciou"],
+                                dict(epochs=(1, 2, 3, 4)))],
+)  # fmt: skip
+def test_no_words_are_train(words, changed, monkeypatch):
+    seen = []
+    keep = lambda args, console: seen.append(args) or 0
+    monkeypatch.setitem(qyolop.COMMANDS, qyolop.Train, keep)
+    assert qyolop.cli(words) == 0 and seen == [dataclasses.replace(qyolop.Train(), **changed)]
 
 
 @pytest.mark.parametrize(
