@@ -64,8 +64,8 @@ def open(
     limit, enforced on a GPU before JAX starts there and planned for on a CPU. "auto": the card's;
     where the whole model fits, a limit that holds a quarter of its layers. "full": the card's.
 
-    `method` is a name of `subspec_jax.methods.METHOD_NAMES`; `also` names further methods that this engine
-    can change to (`Engine.use`), for which the limit must do too. `tree`, `draft`, `gate`,
+    `method` is a name of `subspec_jax.methods.METHOD_NAMES`; `also` names further methods that this
+    engine can change to (`Engine.use`), for which the limit must do too. `tree`, `draft`, `gate`,
     `stop_gain`, `longest` (the longest n-gram that is looked up) and `draft_model` shape them.
     Fields of `Options` may be given by name. `reporter` hears of long work; None: bars on a
     terminal. Raises a SubspecError, such as a limit that no plan meets, or an LLMError, such as a

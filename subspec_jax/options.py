@@ -16,8 +16,8 @@ class Options:
 
     sampler: Sampler = Sampler()
     max_length: int | None = None
-    """Most tokens of a conversation; the KV cache is made for it. None: 2048, or a half or a quarter
-    of that where the memory does not hold more."""
+    """Most tokens of a conversation; the KV cache is made for it. None: 2048, or a half or a
+    quarter of that where the memory does not hold more."""
     seed: int = 0
     dtype: Dtype = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""

@@ -115,8 +115,7 @@ def _begin(path: Path, manifest: dict[str, Any]) -> None:
         if any(path.glob("*.safetensors")):
             raise ResidualError(f"{path} holds other safetensors files; choose an empty folder")
         with atomic_file(file) as scratch:
-            scratch.write_text(json.dumps(manifest, indent=2) + "
-", encoding="utf-8")
+            scratch.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         return
     there = read_manifest(file)
     differences = [
