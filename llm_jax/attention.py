@@ -25,24 +25,24 @@ from pallas_kernels.tree_attention import tree_attention
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Where T new tokens sit: all that differs between prefill, decoding and tree verification."""
+    """Where T new tokens are: the only difference of prefill, decoding and tree verification."""
 
     at: jax.Array
-    """[] first of the T consecutive cache slots they fill."""
+    """[]: the first of the T consecutive cache slots that they fill."""
     position_BT: jax.Array
-    """Rotary position of each; in a tree it is the depth that counts, not the slot."""
+    """Rotary position of each; in a tree it follows the depth, not the slot."""
     mask_BTS: jax.Array
     """True where a query may look at a slot; B may be 1. Every row needs one True. For plain caches
-    it may be of the first slots only: then nothing behind them is read."""
+    it may cover the first slots only; then nothing behind them is read."""
     slot_BS: jax.Array | None = None
     """Rotary position of every slot, for caches whose keys are not rotated yet; B may be 1.
     None: a slot's position is its number."""
     causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
-    """Known when compiling: tokens see all slots up to their own and positions are slots, so that
-    a kernel for one query need not read the mask."""
+    """Known when compiling: tokens see all slots up to their own, and positions are slots. So a
+    kernel for one query need not read the mask."""
     real: jax.Array | None = None
-    """[] how many of the T tokens are text; those behind only fill up a program's shape, and caches
-    that keep the newest tokens apart must not take them for such. None: all."""
+    """[]: how many of the T tokens are text; None: all. The others only fill a program's shape, and
+    caches that keep the newest tokens apart must ignore them."""
 
 
 def causal_step(
@@ -62,14 +62,14 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """x over its root mean square (taken in float32), times the gain; same dtype as x."""
+    """x divided by its root mean square (in float32), times the gain; same dtype as x."""
     x32 = x.astype(jnp.float32)
     scaled = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
     return scaled.astype(x.dtype) * along_last(gain, x)
 
 
 def rope_frequencies(cfg: Config) -> np.ndarray:
-    """Radians a position for each of the H/2 pairs, float32, with Llama 3.1's scaling if set.
+    """Radians per position of each of the H/2 pairs, float32, with Llama 3.1's scaling if set.
 
     That scaling keeps wavelengths shorter than original/high_freq_factor, divides those longer
     than original/low_freq_factor by `factor`, and blends linearly (in 1/wavelength) between.
@@ -92,7 +92,7 @@ def rope_angles(position_BT: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Arr
 
 
 def rope(x_BTNH: jax.Array, position_BT: jax.Array, cfg: Config) -> jax.Array:
-    """x with pairs (i, i + H/2) turned by position x frequency (the half-split layout of HF)."""
+    """x with pairs (i, i + H/2) rotated by position x frequency (the half-split layout)."""
     with jax.named_scope("rope"):
         cos, sin = (part[:, :, None] for part in rope_angles(position_BT, cfg))
         a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
@@ -103,15 +103,15 @@ def attend(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, width of v]; softmax in
-    float32. A mask of the first slots only: nothing behind them is read."""
+    float32. The mask may cover the first slots only; then nothing behind them is read."""
     with jax.named_scope("attend"):
         return tree_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
 
 
 def caches_for(params: Params, cfg: Config, batch: int, slots: int, scratch: int = 0) -> tuple:
-    """An empty cache for every layer, of the kind its attention fills.
+    """An empty cache for every layer, of the kind that its attention fills.
 
-    `scratch` is the most slots beyond the committed text that are in use at once (a draft tree's).
+    `scratch` is the most slots behind the text that are used at once, by a draft tree.
     """
     return tuple(empty_cache(layer.attn, cfg, batch, slots, scratch) for layer in params.layers)
 
@@ -126,7 +126,7 @@ def empty_cache(p: Any, cfg: Config, batch: int, slots: int, scratch: int = 0) -
 def attention(
     p: Any, x_BTD: jax.Array, cache: Any, step: Step, cfg: Config
 ) -> tuple[jax.Array, Any]:
-    """Self-attention of the T tokens in `step` over the cache: (y_BTD, the cache with them in)."""
+    """Self-attention of the T tokens of `step`: (y_BTD, the cache with these tokens written)."""
     raise TypeError(
         f"no attention is registered for parameters of type {type(p).__name__}; "
         "register one with @llm_jax.attention.attention.register"
@@ -196,7 +196,7 @@ def _over_cache(p, q, k, v, cache: KV, step: Step, cfg: Config):
 
 
 def _in_one_go(p, y_XBTF, cache: KV, step: Step, cfg: Config):
-    """A low-bit product in parts: one kernel adds them, turns heads and writes the cache."""
+    """A low-bit product in terms: one kernel adds them, rotates heads and writes the cache."""
     cos, sin = rope_angles(step.position_BT, cfg)
     keys, values = cache.k_BSKH[0], cache.v_BSKH[0]
     q, k, v = rotary_cache(y_XBTF[:, 0], p.qkv_bias, cos[0], sin[0], keys, values, step.at)

@@ -16,7 +16,7 @@ from llm_jax.config import Config
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KV:
-    """Keys (already rotated) and values of one layer. A slot is valid where a mask says so."""
+    """Keys (already rotated) and values of one layer. A mask says which slots are valid."""
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
@@ -36,12 +36,12 @@ class KV:
 
 
 def empty_caches(cfg: Config, batch: int, slots: int) -> tuple[KV, ...]:
-    """One empty `KV` a layer; `llm_jax.attention.caches_for` knows what a converted layer keeps."""
+    """One empty `KV` for each layer. For converted layers use `llm_jax.attention.caches_for`."""
     return tuple(KV.empty(cfg, batch, slots) for _ in range(cfg.layers))
 
 
 def write_rows(buffer_BS: jax.Array, new_BT: jax.Array, at: jax.Array) -> jax.Array:
-    """`buffer` with T new entries in slots at … at+T-1; `at + T` must not pass the last slot."""
+    """`buffer` with T new entries in slots at … at+T-1. All of these slots must exist."""
     return jax.lax.dynamic_update_slice_in_dim(
         buffer_BS, new_BT.astype(buffer_BS.dtype), at, axis=1
     )
@@ -57,5 +57,5 @@ def move_rows(buffer_BS: jax.Array, source: jax.Array, at: jax.Array) -> jax.Arr
 
 
 def move(caches: Any, source: jax.Array, at: jax.Array) -> Any:
-    """Caches of any kind with slots `source[R]` moved to slots at … at+R-1, no other changed."""
+    """Caches of any kind with slots `source[R]` copied to slots at … at+R-1; no others change."""
     return jax.tree.map(lambda c: c.move(source, at), caches, is_leaf=lambda c: hasattr(c, "move"))

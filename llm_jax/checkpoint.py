@@ -21,11 +21,9 @@ from llm_jax.params import MLP, Attention, Layer, Params, abstract
 from llm_jax.tokenizer import Tokenizer
 
 _ROWS = 512
-"""Rows read, cast and transposed at a time: small enough to stay in the CPU's caches."""
-
-
+"""Rows that are read, cast and transposed at a time; they fit into the CPU's caches."""
 _LISTED = 10
-"""Problems of a checkpoint that are listed one by one: a truncated file has one a tensor."""
+"""The most problems that an error lists; a truncated file has one for each tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Contents:
     tensors: dict[str, TensorInfo]
     problems: tuple[str, ...] = ()
     places: dict[str, str] = dataclasses.field(default_factory=dict)
-    """The file each tensor should be in, where an index says so."""
+    """The file that should hold each tensor, where there is an index."""
     unreadable: frozenset[str] = frozenset()
 
 
@@ -72,11 +70,11 @@ class Checkpoint(abc.ABC):
     """Field -> name in the file, `{}` standing for the layer."""
     dtypes: ClassVar[frozenset[str]]
     harmless: ClassVar[re.Pattern]
-    """Names that may be there and are not needed."""
+    """Names of tensors that may be there and are not needed."""
 
     @abc.abstractmethod
     def config(self, dtype: str | None = None) -> Config:
-        """The model's description, in `dtype` or else the dtype the checkpoint was made in."""
+        """The model's description, in `dtype`, or in the dtype that the checkpoint was made in."""
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer:
@@ -94,7 +92,7 @@ class Checkpoint(abc.ABC):
         """A function (start, stop) -> those rows of a tensor, in any float dtype."""
 
     def check(self, cfg: Config) -> None:
-        """Raises one `CheckpointError` listing all that keeps this from filling the model."""
+        """Raises one `CheckpointError` that lists everything that does not fit the model."""
         found, problems = self.contents, list(self.contents.problems)
         model, layer = shapes(cfg)
         needed = {self.names[field]: shape for field, shape in model.items()}
@@ -125,7 +123,7 @@ class Checkpoint(abc.ABC):
             raise CheckpointError(f"{self.path} cannot be loaded, {count}:{lines}")
 
     def model_shapes(self, cfg: Config) -> Params:
-        """What `load` gives, as shapes and dtypes; reads nothing."""
+        """What `load` returns, as shapes and dtypes; reads no weights."""
         return abstract(cfg)
 
     def load(

@@ -41,7 +41,7 @@ class Config:
     tied: bool = False
     """The output head is the embedding table."""
     max_length: int = 2048
-    """Positions the model was made for, cut to the sliding window where it has one."""
+    """Positions that the model was trained for, or its sliding window if that is shorter."""
     dtype: str = "bfloat16"
     family: str = "llama"
 
@@ -79,7 +79,7 @@ class Config:
 
     @property
     def layer_vector_elements(self) -> int:
-        """How many numbers of a layer are not in a matrix: norms and biases."""
+        """Numbers of a layer that are not in a matrix: norms and biases."""
         vectors = 2 * self.d_model
         if self.qkv_bias:
             vectors += (self.heads + 2 * self.kv_heads) * self.head_dim
@@ -89,7 +89,7 @@ class Config:
 
     @property
     def layer_matrix_elements(self) -> int:
-        """How many numbers the seven matrices of one layer hold."""
+        """Numbers in the seven matrices of one layer."""
         return sum(rows * columns for rows, columns in self.layer_matrices.values())
 
     @property
@@ -101,7 +101,7 @@ class Config:
 
 
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Supported dtypes and their bytes an element."""
+"""Supported dtypes and their bytes per element."""
 
 FAMILIES = {
     # model_type in config.json -> (qkv_bias, qk_norm)
@@ -115,8 +115,8 @@ FAMILIES = {
 def from_hf(hf: dict[str, Any], dtype: str | None = None) -> Config:
     """The `Config` described by a Hugging Face `config.json`, given as a dictionary.
 
-    Raises `ConfigError` for a family, activation, rope type or bias this package does not have,
-    so that a model is never run as something it is not.
+    Raises `ConfigError` for a family, activation, rope type or bias that this package does not
+    have: no model runs as something else.
     """
     family = hf.get("model_type")
     if family not in FAMILIES:

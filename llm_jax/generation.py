@@ -26,7 +26,7 @@ def chunks(
     """Pieces of a prompt for prefill: yields (tokens_1T, at, how many of the T are real).
 
     T is `chunk`, and for the last piece the smallest of `chunk_sizes` that holds it, so that a few
-    programs serve every prompt. What is written behind the prompt is overwritten later.
+    programs serve every prompt. What a piece writes behind the prompt is overwritten later.
     """
     tokens = np.asarray(tokens, np.int32)
     for at in range(start, len(tokens), chunk):
@@ -74,7 +74,7 @@ def decode_loop(
     """Up to `steps` tokens behind `token`, in one program that stays on the device.
 
     `token` [1] stands at position `at` and is not in the caches yet. Returns (tokens [steps], how
-    many are valid, caches); generation stops behind the first token of `eos`. Caches are donated.
+    many are valid, caches) and stops after the first token that is in `eos`. Caches are donated.
     """
     slots = caches[0].slots
     stop = jnp.asarray(eos or (-1,), jnp.int32)
@@ -104,7 +104,10 @@ def generate(
     seed: int = 0,
     eos: Sequence[int] = (),
 ) -> list[int]:
-    """Up to `steps` new tokens behind the prompt, as plain ints; batch of one."""
+    """Up to `steps` new tokens after the prompt, as a list of ints; one sequence.
+
+    Stops after the first token that is in `eos`. Sampling depends on `seed` and the tokens alone.
+    """
     key = jax.random.key(seed)
     caches = caches_for(params, cfg, 1, len(prompt) + steps)
     logits, caches = prefill(params, prompt, caches, cfg)

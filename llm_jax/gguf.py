@@ -1,7 +1,7 @@
 """GGUF files: one file with metadata, tokenizer and (quantized) tensors, dequantized on loading.
 
 Layout (version 2 and 3, little endian): magic, version, counts; then key/value metadata; then a
-record a tensor (name, dimensions fastest first, type, offset); then, aligned, the tensors.
+record for each tensor (name, dimensions fastest first, type, offset); then, aligned, the tensors.
 """
 
 import dataclasses
@@ -215,8 +215,8 @@ def _info(path: Path, record: TensorRecord) -> TensorInfo:
 def read_header(path: Path, data: np.ndarray) -> Header:
     """The header in `data`, the bytes of a GGUF file.
 
-    gguf's own reader makes an array of every metadata entry: 7.8 s for Qwen2.5's 300,000 tokens and
-    merges on two cores, where this takes 0.3 s.
+    The reader of the gguf package makes an array of every metadata entry. For Qwen2.5's 300,000
+    tokens and merges that takes 7.8 s on two cores; this takes 0.3 s.
     """
     gguf = _gguf()
     view, at = memoryview(data), 0

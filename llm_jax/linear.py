@@ -1,4 +1,4 @@
-"""`linear(w, x)`: an open function, dispatched on the type of the weight, and others like it."""
+"""`linear(w, x)` and its like: open functions that dispatch on the type of the weight."""
 
 import functools
 from typing import Any
@@ -13,7 +13,7 @@ from pallas_kernels.precision import precision
 def linear(w_DF: Any, x: jax.Array, out_dtype: Any = None) -> jax.Array:
     """x[..., D] times a weight of any kind, [..., F]. The default kind is a plain array [D, F].
 
-    The result has x's dtype, or `out_dtype` without being rounded to x's before.
+    The result has x's dtype, or `out_dtype`; then it is not rounded to x's dtype first.
     """
     options = dict(precision=precision(x.dtype), preferred_element_type=out_dtype)
     return jnp.matmul(x, w_DF, **options)
@@ -21,8 +21,8 @@ def linear(w_DF: Any, x: jax.Array, out_dtype: Any = None) -> jax.Array:
 
 @functools.singledispatch
 def terms(w: Any, x: jax.Array) -> jax.Array:
-    """[X, ..., F] that add up to `linear(w, x)`, for a kernel that can add as it reads; one term,
-    in x's dtype, unless a kind of weight comes by its products in parts."""
+    """[X, ..., F] whose sum over X is `linear(w, x)`, for a kernel that adds while it reads. One
+    term in x's dtype, unless a kind of weight computes its products in parts."""
     return linear(w, x)[None]
 
 

@@ -1,4 +1,4 @@
-"""The transformer: embed, blocks, unembed. Every method changes the parameters, never this file."""
+"""The transformer: embed, blocks, unembed. Methods change the parameters, never this file."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def embed(params: Params, tokens_BT: jax.Array, cfg: Config) -> jax.Array:
 def block(
     layer: Layer, x_BTD: jax.Array, cache: Any, step: Step, cfg: Config
 ) -> tuple[jax.Array, Any]:
-    """One decoder layer: (x_BTD, the layer's cache with the new tokens in)."""
+    """One decoder layer: (x_BTD, the layer's cache with the new tokens written)."""
     with jax.named_scope("attention"):
         h = rms_norm(x_BTD, layer.attn_norm, cfg.norm_eps)
         y, cache = attention(layer.attn, h, cache, step, cfg)

@@ -1,4 +1,4 @@
-"""Low-bit matrices in the form that the fused kernels read, as one more kind of `linear`."""
+"""Low-bit matrices as the kernels read them: one more kind of weight for `linear`."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def joined_quantized(*matrices: Quantized) -> Quantized:
 def packed(*matrices: Quantized) -> Packed:
     """The matrices joined along their outputs, as the kernels read them.
 
-    Done once at load: one product then gives what several gave, in order. For q, k and v:
+    Done once, at load. One product then gives the results of several, side by side. For q, k and v:
     q, k, v = jnp.split(linear(packed(q, k, v), x), (F_q, F_q + F_k), axis=-1).
     """
     w = joined_quantized(*matrices)

@@ -1,4 +1,4 @@
-"""Parameters as frozen dataclasses that are pytrees; layers in a tuple, so kinds can be mixed.
+"""Parameters as frozen dataclasses that are pytrees. Layers are in a tuple, so kinds can be mixed.
 
 Letters: V vocabulary, D model, N query heads x head size, K kv heads x head size, F ffn.
 """
@@ -87,7 +87,7 @@ def joined(layer: Layer, join: Callable[..., Weight]) -> Layer:
 
 
 def unjoined(layer: Layer, cfg: Config) -> Layer:
-    """The plain layer that `joined` made this one of; all matrices are arrays."""
+    """The plain layer that `joined` was given; all matrices are arrays."""
     a, heads = layer.attn, cfg.heads * cfg.head_dim
     cut = (heads, heads + cfg.kv_heads * cfg.head_dim)
     q, k, v = jnp.split(a.qkv, cut, axis=-1)
@@ -109,7 +109,7 @@ class Params:
 
 
 def init_layer(key: jax.Array, cfg: Config) -> Layer:
-    """A random layer of the model's dtype, scaled so that activations keep their size."""
+    """A random layer in the model's dtype, scaled so that activations keep their size."""
     keys = dict(
         zip(cfg.layer_matrices, jax.random.split(key, len(cfg.layer_matrices)), strict=True)
     )
@@ -134,7 +134,7 @@ def init_layer(key: jax.Array, cfg: Config) -> Layer:
 
 
 def init(key: jax.Array, cfg: Config) -> Params:
-    """Random parameters on the default device, for tests and for timing without a checkpoint."""
+    """Random parameters on the default device, for tests and timings without a checkpoint."""
     table, head, *layers = jax.random.split(key, cfg.layers + 2)
     scale = jnp.asarray(cfg.d_model**-0.5, cfg.dtype)
     return Params(
@@ -146,5 +146,5 @@ def init(key: jax.Array, cfg: Config) -> Params:
 
 
 def abstract(cfg: Config) -> Params:
-    """The same tree with shapes and dtypes in place of arrays: what a checkpoint must fill."""
+    """The model's tree with shapes and dtypes in place of arrays: what a checkpoint must fill."""
     return jax.eval_shape(lambda: init(jax.random.key(0), cfg))

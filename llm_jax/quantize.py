@@ -2,8 +2,8 @@
 
 A matrix [D, F] is cut along D into groups of `group` consecutive inputs of one output; a group has
 a step and an offset, w = code * step + offset. HQQ's float zero point is z = -offset / step. The
-product code * step is exact in float32 (8 bits x 8 bits), so the sum is rounded once: the value is
-the same whether or not a compiler fuses multiply and add.
+product code * step is exact in float32 (8 bits x 8 bits), so the sum is rounded once. The value
+does not depend on whether a compiler fuses multiply and add.
 
 Letters: D inputs, F outputs, Q groups (D = Q * group), p packed rows of a group.
 """
@@ -27,7 +27,7 @@ _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A low-bit matrix [D, F]. 4.5 bits a weight at 4 bits in groups of 64."""
+    """A low-bit matrix [D, F]. With 4 bits in groups of 64 it takes 4.5 bits a weight."""
 
     codes_QpF: jax.Array
     """uint8: the codes of each group, packed along the inputs (`pallas_kernels.bit_fields`)."""
@@ -53,7 +53,7 @@ def quantized_bytes(rows: int, columns: int, bits: int, group: int) -> int:
 
 
 def codes_of(w: Quantized, array_module: ModuleType = jnp) -> Any:
-    """The codes, uint8 [Q, group, F]; with array_module=numpy of and as NumPy arrays."""
+    """The codes, uint8 [Q, group, F]; with array_module=numpy as a NumPy array."""
     return unpack_codes(w.codes_QpF, w.bits, w.group, 1, array_module)
 
 
@@ -67,8 +67,8 @@ def dequantize(w: Quantized, dtype: Any = jnp.float32) -> jax.Array:
 
 @linear.register
 def _(w: Quantized, x, out_dtype=None):
-    # The barrier ties the codes to x, which changes in a loop: without it a compiler may move the
-    # dequantization out of the loop and keep every dense matrix alive.
+    # The barrier ties the codes to x, which changes in a loop. Without it a compiler may move the
+    # dequantization out of the loop and keep every dense matrix.
     codes, x = jax.lax.optimization_barrier((w.codes_QpF, x))
     return linear(dequantize(dataclasses.replace(w, codes_QpF=codes), x.dtype), x, out_dtype)
 
@@ -102,7 +102,7 @@ def check_grouping(name: str, rows: int, bits: int, group: int) -> None:
     if rows % group:
         fits = [g for g in (128, 64, 32, 16, 8) if rows % g == 0]
         raise ValueError(
-            f"{name} has {rows} inputs, not a multiple of group {group}; of use: {fits}"
+            f"{name} has {rows} inputs, not a multiple of group {group}; these fit: {fits}"
         )
 
 
@@ -145,7 +145,7 @@ def _encode(w, step, offset, bits):
 def _affine(w_Qgc, bits, iterations):
     """Step and offset of each group, [Q, 1, c]."""
     low, high = w_Qgc.min(1, keepdims=True), w_Qgc.max(1, keepdims=True)
-    # A constant group has no range: 1/256 of its size stands in; an all-zero one takes any step.
+    # A constant group has no range: its step is 1/256 of its size. An all-zero one takes any step.
     floor = jnp.maximum(jnp.maximum(jnp.abs(low), jnp.abs(high)) / 256, 1e-30)
     step = jnp.maximum((high - low) / (2**bits - 1), floor)
     step = step.astype(jnp.bfloat16).astype(jnp.float32)

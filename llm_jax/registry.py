@@ -110,7 +110,7 @@ def _models():
 MODELS: dict[str, RegisteredModel] = {model.name: model for model in _models()}
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
-"""What is fetched from a repository; second copies of the weights are left out."""
+"""What is fetched from a repository; second copies of the weights are not."""
 _COPIES = ("consolidated*", "*/*")
 
 
@@ -259,7 +259,7 @@ def _page(model: RegisteredModel) -> str:
 
 
 def _unreachable(model: RegisteredModel, reasons: list[str]) -> str:
-    """What to do by hand, once nothing could be fetched."""
+    """What a user can do by hand after nothing could be fetched."""
     return "\n".join(
         [
             f"the checkpoint of {model.name} ({model.repo}) is not on this machine "

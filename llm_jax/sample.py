@@ -1,10 +1,10 @@
 """Sampling that depends on (seed, position, logits) alone.
 
 A token is drawn as the argmax of logits + Gumbel noise, and the noise of a position comes from the
-seed and the position. So any way of computing the same logits, one token at a time or a whole tree
-at once, draws the same tokens; and a draft model that adds the same noise to its own logits guesses
-the draw and not only the distribution (the Gumbel-max coupling). The law is that of the logits,
-whatever was guessed.
+seed and the position. So the same logits give the same tokens, whether they are computed one token
+at a time or for a whole tree at once. A draft model that adds the same noise to its own logits
+guesses the draw and not only the distribution (the Gumbel-max coupling). The drawn tokens have the
+distribution of the logits, whatever was guessed.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Sampler:
         return z if self.greedy else z + noise(key, position_X, z.shape[-1])
 
     def draw(self, logits_XV: jax.Array, key: jax.Array, position_X: jax.Array) -> jax.Array:
-        """The token drawn for each row, int32 [X]; `position_X` is where that token will stand."""
+        """The token drawn for each row, int32 [X]; `position_X` is the position of that token."""
         return jnp.argmax(self.perturbed(logits_XV, key, position_X), -1).astype(jnp.int32)
 
 

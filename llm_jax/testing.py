@@ -56,7 +56,7 @@ def tiny_config(family: str = "qwen2", **changes: Any) -> Config:
 
 
 def tiny_params(cfg: Config, seed: int = 0) -> Params:
-    """Random parameters in which nothing is 0 or 1, so that a forgotten bias or norm is seen."""
+    """Random parameters without any 0 or 1, so that a test sees a forgotten bias or norm."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

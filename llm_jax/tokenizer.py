@@ -1,6 +1,6 @@
 """Tokenizers: from a Hugging Face folder, from the metadata of a GGUF file, and bytes for tests.
 
-All have encode, decode, chat, stream, `eos` (every id that ends a turn) and `vocab`.
+All have the methods encode, decode, chat, stream, `eos` (every id that ends a turn) and `vocab`.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ TURN_ENDS = (
     "<|end|>",
     "</s>",
 )
-"""Added tokens that end a turn in some family, whatever a checkpoint names as its eos."""
+"""Added tokens that end a turn in some model family, besides the eos that a checkpoint names."""
 
 
 class _Interface:
-    """What every tokenizer derives from its `encode` and `decode`."""
+    """What all tokenizers share: all of it follows from `encode` and `decode`."""
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of the conversation (dictionaries with role and content) up to the reply's start."""
+        """Ids of a conversation (dictionaries with role and content) up to the reply's start."""
         return self.encode(plain_chat(messages))
 
     @property
@@ -60,11 +60,11 @@ class Tokenizer(_Interface):
         return len(self.hf)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with the model's bos in front where it wants one."""
+        """Ids of a text; the model's bos comes first where the model uses one."""
         return list(self.hf.encode(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens left out."""
+        """The text of ids, without special tokens."""
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
@@ -94,7 +94,7 @@ class ByteTokenizer(_Interface):
 
 
 class StreamDecoder:
-    """Ids in, text out: holds back ids until the bytes they stand for are whole characters."""
+    """Turns ids into text; keeps ids back until their bytes are whole characters."""
 
     def __init__(self, tokenizer):
         self._decode = tokenizer.decode
@@ -110,7 +110,7 @@ class StreamDecoder:
         )
 
     def flush(self) -> str:
-        """What is still held back, with U+FFFD for the bytes that never became a character."""
+        """The text of the ids that are still kept back; U+FFFD stands for incomplete characters."""
         return self._release()
 
     def _text(self) -> str:

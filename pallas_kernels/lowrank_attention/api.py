@@ -50,7 +50,7 @@ def why_not(
 ) -> str | None:
     """Why Triton kernels cannot do this call of `lowrank_attention`; None where they can.
 
-    Takes the same arguments. Whether there is a GPU is not looked at.
+    Takes the same arguments. Does not ask whether there is a GPU.
     """
     ranks, heads = _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads)
     return _why_not(q_BTNH, k, v, up_k_gRKH, ranks, heads)
@@ -110,17 +110,17 @@ def lowrank_attention(
 ) -> jax.Array:
     """Attention of T query positions over latents, [B, T, N, H], in q's dtype.
 
-    score[b,t,n,s] = q[b,t,n] . RoPE(z_k[b,s,group] @ up_k[group,:,head] + bias + lead * mean) over
+    score[b,t,n,s] = q[b,t,n] . RoPE(z_k[b,s,group] @ up_k[group,:,head] + bias + c * mean) over
     sqrt(H); with p its softmax over s, y[b,t,n] = (sum_s p z_v[b,s,group]) @ up_v[group,:,head] +
-    v_bias + (sum_s p lead) v_mean.
+    v_bias + (sum_s p c) v_mean, where c is `mean_coefficient_BS[b,s]`.
 
-    Queries are already rotated and not scaled. Slots s < lengths_B[b] exist and others are never
-    looked at; `mask_BTS` (B may be 1) says which of them a query sees. kv head i is in group
+    Queries are already rotated and not scaled. Slots s < lengths_B[b] exist; no others are read.
+    `mask_BTS` (B may be 1) says which of them a query sees. kv head i is in group
     i // K'; rows of `up_*` beyond a group's rank are zero. Without `up_v_gRKH` the result stays in
     latents, [B, T, N, R_v]. `position_BS` (B may be 1) is the rotary position of each slot, by
     default its number; `frequencies` are radians a position for the pairs (i, i + H/2). `k_norm_H`
-    is the gain of an rms-norm of every rebuilt key before its rotation. A row that sees nothing
-    gives something finite. `k_ranks` and `v_ranks` are needed where quantization blocks are smaller
+    is the gain of an rms-norm of every rebuilt key before its rotation. A row that sees no slot
+    gives finite numbers. `k_ranks` and `v_ranks` are needed where quantization blocks are smaller
     than groups of unequal ranks, `kv_heads` where the last group has fewer heads.
 
     `implementation` None takes Triton where `why_not` gives no reason and the device is a GPU, else
@@ -128,7 +128,7 @@ def lowrank_attention(
     """
     ranks, heads = _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads)
     if (k_mean_KH is not None or v_mean_KH is not None) and mean_coefficient_BS is None:
-        raise ValueError("means without leads: pass mean_coefficient_BS")
+        raise ValueError("means without coefficients: pass mean_coefficient_BS")
     keys = dict(
         mask_BTS=mask_BTS, position_BS=position_BS, k_bias_KH=k_bias_KH,
         mean_coefficient_BS=mean_coefficient_BS, k_mean_KH=k_mean_KH, k_norm_H=k_norm_H,
@@ -140,10 +140,10 @@ def lowrank_attention(
 
         if k_mean_KH is None and v_mean_KH is None:
             keys["mean_coefficient_BS"] = None
-        y, leads = lowrank_attention_triton(
+        y, coefficients = lowrank_attention_triton(
             q_BTNH, k, v, up_k_gRKH, frequencies, lengths_B, interpret=interpret, **keys
         )
-        return finish(y, leads, up_v_gRKH, heads, v_bias_KH, v_mean_KH, q_BTNH.dtype)
+        return finish(y, coefficients, up_v_gRKH, heads, v_bias_KH, v_mean_KH, q_BTNH.dtype)
     frequencies = jnp.asarray(frequencies, jnp.float32)
     return lowrank_attention_reference(
         q_BTNH, k, v, up_k_gRKH, up_v_gRKH, frequencies, lengths_B, ranks=ranks, heads=heads,

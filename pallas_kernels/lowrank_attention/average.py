@@ -1,4 +1,4 @@
-"""The second kernel: softmax over stored scores, and the value latents it averages.
+"""The second kernel: the softmax of stored scores, and the average of value latents.
 
 A program takes one span of slots and M query rows of a group. The first kernel left the scores
 (base 2) and the largest one of the span, so weights need no correction on the way. The output is
@@ -28,10 +28,10 @@ from pallas_kernels.lowrank_attention.tiles import (
 )
 
 
-def _kernel(*refs, tile, span, M, rows, sets, chunks, packing, lead, dtype, interpret):
+def _kernel(*refs, tile, span, M, rows, sets, chunks, packing, weighted, dtype, interpret):
     refs = list(refs)
     length_ref, top_ref, score_ref = refs[:3]
-    lead_ref = refs.pop(3) if lead else None
+    coefficient_ref = refs.pop(3) if weighted else None
     v_ref, *scales, y_ref, stats_ref = refs[3:]
     program, x, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     many = len(packing.chunks) // chunks
@@ -50,7 +50,7 @@ def _kernel(*refs, tile, span, M, rows, sets, chunks, packing, lead, dtype, inte
         return jnp.broadcast_to(a[:, :, None], (tile, M, rows // M)).reshape(tile, rows)
 
     def body(n, carry, whole):
-        total, offsets, leads, parts = carry
+        total, offsets, coefficients, parts = carry
         at = n * tile
         slots = at + jax.lax.broadcasted_iota(jnp.int32, (tile,), 0)
         ok, index = None if whole else slots < length, (b, pl.ds(at, tile))
@@ -59,8 +59,8 @@ def _kernel(*refs, tile, span, M, rows, sets, chunks, packing, lead, dtype, inte
         if not whole:
             weight = jnp.where(ok[:, None], weight, 0.0)
         total += weight
-        if lead:
-            leads += weight * masked_load(lead_ref, index, ok)[:, None]
+        if weighted:
+            coefficients += weight * masked_load(coefficient_ref, index, ok)[:, None]
         narrow = weight.astype(dtype)
         if scales:
             step, offset = read_scale(scales, (*index, g), ok)
@@ -70,7 +70,7 @@ def _kernel(*refs, tile, span, M, rows, sets, chunks, packing, lead, dtype, inte
                 offsets -= packing.magic * narrow.astype(jnp.float32)
         narrow = repeated(narrow)
         parts = [p + plgpu.dot(a.T, narrow) for p, a in zip(parts, z, strict=True)]
-        return total, offsets, leads, parts
+        return total, offsets, coefficients, parts
 
     carry = zero, zero, zero, [part] * len(packing.firsts(chunks))
     carry = jax.lax.fori_loop(first, full, functools.partial(body, whole=True), carry)
@@ -92,7 +92,7 @@ def average(
     cfg: LatentTiling,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(averaged value latents float32 [B, i, M, R], averaged leads [B, i, M])."""
+    """(averaged value latents float32 [B, i, M, R], averaged coefficients [B, i, M])."""
     B, i, _, M = score_BiSM.shape
     X, packing = top_BiXM.shape[2], Packing(v.bits, v.blocks[0])
     rows = max(cfg.rows(v.bits, M), M)
@@ -103,7 +103,7 @@ def average(
     inputs += [] if mean_coefficient_BS is None else [mean_coefficient_BS.astype(jnp.float32)]
     kernel = functools.partial(
         _kernel, tile=cfg.tile, span=cfg.span, M=M, rows=rows, sets=i // len(v.blocks),
-        chunks=chunks, packing=packing, lead=mean_coefficient_BS is not None,
+        chunks=chunks, packing=packing, weighted=mean_coefficient_BS is not None,
         dtype=operand_dtype(v), interpret=interpret,
     )  # fmt: skip
     y, stats = pl.pallas_call(
@@ -121,12 +121,12 @@ def average(
 
 
 def join(stats_BiX4M: jax.Array, y_BiXRM: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(averaged latents [B, i, M, R], averaged leads [B, i, M]) of all spans together."""
+    """(averaged latents [B, i, M, R], averaged coefficients [B, i, M]) of all spans together."""
     with jax.named_scope("join"):
-        high, total, offsets, leads = (stats_BiX4M[:, :, :, n] for n in range(4))
+        high, total, offsets, coefficients = (stats_BiX4M[:, :, :, n] for n in range(4))
         weight = jnp.exp2(high - jnp.max(high, axis=2, keepdims=True))
         total = jnp.sum(weight * total, axis=2, keepdims=True)
         weight = weight / jnp.maximum(total, 1e-30)
         gather = lambda a: jnp.sum(weight * a, axis=2)
         y_BiRM = jnp.sum(weight[:, :, :, None] * y_BiXRM, axis=2) + gather(offsets)[:, :, None]
-        return jnp.swapaxes(y_BiRM, 2, 3), gather(leads)
+        return jnp.swapaxes(y_BiRM, 2, 3), gather(coefficients)

@@ -1,8 +1,8 @@
 """How long the Triton kernels take for one new token, fitted to measurements on one H200.
 
 Within 15 % of every row of experiments/results/h200_lowrank_attention.jsonl (4K to 128K slots, one
-rank pair, two models), so between other ranks and on other GPUs it ranks choices and does not time
-them. docs/performance.md says what limits the kernels.
+rank pair, two models). For other ranks and GPUs it compares choices; it does not predict times.
+docs/performance.md says what limits the kernels.
 """
 
 START = 4.3e-6

@@ -1,4 +1,4 @@
-"""The general first kernel: keys are rebuilt tile by tile, rotated, and met with their queries.
+"""The general first kernel: rebuilds keys tile by tile, rotates them, and scores the queries.
 
 A program has one kv head and up to 64 query rows (positions times query heads that share it). The
 rows of several heads of a group lie side by side in one array of scores, so that the second kernel
@@ -32,11 +32,12 @@ from pallas_kernels.lowrank_attention.tiles import (
 )
 
 MOST_ROWS = 64
+"""Query rows of a program, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Where T * G query rows of each of g * K' kv heads go."""
+    """How the T * G query rows of each of g * K' kv heads are arranged."""
 
     groups: int
     heads: int
@@ -62,7 +63,7 @@ class Rows:
 
     @property
     def sets(self) -> int:
-        """Of a group."""
+        """Sets of rows of a group."""
         return self.heads // self.together * self.blocks
 
     def arranged(self, q_BTNH: jax.Array) -> jax.Array:
@@ -75,7 +76,7 @@ class Rows:
         return q.reshape(B, self.groups, self.heads, self.blocks, self.each, H)
 
     def restored(self, y_BiMR: jax.Array, T: int) -> jax.Array:
-        """[B, T, N, R] of what the second kernel gives."""
+        """[B, T, N, R] from what the second kernel gives, [B, i, M, R]."""
         B, _, _, R = y_BiMR.shape
         g, t = self.groups, self.together
         y = y_BiMR.reshape(B, g, self.heads // t, self.blocks, t, self.each, R)
@@ -87,7 +88,7 @@ class Rows:
 
 
 def _kernel(
-    *refs, tile, span, rows, shared, half, packing, near, mask, lead, mean, bias, norm, eps,
+    *refs, tile, span, rows, shared, half, packing, near, mask, mean, bias, norm, eps,
     interpret,
 ):  # fmt: skip
     refs = list(refs)
@@ -95,7 +96,7 @@ def _kernel(
     length_ref, up_ref, q_ref = take(3)
     turn_refs = take(4 if near else 2)
     (mask_ref,) = take() if mask else (None,)
-    (lead_ref,) = take() if lead else (None,)
+    (coefficient_ref,) = take() if mean else (None,)
     (mean_ref,) = take() if mean else (None,)
     (bias_ref,) = take() if bias else (None,)
     (norm_ref,) = take() if norm else (None,)
@@ -136,14 +137,14 @@ def _kernel(
         if k_scale:
             step, offset = read_scale(k_scale, (*index, g), ok)
             lift = offset / step - packing.magic
-        leads = masked_load(lead_ref, index, ok) if lead else None
+        coefficient = masked_load(coefficient_ref, index, ok) if mean else None
         keys = []
         for side in sides:
             key = sum(plgpu.dot(part, up) for part, up in zip(z, ups[side], strict=True))
             if k_scale:
                 key = (key + lift[:, None] * sums_ref[g, k, side, :][None]) * step[:, None]
             if mean:
-                key += leads[:, None] * mean_ref[g, k, side, :][None]
+                key += coefficient[:, None] * mean_ref[g, k, side, :][None]
             if bias:
                 key += bias_ref[g, k, side, :][None]
             keys.append(key)
@@ -225,7 +226,7 @@ def rebuilt_scores(
     kernel = functools.partial(
         _kernel, tile=cfg.tile, span=cfg.span, rows=rows, shared=N // (g * K), half=half,
         packing=packing, near=position_BS is None, mask=mask_BTS is not None,
-        lead=k_mean_KH is not None, mean=k_mean_KH is not None, bias=k_bias_KH is not None,
+        mean=k_mean_KH is not None, bias=k_bias_KH is not None,
         norm=k_norm_H is not None, eps=norm_eps, interpret=interpret,
     )  # fmt: skip
     i, M = g * rows.sets, rows.together * rows.each

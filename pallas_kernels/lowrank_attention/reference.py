@@ -142,7 +142,9 @@ def lowrank_attention_reference(
     (B, T, N, H), dtype, S = q_BTNH.shape, q_BTNH.dtype, k.codes_BSP.shape[1]
     shared, f32 = N // sum(heads), jnp.float32
     exists_BS = jnp.arange(S, dtype=jnp.int32)[None] < lengths_B[:, None]
-    kept = lambda z_BSR: jnp.where(exists_BS[..., None], z_BSR, 0)  # what is beyond may be NaN
+    kept = lambda z_BSR: jnp.where(
+        exists_BS[..., None], z_BSR, 0
+    )  # slots that do not exist may hold NaN
     zk, zv = kept(dense(k, dtype)), kept(dense(v, dtype))
     coefficient_BS = None
     if mean_coefficient_BS is not None:

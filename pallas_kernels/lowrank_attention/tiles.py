@@ -71,12 +71,12 @@ class LatentTiling:
     """Columns of a head in one product."""
 
     def rows(self, bits: int, columns: int) -> int:
-        """Columns of weights that a product gets, at least."""
+        """The least columns of weights that a product takes."""
         return 16 if bits == 16 else 8
 
 
 def tiling(batch: int, programs: int, slots: int) -> LatentTiling:
-    """Long spans, unless too few programs for a GPU would come of it."""
+    """Spans as long as possible that still give a GPU enough programs."""
     cfg = LatentTiling()
     while cfg.span > 256 and batch * programs * -(-slots // cfg.span) < 256:
         cfg = dataclasses.replace(cfg, span=cfg.span // 2)

@@ -1,4 +1,4 @@
-"""Two Triton kernels, scores and averages, put together; and what they cannot do.
+"""The two Triton kernels one after the other: scores, then averages.
 
 Letters: B batch, T query positions, S slots, N query heads, K' kv heads of a group, H head size, R
 rank, g groups, X spans.
@@ -18,7 +18,7 @@ from pallas_kernels.lowrank_attention.rebuild import Rows, rebuilt_scores
 from pallas_kernels.lowrank_attention.tiles import LatentTiling, tiling
 
 TOLERANCE = 1e-3
-"""Largest error of a cosine that absorption may make; bfloat16's rounding is 4e-3."""
+"""The largest error of a cosine that absorption may cause; rounding to bfloat16 causes 4e-3."""
 
 
 def _power_of_two(n: int) -> bool:
@@ -64,7 +64,7 @@ def lowrank_attention_triton(
     cfg: LatentTiling | None = None,
     absorb: bool | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(averaged value latents float32 [B, T, N, R_v], averaged leads [B, T, N])."""
+    """(averaged value latents float32 [B, T, N, R_v], averaged coefficients [B, T, N])."""
     B, T, N, _ = q_BTNH.shape
     g, _, K, _ = up_k_gRKH.shape
     rows = Rows(g, K, T * N // (g * K))
@@ -79,8 +79,8 @@ def lowrank_attention_triton(
         found = absorbed_scores(
             q_BTNH[:, 0], k, up_k_gRKH, frequencies, lengths, mask, cfg, interpret
         )
-        y, leads = average(*found, v, lengths, mean_coefficient_BS, cfg, interpret)
-        return y.reshape(B, 1, N, -1), leads.reshape(B, 1, N)
+        y, coefficients = average(*found, v, lengths, mean_coefficient_BS, cfg, interpret)
+        return y.reshape(B, 1, N, -1), coefficients.reshape(B, 1, N)
     found = rebuilt_scores(
         q_BTNH,
         k,
@@ -98,5 +98,5 @@ def lowrank_attention_triton(
         norm_eps=norm_eps,
         interpret=interpret,
     )
-    y, leads = average(*found, v, lengths, mean_coefficient_BS, cfg, interpret)
-    return rows.restored(y, T), rows.restored(leads[..., None], T)[..., 0]
+    y, coefficients = average(*found, v, lengths, mean_coefficient_BS, cfg, interpret)
+    return rows.restored(y, T), rows.restored(coefficients[..., None], T)[..., 0]

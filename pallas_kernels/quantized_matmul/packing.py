@@ -1,4 +1,4 @@
-"""How the kernels want a low-bit matrix: blocks of words in the order in which they are read.
+"""How the kernels read a low-bit matrix: blocks of words, in reading order.
 
 Letters: D inputs, F outputs, Q groups of inputs (D = Q * group); a word holds codes of `fields`
 outputs, so F = fields * columns of words; B blocks of S = 32 such columns, N chunks of c inputs (a
@@ -16,7 +16,7 @@ BITS = (2, 3, 4, 8)
 BLOCK = 32
 """Columns of words in a block."""
 CHUNK = 64
-"""Inputs of a block, at most."""
+"""The most inputs of a block."""
 _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 
@@ -38,9 +38,9 @@ class Packed:
     Output f = i * columns + 32 b + s is field i of column s in block b. Two inputs share two words:
     the first has both inputs' fields of the lower half, the second those of the upper. With 4 bits
     words[b, n, s, 0] = code[d, 0] | code[d, 1] << 4 | … | code[d + 1, 0] << 16 | …, d = n * c,
-    where code[d, i] is short for that of output i * columns + 32 b + s; words[b, n, s, 1] has the
-    fields 4 to 7. So two neighbouring inputs, which tensor cores take as one register, are cut out
-    of one word with a shift and a mask, and a program that sums over inputs reads straight on.
+    where code[d, i] is the code of output i * columns + 32 b + s; words[b, n, s, 1] has the
+    fields 4 to 7. So a shift and a mask give two neighbouring inputs, which tensor cores take as
+    one register, and a program that sums over inputs reads memory in order.
     """
 
     words_BNSc: jax.Array
@@ -73,7 +73,7 @@ class Packed:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that a product has to read."""
+        """Bytes that a product reads."""
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
 
 
@@ -90,7 +90,7 @@ def packed_bytes(rows: int, columns: int, bits: int, group: int) -> int:
 
 
 def chunk_of(group: int) -> int:
-    """c: inputs of a block. All of a group, or 64 where that divides a larger one."""
+    """c, the inputs of a block: a whole group, or 64 where 64 divides a larger group."""
     return CHUNK if group % CHUNK == 0 else group
 
 
@@ -104,7 +104,7 @@ def _joined(parts, width: int, dtype) -> jax.Array:
 def repack(codes_QgF: jax.Array, step_QF: jax.Array, offset_QF: jax.Array, bits: int) -> Packed:
     """Packed from codes (uint8, below 2**bits) and the bfloat16 step and offset of each group.
 
-    Several matrices with the same inputs become one by joining their arrays along F before.
+    To join several matrices with the same inputs, join their arrays along F first.
     """
     if bits not in BITS:
         raise ValueError(f"{bits} bits a weight are not supported; choose one of {BITS}")
@@ -135,7 +135,7 @@ def repack(codes_QgF: jax.Array, step_QF: jax.Array, offset_QF: jax.Array, bits:
 
 
 def codes(w: Packed) -> jax.Array:
-    """uint8 [F, D]: in this order inputs stay side by side, as they are in the words."""
+    """The codes, uint8 [F, D]; in this order inputs stay side by side, as in the words."""
     B, N, _, c = w.words_BNSc.shape
     half, width = w.fields // 2, 32 // w.fields
     count = lambda n: jnp.arange(n, dtype=jnp.uint32)

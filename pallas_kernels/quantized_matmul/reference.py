@@ -27,8 +27,8 @@ def _dense_FD(w: Packed, dtype) -> jax.Array:
 
 def quantized_matmul_reference(x_MD: jax.Array, w: Packed, out_dtype: Any = None) -> jax.Array:
     """x @ dequantized(w), [M, F] in `out_dtype` (x's)."""
-    # The barrier ties the words to x, which changes in a loop: without it a compiler may move the
-    # dequantization out of the loop and keep every dense matrix alive.
+    # The barrier ties the words to x, which changes in a loop. Without it a compiler may move the
+    # dequantization out of the loop and keep every dense matrix.
     x, w = jax.lax.optimization_barrier((x_MD, w))
     exact = precision(x.dtype)
     return jnp.einsum(

@@ -1,4 +1,4 @@
-"""How a product is cut up: a measured table, and a guess where it has no entry."""
+"""How a product is split among programs: a measured table, and a guess for other shapes."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ ROW_BUCKETS = (8, 16, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a product is cut up; a program has one block's columns of words in any case."""
+    """How a product is split among programs. Each has one block's columns of words."""
 
     rows: int = 8
     """Rows a program takes."""
@@ -26,12 +26,12 @@ class Tiling:
 
 
 def bucket(rows: int) -> int | None:
-    """The smallest of ROW_BUCKETS that holds so many; None beyond the largest."""
+    """The smallest of ROW_BUCKETS that holds this many rows; None beyond the largest."""
     return next((n for n in ROW_BUCKETS if rows <= n), None)
 
 
 def why_not_tiling(cfg: Tiling, chunks: int) -> str | None:
-    """Why a product over so many chunks of inputs cannot be cut up so; None where it can."""
+    """Why a product over this many chunks of inputs cannot have this tiling; None where it can."""
     power = lambda n: n > 0 and n & (n - 1) == 0
     if not power(cfg.rows) or not 8 <= cfg.rows <= 16:
         return f"{cfg.rows} rows a program; products need 8 or 16"
@@ -52,11 +52,11 @@ def _table() -> dict:
 
 PROGRAMS_AT_ONCE = 528
 """Programs that keep an H200 busy, four a multiprocessor of its 132: the best numbers of splits of
-seven matrices make 400 to 750 of them. Other devices get as many."""
+seven matrices make 400 to 750 of them. Other devices get the same number."""
 
 
 def guess(rows: int, blocks: int, chunks: int) -> Tiling:
-    """For a shape that nobody timed: four programs a multiprocessor, each with four chunks."""
+    """For a shape that was not timed: four programs a multiprocessor, each with four chunks."""
     height = 8 if rows <= 8 else 16
     wanted = round(PROGRAMS_AT_ONCE / (blocks * math.ceil(rows / height)))
     return Tiling(height, max(1, min(wanted, chunks // 4)))

@@ -1,7 +1,7 @@
-"""Words become operands in registers, with integer instructions alone wherever possible.
+"""Unpacks words to operands in registers, with integer instructions where possible.
 
-bfloat16 0x4300 | n is 128 + n for n below 128: a code becomes a number by setting bits beside it.
-The 128 is taken off later, once for a group instead of once for a weight.
+bfloat16 0x4300 | n is 128 + n for n below 128: setting bits beside a code makes a number of it.
+The 128 is subtracted later, once for a group instead of once for a weight.
 """
 
 import jax

@@ -17,7 +17,7 @@ PART_WEIGHTS = 40_000_000
 def why_not(residual: Residual, substitute: Packed) -> str | None:
     """Why the Triton kernel cannot decode this; None where it can.
 
-    Whether there is a GPU is not looked at.
+    Does not ask whether there is a GPU.
     """
     if reason := triton_missing():
         return reason

@@ -1,12 +1,13 @@
-"""What a 16-bit weight has and its low-bit substitute lacks, in about half the bits, exactly.
+"""The format of residuals: the exact difference of 16-bit weights and low-bit substitutes.
 
-The device holds a substitute of every streamed matrix, so a pass needs only the rest of each
-weight. A substitute predicts its weight: the prediction is the substitute's value in the weight's
-own 16-bit format, and what is coded is how many numbers of that format lie between the two.
+The device holds a substitute of every streamed matrix, so a pass needs only the residual, which
+takes about half the bits. A substitute predicts its weight: the prediction is the substitute's
+value in the weight's own 16-bit format. The code says how many numbers of that format lie between
+prediction and weight.
 
 Magnitudes are taken as their bit patterns, which order numbers by size: from 1.0 to 2.0 is one
-`unit`, 128 numbers of bfloat16. Below `floor`, some octaves under the step of the group, they are
-cut off, so that small numbers of both signs are near each other (bfloat16, floor 0x3000):
+`unit`, 128 numbers of bfloat16. Numbers below `floor`, some octaves under the step of the group,
+are left out, so that small numbers of both signs are near each other (bfloat16, floor 0x3000):
 
     pattern     b001   b000   8000   0000   3000   3001
     place         -3     -2     -1      0      1      2     (~place is the number's negative)
@@ -16,7 +17,7 @@ numbers, around zero many. `LEVELS` levels, a quarter of an octave each, have th
 first difference, chosen for each matrix. Two codes share all this:
 
 - "levels": as many bits as the level says, packed; a position is a prefix sum of lengths.
-- "planes": the low byte of every weight as it lies, and a second byte where the level says so; a
+- "planes": the low byte of every weight in order, and a second byte where the level asks for one; a
   position is a prefix count. Easier to decode, about 1.4 bits more.
 
 A weight outside its level's range is patched: place in its tile and pattern, one word. Exactness
@@ -24,7 +25,7 @@ does not depend on the choices: the encoder patches every weight that its own de
 give back.
 
 Letters as in `llm_jax.quantize`: D inputs, F outputs, Q groups of g; p packed rows of a group;
-C columns of a tile, T tiles across the matrix. The substitutes are SubSpec's (arXiv 2509.18344);
+C columns of a tile, T tiles across the matrix. Substitutes are from SubSpec (arXiv 2509.18344);
 the code is this project's own.
 """
 
@@ -62,10 +63,11 @@ _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 class Residual:
     """The exact complement of a low-bit matrix of the same shape.
 
-    `words` holds one after another: the head (one row); where each tile's part of the stream
-    begins, counted from the first word, in words for "levels" and in bytes for "planes"; how many
-    patches come before each tile, and all; the packed stream; the patches, place in the tile * 2^16
-    + pattern. Rows of zeros may follow, so that all layers of a model have equal shapes.
+    `words` holds one after another: the head (one row); the start of each tile's part of the
+    stream, counted from the first word, in words for "levels" and in bytes for "planes"; the
+    number of patches before each tile, and of all; the packed stream; the patches, place in the
+    tile * 2^16 + pattern. Rows of zeros may follow, so that all layers of a model have the same
+    shapes.
     """
 
     words: jax.Array
@@ -75,7 +77,7 @@ class Residual:
     shape: tuple[int, int] = _static()
     dtype: str = _static()
     patches: int = _static()
-    """Room for patches; how many there are is in `words`."""
+    """Room for patches; their number is in `words`."""
 
     @property
     def code(self) -> str:
@@ -83,7 +85,7 @@ class Residual:
 
     @property
     def nbytes(self) -> int:
-        """All that is streamed, overhead and padding included."""
+        """Bytes that are streamed, with overhead and padding."""
         return self.words.nbytes + (0 if self.low_DF is None else self.low_DF.nbytes)
 
 

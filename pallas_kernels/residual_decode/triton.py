@@ -1,4 +1,4 @@
-"""Residuals decoded by one Triton kernel: each weight's bits are read once and written once.
+"""One Triton kernel decodes a residual: each weight's bits are read once and written once.
 
 A program takes one tile of the residual: a group of inputs and 64 columns, which are one field of
 the same columns of the substitute's words. A tile is a prefix sum of lengths, two reads from the
@@ -28,7 +28,7 @@ from pallas_kernels.residual_decode.code import (
 
 WARPS = 1
 ROWS_TOGETHER = 16
-"""Rows of a tile that are decoded together, at most. On an H200, for 3584x9728: 16 rows and a warp
+"""The most rows of a tile that are decoded together. On an H200, for 3584x9728: 16 rows and a warp
 158 us, 8 and one 178, 64 and four 180, 32 and one 247."""
 PATCHES_TOGETHER = 32
 """Patches of a tile that are stored together."""
@@ -62,11 +62,11 @@ def _kernel(
     step, offset = (scale_ref[at * K + k].astype(jnp.float32)[None] for k in (i, K // 2 + i))
     word, shift = i // (fields // 2), bits * (i % (fields // 2))
 
-    def patch(n):  # behind the last one it comes again
+    def patch(n):  # behind the last patch, the last one again
         entry = n * PATCHES_TOGETHER + jax.lax.broadcasted_iota(jnp.int32, (PATCHES_TOGETHER,), 0)
         return words_ref[jnp.clip(patches + jnp.minimum(entry, count - 1), 0, last)]
 
-    early = patch(0)  # asked for now: hardly a tile has more
+    early = patch(0)  # loaded now: few tiles have more patches
 
     def some(n, begun):  # rows n * together …, in front of which lie `begun` bits of the tile
         rows = pl.ds(q * group + n * together, together)

@@ -1,4 +1,4 @@
-"""From the product with q, k and v to turned heads, keys and values in the cache: one kernel."""
+"""Queries rotated, and keys and values written to the cache, from one product: one kernel."""
 
 from pallas_kernels.rotary_cache.api import rotary_cache, why_not
 

@@ -8,7 +8,10 @@ from pallas_kernels.rotary_cache.reference import rotary_cache_reference
 
 
 def why_not(y_XTF: jax.Array, k_SKH: jax.Array, v_SKH: jax.Array) -> str | None:
-    """Why the Triton kernel cannot do this; None where it can. Not asked: is there a GPU?"""
+    """Why the Triton kernel cannot do this; None where it can.
+
+    Does not ask whether there is a GPU.
+    """
     if reason := triton_missing():
         return reason
     H = k_SKH.shape[-1]
@@ -35,14 +38,15 @@ def rotary_cache(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(q_TNH, k_SKH, v_SKH): T tokens' query heads turned, keys (turned) and values in the cache.
+    """(q_TNH, k_SKH, v_SKH): the rotated queries of T tokens, and the caches with their rotated
+    keys and their values.
 
     `y_XTF` are X terms of the product with q, k and v side by side, F = (N + 2 K) H; they are added
-    in float32, with the bias. Pairs (i, i + H/2) of q and k are turned by the angles of which
-    `cos_Th` and `sin_Th` are cosine and sine, h = H/2, float32. The tokens fill the slots from `at`
-    [] on, which must all exist. `implementation` None takes Triton on a GPU where `why_not` gives
-    no reason, else XLA; "triton" raises NotImplementedError with the reason. `interpret` runs the
-    kernel on a CPU.
+    in float32, with the bias. Pairs (i, i + H/2) of q and k are rotated; `cos_Th` and
+    `sin_Th` are cosine and sine of their angles, h = H/2, float32. The tokens fill the slots from
+    `at` [] on; all of these must exist. `implementation` None takes Triton on a GPU where `why_not`
+    gives no reason, else XLA; "triton" raises NotImplementedError with the reason. `interpret`
+    runs the kernel on a CPU.
     """
     (_, T, F), (_, K, H) = y_XTF.shape, k_SKH.shape
     if F % H or F // H <= 2 * K or cos_Th.shape != (T, H // 2) or sin_Th.shape != (T, H // 2):

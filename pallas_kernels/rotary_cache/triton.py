@@ -1,4 +1,4 @@
-"""One Triton kernel: a program takes a head of a token, the lower and the upper half of it."""
+"""One Triton kernel: a program takes one head of one token, its lower and its upper half."""
 
 import functools
 

@@ -18,7 +18,7 @@ def why_not(
 ) -> str | None:
     """Why the Triton kernel cannot do this attention; None where it can.
 
-    Whether there is a GPU is not looked at.
+    Does not ask whether there is a GPU.
     """
     if reason := triton_missing():
         return reason

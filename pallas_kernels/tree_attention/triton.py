@@ -1,8 +1,9 @@
 """Two Triton kernels. The first: a block of query rows of one kv head against a part of the slots.
 
 Rows are (token, head of the group) pairs, so that all heads of a group share what is read of the
-cache. Softmax is taken as it goes, in powers of two. Where slots are split among programs, each
-leaves its highest score, its sum and its average, and a second kernel puts them together.
+cache. The softmax is computed while the slots are read, in powers of two. Where slots are split
+among programs, each writes its highest score, its sum and its average, and a second kernel joins
+them.
 
 Letters: T query tokens, G query heads of a kv head, M = T * G rows, S slots, K kv heads, H head
 size, X splits.

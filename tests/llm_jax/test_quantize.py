@@ -294,8 +294,8 @@ def test_table_looks_up_rows(bits):
         (64, 5, 64, "5 bits a weight are not supported; choose one of (2, 3, 4, 8)"),
         (64, 4, 0, "group size 0 cannot be packed; it must be a multiple of 8"),
         (64, 4, 12, "group size 12 cannot be packed"),
-        (96, 4, 64, "q has 96 inputs, not a multiple of group 64; of use: [32, 16, 8]"),
-        (100, 4, 64, "of use: []"),
+        (96, 4, 64, "q has 96 inputs, not a multiple of group 64; these fit: [32, 16, 8]"),
+        (100, 4, 64, "these fit: []"),
     ],
 )
 def test_what_cannot_be_quantized_says_why(rows, bits, group, words):
