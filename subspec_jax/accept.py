@@ -1,9 +1,9 @@
 """Which draft nodes the target accepts: pure functions over small arrays.
 
-Exact acceptance is one rule for greedy decoding and for sampling: at each node the target makes its
-own draw, the walk follows the child that carries the drawn token, and where there is none the draw
-is emitted and the walk ends. Every emitted token is the target's own, so the output has the
-target's law whatever was proposed.
+Exact acceptance is one rule for greedy decoding and for sampling. At each node the target draws its
+own token. The walk goes to the child that has this token. If no child has it, the token is emitted
+and the walk ends. Every emitted token is the target's own draw, so the output has the target's
+distribution, whatever the draft proposed.
 
 Letters: E nodes, P = deepest level + 1 places in a path.
 """
@@ -17,12 +17,13 @@ from jax.tree_util import register_dataclass
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """Opt-in lossy acceptance (FLy, arXiv 2511.22972): a mismatch passes if what follows fits.
+    """Opt-in lossy acceptance (FLy, arXiv 2511.22972): a mismatch passes if later tokens match.
 
-    A child that is not the target's draw y is followed all the same if a chain of at least `window`
-    exact matches starts below it and the gate is open: `entropy`, the target's entropy at the
-    parent over log V is below `threshold`; `probability`, the target gives the child at least
-    `threshold`. The output is no longer the target's.
+    The walk also goes to a child that is not the target's draw if two things hold. A chain of at
+    least `window` exact matches starts below the child, and the gate is open. Kind "entropy": open
+    if the target's entropy at the parent, divided by log V, is below `threshold`. Kind
+    "probability": open if the target gives the child a probability of at least `threshold`.
+    The output is then no longer the target's.
     """
 
     kind: str = "entropy"
@@ -41,36 +42,38 @@ class Gate:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """What the target says of each node."""
+    """The target's results for each node."""
 
     draw_E: jax.Array
-    """The token it draws behind the node."""
+    """The token that the target draws after the node."""
     entropy_E: jax.Array | None = None
-    """Entropy of its distribution behind the node, over log V (with a gate)."""
+    """Only with a gate: entropy of the target's distribution after the node, divided by log V."""
     probability_E: jax.Array | None = None
-    """Probability it gives the node's token at the node's parent (with a gate)."""
+    """Only with a gate: the target's probability of the node's token, given the node's parent."""
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """An accepted path: the root and the nodes below it, and the token drawn at its end."""
+    """An accepted path: the root, the nodes below it, and the token drawn at its end."""
 
     node_P: jax.Array
-    """Places of the nodes; behind the path, the last node again."""
+    """Places of the nodes. After the end of the path, the last node is repeated."""
     length: jax.Array
-    """[] nodes in the path, the root included; as many tokens are emitted."""
+    """[] number of nodes in the path, with the root. It is also the number of emitted tokens."""
     emitted_P: jax.Array
-    """The tokens: those of the nodes behind the root, then the bonus; -1 behind them."""
+    """The emitted tokens: those of the nodes below the root, then the bonus. The rest is -1."""
     bonus: jax.Array
+    """[] the token that the target draws after the last node."""
 
     @property
-    def last(self):
+    def last(self) -> jax.Array:
+        """[] the place of the path's last node."""
         return self.node_P[-1]
 
 
 def _path(next_E, token_E, draw_E, places: int) -> Path:
-    """The path that starts at the root and follows `next_E` (-1 ends it)."""
+    """The path from the root along `next_E`, the next node of each node; -1 ends the path."""
 
     def body(i, carry):
         node_P, length, here = carry
@@ -88,23 +91,24 @@ def _path(next_E, token_E, draw_E, places: int) -> Path:
 
 
 def _matching_child(token_E, parent_E, draw_E):
-    """[E] the child of each node that carries the node's draw, -1 if none does."""
+    """[E] for each node, the child whose token is the node's draw; -1 if there is none."""
     child_EE = (parent_E[None] == jnp.arange(len(parent_E))[:, None]) & (
         token_E[None] == draw_E[:, None]
     )
     return jnp.where(child_EE.any(1), jnp.argmax(child_EE, axis=1), -1).astype(jnp.int32)
 
 
-def exact(token_E, parent_E, judged: Judged, places: int) -> Path:
-    """The path of the target's own draws."""
+def exact(token_E: jax.Array, parent_E: jax.Array, judged: Judged, places: int) -> Path:
+    """The path of the target's own draws, in arrays of `places` nodes."""
     following_E = _matching_child(token_E, parent_E, judged.draw_E)
     return _path(following_E, token_E, judged.draw_E, places)
 
 
-def gated(token_E, parent_E, judged: Judged, places: int, gate: Gate) -> Path:
+def gated(token_E: jax.Array, parent_E: jax.Array, judged: Judged, places: int, gate: Gate) -> Path:
     """The longest path on which every step is a match or passes the gate.
 
-    Between equally long continuations a match goes first, then the likelier child, then the first.
+    If two continuations have the same length, a match wins, then the likelier child, then the
+    first one.
     """
     E = len(parent_E)
     up_E = jnp.maximum(parent_E, 0)
@@ -114,7 +118,7 @@ def gated(token_E, parent_E, judged: Judged, places: int, gate: Gate) -> Path:
         open_E = judged.entropy_E[up_E] < gate.threshold
     else:
         open_E = judged.probability_E >= gate.threshold
-    # Children stand behind their parents, so one sweep from the end sees children first.
+    # Children come after their parents, so one sweep from the end sees children first.
     run_E = jax.lax.fori_loop(
         0,
         E,
@@ -130,7 +134,7 @@ def gated(token_E, parent_E, judged: Judged, places: int, gate: Gate) -> Path:
         c = E - 1 - i
         u = up_E[c]
         length = reach[c] + 1
-        # A match goes first, then the likelier, then (the sweep comes from the end) the first.
+        # A match wins, then the likelier child, then the first one (the sweep starts at the end).
         order = jnp.where(match_E[c], 2.0, 0.0) + judged.probability_E[c]
         better = (length > reach[u]) | ((length == reach[u]) & (order >= rank[u]))
         take = admitted_E[c] & better
@@ -145,11 +149,18 @@ def gated(token_E, parent_E, judged: Judged, places: int, gate: Gate) -> Path:
 
 
 def replayed(
-    token_E, parent_E, depth_E, ancestor_EE, judged: Judged, places: int, accepted
+    token_E: jax.Array,
+    parent_E: jax.Array,
+    depth_E: jax.Array,
+    ancestor_EE: jax.Array,
+    judged: Judged,
+    places: int,
+    accepted: jax.Array,
 ) -> Path:
-    """A path of `accepted` nodes behind the root, right or wrong: for timing with a recorded trace.
+    """A path of `accepted` nodes below the root, right or wrong: for timing with a recorded trace.
 
-    It ends at the first node of that depth, or of the deepest level there is.
+    It ends at the first node of that depth. If the tree is less deep, it ends at the first node of
+    the deepest level.
     """
     real_E = (parent_E >= 0) | (jnp.arange(len(parent_E)) == 0)
     wanted = jnp.minimum(accepted, jnp.max(jnp.where(real_E, depth_E, 0)))

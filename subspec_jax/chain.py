@@ -1,9 +1,10 @@
 """Looked-up tokens in a tree: a chain below a step's best node, forwarded with the step's nodes.
 
-The draft scores the chain like its own guesses and keeps the beginning that it agrees with, so one
-step adds several levels where text is copied; what it does not keep costs rows of that step alone.
+The draft scores the chain like its own guesses. It keeps the first tokens, as far as it agrees. So
+one step adds several levels where the text repeats. Tokens that are not kept cost rows in that step
+only.
 
-Letters: E places for nodes, w nodes added at a time, M most tokens of a chain, r = w + M rows.
+Letters: E places for nodes, w nodes added per step, M most tokens of a chain, r = w + M rows.
 """
 
 import dataclasses
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 from subspec_jax.tree import Tree, TreeSpec, add_candidates, sharpened
 
 
-def hang(tree: Tree, below, token_M, score_M=None) -> Tree:
-    """The tree with a chain in the places from `size` on, whose first token is a child of `below`.
+def hang(
+    tree: Tree, below: jax.Array, token_M: jax.Array, score_M: jax.Array | None = None
+) -> Tree:
+    """The tree with a chain in the places from `size` on. Its first token is a child of `below`.
 
-    `token_M` is -1 behind the chain's end. Without scores the chain is only there to be forwarded:
-    it has positions and sees its ancestors, but `size` does not count it.
+    `token_M` is -1 after the chain's end. Without scores the chain is only forwarded: it has
+    positions and sees its ancestors, but `size` does not count it.
     """
     length = jnp.sum(token_M >= 0).astype(jnp.int32)
     start, place_E = tree.size, jnp.arange(tree.token_E.shape[0], dtype=jnp.int32)
@@ -40,17 +43,20 @@ def hang(tree: Tree, below, token_M, score_M=None) -> Tree:
     )
 
 
-def keep(tree: Tree, first, token_M, logits_rV, spec: TreeSpec):
-    """(the tree with the tokens the draft agrees with, levels spared) behind a step's forward pass.
+def keep(
+    tree: Tree, first: jax.Array, token_M: jax.Array, logits_rV: jax.Array, spec: TreeSpec
+) -> tuple[Tree, jax.Array]:
+    """(the tree with the chain tokens that the draft agrees with, number of levels saved).
 
-    The step's rows are the places from `first` on; the chain hangs below `first`, from `size` on.
-    A token is kept if it is more likely than not and all before it are. The pool gets the best
-    other children of all rows that are nodes. A level is worth the path probabilities of its nodes,
-    the tokens it is expected to bring; so the kept ones spare their sum over that of the step's.
+    Called after a step's forward pass. The step's rows are the places from `first` on. The chain
+    is below `first`, in the places from `size` on. A token is kept if its probability is above one
+    half and all tokens before it are kept. The pool gets the best other children of all rows that
+    are nodes. The value of a level is the sum of its nodes' path probabilities: the number of
+    tokens expected from it. Levels saved = value of the kept tokens / value of the step's nodes.
     """
     M, r = token_M.shape[0], logits_rV.shape[0]
     link_M = jnp.arange(M, dtype=jnp.int32)
-    row_M = jnp.where(link_M == 0, 0, tree.size - first + link_M - 1)  # of each token's parent
+    row_M = jnp.where(link_M == 0, 0, tree.size - first + link_M - 1)  # row of the token's parent
     logp_M = sharpened(logits_rV, spec)[row_M, jnp.maximum(token_M, 0)]
     room = jnp.minimum(spec.deepest - tree.depth_E[first], spec.nodes - tree.size)
     agreed_M = (token_M >= 0) & (logp_M > jnp.log(0.5)) & (link_M < room)
@@ -65,10 +71,11 @@ def keep(tree: Tree, first, token_M, logits_rV, spec: TreeSpec):
     return add_candidates(tree, first, logits_rV, spec, taken_r), spared
 
 
-def tree_is_deep(tree: Tree, kept, spared, spec: TreeSpec):
-    """Whether a last level makes the tree as deep as it gets without looked-up tokens.
+def tree_is_deep(tree: Tree, kept: jax.Array, spared: jax.Array, spec: TreeSpec) -> jax.Array:
+    """[] whether one more level makes the tree as deep as a tree without looked-up tokens.
 
-    A kept token takes a place; for every level spared, the places of a step are left empty.
+    Each of the `kept` tokens takes a place. For each of the `spared` levels, the places of one step
+    stay empty.
     """
     steps = spec.steps - jnp.floor(spared + 1e-3).astype(jnp.int32)
     return tree.size + 2 * spec.width > jnp.minimum(1 + kept + steps * spec.width, spec.nodes)

@@ -1,6 +1,7 @@
-"""Losslessness, checked: where two decodings of a prompt part, and how near a tie that was."""
+"""A check of losslessness: where two decodings of a prompt differ first, and how near a tie was."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +12,10 @@ from subspec_jax.offload import to_device
 from subspec_jax.verify import Target, streamed_prefill
 
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-"""Distance from 1 to the next number of a dtype."""
+"""Distance from 1 to the next larger number, by dtype."""
 
 ROUNDINGS = 2
-"""How many roundings of the largest logit two ways of adding the same numbers may differ by."""
+"""Two orders of adding the same numbers may differ by this many roundings of the largest logit."""
 
 
 def compare_with_plain(
@@ -22,22 +23,21 @@ def compare_with_plain(
     prompt: Sequence[int],
     tokens: Sequence[int],
     plain: Sequence[int],
-    caches: list | None = None,
+    caches: list[Any] | None = None,
     chunk: int = 512,
-) -> dict:
-    """Whether `tokens` are those of plain decoding, and if not how near a tie it was.
+) -> dict[str, Any]:
+    """Whether `tokens` equal those of plain decoding; if not, how near a tie the difference was.
 
-    Two shapes of matrix product may add in different orders, so in 16 bits two nearly equal logits
-    can change places. At the first difference `logit_gap` is the target's logit of the plain token
-    minus that of the other, from one pass over the common text; `tolerance` is ROUNDINGS roundings
-    of the largest logit in the model's dtype. Greedy tokens are meant: under sampling the noise of
-    the draw comes on top, which the gap leaves out. `caches` may be lent by a decoder between two
-    prompts.
+    Matrix products of two shapes may add in different orders. So in 16 bits two nearly equal logits
+    can change their order. At the first difference, `logit_gap` is the target's logit of the plain
+    token minus its logit of the other token, from one pass over the common text. `tolerance` is
+    ROUNDINGS roundings of the largest logit in the model's dtype. This is for greedy tokens:
+    sampling adds noise to the logits, and the gap does not contain it. `caches` may be those of a
+    decoder between two prompts.
 
-    A cache that quantizes turns a difference in the last bit into one of a code, now and then, and
-    layers pass it on: such a model's own logits are defined up to what another order of adding
-    makes of them. There the tolerance is at least the largest change of a logit between prefill in
-    chunks of `chunk` and of 16.
+    A quantizing cache can turn a difference in the last bit into a different code, and later layers
+    carry this on. The logits of such a model depend on the order of adding. There the tolerance is
+    at least the largest change of a logit between prefill in chunks of `chunk` and of 16.
     """
     same = list(tokens) == list(plain)
     result = dict(identical=same, first_difference=None, logit_gap=None, tolerance=None)
