@@ -33,15 +33,15 @@ def run(
     doc: str | None,
     words: Sequence[str] | None = None,
     width: int = 110,
-    again: str = "the same command with the same --output resumes",
+    again: str | None = "the same command with the same --output resumes",
 ) -> int:
     """The exit status of `main(flags, console)`: 0 or what it returns, 2 for a user's error.
 
     `command` is a dataclass of flags, or a union of subcommands, for `tyro`; `doc` is shown by
     --help; `words` replace the words of the command line. Where output is not a terminal, tables
     are `width` columns wide, because 80 would cut them. `again` tells how an interrupted run is
-    continued. An OSError that names a file, such as a folder that cannot be written, and a full
-    disk are a user's errors, too.
+    continued, None that it cannot be. An OSError that names a file, such as a folder that cannot
+    be written, and a full disk are a user's errors, too.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     flags = tyro.cli(command, args=words, description=doc)
@@ -54,7 +54,8 @@ def run(
         fail(str(error))
         return 2
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"\ninterrupted; {again}", highlight=False)
+        how = f"; {again}" if again else ""
+        Console(stderr=True).print(f"\ninterrupted{how}", highlight=False, soft_wrap=True)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

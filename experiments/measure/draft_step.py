@@ -166,7 +166,7 @@ def main(args: DraftStep, console: Console) -> dict[str, Any]:
 
 
 def cli(words: Sequence[str] | None = None) -> int:
-    return run(DraftStep, main, __doc__, words)
+    return run(DraftStep, main, __doc__, words, again=None)
 
 
 if __name__ == "__main__":

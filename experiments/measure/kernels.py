@@ -50,6 +50,15 @@ class Kernels:
     plot: pathlib.Path | None = None
 
 
+def _point(text: str) -> tuple[int, int]:
+    """(1, 4096) for "1x4096"."""
+    try:
+        batch, slots = map(int, text.split("x"))
+    except ValueError as error:
+        raise UserError(f"{text!r} is no BATCHxTOKENS point, such as 1x4096") from error
+    return batch, slots
+
+
 def full_attention(way: str) -> Callable:
     """A function of q [B, 1, N, H] and the arrays of `full_cache`: attention over that cache."""
     if way != "int4-full":
@@ -169,7 +178,7 @@ def time_all(args: Kernels, console: Console) -> list[dict[str, Any]]:
     console.print(records[0])
     for name in args.shapes:
         for point in args.points:
-            batch, slots = map(int, point.split("x"))
+            batch, slots = _point(point)
             for way in args.ways:
                 record = {**device, "shape": name, "batch": batch, "slots": slots, "way": way}
                 try:
@@ -190,7 +199,7 @@ def attention_table(records: list[dict[str, Any]], args: Kernels) -> Table:
     view = Table("shape", "batch x tokens", *args.ways, "floor 16", "floor 4")
     for name in args.shapes:
         for point in args.points:
-            batch, slots = map(int, point.split("x"))
+            batch, slots = _point(point)
             own = {
                 r["way"]: r["microseconds"]
                 for r in records[1:]
@@ -231,6 +240,8 @@ def main(args: Kernels, console: Console) -> None:
         raise UserError(
             f"unknown: {', '.join(unknown)}; shapes are {', '.join(LOWRANK)}, and ways {ways}"
         )
+    for point in args.points:
+        _point(point)
     if jax.default_backend() != "gpu":
         raise UserError("this times GPU kernels, and there is no GPU")
     records = time_all(args, console)
@@ -240,7 +251,7 @@ def main(args: Kernels, console: Console) -> None:
 
 
 def cli(words: Sequence[str] | None = None) -> int:
-    return run(Kernels, main, __doc__, words, width=180)
+    return run(Kernels, main, __doc__, words, width=180, again=None)
 
 
 if __name__ == "__main__":

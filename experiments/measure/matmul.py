@@ -32,7 +32,7 @@ from experiments.measure.timing import Clock, bandwidth, random_packed
 from llm_jax.files import atomic_file
 from pallas_kernels.quantized_matmul import Packed, quantized_matmul
 from pallas_kernels.quantized_matmul.api import LARGEST
-from pallas_kernels.quantized_matmul.packing import BLOCK
+from pallas_kernels.quantized_matmul.packing import BLOCK_WORDS
 from pallas_kernels.quantized_matmul.reference import dequantized
 from pallas_kernels.quantized_matmul.shapes import MATMUL
 from pallas_kernels.quantized_matmul.tiling import Tiling, bucket, guess, why_not_tiling
@@ -124,7 +124,7 @@ def tune(
     log: TuningLog,
 ) -> None:
     """Times candidates, then variants of the best two. `at`: the point's fields of a record."""
-    blocks, chunks = copies[0].words // BLOCK, copies[0].words_BNSc.shape[1]
+    blocks, chunks = copies[0].words // BLOCK_WORDS, copies[0].words_BNSc.shape[1]
     done = lambda: {json.dumps(r["tiling"]) for r in log.select(kind="tiling", **at)}
 
     def measure(some: Iterable[Tiling]) -> None:

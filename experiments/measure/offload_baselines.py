@@ -150,7 +150,7 @@ def main(args: Baseline, console: Console) -> dict[str, Any]:
 
 
 def cli(words: Sequence[str] | None = None) -> int:
-    return run(Baseline, main, __doc__, words, again="nothing was written")
+    return run(Baseline, main, __doc__, words, again=None)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,10 @@ class Matrix:
 def matrices(model: str) -> Iterator[Matrix]:
     """The matrices of a model, read one after another."""
     if model.startswith("gaussian:"):
-        D, F = map(int, model.removeprefix("gaussian:").split("x"))
+        try:
+            D, F = map(int, model.removeprefix("gaussian:").split("x"))
+        except ValueError as error:
+            raise UserError(f"{model!r} is not like gaussian:3584x18944") from error
         w = np.random.default_rng(0).standard_normal((D, F), np.float32) * np.float32(D**-0.5)
         yield Matrix("w", None, "drawn", w.astype(ml_dtypes.bfloat16))
         return
@@ -233,7 +236,7 @@ def main(args: ResidualBits, console: Console) -> None:
 
 
 def cli(words: Sequence[str] | None = None) -> int:
-    return run(ResidualBits, main, __doc__, words)
+    return run(ResidualBits, main, __doc__, words, again=None)
 
 
 if __name__ == "__main__":

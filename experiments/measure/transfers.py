@@ -116,7 +116,7 @@ def main(args: Transfers, console: Console) -> None:
 
 
 def cli(words: Sequence[str] | None = None) -> int:
-    return run(Transfers, main, __doc__, words)
+    return run(Transfers, main, __doc__, words, again=None)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def judged(tree: Tree, following: Sequence[int], spec: TreeSpec) -> dict[str, An
 
 
 def cli(words: Sequence[str] | None = None) -> int:
-    return run(TreeTrace, main, __doc__, words)
+    return run(TreeTrace, main, __doc__, words, again=None)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def heat_map(rate_LW: np.ndarray, path: Path, subtitle: str) -> None:
 
 
 def cli(words: Sequence[str] | None = None) -> int:
-    return run(TreeShape, main, __doc__, words)
+    return run(TreeShape, main, __doc__, words, again=None)
 
 
 if __name__ == "__main__":

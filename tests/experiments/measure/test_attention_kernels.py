@@ -71,6 +71,8 @@ def test_what_is_unknown_is_named(small, monkeypatch):
     odd = dataclasses.replace(small, shapes=("small", "large"), ways=("xla", "yla"))
     with pytest.raises(UserError, match="unknown: large, yla; shapes are small, and ways cudnn"):
         main(odd, Console(quiet=True))
+    with pytest.raises(UserError, match="'4096' is no BATCHxTOKENS point, such as 1x4096"):
+        main(dataclasses.replace(small, points=("1x64", "4096")), Console(quiet=True))
     monkeypatch.setattr(kernels.jax, "default_backend", lambda: "cpu")
     with pytest.raises(UserError, match="there is no GPU"):
         main(small, Console(quiet=True))

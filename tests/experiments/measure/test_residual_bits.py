@@ -61,6 +61,11 @@ def test_matrices_of_any_safetensors_file(tmp_path, capsys):
     assert "holds no matrices" in capsys.readouterr().err
 
 
+def test_normal_numbers_need_two_sizes(capsys):
+    assert cli(["--model", "gaussian:512"]) == 2
+    assert "'gaussian:512' is not like gaussian:3584x18944" in capsys.readouterr().err
+
+
 def test_entropy():
     assert entropy(np.array([1, 1, 2, 2, 3, 3, 4, 4])) == pytest.approx(2)
     assert entropy(np.zeros(5)) == 0
