@@ -1,4 +1,4 @@
-"""The loop: propose a tree, verify it in one streamed pass, keep what the target drew.
+"""The decoding loop: propose a tree, verify it in one streamed pass, keep the target's draws.
 
 Plain decoding is the same loop with a proposer that proposes nothing, so it is a fair baseline.
 """
@@ -6,6 +6,7 @@ Plain decoding is the same loop with a proposer that proposes nothing, so it is 
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +26,15 @@ jit_seedling = jax.jit(seedling, static_argnames="spec")
 
 
 class LengthError(SubspecError):
-    """A prompt and its answer do not fit into the cache."""
+    """A prompt and its answer do not fit into the cache, or a number of tokens is not valid."""
 
 
 @dataclasses.dataclass
 class Decoder:
     """A target, a proposer and the cache they share. One sequence at a time, batch of one.
 
-    The output is the target's own: greedy tokens, or for a seed the tokens that plain sampling with
-    that seed draws, except with a `gate`, which trades that for longer acceptance.
+    The output is the target's own: greedy tokens, or the tokens that plain sampling draws with the
+    same seed. A `gate` gives this up to accept longer paths.
     """
 
     target: Target
@@ -65,11 +66,11 @@ class Decoder:
         replay: Iterable[int] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[Round]:
-        """Rounds until `new_tokens` are emitted or a token of `eos` is; the first is the prefill's.
+        """Rounds until `new_tokens` or a token of `eos` are emitted; the first is the prefill.
 
-        `replay` gives the number of draft tokens to accept in each round, right or wrong: the
-        engine is timed as if they were, and the text means nothing. `progress` hears how much of
-        the prompt is in. Raises LengthError before anything runs if the text cannot fit.
+        `replay` gives the number of draft tokens to accept in each round, right or wrong. This is
+        for timing; the text then has no meaning. `progress` is called with the number of prompt
+        tokens in the cache. Raises LengthError before the first pass if the text cannot fit.
         """
         if not len(prompt):
             raise LengthError("the prompt is empty; give at least one token")
@@ -99,7 +100,7 @@ class Decoder:
         left, ended = new_tokens - 1, tokens[-1] in eos
         while left > 0 and not ended:
             t0 = time.perf_counter()
-            # What the host sends goes before the stream starts, or it would wait behind layers.
+            # The host sends its data before the stream starts. Later, it would wait for layers.
             accept = -1 if lengths is None else next(lengths, None)
             if accept is None:
                 raise LengthError("the acceptance trace is too short for the tokens asked for")
@@ -167,9 +168,16 @@ class Decoder:
             self.proposer.learn(result)
             yield result
 
-    def warm_up(self, prompt: Sequence[int], new_tokens: int, replay: Callable | None = None):
-        """Decodes a little with every number of live slots that a text this long will have, so that
-        no program is compiled or loaded later. `replay` makes an iterator for `rounds`."""
+    def warm_up(
+        self,
+        prompt: Sequence[int],
+        new_tokens: int,
+        replay: Callable[[], Iterable[int]] | None = None,
+    ) -> None:
+        """Decodes a few tokens with every number of live slots that a text this long will have.
+
+        So no program is compiled or loaded later. `replay` makes an iterable for `rounds`.
+        """
         sizes, least = self.sizes, len(prompt) + self.proposer.spec.places
         below = [0, *sizes]
         try:
@@ -182,7 +190,7 @@ class Decoder:
             self.sizes = sizes
 
     def _live(self, tokens) -> int:
-        """The slots that attention has to look at: the committed tokens' and a tree's."""
+        """Slots that attention has to look at: those of the committed tokens and of a tree."""
         needed = len(tokens) - 1 + self.proposer.spec.places
         return next(size for size in self.sizes if size >= needed)
 
@@ -194,6 +202,6 @@ class Decoder:
 
         return between
 
-    def generate(self, prompt: Sequence[int], new_tokens: int, **options) -> list[int]:
-        """The new tokens of `rounds`, all at once."""
+    def generate(self, prompt: Sequence[int], new_tokens: int, **options: Any) -> list[int]:
+        """The new tokens of `rounds` as one list; `options` are those of `rounds`."""
         return [t for r in self.rounds(prompt, new_tokens, **options) for t in r.tokens]

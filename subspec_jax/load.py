@@ -1,13 +1,15 @@
-"""Putting a model where a plan says: target on device and host, draft on the device."""
+"""Loading a target where a plan says: layers and tables on the device or on the host."""
 
 import concurrent.futures
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.checkpoint import Checkpoint
 from llm_jax.packed import packed
 from llm_jax.params import Layer, Params, init_layer, joined, unjoined
 from llm_jax.progress import Progress
@@ -22,14 +24,18 @@ from subspec_jax.verify import Target
 
 
 def load_target(
-    source, plan: Plan, progress: Progress | None = None, verify: bool = False
+    source: Checkpoint | Converted,
+    plan: Plan,
+    progress: Progress | None = None,
+    verify: bool = False,
 ) -> Target:
-    """A model's weights, each layer placed as it is read: at most one layer waits.
+    """A model's weights. Each layer is placed when it is read, so at most one layer waits.
 
-    `source` is what `llm_jax.formats.open_checkpoint` returns, or a `residual_file.Converted`:
-    then layers are residuals and substitutes, or, where the plan has plain layers, put together on
+    `source` is what `llm_jax.formats.open_checkpoint` returns, or a converted model. Layers of a
+    converted model are residuals and substitutes. If the plan has plain layers, they are decoded on
     the device before they are placed. `verify` compares a converted model's weights with their
-    checksums, which takes some seconds a layer, and raises ResidualError.
+    checksums, which takes some seconds per layer, and raises ResidualError if they differ. Raises
+    ValueError if the plan streams residuals and the source is not converted.
     """
 
     def place_layer(i, layer):
@@ -88,8 +94,8 @@ def random_target(
 ) -> Target:
     """Random weights of the plan's architecture, made on the device layer by layer; for timing.
 
-    Where the plan streams residuals, one layer is encoded, on the host, and all are its copies;
-    or copies of `split`, which `split_layer` made. A head in two parts is encoded as well.
+    If the plan streams residuals, one layer is encoded on the host and all layers are copies of it.
+    `split`, made by `split_layer`, can be given instead. A head in two parts is encoded too.
     """
     cfg = plan.cfg
     make = jax.jit(init_layer, static_argnames="cfg")
@@ -100,7 +106,7 @@ def random_target(
         copied = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a.copy()
     table_key, head_key = jax.random.split(jax.random.fold_in(key, cfg.layers))
     head = None
-    if plan.split_head:  # first, while there is room for the whole one
+    if plan.split_head:  # first, while the device has room for the whole head
         shape = plan.model.head_DV.shape
         head = normal(head_key, shape, cfg.dtype)
         head = to_device(split_layer(head, plan.model.head_DV))
@@ -121,10 +127,10 @@ def random_target(
     return Target(Params(table, tuple(layers), norm, head), cfg, plan.ahead)
 
 
-def split_layer(layer: Layer, like: Layer, iterations: int = 0) -> Layer:
-    """A plain layer as substitutes on the device and residuals, NumPy arrays, shaped as in `like`;
-    or a matrix, as one `Split`.
+def split_layer(layer: Any, like: Any, iterations: int = 0) -> Any:
+    """A plain layer as a `Layer` of `Split` matrices, with the shapes of `like`.
 
+    Substitutes are on the device, residuals are NumPy arrays. A single matrix gives one `Split`.
     Raises ValueError if a residual needs more room than `like` has.
     """
     whole = layer
@@ -151,7 +157,10 @@ def _normal(key, shape, dtype):
 
 
 def arrange(target: Target, plan: Plan) -> Target:
-    """The target moved to where another plan wants it; what is in its place stays untouched."""
+    """The target with its layers and table where another plan wants them.
+
+    Arrays that are already in the right place are not moved.
+    """
     table = target.params.embed_VD
     if plan.table_on_host and not isinstance(table, np.ndarray):
         table = np.asarray(table)
@@ -163,6 +172,6 @@ def arrange(target: Target, plan: Plan) -> Target:
 
 
 def all_on_device(params: Params) -> Params:
-    """All parameters on the device, for plain use of a model that fits."""
+    """All parameters on the device, to use a model that fits without streaming."""
     layers = tuple(to_device(layer) for layer in params.layers)
     return dataclasses.replace(params, embed_VD=to_device(params.embed_VD), layers=layers)

@@ -1,10 +1,12 @@
-"""Text that repeats itself: what followed a few tokens before, found on the device.
+"""Text that repeats: the tokens that followed the same few tokens earlier, found on the device.
 
 Letters: S places of the text, M most tokens looked up, n tokens to match.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,32 +14,36 @@ from subspec_jax.tree import Tree
 
 
 def check_longest(longest: int) -> None:
+    """Raises ValueError if the longest n-gram is shorter than one token."""
     if longest < 1:
         raise ValueError(f"the longest n-gram is {longest}; it must be at least 1")
 
 
-def padded(tokens, slots: int) -> np.ndarray:
-    """The text as int32 [slots], -1 behind its end."""
+def padded(tokens: Sequence[int], slots: int) -> np.ndarray:
+    """The text as int32 [slots], -1 after its end."""
     return np.pad(np.asarray(tokens, np.int32), (0, slots - len(tokens)), constant_values=-1)
 
 
-def recent(tree: Tree, node, text_S, at, longest: int):
+def recent(
+    tree: Tree, node: jax.Array, text_S: jax.Array, at: jax.Array, longest: int
+) -> jax.Array:
     """[longest] the last tokens of the path to a node, the newest first; the root is text[at]."""
     found, here = [], node
     for back in range(longest):
-        above = jnp.maximum(at - (back - tree.depth_E[node]), 0)  # places up the text, behind root
+        above = jnp.maximum(at - (back - tree.depth_E[node]), 0)  # earlier in the text
         inside = back <= tree.depth_E[node]
         found.append(jnp.where(inside, tree.token_E[jnp.maximum(here, 0)], text_S[above]))
         here = tree.parent_E[here]
     return jnp.stack(found)
 
 
-def continuation(text_S, at, recent_n, most: int):
-    """[most] the tokens that followed `recent_n` (newest first) before, -1 behind their end.
+def continuation(text_S: jax.Array, at: jax.Array, recent_n: jax.Array, most: int) -> jax.Array:
+    """[most] the tokens that followed `recent_n` (newest first) earlier; -1 after their end.
 
-    The longest match counts, of at least a token that two tokens follow; among those the newest
-    with `most` tokens behind it, or else the oldest, which most tokens follow. Text 1 2 3 9 0 0 and
-    recent 2 1: 3 9 0 …
+    A match has at least one equal token and at least two tokens after it. The longest match wins.
+    Among equally long ones, the newest match with `most` tokens after it wins. If there is none,
+    the oldest match wins: it has the most tokens after it. Example: text 1 2 3 9 0 0 and recent 2 1
+    give 3 9 0 …
     """
     S = text_S.shape[0]
     place_S = jnp.arange(S, dtype=jnp.int32)
@@ -55,19 +61,24 @@ def continuation(text_S, at, recent_n, most: int):
 
 @dataclasses.dataclass
 class Payoff:
-    """Whether looking up pays in this text: the decaying mean of levels it spared a draft step."""
+    """Whether lookup pays in this text: the decaying mean of levels it saved per draft step."""
 
     mean: float = 1.0
+    """Levels saved per draft step."""
     waited: int = 0
     """Rounds since the last lookup."""
 
     LEAST, EVERY, DECAY = 0.25, 8, 0.7
 
     def due(self) -> bool:
-        """Asked once a round. Where a step was spared less than LEAST levels, every 8th round."""
+        """Whether to look up in this round. Call it once per round.
+
+        If a step saves fewer than LEAST levels, only every 8th round looks up.
+        """
         self.waited += 1
         return self.mean >= self.LEAST or self.waited >= self.EVERY
 
     def learn(self, spared: float) -> None:
+        """Adds a round with lookup that saved `spared` levels per draft step."""
         self.mean = self.DECAY * self.mean + (1 - self.DECAY) * spared
         self.waited = 0
