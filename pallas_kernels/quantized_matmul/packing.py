@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 BITS = (2, 3, 4, 8)
-BLOCK = 32
+BLOCK_WORDS = 32
 """Columns of words in a block."""
 CHUNK = 64
 """The most inputs of a block."""
@@ -69,7 +69,7 @@ class Packed:
     @property
     def words(self) -> int:
         """Columns of words, padding included."""
-        return self.words_BNSc.shape[0] * BLOCK
+        return self.words_BNSc.shape[0] * BLOCK_WORDS
 
     @property
     def size_bytes(self) -> int:
@@ -79,7 +79,7 @@ class Packed:
 
 def padded_columns(columns: int, bits: int) -> int:
     """Columns with padding."""
-    whole = BLOCK * fields_of(bits)
+    whole = BLOCK_WORDS * fields_of(bits)
     return -(-columns // whole) * whole
 
 
@@ -117,7 +117,7 @@ def repack(codes_QgF: jax.Array, step_QF: jax.Array, offset_QF: jax.Array, bits:
         raise ValueError(f"steps {step_QF.shape}, offsets {offset_QF.shape}; expected {(Q, F)}")
     more, fields, c = padded_columns(F, bits) - F, fields_of(bits), chunk_of(group)
     wide = lambda a: jnp.pad(a, ((0, 0), (0, more)))
-    in_fields = lambda a: wide(a).reshape(len(a), fields, -1, BLOCK)
+    in_fields = lambda a: wide(a).reshape(len(a), fields, -1, BLOCK_WORDS)
     blocks = lambda a_DBS: jnp.transpose(a_DBS.reshape(-1, c, *a_DBS.shape[1:]), (2, 0, 3, 1))
     codes_DiBS = in_fields(codes_QgF.reshape(Q * group, F))
     top = None
@@ -139,7 +139,7 @@ def codes(w: Packed) -> jax.Array:
     B, N, _, c = w.words_BNSc.shape
     half, width = w.fields // 2, 32 // w.fields
     count = lambda n: jnp.arange(n, dtype=jnp.uint32)
-    pairs = jnp.transpose(w.words_BNSc.reshape(B, N, BLOCK, c // 2, 2), (4, 0, 2, 1, 3))
+    pairs = jnp.transpose(w.words_BNSc.reshape(B, N, BLOCK_WORDS, c // 2, 2), (4, 0, 2, 1, 3))
     pairs = pairs.reshape(2, 1, w.words, N * c // 2, 1)  # which word, field in it, column, pair, -
     shift = width * count(half)[:, None, None, None] + 16 * count(2)[None, None, None]
     found = ((pairs >> shift[None]) & (2**width - 1)).reshape(w.fields, w.words, N * c)

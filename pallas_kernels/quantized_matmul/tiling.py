@@ -6,7 +6,7 @@ import json
 import math
 import pathlib
 
-from pallas_kernels.quantized_matmul.packing import BLOCK, Packed
+from pallas_kernels.quantized_matmul.packing import BLOCK_WORDS, Packed
 
 TABLE = pathlib.Path(__file__).with_name("tuned.json")
 ROW_BUCKETS = (8, 16, 64)
@@ -50,7 +50,7 @@ def _table() -> dict:
     return {tuple(e[n] for n in names): Tiling(**e["tiling"]) for e in entries}
 
 
-PROGRAMS_AT_ONCE = 528
+BUSY_PROGRAMS = 528
 """Programs that keep an H200 busy, four a multiprocessor of its 132: the best numbers of splits of
 seven matrices make 400 to 750 of them. Other devices get the same number."""
 
@@ -58,7 +58,7 @@ seven matrices make 400 to 750 of them. Other devices get the same number."""
 def guess(rows: int, blocks: int, chunks: int) -> Tiling:
     """For a shape that was not timed: four programs a multiprocessor, each with four chunks."""
     height = 8 if rows <= 8 else 16
-    wanted = round(PROGRAMS_AT_ONCE / (blocks * math.ceil(rows / height)))
+    wanted = round(BUSY_PROGRAMS / (blocks * math.ceil(rows / height)))
     return Tiling(height, max(1, min(wanted, chunks // 4)))
 
 
@@ -68,4 +68,4 @@ def choose_tiling(rows: int, w: Packed, device: str) -> Tiling:
     found = _table().get((device, *w.shape, w.bits, w.group, bucket(rows)))
     if found and why_not_tiling(found, chunks) is None:
         return found
-    return guess(rows, w.words // BLOCK, chunks)
+    return guess(rows, w.words // BLOCK_WORDS, chunks)

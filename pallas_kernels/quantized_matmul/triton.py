@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.quantized_matmul.packing import BLOCK, Packed
+from pallas_kernels.quantized_matmul.packing import BLOCK_WORDS, Packed
 from pallas_kernels.quantized_matmul.tiling import Tiling
 from pallas_kernels.quantized_matmul.unpack import fma, lift, operand
 
@@ -31,7 +31,7 @@ def _kernel(*refs, cfg, rows, bits, fields, each, interpret):
     (_, N, _, c), K, R = words_ref.shape, scale_ref.shape[3], cfg.rows
     first, block, split = (pl.program_id(axis) for axis in range(3))
     index = jax.lax.broadcasted_iota(jnp.int32, (R, c), 0) + first * R
-    ones = jnp.ones((BLOCK, c), jnp.bfloat16)
+    ones = jnp.ones((BLOCK_WORDS, c), jnp.bfloat16)
     k = jax.lax.broadcasted_iota(jnp.int32, (K, R), 0)
     at = lambda k0: (k == k0).astype(jnp.float32)
     step_of = [at(i).astype(jnp.bfloat16) for i in range(fields)]
@@ -49,12 +49,13 @@ def _kernel(*refs, cfg, rows, bits, fields, each, interpret):
             found.append(fma(plgpu.dot(scale, less_of[i]), total, y, interpret))
         return found
 
-    start = [jnp.zeros((BLOCK, R), jnp.float32)] * fields
+    start = [jnp.zeros((BLOCK_WORDS, R), jnp.float32)] * fields
     bound = lambda x: x * N // cfg.splits
     sums = jax.lax.fori_loop(bound(split), bound(split + 1), turn, start)
-    mask = jax.lax.broadcasted_iota(jnp.int32, (R, BLOCK), 0) + first * R < rows
+    mask = jax.lax.broadcasted_iota(jnp.int32, (R, BLOCK_WORDS), 0) + first * R < rows
     for i in range(fields):
-        out = y_ref.at[split, pl.ds(first * R, R), jnp.int32(i), pl.ds(block * BLOCK, BLOCK)]
+        own = pl.ds(block * BLOCK_WORDS, BLOCK_WORDS)
+        out = y_ref.at[split, pl.ds(first * R, R), jnp.int32(i), own]
         plgpu.store(out, sums[i].T.astype(y_ref.dtype), mask=mask)
 
 
@@ -82,7 +83,7 @@ def quantized_matmul_triton(
             _kernel, cfg=cfg, rows=M, bits=w.bits, fields=w.fields, each=each, interpret=interpret
         ),
         out_shape=jax.ShapeDtypeStruct((cfg.splits, out, w.fields, w.words), dtype),
-        grid=(blocks, w.words // BLOCK, cfg.splits),
+        grid=(blocks, w.words // BLOCK_WORDS, cfg.splits),
         compiler_params=plgpu.CompilerParams(num_warps=cfg.warps, num_stages=cfg.stages),
         interpret=interpret,
         name="quantized_matmul",

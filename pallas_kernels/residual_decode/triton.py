@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.quantized_matmul import Packed
-from pallas_kernels.quantized_matmul.packing import BLOCK, scales_of
+from pallas_kernels.quantized_matmul.packing import BLOCK_WORDS, scales_of
 from pallas_kernels.residual_decode.code import (
     BIAS,
     COLUMNS,
@@ -51,9 +51,8 @@ def _kernel(
     together = min(ROWS_TOGETHER, group)
     counts = LANES + Q * T  # where the counts of patches begin
     column = s + jax.lax.broadcasted_iota(jnp.int32, (COLUMNS,), 0)
-    at = (
-        column // BLOCK * Q + q
-    ) * BLOCK + column % BLOCK  # of a column of a block of the substitute
+    # Where a column of a block of the substitute begins.
+    at = (column // BLOCK_WORDS * Q + q) * BLOCK_WORDS + column % BLOCK_WORDS
     octaves = words_ref[OCTAVES].astype(jnp.int32)
     start = words_ref[LANES + tile].astype(jnp.int32)
     begin = words_ref[counts + tile].astype(jnp.int32)

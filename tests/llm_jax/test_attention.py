@@ -15,14 +15,18 @@ from llm_jax.attention import (
     caches_for,
     causal_step,
     empty_cache,
+    normed,
+    qkv_heads,
     rms_norm,
     rope,
     rope_frequencies,
+    rotated,
 )
 from llm_jax.cache import empty_caches
 from llm_jax.config import Llama3Rope
 from llm_jax.linear import linear
 from llm_jax.model import forward
+from llm_jax.params import joined
 from llm_jax.testing import TINY_FAMILIES, tiny_config, tiny_params
 from pallas_kernels.precision import precision
 
@@ -53,7 +57,7 @@ def turned(x_TNH, position_T, cfg):
     return np.concatenate([z.real, z.imag], -1)
 
 
-def normed(x, gain, eps):
+def by_hand_norm(x, gain, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gain
 
 
@@ -64,13 +68,16 @@ def reference_logits(params, tokens, cfg):
     T, H = len(tokens), cfg.head_dim
     for layer in params.layers:
         p = layer.attn
-        h = normed(x, f64(layer.attn_norm), cfg.norm_eps)
+        h = by_hand_norm(x, f64(layer.attn_norm), cfg.norm_eps)
         q, k, v = (h @ f64(w) for w in (p.q, p.k, p.v))
         if cfg.qkv_bias:
             q, k, v = q + f64(p.q_bias), k + f64(p.k_bias), v + f64(p.v_bias)
         q, k, v = q.reshape(T, -1, H), k.reshape(T, -1, H), v.reshape(T, -1, H)
         if cfg.qk_norm:
-            q, k = normed(q, f64(p.q_norm), cfg.norm_eps), normed(k, f64(p.k_norm), cfg.norm_eps)
+            q, k = (
+                by_hand_norm(q, f64(p.q_norm), cfg.norm_eps),
+                by_hand_norm(k, f64(p.k_norm), cfg.norm_eps),
+            )
         q, k = turned(q, np.arange(T), cfg), turned(k, np.arange(T), cfg)
         y = np.zeros((T, cfg.heads, H))
         for n in range(cfg.heads):
@@ -80,10 +87,10 @@ def reference_logits(params, tokens, cfg):
                 weights = np.exp(scores - scores.max())
                 y[t, n] = weights / weights.sum() @ v[: t + 1, kv]
         x = x + y.reshape(T, -1) @ f64(p.o)
-        h = normed(x, f64(layer.mlp_norm), cfg.norm_eps)
+        h = by_hand_norm(x, f64(layer.mlp_norm), cfg.norm_eps)
         gate = h @ f64(layer.mlp.gate)
         x = x + (gate / (1 + np.exp(-gate)) * (h @ f64(layer.mlp.up))) @ f64(layer.mlp.down)
-    h = normed(x, f64(params.norm), cfg.norm_eps)
+    h = by_hand_norm(x, f64(params.norm), cfg.norm_eps)
     return h @ (f64(params.embed_VD).T if cfg.tied else f64(params.head_DV))
 
 
@@ -125,7 +132,10 @@ def test_rms_norm(dtype, tolerance):
     got = rms_norm(jnp.asarray(x, dtype), jnp.asarray(gain, dtype), 1e-5)
     assert got.dtype == dtype
     np.testing.assert_allclose(
-        np.asarray(got, np.float64), normed(x, gain, 1e-5), rtol=tolerance, atol=tolerance / 10
+        np.asarray(got, np.float64),
+        by_hand_norm(x, gain, 1e-5),
+        rtol=tolerance,
+        atol=tolerance / 10,
     )
 
 
@@ -214,6 +224,27 @@ def test_causal_step():
     assert padded.real.dtype == jnp.int32 and int(padded.real) == 2
     leaves = jax.tree.leaves(jax.eval_shape(lambda at: causal_step(at, 2, 7), 3))
     assert len(leaves) == 3  # what is None or static takes no part in a program
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_heads_of_queries_keys_and_values(family):
+    """With three matrices or one; normed and rotated by `rotated`."""
+    cfg = tiny_config(family)
+    layer = tiny_params(cfg).layers[0]
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(2, 3, cfg.d_model)), jnp.float32)
+    one = joined(layer, lambda *w: jnp.concatenate(w, axis=-1)).attn
+    parts = qkv_heads(layer.attn, x, cfg)
+    for name, got, same in zip("qkv", parts, qkv_heads(one, x, cfg), strict=True):
+        want = np.asarray(x, np.float64) @ np.asarray(getattr(layer.attn, name), np.float64)
+        if (bias := getattr(layer.attn, f"{name}_bias")) is not None:
+            want = want + np.asarray(bias, np.float64)
+        want = want.reshape(2, 3, -1, cfg.head_dim)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        np.testing.assert_allclose(same, want, atol=1e-5)
+    at, gain = jnp.array([[4, 5, 9]]), layer.attn.q_norm
+    normed_q = parts[0] if gain is None else rms_norm(parts[0], gain, cfg.norm_eps)
+    np.testing.assert_array_equal(normed(parts[0], gain, cfg), normed_q)
+    np.testing.assert_array_equal(rotated(parts[0], gain, at, cfg), rope(normed_q, at, cfg))
 
 
 def test_values_may_have_a_width_of_their_own():
