@@ -1,13 +1,14 @@
 """Layers in pinned host memory, and the stream that brings them to the device one after another.
 
-Only matrices move; norms and biases of an offloaded layer stay on the device, where the draft uses
-them too. Of a matrix in two parts (`Split`) only the residual moves. The same code
-runs on CPU and GPU; mixing host and device arrays in a computation is an error when it is traced.
+Only matrices move. Norms and biases of an offloaded layer stay on the device, where the draft uses
+them too. If a matrix is in two parts (`Split`), only its residual moves. The same code runs on CPU
+and GPU. A computation that mixes host and device arrays raises an error when it is traced.
 """
 
 import collections
 import dataclasses
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,50 +20,53 @@ Host = jax.memory.Space.Host
 
 
 def home(memory_kind: str = "device") -> jax.sharding.Sharding:
-    """The first device's memory of that kind. Transfers to such a concrete place are copies; to a
-    bare `jax.memory.Space` they are programs, which wait for all compute before them."""
+    """The memory of that kind on the first device.
+
+    Transfers to such a concrete place are copies. Transfers to a bare `jax.memory.Space` are
+    programs, which wait for all earlier computation.
+    """
     return jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
 
 
-def to_device(tree):
-    """The tree on the device and committed to it, without copying what is there already.
+def to_device(tree: Any) -> Any:
+    """The tree on the device and committed to it. Arrays that are already there are not copied.
 
-    Programs are compiled apart for committed arguments and for others; what comes from the host is
-    committed, so everything is.
+    JAX compiles separate programs for committed and uncommitted arguments. Arrays from the host are
+    committed, so this program commits all arrays.
     """
     return jax.device_put(tree, home())
 
 
 def moving(layer: Layer) -> Layer:
-    """The layer with True in place of every array that moves when it is streamed, else False."""
+    """The layer with a bool in place of each array: True if it moves when the layer is streamed."""
     every = lambda value, tree: jax.tree.map(lambda _: value, tree)
     split = lambda w: Split(every(False, w.substitute), every(True, w.residual))
     return jax.tree.map(lambda w: split(w) if is_split(w) else w.ndim > 1, layer, is_leaf=is_split)
 
 
 def streamed_bytes(layer: Layer) -> int:
-    """Bytes that move when the layer is streamed, wherever it lies; arrays or their shapes."""
+    """Bytes that move when the layer is streamed. It may be anywhere, and may consist of shapes."""
     pairs = zip(*map(jax.tree.leaves, (layer, moving(layer))), strict=True)
     return sum(a.size * a.dtype.itemsize for a, moves in pairs if moves)
 
 
 def offload(layer: Layer) -> Layer:
-    """The layer with all that is streamed in pinned host memory and the rest on the device."""
+    """The layer with its streamed arrays in pinned host memory and the others on the device."""
     device, host = home(), home("pinned_host")
     return jax.device_put(layer, jax.tree.map(lambda m: host if m else device, moving(layer)))
 
 
-def on_host(array) -> bool:
-    """Whether it is a JAX array in host memory."""
+def on_host(array: Any) -> bool:
+    """Whether this is a JAX array in host memory."""
     return isinstance(array, jax.Array) and jax.typeof(array).memory_space == Host
 
 
 def place(layers: Sequence[Layer], resident: int | Collection[int]) -> tuple[Layer, ...]:
-    """The layers with the first `resident`, or those of these numbers, on the device and the others
-    offloaded.
+    """The layers, with the resident ones on the device and the others offloaded.
 
-    A layer that is already in its place is returned as it is. One layer moves at a time, and moves
-    to the host come first, so the device never holds more than before and after.
+    `resident` is a number of first layers, or a collection of layer numbers. A layer that is
+    already in its place is returned unchanged. One layer moves at a time, and moves to the host
+    come first. So the device never holds more than the larger of before and after.
     """
     placed = list(layers)
     stay = range(resident) if isinstance(resident, int) else resident
@@ -74,27 +78,28 @@ def place(layers: Sequence[Layer], resident: int | Collection[int]) -> tuple[Lay
 
 @dataclasses.dataclass(frozen=True)
 class StreamedLayer:
-    """A layer taken apart ahead of time: a pass waits for the host while it starts a copy."""
+    """A layer, flattened in advance: while the host starts a copy, a pass has to wait for it."""
 
     leaves: tuple
     structure: jax.tree_util.PyTreeDef
     moves: tuple[int, ...]
     """Numbers of the leaves in host memory."""
     bytes: int
-    """Bytes of these leaves."""
+    """Bytes of the leaves in host memory."""
 
     @classmethod
     def of(cls, layer: Layer) -> "StreamedLayer":
+        """The layer, flattened."""
         leaves, structure = jax.tree.flatten(layer)
         moves = tuple(i for i, a in enumerate(leaves) if on_host(a))
         return cls(tuple(leaves), structure, moves, sum(leaves[i].nbytes for i in moves))
 
     def send(self) -> list[jax.Array]:
-        """Starts the copies of what is in host memory."""
+        """Starts the copies of the leaves in host memory and returns them."""
         return jax.device_put([self.leaves[i] for i in self.moves], home())
 
     def layer(self, arriving: Sequence[jax.Array] = ()) -> Layer:
-        """The layer with the arrived copies in place of the leaves in host memory."""
+        """The layer with the copies `arriving` in place of the leaves in host memory."""
         leaves = list(self.leaves)
         for i, a in zip(self.moves, arriving, strict=True):
             leaves[i] = a
@@ -107,24 +112,24 @@ def route(layers: Sequence[Layer]) -> tuple[StreamedLayer, ...]:
 
 
 class Stream:
-    """All layers on the device, in order, with the next offloaded ones on their way.
+    """An iterator over all layers on the device, in order, that copies the next ones in advance.
 
-    ahead + 1 copies start when it is made: make it before drafting and the idle link fills all
-    buffers meanwhile. Take a layer with `next`, drop it when its block is dispatched, and tell
-    `used` an output of that block: the host waits for it, and a copy starts in the layer's place.
-    So at most ahead + 1 streamed layers exist at any time.
+    ahead + 1 copies start when the stream is made. Make it before drafting: then the idle link
+    fills all buffers during that time. Take a layer with `next`, drop it when its block is
+    dispatched, and give `used` an output of that block. The host waits for the output, and then
+    the next copy takes the layer's place. So at most ahead + 1 streamed layers exist at any time.
 
-    It has to be that block, and nothing may be queued behind it: XLA's clients start a copy into
-    new memory only behind all compute that was queued before. With the next block queued, copies
-    and blocks take turns: 97 instead of 74 ms for a pass of 28 layers of residuals on an H200.
+    The output must be of that block, and nothing may be queued after it. XLA's clients start a copy
+    into new memory only after all computation that is already queued. If the next block is queued,
+    copies and blocks alternate: a pass of 28 layers of residuals on an H200 takes 97 ms, not 74 ms.
     """
 
     def __init__(self, layers: Sequence[StreamedLayer], ahead: int = 1):
-        # No generator: one that refers to its owner keeps its layers until a collection.
+        # Not a generator: if it refers to its owner, it keeps its layers until garbage collection.
         self._layers, self._taken = layers, 0
         self._coming = collections.deque(layer for layer in layers if layer.moves)
         self._ready, self.bytes = collections.deque(), 0
-        self._held: list[jax.Array] = []  # what was copied of the layer handed out last
+        self._held: list[jax.Array] = []  # the copies of the last layer handed out
         for _ in range(ahead + 1):
             self._send()
 
@@ -136,31 +141,32 @@ class Stream:
             self.bytes += layer.bytes
 
     def __next__(self) -> Layer:
+        """The next layer, on the device."""
         if self._taken == len(self._layers):
             raise StopIteration
         layer = self._layers[self._taken]
         self._taken += 1
         self._held = []
         if layer.moves:
-            if not self._ready:  # nobody said that the layer before was used
+            if not self._ready:  # `used` was not called for the previous layer
                 self._send()
             self._held = self._ready.popleft()[1]
         return layer.layer(self._held)
 
-    def used(self, output) -> None:
-        """Takes an array that is ready when the block of the last layer has run."""
+    def used(self, output: jax.Array) -> None:
+        """Waits for `output`, an array of the last layer's block, and starts the next copy."""
         if self._held:
             jax.block_until_ready(output)
-            for a in self._held:  # now, and not when the runtime has found out: its place is needed
+            for a in self._held:  # delete now, not when the runtime notices: its space is needed
                 a.delete()
             self._send()
         self._held = []
 
     def arrived_bytes(self) -> int:
-        """Bytes of the copies that are complete and not yet handed out."""
+        """Bytes of the copies that are complete but not yet handed out."""
         return sum(size for size, copies in self._ready if all(a.is_ready() for a in copies))
 
 
-def rows_of(table, tokens) -> np.ndarray:
+def rows_of(table: np.ndarray, tokens: Any) -> np.ndarray:
     """Rows of an embedding table kept in host memory as a NumPy array: tokens[...] -> [..., D]."""
     return table[np.asarray(tokens)]

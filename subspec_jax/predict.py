@@ -1,8 +1,8 @@
 """Seconds of a round before a model is loaded: a layer of each kind is timed, the rest computed.
 
-Weights are random; times do not depend on them. What is measured: a block of the verify pass, the
-draft's whole tree with two and with four layers, and a round's end. What is computed: the pipeline
-of copies and blocks, as `offload.Stream` runs it, and the draft with all its layers.
+Weights are random; times do not depend on them. Measured: a block of the verify pass, the draft's
+whole tree with two and with four layers, and a round's end. Computed: the pipeline of copies and
+blocks, as `offload.Stream` runs it, and the draft with all its layers.
 """
 
 import dataclasses
@@ -27,21 +27,21 @@ from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, lay_out
 
 FEW, MORE = 2, 4
-"""Layers of the drafts that are timed: their difference is the time of a layer."""
+"""Numbers of layers in the two drafts that are timed. Their difference gives the time per layer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RoundCosts:
-    """Seconds."""
+    """Seconds of the parts of a round."""
 
     draft: float
-    """A whole tree."""
+    """Drafting a whole tree."""
     block: float
-    """A layer of the verify pass, its weights being there."""
+    """One layer of the verify pass, with its weights already on the device."""
     rest: float
-    """The round's end: logits, walk, moving cache rows; and sending the tree's first inputs."""
+    """The round's end (logits, walk, moving cache rows) and sending the tree's first inputs."""
     send: float = 0.0
-    """What the host takes to start the copy of a layer."""
+    """The host's time to start the copy of a layer."""
 
 
 def pass_seconds(
@@ -52,11 +52,12 @@ def pass_seconds(
     early: float = 0.0,
     send: float = 0.0,
 ) -> float:
-    """Seconds of a streamed pass: `sizes` are the bytes each layer streams, 0 for resident ones.
+    """Seconds of a streamed pass.
 
-    The first `ahead` + 1 copies start `early` seconds before the pass. The others start one by one
-    when a streamed layer's block is complete and the link is free; starting one takes the host
-    `send` seconds, in which no block runs.
+    `sizes` are the bytes that each layer streams, 0 for resident ones. `block` is in seconds per
+    layer and `link` in bytes per second. The first `ahead` + 1 copies start `early` seconds before
+    the pass. Each later copy starts when a streamed layer's block is complete and the link is free.
+    To start a copy takes the host `send` seconds, in which no block runs.
     """
     streamed = [i for i, size in enumerate(sizes) if size]
     arrival, free, now = {}, -early, 0.0
@@ -77,7 +78,7 @@ def pass_seconds(
 
 
 def round_seconds(plan: Plan, costs: RoundCosts, link: float) -> float:
-    """Draft, pass and end of one round of the plan, over a link of so many bytes a second."""
+    """Seconds of one round of the plan: draft, pass and end. `link` is in bytes per second."""
     layers = enumerate(plan.model.layers)
     sizes = [0 if i in plan.stays else streamed_bytes(layer) for i, layer in layers]
     verify = pass_seconds(sizes, costs.block, link, plan.ahead, costs.draft, costs.send)
@@ -87,10 +88,10 @@ def round_seconds(plan: Plan, costs: RoundCosts, link: float) -> float:
 def measure(
     plan: Plan, exact: Layer, sampler: Sampler = Sampler(), length: int | None = None
 ) -> RoundCosts:
-    """Times the plan's parts on the device, which should hold nothing else.
+    """The measured times of the plan's parts. The device should hold nothing else.
 
-    `exact` is a layer of the target, anywhere; `length` how long the text is meant to be, a quarter
-    of the plan's longest if None. Raises ValueError for a draft that is another model.
+    `exact` is a layer of the target, on host or device. `length` is the expected number of tokens;
+    None: a quarter of the plan's `max_length`. Raises ValueError if the draft is another model.
     """
     if plan.draft.model is not None:
         raise ValueError("a draft that is another model is not predicted")
@@ -163,7 +164,7 @@ def measure(
 
 
 def _send_seconds(exact: Layer, repeats: int = 5) -> float:
-    """What `offload.Stream` takes to start a copy; it is not waited for within that time."""
+    """Median seconds that `offload.Stream` takes to start a copy, without the copy itself."""
     stop, times = StreamedLayer.of(offload(exact)), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -173,8 +174,8 @@ def _send_seconds(exact: Layer, repeats: int = 5) -> float:
     return statistics.median(times[1:])
 
 
-def _draft_seconds(plan: Plan, drafted: dict) -> float:
-    """The time of all layers from that of few and of more; with two kinds, layer by layer."""
+def _draft_seconds(plan: Plan, drafted: dict[tuple[str, int], float]) -> float:
+    """Seconds of a draft with all layers, from drafts with FEW and MORE layers of each kind."""
     if not drafted:
         return 0.0
     slope = lambda name: (drafted[name, MORE] - drafted[name, FEW]) / (MORE - FEW)
@@ -187,7 +188,7 @@ def _draft_seconds(plan: Plan, drafted: dict) -> float:
 
 
 def _draft_kinds(plan: Plan, model: Params) -> dict[str, Params]:
-    """A draft of one layer for each kind of layer that the plan's draft has."""
+    """By name, a draft of one layer for each kind of layer in the plan's draft."""
     low = len(drafted_layers(plan.model.layers, plan.draft, plan.resident))
     kinds = {"low": (low, 0), "shared": (plan.cfg.layers - low, 1)}
     make = functools.partial(make_draft, model, plan.draft, iterations=0)
@@ -199,6 +200,7 @@ def _draft_kinds(plan: Plan, model: Params) -> dict[str, Params]:
 
 
 def _tree_seconds(given: Drafting) -> float:
+    """Median seconds to draft a whole tree."""
     caches, fresh = [given.caches], given.tree
     never = to_device(jnp.full(max(given.spec.steps, 1), -jnp.inf, jnp.float32))
     given = dataclasses.replace(given, least_L=never)
@@ -212,7 +214,7 @@ def _tree_seconds(given: Drafting) -> float:
 
 
 def _seconds(f: Callable, calls: int, repeats: int = 5) -> float:
-    """Median seconds of a call, behind the first ones; each returns something to wait for."""
+    """Median seconds of a call of `f`, without the first calls. `f` returns arrays to wait for."""
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -224,7 +226,7 @@ def _seconds(f: Callable, calls: int, repeats: int = 5) -> float:
 
 
 def _model(plan: Plan, layers: tuple) -> Params:
-    """Tables of zeros around the layers; zeros are as quick as anything."""
+    """The layers with tables of zeros. Zeros take as long as any other values."""
     cfg = plan.cfg
     zeros = lambda *shape: to_device(jnp.zeros(shape, cfg.dtype))
     size = cfg.vocab, cfg.d_model

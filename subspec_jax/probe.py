@@ -1,4 +1,4 @@
-"""What the machine can do, measured: the link from pinned host memory, and device memory."""
+"""Measured bandwidths of the link from pinned host memory, and of device memory."""
 
 import time
 
@@ -9,7 +9,7 @@ from subspec_jax.offload import home, to_device
 
 
 def link_bandwidth(size: int = 2**30, repeats: int = 4) -> float:
-    """Bytes a second from pinned host memory to the device: the best of `repeats` copies."""
+    """Bytes per second from pinned host memory to the device: the best of `repeats` copies."""
     host = jax.block_until_ready(jax.device_put(jnp.zeros(size, jnp.uint8), home("pinned_host")))
     times = []
     for _ in range(repeats + 1):
@@ -20,7 +20,7 @@ def link_bandwidth(size: int = 2**30, repeats: int = 4) -> float:
 
 
 def memory_bandwidth(size: int = 2**28, repeats: int = 4) -> float:
-    """Bytes a second, read and written, of a pass over device memory."""
+    """Bytes per second, read plus written, of a pass over `size` bytes of device memory."""
     flip = jax.jit(lambda x: x ^ jnp.uint32(1), donate_argnums=0)
     x = jax.block_until_ready(flip(jnp.zeros(max(1, size // 4), jnp.uint32)))
     times = []

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,28 +28,29 @@ class State:
     """What a proposer sees and changes between two passes of the target."""
 
     tokens: list[int]
-    """Prompt and everything emitted; the newest, the root, is in no cache yet."""
-    caches: list
-    """The target's, one a layer."""
+    """Prompt and all emitted tokens. The newest one, the root, is in no cache yet."""
+    caches: list[Any]
+    """The target's caches, one per layer."""
     tree: Tree
     at: jax.Array
-    """[] committed tokens: slots 0 … at-1 hold the target's exact keys and values. On the device,
-    because a number sent from the host would wait behind the layers that are on their way."""
+    """[] number of committed tokens: slots 0 … at-1 hold the target's exact keys and values. It is
+    on the device, because a number sent from the host would wait for the layers being copied."""
     key: jax.Array
     sampler: Sampler
     live: int | None = None
-    """The first slots that hold all of the text and the tree; None: look at all slots."""
+    """This many first slots hold all of the text and the tree; None: look at all slots."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One pass of the target: what it emitted and what it took. Seconds and bytes."""
+    """One pass of the target: the tokens it emitted and what it cost, in seconds and bytes."""
 
     tokens: list[int]
+    """The emitted tokens."""
     accepted: int = 0
-    """Draft tokens on the accepted path; the bonus is not one of them."""
+    """Number of draft tokens on the accepted path, without the bonus."""
     drafted: int = 0
-    """Nodes behind the root that were verified."""
+    """Number of verified nodes below the root."""
     depth: int = 0
     """Deepest level of the tree."""
     steps: int = 0
@@ -56,35 +58,36 @@ class Round:
     copied: int = 0
     """Looked-up tokens among the nodes."""
     path: tuple[int, ...] = ()
-    """Places of the accepted nodes behind the root; rank (place - 1) % width in a beam's level."""
+    """Places of the accepted nodes below the root. Rank in a beam's level: (place - 1) % width."""
     gains: tuple[float, ...] = ()
-    """Of each drafted step: log of the sum of its nodes' sharpened path probabilities."""
+    """For each drafted step: log of the sum of its nodes' sharpened path probabilities."""
     draft_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0
     """Acceptance walk, moving cache rows, and the host."""
     streamed_bytes: int = 0
     pass_bytes: int = 0
-    """Of these, what moved during `verify_s`; copies of the first layers may be complete before."""
+    """The part of `streamed_bytes` that moved during `verify_s`; some copies may finish earlier."""
 
     @property
     def seconds(self) -> float:
+        """Seconds of the whole round."""
         return self.draft_s + self.verify_s + self.other_s
 
 
 class Proposer:
-    """Proposes nothing: plain decoding, one token a pass. Others override what they need."""
+    """Proposes nothing: plain decoding, one token per pass. Subclasses override what they need."""
 
     spec = TreeSpec("chain", depth=0)
-    """Fixed for a proposer's life, so that every round runs the same programs."""
+    """Fixed for the whole life of a proposer, so that every round runs the same programs."""
     on_host = False
-    """The tree is made on the host: it must be sent before the link is busy with layers."""
+    """Whether the tree is made on the host. Then it is sent before the link is busy with layers."""
 
     def start(self, state: State, slots: int, chunk: int) -> None:
         """Called when the prompt is in the target's cache and the first token is drawn."""
 
     def prepare(self, state: State) -> None:
-        """Called before the layers of a round's pass are on their way, to send what is needed."""
+        """Called before the layers of a round's pass are copied, to send data to the device."""
 
     def propose(self, state: State) -> None:
         """Fills `state.tree`, whose only candidate is the root (unless it was drafted ahead)."""
@@ -93,19 +96,21 @@ class Proposer:
     def between(self, state: State, layer: int) -> None:
         """Called during the pass when layer `layer` has been dispatched."""
 
-    def advance(self, state: State, source, last: int, forwarded: int, emitted: list[int]) -> None:
-        """Called behind the pass: the target moved cache rows `source` to slots at ….
+    def advance(
+        self, state: State, source: jax.Array, last: int, forwarded: int, emitted: list[int]
+    ) -> None:
+        """Called after the pass, when the target has moved cache rows `source` to slots at ….
 
-        `last` is the accepted path's last node and `forwarded` the places the draft had forwarded;
-        `state.tokens` does not hold the emitted tokens yet.
+        `last` is the accepted path's last node. `forwarded` is the number of places that the draft
+        has forwarded. `state.tokens` does not hold the emitted tokens yet.
         """
 
     def effort(self, drafted: int) -> dict[str, int]:
-        """`steps` and `copied` of a round with so many nodes behind the root; asked once."""
+        """`steps` and `copied` of a round with `drafted` nodes below the root. Called once."""
         return {}
 
     def learn(self, result: Round) -> None:
-        """Called with every finished round."""
+        """Called after every round with its result."""
 
 
 Vanilla = Proposer
@@ -114,16 +119,17 @@ _only_root = jax.jit(commit, static_argnames="spec", donate_argnames="tree")
 
 
 class ModelDraft(Proposer):
-    """A draft model on the device; for SubSpec, substitutes of the target's layers and its cache.
+    """A draft model on the device; in SubSpec, substitutes of the target's layers and its cache.
 
     With `own_cache` the draft keeps its own keys and values (classic speculative decoding, or
-    SubSpec without sharing): it prefills the prompt and follows what the target accepts.
+    SubSpec without sharing). Then it prefills the prompt and follows the accepted tokens.
 
-    `stop_gain`: growing stops where a step is expected to add no more accepted tokens than this; 0
-    never stops; "auto" is the break-even point (`subspec_jax.stop.StopRule`).
+    `stop_gain`: the tree stops growing when a step is not expected to add more accepted tokens than
+    this. 0 never stops; "auto" is the break-even point (`subspec_jax.stop.StopRule`).
 
-    With `spec.lookup` the draft is shown what followed the last tokens of its best guess (n-grams
-    of at most `longest`) earlier in the text, unless that has spared few steps lately.
+    With `spec.lookup` the draft also scores tokens from earlier in the text: those that followed
+    the last tokens of its best guess (n-grams of at most `longest` tokens). It looks up less often
+    while this saves few steps.
     """
 
     def __init__(
@@ -149,14 +155,14 @@ class ModelDraft(Proposer):
         self.stop = StopRule(stop_gain, spec.steps, bool(spec.extra))
         self._least_L = to_device(self.stop.least_gain_L())
 
-    def start(self, state, slots, chunk):
+    def start(self, state: State, slots: int, chunk: int) -> None:
         if self.own_cache:
             if self._caches is None or self._caches[0].slots != slots:
                 self._caches = to_device(
                     caches_for(self.params, self.cfg, 1, slots, self.spec.places)
                 )
             _, self._caches = prefill(self.params, state.tokens[:-1], self._caches, self.cfg, chunk)
-            # Compiled here and not in some later round; the root's own step overwrites the slot.
+            # Compiled here, not in a later round. The root's own step overwrites the slot.
             root = jnp.array([state.tokens[-1:]], jnp.int32)
             self._caches = _remember(self.params, root, self._caches, state.at, self.cfg)
         self._slots, self._payoff = slots, Payoff()
@@ -164,15 +170,15 @@ class ModelDraft(Proposer):
             planted, never = state.tree, jnp.full_like(self._least_L, jnp.inf)
             for self._text in (None, to_device(padded(state.tokens, slots))):
                 state.tree = jax.tree.map(jnp.copy, planted)
-                self._grow(state, never)  # the root's step alone, which the first round repeats
+                self._grow(state, never)  # only the root's step; the first round repeats it
             state.tree = planted
             self._compiled.add((state.live, state.sampler))
 
-    def prepare(self, state):
+    def prepare(self, state: State) -> None:
         looks = self.spec.lookup and self._payoff.due()
         self._text = to_device(padded(state.tokens, self._slots)) if looks else None
 
-    def propose(self, state):
+    def propose(self, state: State) -> None:
         self._grow(state, self._least_L)
         self._extended = 0
 
@@ -203,35 +209,39 @@ class ModelDraft(Proposer):
             longest=self.longest,
         )
 
-    def between(self, state, layer):
+    def between(self, state: State, layer: int) -> None:
         due = self.spec.extra * (layer + 1) // self.cfg.layers
         while self._extended < due:
             state.tree, caches = extend_once(self._drafting(state, tuple(state.caches)))
             state.caches[:] = caches
             self._extended += 1
 
-    def advance(self, state, source, last, forwarded, emitted):
+    def advance(
+        self, state: State, source: jax.Array, last: int, forwarded: int, emitted: list[int]
+    ) -> None:
         if not self.own_cache:
             return
         self._caches = _move(self._caches, source, state.at)
-        if last >= forwarded:  # the deepest nodes are proposed without being forwarded
+        if last >= forwarded:  # the draft proposed the deepest nodes but did not forward them
             token = jnp.array([[emitted[-2]]], jnp.int32)
             at = state.at + jnp.int32(len(emitted) - 1)
             self._caches = _remember(self.params, token, self._caches, at, self.cfg)
 
-    def effort(self, drafted):
+    def effort(self, drafted: int) -> dict[str, int]:
         if self._counts is None:
             return {"steps": 1 + max(0, drafted - 1) // self.spec.width}
         steps, copied, spared = jax.device_get(self._counts).tolist()
         self._payoff.learn(spared / steps)
         return {"steps": steps, "copied": copied}
 
-    def learn(self, result):
+    def learn(self, result: Round) -> None:
         if self.stop.chance == 0:
             return
         gains, hits = result.gains, ()
         if gains:
-            first = 1 + result.drafted % self.spec.width  # 1 but behind nodes of an earlier round
+            first = (
+                1 + result.drafted % self.spec.width
+            )  # more than 1 if an earlier round drafted some
             steps = [(place - first) // self.spec.width for place in result.path]
             hits = np.isin(np.arange(len(gains)), steps)
         self.stop.learn(
@@ -254,8 +264,8 @@ def _remember(params, token, caches, at, cfg):
 class PromptLookup(Proposer):
     """Copies what followed the last few tokens earlier in the text (prompt lookup, n-gram).
 
-    The longest suffix of at most `longest` tokens that occurs before is continued; if it occurs
-    several times, the `spec.width` newest different continuations share a tree. Costs no model.
+    It takes the longest suffix of at most `longest` tokens that also occurs earlier. If there are
+    several earlier places, the newest `spec.width` continuations share a tree. No model is needed.
     """
 
     on_host = True
@@ -265,7 +275,7 @@ class PromptLookup(Proposer):
         self.spec = dataclasses.replace(spec, kind="beam", extra=0, budget=None, lookup=0)
         self.longest = longest
 
-    def propose(self, state):
+    def propose(self, state: State) -> None:
         token, parent, depth = self.continuations(state.tokens)
         E, size = self.spec.places, len(token)
         ancestor = np.eye(E, dtype=bool)
