@@ -1,7 +1,8 @@
-"""Which depth and width pay: tokens a second of smaller trees, from the rounds of a larger one.
+"""The best depth and width: tokens per second of smaller trees, from the rounds of a larger one.
 
-A narrower beam keeps an accepted path as long as its nodes rank below the narrower width in every
-level: fewer parents compete there, so this counts too little rather than too much.
+A narrower beam keeps an accepted path as long as the rank of its node is below the narrower width
+in every level. In a real narrower beam fewer parents compete, so this estimate is rather too low
+than too high.
 
 Letters: L levels, W widths.
 """
@@ -17,24 +18,29 @@ from subspec_jax.methods import Method
 from subspec_jax.propose import Round
 
 FIRST_TOKENS = 128
-"""Decoded with the largest tree before a tree is chosen: some 10 to 40 rounds."""
+"""Tokens decoded with the largest tree before a tree is chosen: about 10 to 40 rounds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeCosts:
-    """Measured seconds. Between two measurements lies a line; beyond the outermost, their value."""
+    """Measured seconds. Values between two measurements are interpolated linearly.
+
+    Outside the measured range, the nearest measurement counts.
+    """
 
     draft_s: Mapping[int, float]
-    """Of one draft step, by width."""
+    """Seconds of one draft step, by width."""
     verify_s: Mapping[int, float]
-    """Of the target's pass, by places verified, the root included."""
+    """Seconds of the target's pass, by number of verified places, with the root."""
     other_s: float = 0.0
-    """Of the rest of a round."""
+    """Seconds of the rest of a round."""
 
     def step_s(self, width: int) -> float:
+        """Seconds of a draft step of `width` nodes."""
         return _between(self.draft_s, width)
 
     def pass_s(self, nodes: int) -> float:
+        """Seconds of the target's pass over `nodes` places."""
         return _between(self.verify_s, nodes)
 
     def round_s(self, depth: int, width: int) -> float:
@@ -48,8 +54,11 @@ def _between(measured: Mapping[int, float], at: int) -> float:
 
 
 def measured_costs(trees: Mapping[tuple[int, int], Iterable[Round]]) -> TreeCosts:
-    """Medians of what rounds took, by (depth, width) of their trees; those may have stopped early,
-    but the pass is of all places."""
+    """The median costs of rounds, which are given by (depth, width) of their trees.
+
+    Trees may have stopped early, but the pass always computes all places. Raises ValueError if a
+    shape has no rounds.
+    """
     draft, verify, other = {}, {}, []
     for (depth, width), rounds in trees.items():
         seconds = [(r.draft_s / max(r.depth, 1), r.verify_s, r.other_s) for r in rounds]
@@ -63,11 +72,14 @@ def measured_costs(trees: Mapping[tuple[int, int], Iterable[Round]]) -> TreeCost
     return TreeCosts(mean(draft), mean(verify), float(np.mean(other)))
 
 
-def reached(paths, depths, depth: int, width: int, wide: int) -> np.ndarray:
-    """[depth] P(the accepted path reaches level l) of beams of `width`, from beams of `wide`.
+def reached(
+    paths: Sequence[Sequence[int]], depths: Sequence[int], depth: int, width: int, wide: int
+) -> np.ndarray:
+    """[depth] P(the accepted path reaches level l) in beams of `width`, from beams of `wide`.
 
-    `paths` are the places of accepted nodes and `depths` the levels of the trees, round by round.
-    Levels that a tree did not have say nothing of it (the product-limit estimate).
+    For each round, `paths` has the places of the accepted nodes and `depths` the number of levels
+    of the tree. A tree gives no information about levels that it did not have (the product-limit
+    estimate).
     """
     trials_L, hits_L = np.zeros(depth), np.zeros(depth)
     for path, deepest in zip(paths, depths, strict=True):
@@ -79,8 +91,10 @@ def reached(paths, depths, depth: int, width: int, wide: int) -> np.ndarray:
     return np.cumprod(np.divide(hits_L, trials_L, out=np.zeros(depth), where=trials_L > 0))
 
 
-def predicted(paths, depths, wide: int, costs: TreeCosts) -> np.ndarray:
-    """Tokens a second [L, W] of beams of 1 … levels and 1 … `wide` nodes a level."""
+def predicted(
+    paths: Sequence[Sequence[int]], depths: Sequence[int], wide: int, costs: TreeCosts
+) -> np.ndarray:
+    """Tokens per second [L, W] of beams with 1 … L levels of 1 … `wide` nodes each."""
     deepest = max(depths, default=0)
     rate_LW = np.zeros((deepest, wide))
     for width in range(1, wide + 1):
@@ -91,12 +105,18 @@ def predicted(paths, depths, wide: int, costs: TreeCosts) -> np.ndarray:
 
 
 def best_shape(
-    paths, depths, wide: int, costs: TreeCosts, depth: int | None = None, width: int | None = None
+    paths: Sequence[Sequence[int]],
+    depths: Sequence[int],
+    wide: int,
+    costs: TreeCosts,
+    depth: int | None = None,
+    width: int | None = None,
 ) -> tuple[int, int, float]:
-    """(depth, width, tokens a second) of the beam with the highest prediction.
+    """(depth, width, tokens per second) of the beam with the highest prediction.
 
-    `depth` and `width` fix one of the two. No shape larger than the recorded one is considered:
-    nothing is known of it, and memory was planned for no more. Ties go to the smaller tree.
+    `depth` and `width` fix one of the two. Shapes larger than the recorded one are not considered:
+    nothing is known about them, and the memory plan has no room for them. Ties go to the smaller
+    tree. Raises ValueError if no recorded round has a tree.
     """
     rate_LW = predicted(paths, depths, wide, costs)
     if not rate_LW.size:
@@ -108,10 +128,10 @@ def best_shape(
 
 
 def can_choose(method: Method) -> bool:
-    """Whether rounds of the method tell what a smaller tree would have accepted.
+    """Whether rounds of the method show what a smaller tree would have accepted.
 
-    Best-first trees, looked-up tokens and trees drafted during verification do not: they keep their
-    shape.
+    They do not for best-first trees, looked-up tokens and trees drafted during verification. Such
+    trees keep their shape.
     """
     spec = method.spec
     fits = method.draft != NO_DRAFT and spec.kind != "best-first"
@@ -125,12 +145,12 @@ def choose_tree(
     depth: int | None = None,
     width: int | None = None,
 ) -> tuple[Method, float | None]:
-    """(the method with the tree that the first rounds promise most of, tokens a second).
+    """(the method with the tree that is predicted to be fastest, its tokens per second).
 
-    `engine` is a `subspec_jax.engine.Engine`. It decodes the prompt with the method's own tree, the
-    largest, and with a very small one, which tells what a node and a step cost. `depth` and `width`
-    fix one of the two. Times are measured, so choices may vary. None: the answer ended with its
-    first token, and the tree stays as it is.
+    `engine` is a `subspec_jax.engine.Engine`. It decodes the prompt with the method's own tree,
+    which is the largest, and with a very small one, to find the cost of a node and of a step.
+    `depth` and `width` fix one of the two. Times are measured, so the choice may vary. If the
+    answer ends with its first token, the method is unchanged and the rate is None.
     """
     whole = method.spec
     small = dataclasses.replace(whole, depth=min(2, whole.depth), width=1)

@@ -1,34 +1,38 @@
-"""When a further draft step pays: the draft's own scores, calibrated on what was accepted.
+"""When one more draft step pays: the draft's own scores, calibrated on accepted tokens.
 
-The log of the sum of a step's sharpened path probabilities, its *gain*, orders trees well and is no
-log-probability: where the sum is 0.86, SmolLM2 accepts every fourth such step. So the chance is
-learned from finished rounds. NumPy, on the host; the device gets one least gain per step.
+The *gain* of a step is the log of the sum of its sharpened path probabilities. It orders trees
+well, but it is not a log-probability: if the sum is 0.86, SmolLM2 accepts one step in four. So the
+chance is learned from finished rounds. This runs in NumPy on the host; the device gets one least
+gain per step.
 
 Letters: L steps of a tree, X pairs of a gain and an outcome.
 """
 
 import collections
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 PRIOR = (1.0, 1.5, 1.0)
-"""Intercept and slopes before anything is learned: about those of single texts of SmolLM2-135M."""
+"""Intercept and slopes at the start: about those of single texts of SmolLM2-135M."""
 FINEST = 1e-4
-"""Gains nearer to 0 than this are not told apart: float32 sums of probabilities are 1 ± 1e-7."""
+"""Gains nearer to 0 than this count as equal: float32 sums of probabilities are 1 ± 1e-7."""
 
 
-def features(gain_X, step_X):
-    """[X, 3]: one, how sure the draft is, how shallow the step is; more of each, more chance."""
+def features(gain_X: Any, step_X: Any) -> np.ndarray:
+    """[X, 3]: one, how sure the draft is, how shallow the step is. Higher values: more chance."""
     sure_X, step_X = np.broadcast_arrays(-np.log(FINEST - np.minimum(gain_X, 0.0)), step_X)
     return np.stack([np.ones_like(sure_X), sure_X / 3 - 1, -step_X / 10], axis=-1)
 
 
 class Calibration:
-    """A logistic curve: P(the target accepts a node) by gain and step; it falls with both.
+    """A logistic curve: P(the target accepts a node), from the step's gain and its number.
 
-    The maximum a posteriori of the last rounds, older ones weighing less by `decay` a round, with a
-    Gaussian prior of precision `strength` around `PRIOR`. Slopes cannot become negative.
+    The chance rises with the gain and falls with the number. The curve is the maximum a posteriori
+    over the last `rounds` rounds, with a Gaussian prior of precision `strength` around `PRIOR`.
+    Each round of age multiplies a weight by `decay`. Slopes cannot become negative.
     """
 
     def __init__(self, strength: float = 5.0, decay: float = 0.98, rounds: int = 64):
@@ -37,8 +41,8 @@ class Calibration:
         self.weights = self.prior.copy()
         self._rounds = collections.deque(maxlen=rounds)
 
-    def learn(self, gain_X, step_X, hit_X) -> None:
-        """One round's pairs."""
+    def learn(self, gain_X: Any, step_X: Any, hit_X: Any) -> None:
+        """Adds the pairs of one round: gains and step numbers, and whether a node was accepted."""
         if not len(gain_X):
             return
         self._rounds.appendleft((features(np.asarray(gain_X), step_X), np.asarray(hit_X, float)))
@@ -46,7 +50,7 @@ class Calibration:
         hit_X = np.concatenate([hit for _, hit in self._rounds])
         age_X = np.repeat(np.arange(len(self._rounds)), [len(hit) for _, hit in self._rounds])
         weight_X = self.decay**age_X
-        for _ in range(4):  # Newton's steps from the last round's answer
+        for _ in range(4):  # Newton's method, from the last round's result
             p_X = _logistic(x_X3 @ self.weights)
             slope = x_X3.T @ (weight_X * (p_X - hit_X))
             slope += self.strength * (self.weights - self.prior)
@@ -55,12 +59,12 @@ class Calibration:
             self.weights = self.weights - np.linalg.solve(curvature, slope)
             self.weights[1:] = np.maximum(self.weights[1:], (0.05, 0.0))
 
-    def chance(self, gain_X, step_X):
-        """P(the target accepts a node), [X]."""
+    def chance(self, gain_X: Any, step_X: Any) -> np.ndarray:
+        """[X] P(the target accepts a node of the step)."""
         return _logistic(features(np.asarray(gain_X, float), step_X) @ self.weights)
 
-    def least_gain(self, chance: float, step_L):
-        """[L] the gain at which a step has that chance; inf where none has, -inf where all have."""
+    def least_gain(self, chance: float, step_L: Any) -> np.ndarray:
+        """[L] the gain that gives a step this chance; inf: no gain does; -inf: every gain does."""
         if chance <= 0:
             return np.full(len(step_L), -np.inf)
         if chance >= 1:
@@ -77,30 +81,40 @@ def _logistic(z):
 
 
 class StopRule:
-    """How unsure a draft may be: a least gain for each step of a tree of `steps` steps.
+    """When drafting stops: the least gain for each step of a tree of `steps` steps.
 
-    `chance`: the chance of one more accepted token below which drafting stops; 0: it never stops.
-    "auto" is the break-even point, the tokens that average rounds yield in the time of one draft
-    step (the renewal argument: go on while the marginal tokens per second exceed the average).
+    Drafting stops when the chance of one more accepted token is below `chance`; 0: it never stops.
+    "auto" is the break-even point: the tokens that an average round yields in the time of one draft
+    step (the renewal argument: continue while the marginal tokens per second exceed the average).
+    `forwarded`: every node is forwarded by the draft. Raises ValueError for a negative chance.
     """
 
-    def __init__(self, chance: float | str, steps: int, forwarded: bool = False, decay=0.95):
+    def __init__(
+        self, chance: float | str, steps: int, forwarded: bool = False, decay: float = 0.95
+    ):
         if chance != "auto" and not float(chance) >= 0:
             raise ValueError(f"stop_gain is {chance}; expected 'auto' or a number from 0 on")
         self.chance, self.decay = chance, decay
         self.step_L = np.arange(max(steps, 1)) + 1
         self.later = 0 if forwarded else 1
-        """A step's forward pass yields the next one's nodes; where all nodes are to be forwarded
-        (for drafting below them) it is the price of the step's own."""
+        """1: a step's forward pass gives the nodes of the next step. 0: all nodes are forwarded, to
+        draft below them, so the forward pass is a cost of the step itself."""
         self.calibration = Calibration()
-        self._average = None  # (seconds, tokens, draft seconds, draft steps) a round, decaying
+        # Decaying means per round: (seconds, tokens, draft seconds, draft steps).
+        self._average = None
 
     def learn(
-        self, gains, hits, seconds: float, tokens: int, draft_s: float, steps: int | None = None
+        self,
+        gains: Sequence[float],
+        hits: Any,
+        seconds: float,
+        tokens: int,
+        draft_s: float,
+        steps: int | None = None,
     ) -> None:
-        """A finished round: its steps' gains, and whether a node of the step was accepted.
+        """Adds a finished round: the gain of each step, and whether a node of it was accepted.
 
-        `steps` were forwarded where the gains of steps are not known (looked-up tokens).
+        `steps` is the number of draft steps if their gains are not known (looked-up tokens).
         """
         if self.chance == 0:
             return
@@ -115,7 +129,7 @@ class StopRule:
         self._average = self.decay * old + (1 - self.decay) * new
 
     def least_chance(self) -> float:
-        """The chance of acceptance at which a step breaks even; 0 while nothing is measured."""
+        """The chance of acceptance at which a step breaks even; 0 before the first measurement."""
         if self.chance != "auto":
             return float(self.chance)
         if self._average is None:
@@ -124,5 +138,5 @@ class StopRule:
         return draft_s / steps * tokens / seconds
 
     def least_gain_L(self) -> np.ndarray:
-        """What the device needs: float32 [steps]."""
+        """float32 [steps]: the least gain of each step, for the device."""
         return self.calibration.least_gain(self.least_chance(), self.step_L).astype(np.float32)

@@ -1,11 +1,11 @@
-"""The token tree a draft proposes: fixed-size arrays, grown batch by batch, moved after a round.
+"""The token tree that a draft proposes: arrays of fixed size, filled step by step.
 
-Node i of the tree lives in cache slot n + i, where n tokens are committed; node 0, the root, is the
-newest committed token, whose keys and values are in no cache yet. Nodes are kept in the order they
-were added, so a parent stands before its children. A place not filled, or filled with a candidate
-that was no candidate (score -inf), has parent -1 and is never matched.
+When n tokens are committed, node i of the tree is in cache slot n + i. Node 0, the root, is the
+newest token; its keys and values are in no cache yet. Nodes are in the order in which they were
+added, so a parent comes before its children. An empty place, or a place filled with an invalid
+candidate (score -inf), has parent -1 and is never matched.
 
-Letters: E places for nodes, w nodes added at a time, C candidates in the pool.
+Letters: E places for nodes, w nodes added per step, C candidates in the pool.
 """
 
 import dataclasses
@@ -21,26 +21,26 @@ Kind = Literal["beam", "best-first", "chain"]
 
 @dataclasses.dataclass(frozen=True)
 class TreeSpec:
-    """The shape of a draft tree and how it is grown.
+    """The shape of a draft tree and how it grows.
 
-    `beam`: every step replaces the candidates with the children of the last `width` nodes and adds
-    the `width` best (SubSpec, with `width` nodes on each of `depth` levels). `best-first`: all
-    candidates ever seen compete, up to `budget` nodes (SpecExec). `chain`: a beam of width 1.
+    `beam`: every step adds the `width` best children of the last `width` nodes (SubSpec, with
+    `width` nodes on each of `depth` levels). `best-first`: all candidates found so far compete, up
+    to `budget` nodes (SpecExec). `chain`: a beam of width 1.
     """
 
     kind: Kind = "beam"
     depth: int = 48
     width: int = 6
     budget: int | None = None
-    """Nodes behind the root, best-first only; depth * width if None."""
+    """Nodes below the root, only for best-first; depth * width if None."""
     sharpen: float = 0.2
-    """Temperature of the draft's probabilities when nodes are scored; it changes proposals only."""
+    """Temperature of the draft's probabilities when nodes are scored. It changes only proposals."""
     extra: int = 0
-    """Steps the draft may go on below the tree while the tree is being verified."""
+    """Most further steps that the draft makes below the tree while the tree is verified."""
     lookup: int = 0
-    """Most tokens copied from earlier text that a step forwards below its best node."""
+    """Most tokens from earlier text that a step forwards below its best node."""
     coupled: bool = True
-    """When sampling, the draft adds the position's noise to its logits: it guesses the draw."""
+    """In sampling, the draft adds the target's noise to its logits, so it guesses the draw."""
 
     def __post_init__(self):
         if self.kind not in ("beam", "best-first", "chain"):
@@ -69,52 +69,55 @@ class TreeSpec:
 
     @property
     def steps(self) -> int:
-        """Times that `width` nodes are added."""
+        """Number of steps; each adds `width` nodes."""
         return self.depth if self.budget is None else self.budget // self.width
 
     @property
     def nodes(self) -> int:
-        """Places the target verifies: the root and whole steps of `width`."""
+        """Places that the target verifies: the root and `width` nodes for each step."""
         return 1 + self.steps * self.width
 
     @property
     def places(self) -> int:
-        """All places, with those for drafting below the tree under verification, and for a step's
-        looked-up tokens while they are forwarded."""
+        """All places: also those for nodes drafted during verification, and for looked-up tokens
+        while they are forwarded."""
         return self.nodes + self.extra * self.width + self.lookup
 
     @property
     def deepest(self) -> int:
-        """Most levels a tree can have, counting those drafted below an earlier one."""
+        """Most levels of a tree, with those drafted during the previous verification."""
         return self.depth + self.extra
 
     @property
     def offers(self) -> int:
-        """Children a node has among the candidates. In a beam no more can be chosen; best-first
-        may come back for a node's later children, so it keeps 16, as SpecExec does at least."""
+        """Children of a node that become candidates.
+
+        In a beam no more than `width` can be chosen. Best-first may choose a node's later children
+        in a later step, so it keeps at least 16, as SpecExec does.
+        """
         return max(self.width, 16) if self.kind == "best-first" else self.width
 
     @property
     def pool(self) -> int:
-        """Candidates remembered between steps."""
+        """Number of candidates kept between steps."""
         children = self.width * self.width
         return children if self.kind != "best-first" else max(children, self.places)
 
 
 def cache_slots(max_length: int, spec: TreeSpec) -> int:
-    """Slots for that many tokens and a tree behind them, rounded up to 64.
+    """Cache slots for `max_length` tokens and a tree after them, rounded up to 64.
 
-    On an H200 attention of 289 queries takes 0.40 ms over 2,337 slots and 0.23 ms over 2,368.
+    On an H200, attention of 289 queries takes 0.40 ms over 2,337 slots and 0.23 ms over 2,368.
     """
     return -(-(max_length + spec.places) // 64) * 64
 
 
 SHORTEST = 512
-"""The fewest slots that attention is compiled for."""
+"""The smallest number of slots that attention is compiled for."""
 
 
 def live_sizes(slots: int) -> list[int]:
-    """Numbers of slots that attention is compiled for: 512, 1024, 2048 … and all."""
+    """The numbers of slots that attention is compiled for: 512, 1024, 2048 … and `slots`."""
     sizes = []
     while SHORTEST << len(sizes) < slots:
         sizes.append(SHORTEST << len(sizes))
@@ -124,7 +127,7 @@ def live_sizes(slots: int) -> list[int]:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Nodes, and the pool of candidates from which the next ones come."""
+    """The nodes, and the pool of candidates from which the next nodes come."""
 
     token_E: jax.Array
     parent_E: jax.Array
@@ -134,16 +137,16 @@ class Tree:
     ancestor_EE: jax.Array
     """[i, j]: node j is an ancestor of node i, or i itself."""
     size: jax.Array
-    """[] places filled."""
+    """[] number of filled places."""
     forwarded: jax.Array
-    """[] places whose draft keys and values are in the draft's cache."""
+    """[] number of places whose keys and values are in the draft's cache."""
     pool_score_C: jax.Array
     pool_parent_C: jax.Array
     pool_token_C: jax.Array
 
 
-def seedling(token, spec: TreeSpec) -> Tree:
-    """An empty tree whose only candidate is the root: token [], int32."""
+def seedling(token: jax.Array, spec: TreeSpec) -> Tree:
+    """An empty tree whose only candidate is the root, with this token: int32 []."""
     E, C = spec.places, spec.pool
     first = jnp.arange(C) == 0
     return Tree(
@@ -160,21 +163,21 @@ def seedling(token, spec: TreeSpec) -> Tree:
     )
 
 
-def best(tree: Tree, spec: TreeSpec):
+def best(tree: Tree, spec: TreeSpec) -> tuple[jax.Array, jax.Array]:
     """(scores [w], pool indices [w]) of the best candidates; ties go to the lower index.
 
-    Candidates below the deepest level wait: `replant` brings them up.
+    Candidates below the deepest level are not chosen until `replant` moves them up.
     """
     above_C = jnp.where(tree.pool_parent_C < 0, -1, tree.depth_E[tree.pool_parent_C])
     score_C = jnp.where(above_C < spec.deepest, tree.pool_score_C, -jnp.inf)
     return jax.lax.top_k(score_C, spec.width)
 
 
-def gain(tree: Tree, spec: TreeSpec):
-    """Log of the sum of the next step's sharpened path probabilities; -inf: no candidate.
+def gain(tree: Tree, spec: TreeSpec) -> jax.Array:
+    """[] log of the sum of the next step's sharpened path probabilities; -inf: no candidate.
 
-    At most one of a step's nodes is accepted, so it would be the log of the chance that one is,
-    were the probabilities right: `subspec_jax.stop` learns what they mean.
+    At most one of a step's nodes is accepted. If the probabilities were right, this would be the
+    log of the chance of that. `subspec_jax.stop` learns the real chance.
     """
     return jax.nn.logsumexp(best(tree, spec)[0])
 
@@ -182,8 +185,8 @@ def gain(tree: Tree, spec: TreeSpec):
 def commit(tree: Tree, spec: TreeSpec) -> Tree:
     """The tree with the best candidates added: one (the root) to an empty tree, else `width`.
 
-    Write position `size`; the root's step also writes behind it, which the next step overwrites.
-    Nodes for which there is no place left are dropped.
+    They are written from place `size` on. The root's step also writes the places after the root;
+    the next step overwrites them. Nodes without a free place are dropped.
     """
     score_w, chosen_w = best(tree, spec)
     rows_w = tree.size + jnp.arange(spec.width)
@@ -209,14 +212,17 @@ def commit(tree: Tree, spec: TreeSpec) -> Tree:
     )
 
 
-def sharpened(logits_XV, spec: TreeSpec):
-    """The log-probabilities that nodes are scored by, float32."""
+def sharpened(logits_XV: jax.Array, spec: TreeSpec) -> jax.Array:
+    """[X, V] the log-probabilities that give nodes their scores, float32."""
     return jax.nn.log_softmax(logits_XV.astype(jnp.float32) / spec.sharpen, axis=-1)
 
 
-def largest(z_XV, count: int):
-    """`lax.top_k`, ties included, in two stages where rows are long: on a GPU it has one block of
-    threads for a row (152,064 logits: 140 us of an H200)."""
+def largest(z_XV: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """(values [X, count], indices [X, count]): the same as `lax.top_k`, also for ties.
+
+    Long rows take two stages, because on a GPU `top_k` uses one block of threads per row (152,064
+    logits: 140 us on an H200).
+    """
     X, V = z_XV.shape
     parts = min(64, V // 2048)
     if parts < 2 or count > 64:
@@ -229,24 +235,31 @@ def largest(z_XV, count: int):
     return value, jnp.take_along_axis(index, at, axis=-1)
 
 
-def add_candidates(tree: Tree, first, logits_wV, spec: TreeSpec, taken_w=None) -> Tree:
+def add_candidates(
+    tree: Tree,
+    first: jax.Array,
+    logits_wV: jax.Array,
+    spec: TreeSpec,
+    taken_w: jax.Array | None = None,
+) -> Tree:
     """The tree with the best children of nodes first … first+w-1 in its pool.
 
-    `logits_wV` are the draft's (perturbed, when sampling); they are sharpened and normalized here,
-    in float32 sums of logs, which do not underflow. Each node offers its best tokens: in a
-    beam `width`, among which the best `width` of the flattened [w, V] scores are. A node does not
-    offer `taken_w` (-1: nothing), which stands below it already; w may then be any number.
+    `logits_wV` are the draft's, in sampling with noise. They are sharpened and normalized here, in
+    float32. Scores are sums of logs, which do not underflow. Each node offers its best tokens. In a
+    beam it offers `width`, so the best `width` of all [w, V] scores are among the offers. A node
+    does not offer its token in `taken_w` (-1: none), which is already its child; with `taken_w`,
+    w may be any number.
     """
     ids_w = first + jnp.arange(logits_wV.shape[0])
     score_w = jnp.where(ids_w < tree.size, tree.score_E[ids_w], -jnp.inf)
-    if not spec.extra:  # otherwise the tree may get a root further down
+    if not spec.extra:  # with extra steps, a lower node may become the root
         score_w = jnp.where(tree.depth_E[ids_w] < spec.deepest, score_w, -jnp.inf)
     z_wV = logits_wV.astype(jnp.float32)
     offered_wV = z_wV
     if taken_w is not None:
         other_wV = jnp.arange(z_wV.shape[1])[None] != taken_w[:, None]
         offered_wV = jnp.where(other_wV, z_wV, -jnp.inf)
-    # The largest are the same before they are normalized, which then takes one sum of all.
+    # Normalizing does not change which are the largest, so it needs only one sum per row.
     z_wb, token_wb = largest(offered_wV, min(spec.offers, z_wV.shape[-1]))
     top_w1 = z_wV.max(-1, keepdims=True) if taken_w is not None else z_wb[:, :1]
     total_w1 = jnp.exp((z_wV - top_w1) / spec.sharpen).sum(-1, keepdims=True)
@@ -267,8 +280,11 @@ def add_candidates(tree: Tree, first, logits_wV, spec: TreeSpec, taken_w=None) -
     )
 
 
-def node_mask(tree: Tree, rows, at, slots: int):
-    """[1, rows, slots]: what the nodes `rows` may see, slots before `at` and their ancestors."""
+def node_mask(tree: Tree, rows: jax.Array, at: jax.Array, slots: int) -> jax.Array:
+    """[1, rows, slots]: whether each of the nodes `rows` sees a slot.
+
+    A node sees all slots before `at`, its ancestors and itself.
+    """
     slot = jnp.arange(slots, dtype=jnp.int32)
     place = jnp.clip(slot - at, 0, tree.ancestor_EE.shape[0] - 1)
     inside = (slot >= at) & (slot < at + tree.ancestor_EE.shape[0])
@@ -276,20 +292,26 @@ def node_mask(tree: Tree, rows, at, slots: int):
     return (of_tree | (slot < at)[None])[None]
 
 
-def node_positions(tree: Tree, at, slots: int):
-    """[1, slots]: the rotary position of every slot; node i stands in slot at + i at its depth."""
+def node_positions(tree: Tree, at: jax.Array, slots: int) -> jax.Array:
+    """[1, slots]: the rotary position of every slot. Node i is in slot at + i.
+
+    Its position is at + its depth.
+    """
     slot = jnp.arange(slots, dtype=jnp.int32)
     inside = (slot >= at) & (slot < at + tree.depth_E.shape[0])
     place = jnp.clip(slot - at, 0, tree.depth_E.shape[0] - 1)
     return jnp.where(inside, at + tree.depth_E[place], slot)[None]
 
 
-def replant(tree: Tree, verified, last, token, spec: TreeSpec):
+def replant(
+    tree: Tree, verified: jax.Array, last: jax.Array, token: jax.Array, spec: TreeSpec
+) -> tuple[Tree, jax.Array]:
     """(the next round's tree, the old place of each of its nodes [extra * w]).
 
-    If a child of node `last` with that token was drafted behind the first `verified` places, its
-    subtree becomes the new tree, scores and depths relative to it. Otherwise the new tree is a
-    seedling with `token` as the root candidate and the places say nothing.
+    The draft may have added a child of node `last` with this token after the first `verified`
+    places. Then the child's subtree becomes the new tree, with scores and depths relative to the
+    child. Otherwise the new tree is a seedling with `token` as its root candidate, and the places
+    are -1.
     """
     E, X = spec.places, spec.extra * spec.width
     fresh = seedling(token, spec)
@@ -325,8 +347,8 @@ def replant(tree: Tree, verified, last, token, spec: TreeSpec):
     return chosen, jnp.where(hit, old_X, -1)
 
 
-def path_to(last, parent_E) -> tuple[int, ...]:
-    """Places from below the root down to node `last`; NumPy, on the host."""
+def path_to(last: int, parent_E: np.ndarray) -> tuple[int, ...]:
+    """The places on the path from the root to node `last`, without the root; NumPy, on the host."""
     path = []
     while last > 0:
         path.append(int(last))
@@ -334,11 +356,12 @@ def path_to(last, parent_E) -> tuple[int, ...]:
     return tuple(path[::-1])
 
 
-def step_gains(score_E, width: int) -> tuple[float, ...]:
-    """What `gain` was before each of the tree's steps; NumPy, on the host.
+def step_gains(score_E: np.ndarray, width: int) -> tuple[float, ...]:
+    """The value of `gain` before each of the tree's steps; NumPy, on the host.
 
-    `score_E` are the filled places. Steps are whole groups of `width` from the end: what is left
-    at the front are the root and what an earlier round drafted. Ends at a step of no candidates.
+    `score_E` are the scores of the filled places. Steps are whole groups of `width`, counted from
+    the end. The rest at the front is the root and the nodes that an earlier round drafted. The
+    result ends before a step without candidates.
     """
     steps = (len(score_E) - 1) // width
     score_LW = np.asarray(score_E, np.float64)[len(score_E) - steps * width :].reshape(steps, width)
