@@ -1,11 +1,13 @@
 """Every byte of a run before it starts: what is resident, what streams, what the draft shares.
 
-Pure arithmetic on a `Config`; no device is touched, so the allocator can be limited to the plan.
+This is pure arithmetic on a `Config`. It starts no device, so the allocator's limit can still be
+set to the plan.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 
@@ -32,19 +34,19 @@ from subspec_jax.work_space import work_bytes
 
 
 class PlanError(SubspecError):
-    """A limit no plan can meet; the message names the least that would work."""
+    """There is no plan for a limit or a setting. The message names the least limit that works."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where everything goes. Bytes; `device` and `host` list all that is kept there, by name."""
+    """Where everything is placed. `device` and `host` are the bytes kept there, by name."""
 
     cfg: Config
     limit: int
     resident: int
     """The number of layers that stay on the device; `stays` says which."""
     table_on_host: bool
-    """The embedding table is a NumPy array in host memory; the draft has a low-bit copy."""
+    """Whether the embedding table is a NumPy array in host memory. The draft has a low-bit copy."""
     max_length: int
     spec: TreeSpec
     draft: Draft
@@ -53,12 +55,13 @@ class Plan:
     device: dict[str, int]
     host: dict[str, int]
     streamed_bytes: int
-    """What one pass of the target streams."""
+    """Bytes that one pass of the target streams."""
     model: Params = dataclasses.field(repr=False)
     """The target as shapes and dtypes."""
 
     @property
     def streamed(self) -> int:
+        """The number of layers that are streamed."""
         return self.cfg.layers - self.resident
 
     @property
@@ -68,17 +71,18 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Predicted peak of device memory."""
+        """Predicted peak of device memory, in bytes."""
         return sum(self.device.values())
 
     @property
     def streams_residuals(self) -> bool:
-        """Layers are streamed as residuals of their substitutes, not as they are."""
+        """Whether layers are streamed as residuals of their substitutes, not as whole layers."""
         return has_split(self.model.layers)
 
     @property
     def split_head(self) -> bool:
-        """The output head is a substitute, with which the draft computes, and its residual."""
+        """Whether the output head is in two parts: a substitute, which the draft uses, and a
+        residual."""
         return is_split(self.model.head_DV)
 
     @property
@@ -99,7 +103,7 @@ class Plan:
         return shared + own + head
 
     def __str__(self) -> str:
-        """A table of every byte, and what streams."""
+        """A table of all bytes, and a line about what streams."""
         rows, host = [("", "device", "host")], dict(self.host)
         for name, count in self.device.items():
             kept = host.pop(name, 0)
@@ -119,20 +123,23 @@ class Plan:
         return "\n".join([f"Plan within {show_bytes(self.limit)}", *lines])
 
     def pass_seconds(self, link: float) -> float:
-        """A streamed pass at `link` bytes a second, with nothing else in the way."""
+        """Seconds of a streamed pass at `link` bytes per second, if nothing else slows it down."""
         return self.streamed_bytes / link
 
     def tokens_per_second(
         self, tau: float, link: float, memory: float, overhead: float = 0.005
     ) -> float:
-        """At most tau / (pass + draft steps + overhead): every byte at the measured bandwidths,
-        arithmetic free. Bytes a second; seconds."""
+        """The upper bound tau / (pass + draft steps + overhead), in tokens per second.
+
+        Every byte moves at the measured bandwidths (`link` and `memory`, in bytes per second), and
+        arithmetic takes no time. `overhead` is in seconds.
+        """
         draft = self.spec.steps * self.draft_step_bytes / memory
         return tau / (self.pass_seconds(link) + draft + overhead)
 
 
 def published_tau(depth: int, hazard: float = 0.9749) -> float:
-    """Emitted tokens a pass at constant acceptance per level: 28.4 at depth 48.
+    """Emitted tokens per pass if every level has the same acceptance: 28.4 at depth 48.
 
     The hazard is fitted to SubSpec's README (Qwen2.5-7B, MT-Bench, width 6, tau 28.35 at depth 48).
     """
@@ -140,10 +147,10 @@ def published_tau(depth: int, hazard: float = 0.9749) -> float:
 
 
 def _stay(layers: int, resident: int, residual: bool) -> frozenset[int]:
-    """The first layers; of residuals, layers spread evenly between the first and the last one.
+    """The resident layers: the first ones, or for residuals, evenly spread ones.
 
-    A residual that stays has to be decoded too, and the link is busy during that time only if other
-    layers still have to come.
+    A resident residual must be decoded too. During this time the link is busy only if other layers
+    still have to arrive.
     """
     if not residual:
         return frozenset(range(resident))
@@ -152,31 +159,31 @@ def _stay(layers: int, resident: int, residual: bool) -> frozenset[int]:
     return frozenset(range(layers)) - moved
 
 
-def splits(layers: Iterable) -> list[Split]:
-    """All matrices in two parts."""
+def splits(layers: Iterable[Any]) -> list[Split]:
+    """All matrices of the layers that are in two parts."""
     return [w for w in jax.tree.leaves(layers, is_leaf=is_split) if is_split(w)]
 
 
-def tree_bytes(tree) -> int:
-    """Bytes of all arrays, or of arrays with these shapes."""
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays in the tree; shapes count like arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _substitute_bytes(layer, draft: Draft) -> int:
-    """Bytes of the matrices of a layer's substitute; its vectors are the target's own."""
+    """Bytes of the matrices of a layer's substitute. Its vectors are those of the target."""
     low = substitute_layer(layer, draft.bits, draft.group)
     return tree_bytes([leaf for leaf in jax.tree.leaves(low) if leaf.ndim > 1])
 
 
 def cache_bytes(model: Params, cfg: Config, slots: int, scratch: int) -> int:
-    """Bytes of the caches that a model of these shapes fills."""
+    """Bytes of the caches of a model with these shapes."""
     empty = functools.partial(caches_for, model, cfg, 1, slots, scratch)
     return tree_bytes(jax.eval_shape(empty))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """What every way to place a model has in common."""
+    """The values that all placements of a model share."""
 
     model: Params
     cfg: Config
@@ -197,21 +204,22 @@ class _Layout:
 
     @functools.cached_property
     def matrices(self) -> list[int]:
-        """What each layer moves when it is streamed."""
+        """Bytes that each layer moves when it is streamed."""
         return [streamed_bytes(layer) for layer in self.model.layers]
 
     @functools.cached_property
     def kept(self) -> int:
-        """The substitutes of `Split` layers, which are always on the device."""
+        """Bytes of the substitutes of `Split` layers, which are always on the device."""
         return sum(tree_bytes(w.substitute) for w in splits(self.model.layers))
 
     @functools.cached_property
     def own(self) -> list[int]:
-        """What the substitute of each layer takes."""
+        """Bytes of each layer's substitute."""
         return [_substitute_bytes(layer, self.draft) for layer in self.model.layers]
 
     @functools.cached_property
     def vectors(self) -> int:
+        """Bytes of norms and biases."""
         norm = self.cfg.d_model * DTYPES[self.cfg.dtype]
         return tree_bytes(self.model.layers) - sum(self.matrices) - self.kept + norm
 
@@ -284,13 +292,14 @@ def make_plan(
     model: Params | None = None,
     kernels: bool = False,
 ) -> Plan:
-    """The plan that streams least: as many resident layers as the limit holds.
+    """The plan that streams least: as many resident layers as fit into the limit (bytes).
 
-    `model` is a tree of shapes and dtypes, where the layers are not the plain ones of `cfg`.
+    `model` is a tree of shapes and dtypes, needed if the layers are not the plain ones of `cfg`.
     `kernels`: the device runs the package's Triton kernels (see `memory.card_has_kernels`).
-    `resident` and `table_on_host` fix a choice that is otherwise made here; a tied table is the
-    head and stays on the device. `spare` of the limit is left to the allocator's rounding. Raises
-    PlanError, with the least limit that would work, if even streaming everything does not fit.
+    `resident` and `table_on_host` fix a choice that is otherwise made here. A tied table is also
+    the head and stays on the device. The fraction `spare` of the limit stays free for the
+    allocator's rounding. Raises PlanError, with the least limit that works, if the model does not
+    fit even when all layers are streamed.
     """
     if ahead < 1:
         raise PlanError(f"ahead is {ahead}; at least one layer must be on its way")
@@ -321,13 +330,13 @@ def make_plan(
             items = layout.items(r, on_host)
             total = sum(items[0].values())
             least = total if least is None else min(least, total)
-            # Ties go to the table on the device, which is the simpler arrangement.
+            # Ties go to the table on the device, which is simpler.
             if total <= usable and (found is None or r > found[0]):
                 found = (r, on_host, *items)
     if found is None:
         needed = -(-(int(least / (1 - spare)) + 1) // 2**20)
         raise PlanError(
-            f"{show_bytes(limit)} of device memory are too little for this model, tree and length; "
+            f"{show_bytes(limit)} of device memory is too little for this model, tree and length; "
             f"the least that works is {needed}MB ({show_bytes(needed * 2**20)}). Shorter "
             "--max-length, a smaller tree or --chunk, or fewer --draft-bits lower it"
         )

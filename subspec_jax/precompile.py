@@ -1,15 +1,16 @@
-"""Compiling a run's programs before its weights are placed.
+"""Compiles a run's programs before its weights are placed.
 
-XLA for GPUs times candidate kernels on buffers of its own, as large as the operands: the output
-head of a 7B model alone takes 1 GB. Under a tight memory limit there is no room for that beside the
-weights, so the large programs are compiled while the device is empty, from shapes alone. With a
-compilation cache directory set, the calls that follow find them there.
+XLA for GPUs times candidate kernels on its own buffers, which are as large as the operands: for the
+output head of a 7B model alone, 1 GB. A tight memory limit has no room for this next to the
+weights. So the large programs are compiled from shapes while the device is empty. If JAX has a
+compilation cache directory, later calls find the programs there.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,11 @@ from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, last_logits, lay_out
 
 PROGRAMS_AT_ONCE = 4
-"""Programs compiled side by side; more would need more memory for candidates that are timed."""
+"""Programs compiled in parallel. More would need more memory for the candidates that are timed."""
 
 
-def use_cache(folder) -> None:
-    """Keeps compiled programs in `folder`, however quickly they were compiled."""
+def use_cache(folder: str | Path) -> None:
+    """Keeps all compiled programs in `folder`, also those that compile quickly."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -40,9 +41,9 @@ def use_cache(folder) -> None:
 def compile_ahead(
     plan: Plan, sampler: Sampler, gate: Gate | None = None, replay: bool = False, longest: int = 3
 ) -> int:
-    """Compiles the plan's programs: the block for a tree and for prefill, the head, the draft.
+    """The largest work space of the plan's programs in bytes, without inputs and outputs.
 
-    Returns the most bytes that one of them needs beside its inputs and what it returns.
+    Compiles these programs: the block for a tree and for prefill, the head, and the draft.
     """
     with concurrent.futures.ThreadPoolExecutor(PROGRAMS_AT_ONCE) as pool:
         lowered = _lowered(plan, sampler, gate, replay, longest)
@@ -54,7 +55,7 @@ def compile_ahead(
 def _lowered(
     plan: Plan, sampler: Sampler, gate: Gate | None, replay: bool, longest: int
 ) -> Iterator[jax.stages.Lowered]:
-    """The programs, one after another as they are traced."""
+    """The programs, one after another when they are traced."""
     cfg, spec = plan.cfg, plan.spec
     device = home()
     placed = functools.partial(

@@ -1,4 +1,4 @@
-"""The target's side: streamed passes, its draws behind every node, and what becomes of the cache.
+"""The target's side: streamed passes, its draw after every node, and the update of the cache.
 
 Letters: E nodes, T tokens of a pass, D model, V vocabulary, P places in a path.
 """
@@ -7,8 +7,8 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from llm_jax.cache import move
 from llm_jax.config import Config
 from llm_jax.generation import chunks
 from llm_jax.model import block, embed, rms_norm, unembed
-from llm_jax.params import Params
+from llm_jax.params import Layer, Params
 from llm_jax.sample import Sampler
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
 from subspec_jax.offload import Stream, StreamedLayer, route, rows_of, to_device
@@ -29,24 +29,24 @@ from subspec_jax.residual.split import is_split, over_parts
 from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
 LOGIT_ROWS = 64
-"""Rows of logits made at a time: 64 x 152,064 float32 are 39 MB, all 289 would be 176 MB."""
+"""Rows of logits computed at a time: 64 x 152,064 float32 are 39 MB, all 289 would be 176 MB."""
 
 SPLIT_ROWS = 160
-"""And with a head in two parts, which is put together each time, where a draw needs whole rows:
-twice for 289 nodes. At once they and a part of that head took 374 MiB in one piece, which an H200
-held at 8 GB no longer had."""
+"""The same for a head in two parts, if a draw needs whole rows. Such a head is decoded for each
+group of rows: twice for 289 nodes. All rows at once, with a part of the head, took 374 MiB in one
+piece. An H200 with a limit of 8 GB did not have this much free."""
 
 
 QUEUED = 2
-"""Blocks that run or wait to: each has its work space from when it is queued."""
+"""Most blocks that run or wait. Each one has its work space from the time it is queued."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
     """The exact model: some layers on the device, some in pinned host memory.
 
-    `params.embed_VD` may be a NumPy array: then the table stays on the host and rows are gathered
-    there (an untied head is needed on the device, a table is only looked up).
+    `params.embed_VD` may be a NumPy array. Then the table stays on the host, and its rows are read
+    there. (An untied head must be on the device; a table is only used for lookup.)
     """
 
     params: Params
@@ -55,24 +55,27 @@ class Target:
 
     @property
     def top(self) -> Params:
-        """What the head needs, and nothing that is on the host."""
+        """The parameters that the head needs, without arrays on the host."""
         table = None if isinstance(self.params.embed_VD, np.ndarray) else self.params.embed_VD
         return dataclasses.replace(self.params, embed_VD=table, layers=())
 
     @functools.cached_property
     def route(self) -> tuple[StreamedLayer, ...]:
+        """The layers in the order in which a stream brings them."""
         return route(self.params.layers)
 
     def stream(self) -> Stream:
-        """Starts the first copies of the next pass."""
+        """A stream for the next pass; its first copies start now."""
         return Stream(self.route, self.ahead)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("x", "cache"))
-def jit_block(layer, x, cache, step, cfg):
-    """`block`, one small program for every layer; x and cache are donated.
+def jit_block(
+    layer: Layer, x: jax.Array, cache: Any, step: Step, cfg: Config
+) -> tuple[jax.Array, Any, jax.Array]:
+    """(x, the cache, one number of x): `block` as one small program for every layer.
 
-    The third output is a number that is never donated: it is ready when the block is done.
+    x and cache are donated. The number is never donated: it is ready when the block is done.
     """
     x, cache = block(layer, x, cache, step, cfg)
     return x, cache, x[0, 0, 0]
@@ -81,10 +84,17 @@ def jit_block(layer, x, cache, step, cfg):
 jit_embed = jax.jit(embed, static_argnames="cfg")
 
 
-def run_pass(target: Target, stream: Stream, tokens_1T, caches: list, step: Step, between=None):
-    """x_1TD behind the last layer; `caches` is updated in place, layer by layer.
+def run_pass(
+    target: Target,
+    stream: Stream,
+    tokens_1T: jax.Array,
+    caches: list[Any],
+    step: Step,
+    between: Callable[[int], None] | None = None,
+) -> jax.Array:
+    """x_1TD after the last layer; `caches` is updated in place, layer by layer.
 
-    `between(i)` is called when layer i has been dispatched, while others are on their way.
+    `between(i)` is called when layer i has been dispatched, while other layers are copied.
     """
     if isinstance(target.params.embed_VD, np.ndarray):
         x = to_device(rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype))
@@ -94,7 +104,7 @@ def run_pass(target: Target, stream: Stream, tokens_1T, caches: list, step: Step
     for i in range(target.cfg.layers):
         if len(queued) == QUEUED:
             jax.block_until_ready(queued.popleft())
-        # One expression: a name for the layer would keep its buffers while the next is fetched.
+        # One expression: a variable for the layer would keep its buffers while the next arrives.
         x, caches[i], done = jit_block(next(stream), x, caches[i], step, target.cfg)
         stream.used(done)
         queued.append(done)
@@ -104,21 +114,28 @@ def run_pass(target: Target, stream: Stream, tokens_1T, caches: list, step: Step
 
 
 @jax.jit
-def row(x_1TD, i):
+def row(x_1TD: jax.Array, i: jax.Array) -> jax.Array:
     """x_11D of token i."""
     return jax.lax.dynamic_slice_in_dim(x_1TD, i, 1, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def last_logits(top, x_11D, cfg):
-    """Logits [1, V] behind one token: one program, however long the prompt's last piece is."""
+def last_logits(top: Params, x_11D: jax.Array, cfg: Config) -> jax.Array:
+    """Logits [1, V] after one token. The program does not depend on the length of a chunk."""
     return unembed(top, x_11D, cfg)[:, 0]
 
 
 def streamed_prefill(
-    target: Target, prompt, caches: list, chunk: int, progress: Callable | None = None
-):
-    """(logits_1V behind the prompt, bytes streamed): one streamed pass a chunk."""
+    target: Target,
+    prompt: Sequence[int],
+    caches: list[Any],
+    chunk: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[jax.Array, int]:
+    """(logits_1V after the prompt, bytes streamed), with one streamed pass per chunk of tokens.
+
+    `caches` is updated in place. `progress` is called with the number of tokens in the cache.
+    """
     slots, streamed = caches[0].slots, 0
     for tokens, at, real in chunks(prompt, slots, chunk):
         stream = target.stream()
@@ -131,7 +148,7 @@ def streamed_prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "slots"))
-def lay_out(tree: Tree, at, spec: TreeSpec, slots: int):
+def lay_out(tree: Tree, at: jax.Array, spec: TreeSpec, slots: int) -> tuple[Tree, jax.Array, Step]:
     """(the places to verify as a `Tree`, their tokens [1, E], the `Step` of the pass).
 
     The step looks at the first `slots` slots.
@@ -146,22 +163,23 @@ def lay_out(tree: Tree, at, spec: TreeSpec, slots: int):
         ancestor_EE=tree.ancestor_EE[:n, :n],
     )
     mask = node_mask(cut, jnp.arange(n), at, slots)
-    alone = n == 1  # plain decoding: a tree of the root
+    alone = n == 1  # plain decoding: the tree is only the root
     positions = None if alone else node_positions(cut, at, slots)
     step = Step(at, (at + cut.depth_E)[None], mask, positions, causal=alone)
     return cut, cut.token_E[None], step
 
 
 def rows_at_a_time(nodes: int, split_head: bool) -> int:
-    """Of how many nodes `judge` makes logits at a time."""
+    """The number of nodes whose logits `judge` computes at a time."""
     if not split_head:
         return min(LOGIT_ROWS, nodes)
     return math.ceil(nodes / math.ceil(nodes / SPLIT_ROWS))
 
 
-def likeliest(top, x_ED, cfg: Config):
-    """The token of the largest logit behind every node, int32 [E], with an output head in two
-    parts: it is put together once, some columns at a time, and logits are never there as a whole.
+def likeliest(top: Params, x_ED: jax.Array, cfg: Config) -> jax.Array:
+    """The token of the largest logit after every node, int32 [E], for an output head in two parts.
+
+    The head is decoded once, some columns at a time. So the full logits are never in memory.
     """
 
     def better(best, logits_EV, first):
@@ -181,12 +199,20 @@ def likeliest(top, x_ED, cfg: Config):
 
 
 def judge(
-    top, x_1ED, tree: Tree, at, key, cfg: Config, sampler: Sampler, gate: Gate | None
+    top: Params,
+    x_1ED: jax.Array,
+    tree: Tree,
+    at: jax.Array,
+    key: jax.Array,
+    cfg: Config,
+    sampler: Sampler,
+    gate: Gate | None,
 ) -> Judged:
-    """The target's draw behind every node, and with a gate its entropy and probabilities.
+    """The target's draw after every node, and with a gate its entropy and probabilities.
 
-    Logits are made for some nodes at a time (`rows_at_a_time`) or, for a greedy draw and a head in
-    two parts, for some tokens at a time (`likeliest`), and never leave the device.
+    Logits are computed for some nodes at a time (`rows_at_a_time`). For a greedy draw and a head in
+    two parts, they are computed for some tokens at a time (`likeliest`). They never leave the
+    device.
     """
     if gate is None and sampler.greedy and is_split(top.head_DV):
         return Judged(likeliest(top, x_1ED[0], cfg))
@@ -219,22 +245,22 @@ def judge(
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """A tree behind its verification: all that the end of a round reads and changes."""
+    """A tree after the target's pass: everything that the end of a round reads and changes."""
 
     top: Params
     """`Target.top`: the last norm and the head."""
     x_1ED: jax.Array
-    """The nodes behind the target's last layer."""
+    """The nodes after the target's last layer."""
     tree: Tree
-    """What was verified."""
+    """The verified tree."""
     extended: Tree = donated()
-    """The same tree, with what the draft added below it meanwhile."""
+    """The same tree, with the nodes that the draft added during the verification."""
     caches: tuple = donated()
     at: jax.Array
-    """[] committed tokens."""
+    """[] number of committed tokens."""
     key: jax.Array
     accepted: jax.Array
-    """[] nodes to accept, right or wrong, in a replayed round."""
+    """[] number of nodes to accept in a replayed round, right or wrong."""
     cfg: Config = static()
     spec: TreeSpec = static()
     sampler: Sampler = static()
@@ -243,12 +269,12 @@ class Verified:
 
 
 class Finished(NamedTuple):
-    """What a round leaves."""
+    """The results of a round."""
 
     emitted_P: jax.Array
-    """The emitted tokens; -1 behind them."""
+    """The emitted tokens; -1 after them."""
     length: jax.Array
-    """[] how many they are."""
+    """[] the number of emitted tokens."""
     last: jax.Array
     """[] the place of the accepted path's last node."""
     source_R: jax.Array
@@ -256,15 +282,15 @@ class Finished(NamedTuple):
     tree: Tree
     """The next round's tree."""
     at: jax.Array
-    """[] committed tokens now."""
+    """[] the new number of committed tokens."""
     caches: tuple
 
 
 @Program
 def finish_round(v: Verified) -> Finished:
-    """One round's end, in one program: judge, walk, move accepted rows, plant the next tree.
+    """The results of a round, in one program: judge, walk, move accepted rows, plant the next tree.
 
-    Rows that are not accepted stay where they are and are overwritten later.
+    Cache rows that are not accepted stay where they are. Later rounds overwrite them.
     """
     spec, tree, at = v.spec, v.tree, v.at
     places = spec.deepest + 1
@@ -278,8 +304,8 @@ def finish_round(v: Verified) -> Finished:
         path = exact(*nodes, judged, places)
     verified = jnp.minimum(tree.size, spec.nodes)
     planted, old_X = replant(v.extended, verified, path.last, path.bonus, spec)
-    # Rows to move: the path's nodes to slots at …, then, if the next tree was drafted already, its
-    # nodes right behind them. Everywhere else source and destination are the same slot.
+    # Rows to move: the path's nodes to slots at …. If the draft has begun the next tree, the rows
+    # of its nodes follow them. Everywhere else source and destination are the same slot.
     place_R = jnp.arange(min(places + len(old_X), spec.places))
     of_path = at + path.node_P[jnp.minimum(place_R, places - 1)]
     source_R = jnp.where(place_R < path.length, of_path, at + place_R)

@@ -1,4 +1,4 @@
-"""Device memory that the programs of a round need beside weights and caches."""
+"""Device memory that the programs of a round need in addition to weights and caches."""
 
 import math
 
@@ -14,7 +14,7 @@ from subspec_jax.tree import TreeSpec
 from subspec_jax.verify import QUEUED, rows_at_a_time
 
 DECODE_BYTES = 20
-"""Work space for each weight of a slab that is decoded."""
+"""Bytes of work space for each weight of a slab that is decoded."""
 
 
 def work_bytes(
@@ -30,11 +30,11 @@ def work_bytes(
 ) -> int:
     """Bytes for the largest of: blocks of prefill or verification, the head, a draft step.
 
-    `plain`: the cache holds keys and values themselves; otherwise those of one layer are rebuilt.
-    `residual`: layers are residuals, and one matrix is decoded at a time; with `kernels` only a
-    part of it. The kernels decode residuals and attend to plain caches without work space. They
-    also multiply up to 64 rows by low-bit matrices without it; for more rows, a part of the matrix
-    is made dense.
+    `plain`: the cache holds the keys and values; otherwise those of one layer are rebuilt at a
+    time. `residual`: layers are residuals, and one matrix is decoded at a time; with `kernels`,
+    only a part of it. The kernels need no work space to decode residuals and to attend to plain
+    caches. They also need none to multiply up to 64 rows by low-bit matrices; for more rows, a part
+    of the matrix is made dense.
     """
     size = DTYPES[cfg.dtype]
     rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
@@ -42,7 +42,7 @@ def work_bytes(
     def block(tokens):
         scores = cfg.heads * tokens * slots * (4 + size)  # logits in float32, weights in the dtype
         if kernels and plain and cfg.head_dim in HEADS:
-            scores = 2 * tokens * cfg.heads * cfg.head_dim * 4  # averages of parts of the slots
+            scores = 2 * tokens * cfg.heads * cfg.head_dim * 4  # averages over parts of the slots
         wide = tokens * (3 * cfg.d_ff + 6 * cfg.d_model) * size
         slab = 0 if kernels else DECODE_BYTES * min(SLAB_WEIGHTS, largest)
         decoded = (part if kernels else largest) * size + slab if residual else 0
