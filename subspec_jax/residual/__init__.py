@@ -1,1 +1,1 @@
-"""What a 16-bit weight has and its low-bit substitute lacks: coded, stored, put together."""
+"""Residuals: the difference between 16-bit weights and their low-bit substitutes, in a code."""

@@ -1,6 +1,6 @@
-"""Converts a checkpoint in a process of its own, for `subspec_jax.sources.add_converted`.
+"""Converts a checkpoint in a separate process, for `subspec_jax.sources.add_converted`.
 
-People use `python -m experiments.convert`, which has flags.
+For use by hand there is `python -m experiments.convert`, which has flags.
 """
 
 import json
@@ -14,7 +14,10 @@ from subspec_jax.residual.convert import convert
 
 
 def main(words: list[str]) -> int:
-    """`words`: JSON of [checkpoint, dtype, folder, bits, group, iterations]."""
+    """The exit status: 0, or 2 after an error.
+
+    `words` has one item, JSON of [checkpoint, dtype, folder, bits, group, iterations].
+    """
     path, dtype, folder, *how = json.loads(words[0])
     checkpoint = open_checkpoint(path)
     cfg = checkpoint.config(dtype)

@@ -1,4 +1,4 @@
-"""Converting a checkpoint to substitutes and residuals, once; the next start maps the result."""
+"""Converts a checkpoint once to substitutes and residuals. Later starts map the files."""
 
 import concurrent.futures
 import dataclasses
@@ -36,7 +36,7 @@ from subspec_jax.residual.split import head_shape
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells one checkpoint from another: names, sizes, first and last MiB of its files."""
+    """What identifies a checkpoint: its files' names, sizes, and a hash of first and last MiB."""
     files = sorted({tensor.file for tensor in checkpoint.contents.tensors.values()})
     digest, total = hashlib.blake2b(digest_size=16), 0
     for file in files:
@@ -60,13 +60,14 @@ def convert(
     code: str = "levels",
     progress: Callable[[int, int], None] | None = None,
     workers: int = 2,
-) -> "Converted":
-    """Writes the model of `checkpoint` to the folder `path` and returns it opened.
+) -> Converted:
+    """The converted model of `checkpoint`, written to the folder `path` and opened.
 
-    Layers that are there already are kept. Every weight is decoded on the device and compared
-    before its layer's file appears. `workers` matrices are done at a time; `progress(done, total)`
-    counts layers. Raises ResidualError for a folder that was begun from another checkpoint or with
-    other settings, and CheckpointError or ValueError for what cannot be converted at all.
+    Files of layers that already exist are kept. Before a layer's file is written, all its weights
+    are decoded on the device and compared. `workers` matrices are encoded at a time.
+    `progress(done, total)` counts layers. Raises ResidualError if the folder belongs to another
+    checkpoint or other settings. Raises CheckpointError or ValueError if the checkpoint cannot be
+    converted.
     """
     path = Path(path)
     if code not in CODES:
@@ -102,13 +103,13 @@ def convert(
 
 
 def is_complete(path: Path, cfg: Config) -> bool:
-    """Whether all files of a model of that many layers are there; what is in them is not read."""
+    """Whether the folder has all files of a model with `cfg.layers` layers. They are not read."""
     names = [MANIFEST, TABLES, *map(LAYER.format, range(cfg.layers))]
     return all((path / name).exists() for name in names)
 
 
 def _begin(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, or compares it with the one that is there."""
+    """Writes the manifest, or compares it with an existing one; ResidualError if they differ."""
     path.mkdir(parents=True, exist_ok=True)
     file = path / MANIFEST
     if not file.exists():
@@ -149,8 +150,8 @@ def _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers) -> No
 
 
 def _encoded(field: str, w: np.ndarray, quantizer, code: str, name: str):
-    """(arrays of a matrix in two parts, what its entry says of them); every weight was decoded."""
-    # A copy, because the host may lend the device an array's own memory.
+    """(arrays of a matrix in two parts, their entry for the file); every weight is checked."""
+    # A copy, because the device may use the host array's own memory.
     q = jax.tree.map(np.array, jax.block_until_ready(quantize(jax.device_put(w), *quantizer)))
     r, substitute = encode(w, q, code, name), packed(q)
     wrong = np.count_nonzero(_decoded(r, substitute).view(np.uint16) != w.view(np.uint16))
@@ -167,7 +168,7 @@ def _entry(array: np.ndarray) -> dict[str, Any]:
 
 
 def _decoded(residual: Residual, substitute: Packed) -> np.ndarray:
-    """The weights by the device's decoder; with room that few programs are compiled for."""
+    """The weights from the device's decoder. Room is rounded up, so few programs are compiled."""
     raw = residual.shape[0] * residual.shape[1] // (2 * LANES)
     step, rows = max(32, raw // 32), residual.words.shape[0]
     padded = pad(residual, rows + -rows % step, 1 << max(10, residual.patches.bit_length()))

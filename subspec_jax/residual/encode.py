@@ -1,6 +1,6 @@
-"""Residuals in NumPy: the choice of a table, the encoder, and the decoder that says what is right.
+"""Residuals in NumPy: the choice of a table, the encoder, and the reference decoder.
 
-A slab of groups is done at a time, so that the work space is some 100 MB whatever the matrix.
+One slab of groups is done at a time. So the work space is about 100 MB for any matrix.
 """
 
 import concurrent.futures
@@ -29,15 +29,16 @@ from pallas_kernels.residual_decode.code import (
 )
 
 SLAB = 2**19
-"""Weights encoded at a time: their arrays stay in the caches."""
+"""Weights per slab. This is small enough that the arrays stay in the CPU's caches."""
 AT_ONCE = 2**26
-"""Weights encoded at a time by all threads, some 50 bytes of work space each: a slab is at least a
-row of groups, which in an output head are 10 million."""
+"""Most weights that all threads encode at a time, with about 50 bytes of work space each. A slab is
+at least one row of groups; in an output head this is 10 million weights."""
 SAMPLE = 2**17
-"""Weights a table is chosen by, taken from columns all over the matrix."""
+"""Number of weights used to choose a table, from columns all over the matrix."""
 DEPTHS = (6, 7, 8, 10, 255)
-"""Octaves below the step at which numbers may be cut off; with 255, bfloat16's are all kept."""
+"""Octaves below the step at which numbers may be cut off. 255 keeps all bfloat16 numbers."""
 PATCH_BITS = 32
+"""Bits of one patch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Table:
 
     @property
     def head(self) -> np.ndarray:
-        """The first row of words, still without patches."""
+        """The first row of words, without the place of the patches."""
         head = np.zeros(LANES, np.uint32)
         head[:LEVELS] = self.lengths + ((self.firsts + BIAS) << 8)
         head[OCTAVES] = self.octaves
@@ -58,6 +59,7 @@ class Table:
 
     @classmethod
     def of(cls, head: np.ndarray) -> "Table":
+        """The table that a first row of words holds."""
         entries = np.asarray(head[:LEVELS]).astype(np.int32)
         return cls(int(head[OCTAVES]), entries & 255, (entries >> 8) - BIAS)
 
@@ -72,7 +74,7 @@ def _host(q: Quantized) -> Quantized:
 
 
 def _slabs(q: Quantized) -> Iterator[tuple[int, Quantized]]:
-    """(first group, those groups of the substitute), as NumPy arrays."""
+    """(first group, the substitute's groups of this slab), as NumPy arrays, slab by slab."""
     count = max(1, SLAB // (q.group * q.shape[1]))
     for start in range(0, q.step_QF.shape[0], count):
         yield start, jax.tree.map(lambda a: a[start : start + count], q)  # noqa: B023 - used at once
@@ -82,18 +84,18 @@ def _predict(q: Quantized, octaves: int, dtype: str):
     return predict_weights(codes_of(q, np), q.step_QF, q.offset_QF, octaves, dtype, np)
 
 
-def sample(w_DF: np.ndarray, q: Quantized, size: int = SAMPLE):
-    """Evenly spaced columns of a matrix and of its substitute, about `size` weights."""
+def sample(w_DF: np.ndarray, q: Quantized, size: int = SAMPLE) -> tuple[np.ndarray, Quantized]:
+    """Evenly spaced columns of (a matrix, its substitute), with about `size` weights."""
     apart = max(1, w_DF.size // size)
     some = jax.tree.map(lambda a: np.ascontiguousarray(np.asarray(a)[..., ::apart]), q)
     return np.ascontiguousarray(w_DF[:, ::apart]), some
 
 
 def choose(w_DF: np.ndarray, q: Quantized, code: str) -> Table:
-    """The table with which these weights take the fewest bits, patches included.
+    """The table with which these weights take the fewest bits, with patches.
 
-    For each level: the window of differences, a power of two wide, that has the least
-    count * length + PATCH_BITS * (weights outside). Planes have windows of 8 and 16 bits.
+    For each level it takes the window of differences with the least count * length + PATCH_BITS *
+    (weights outside). A window has 2**length values; with planes, `length` is 8 or 16 bits.
     """
     best = None
     bits = patterns(w_DF).reshape(-1, q.group, q.shape[1])
@@ -101,7 +103,7 @@ def choose(w_DF: np.ndarray, q: Quantized, code: str) -> Table:
         p = _predict(q, octaves, w_DF.dtype.name)
         difference, possible = differ(p, bits)
         lengths, firsts, total = np.empty(LEVELS, np.int32), np.empty(LEVELS, np.int32), 0
-        # One sort by level; then the differences of a level lie together.
+        # One sort by level; then the differences of a level are next to each other.
         order = np.argsort(p.level, axis=None, kind="stable")
         ends = np.searchsorted(p.level.ravel()[order], np.arange(1, LEVELS + 1))
         difference, possible = difference.ravel()[order], possible.ravel()[order]
@@ -116,7 +118,10 @@ def choose(w_DF: np.ndarray, q: Quantized, code: str) -> Table:
 
 
 def _window(difference: np.ndarray, lost: int, code: str) -> tuple[int, int, int]:
-    """(length, first difference, bits) of one level's best window; `lost` are outside of any."""
+    """(length, first difference, bits) of one level's best window.
+
+    `lost` is the number of weights that no window can hold.
+    """
     allowed = (8, 16) if code == "planes" else range(17)
     if difference.size == 0:
         return allowed[0], -(1 << allowed[0] >> 1), (allowed[0] + PATCH_BITS) * lost
@@ -126,12 +131,12 @@ def _window(difference: np.ndarray, lost: int, code: str) -> tuple[int, int, int
     found = None
     for length in allowed:
         spare = (1 << length) - counts.size
-        if spare >= 0:  # all fit: in the middle, for those that are not in the sample
+        if spare >= 0:  # all fit: centre them, because the sample does not have all values
             first, inside = low - spare // 2, difference.size
         else:
             held = upto[1 << length :] - upto[: -(1 << length)]
             inside = int(held.max())
-            # Of equal windows the middle one.
+            # Of equally good windows, the middle one.
             first = low + int(np.median(np.flatnonzero(held == inside)))
         cost = (difference.size + lost) * length + PATCH_BITS * (difference.size + lost - inside)
         if found is None or cost < found[2]:
@@ -144,9 +149,9 @@ def _window(difference: np.ndarray, lost: int, code: str) -> tuple[int, int, int
 def encode(
     w_DF: np.ndarray, substitute: Quantized, code: str = "levels", name: str = "the matrix"
 ) -> Residual:
-    """The residual, as NumPy arrays, that gives back every bit of `w_DF` [in, out].
+    """The residual, as NumPy arrays, that restores every bit of `w_DF` [in, out].
 
-    Raises ValueError where the two do not belong together.
+    Raises ValueError if the matrix and the substitute do not fit together, or for an unknown code.
     """
     if code not in CODES:
         raise ValueError(f"code {code!r} is not one of {', '.join(CODES)}")
@@ -183,7 +188,7 @@ def encode(
 
 
 def _patches(wrong, bits, count: int, across: int) -> tuple[np.ndarray, np.ndarray]:
-    """(patches of a slab, in the order of its tiles; how many each tile has)."""
+    """(patches of a slab, in the order of its tiles; the number of patches of each tile)."""
     group, row, column = wrong
     tile = group * across + column // COLUMNS
     order = np.argsort(tile, kind="stable")
@@ -192,7 +197,7 @@ def _patches(wrong, bits, count: int, across: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _positions(length_QgF: np.ndarray, across: int, unit: int):
-    """(first bit of every weight in the slab's stream, first unit of every tile and their end)."""
+    """(first bit of every weight in the slab's stream, first unit of every tile and the end)."""
     Q, g, F = length_QgF.shape
     padded = np.pad(length_QgF, ((0, 0), (0, 0), (0, across * COLUMNS - F)))
     upto = np.cumsum(padded.reshape(Q, g, across, COLUMNS), axis=-1, dtype=np.int32)
@@ -206,13 +211,13 @@ def _positions(length_QgF: np.ndarray, across: int, unit: int):
 
 
 def _packed(x, position, units: int, planes: bool) -> np.ndarray:
-    """The stream of a slab: bytes, or words in which no two weights share a bit."""
+    """The stream of a slab: bytes for planes, else words in which each weight has its own bits."""
     x, position = x.ravel(), position.ravel()
     if planes:
         out = np.zeros(units, np.uint8)
         out[position[x > 0] >> 3] = x[x > 0]
         return out
-    # Sums of less than 2^32 are exact in the float64 of bincount.
+    # Sums below 2^32 are exact in the float64 of bincount.
     word, shifted = position >> 5, x.astype(np.uint64) << (position & 31).astype(np.uint64)
     low = np.bincount(word, (shifted & 0xFFFFFFFF).astype(np.float64), units + 1)
     high = np.bincount(word + 1, (shifted >> 32).astype(np.float64), units + 2)
@@ -233,12 +238,12 @@ def _assemble(table, stream, offsets, patches, patched, planes) -> np.ndarray:
     head[FIRST_PATCH] = begin + len(stream)
     parts = head, offsets.astype(np.uint32), patched.astype(np.uint32), stream, patches
     words = np.concatenate(parts)
-    # One more at least: who reads a weight's last bits may touch the word behind them.
+    # At least one more word: a decoder that reads a weight's last bits may read the next word too.
     return np.pad(words, (0, LANES - len(words) % LANES)).reshape(-1, LANES)
 
 
 def decode_numpy(residual: Residual, substitute: Quantized) -> np.ndarray:
-    """The matrix [D, F], bit by bit what was encoded: the specification of every decoder."""
+    """The matrix [D, F], bit by bit as it was encoded. All decoders must give the same result."""
     q = _host(substitute)
     check_pair("the residual", q, residual.shape, residual.dtype)
     words = np.asarray(residual.words).ravel()
@@ -251,7 +256,7 @@ def decode_numpy(residual: Residual, substitute: Quantized) -> np.ndarray:
         count = p.level.shape[0]
         length = table.lengths[p.level] - (8 if planes else 0)
         position, starts = _positions(length, across, 8 if planes else 32)
-        # From the slab's own stream to where the offsets say that each tile lies.
+        # From places in the slab's own stream to the places that the offsets give for each tile.
         unit = 8 if planes else 32
         tile = starts[:-1].reshape(count, 1, across)
         moved = (offsets[start : start + count] - tile) * unit

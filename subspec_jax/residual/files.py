@@ -1,8 +1,8 @@
 """Converted models on disk: substitutes and residuals of every layer, in safetensors files.
 
-A folder holds manifest.json (source, settings, model), model.safetensors (embedding, last norm,
-head) and a file for each layer. A file is there whole or not at all. Files are mapped into memory:
-opening a model reads headers alone.
+A folder has manifest.json (source, settings, model), model.safetensors (embedding, last norm, head)
+and one file per layer. A file is complete or does not exist. Files are mapped into memory: opening
+a model reads only their headers.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ class ResidualError(SubspecError):
     """A converted model that cannot be written or used; the message is for the user."""
 
 
-def checksum(array) -> int:
+def checksum(array: Any) -> int:
     """CRC-32 of an array's bytes, row by row."""
     return zlib.crc32(np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8))
 
 
 def write_tensors(file: Path, tensors: dict[str, np.ndarray], entries: dict[str, Any]) -> None:
-    """Writes a safetensors file with `entries` in its metadata; it is there whole or not at all."""
+    """Writes a safetensors file with `entries` in its metadata, atomically."""
     safetensors = need("safetensors.numpy", "models", "a converted model")
     with atomic_file(file) as scratch:
         metadata = {"entries": json.dumps(entries)}
@@ -46,7 +46,10 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray], entries: dict[str,
 
 
 def mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(views of a safetensors file's tensors, its entries); nothing but the header is read."""
+    """(views of a safetensors file's tensors, its entries). Only the header is read.
+
+    Raises ResidualError if the file is missing or damaged.
+    """
     types = dict(U8=np.uint8, U16=np.uint16, U32=np.uint32, BF16="bfloat16", F16=np.float16)
     try:
         whole = np.memmap(file, np.uint8, "r")
@@ -70,6 +73,7 @@ def mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
+    """The manifest's JSON. Raises ResidualError if the file is missing or damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -80,10 +84,10 @@ def read_manifest(file: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """A converted model, opened. Raises ResidualError where it is damaged or not complete.
+    """A converted model, opened. Raises ResidualError if it is damaged or not complete.
 
-    Residuals are padded to `kinds` sets of shapes, so that as many programs decode all layers. One
-    set for all adds as much as the worst layer asks for: 2.1% to SmolLM2-135M, three add 0.8%.
+    Residuals are padded to `kinds` sets of shapes, so `kinds` programs can decode all layers. One
+    set pads every layer to the largest: this adds 2.1% to SmolLM2-135M, three sets add 0.8%.
     """
 
     path: Path
@@ -94,6 +98,7 @@ class Converted:
 
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
+        """The manifest, with its version checked."""
         manifest = read_manifest(self.path / MANIFEST)
         if manifest.get("version") != VERSION:
             raise ResidualError(
@@ -104,13 +109,14 @@ class Converted:
 
     @functools.cached_property
     def cfg(self) -> Config:
+        """The model's configuration."""
         model = self.manifest["model"]
         rope = model["rope_scaling"] and Llama3Rope(**model["rope_scaling"])
         return Config(**model | {"rope_scaling": rope})
 
     @functools.cached_property
     def tables(self) -> dict[str, np.ndarray]:
-        """embed_VD, norm and head_DV (if it is neither tied nor in two parts), mapped."""
+        """embed_VD, norm and head_DV, mapped. A head that is tied or in two parts is not here."""
         return {name: a for name, a in self._tables[0].items() if "." not in name}
 
     @functools.cached_property
@@ -119,7 +125,7 @@ class Converted:
 
     @functools.cached_property
     def head(self) -> Split | None:
-        """The output head in two parts, [D, V] with columns added; None if it is not in two."""
+        """The output head in two parts, [D, V] with columns added; None if it is not split."""
         if "head_DV.residual" not in self._tables[0]:
             return None
         return self._matrix("head_DV", *self._tables)
@@ -130,7 +136,7 @@ class Converted:
 
     @functools.cached_property
     def _room(self) -> tuple[dict[str, tuple[int, int]], ...]:
-        """By layer (rows, patches) of each matrix: the most of any layer of its kind."""
+        """For each layer, (rows, patches) of each matrix: the most in any layer of its kind."""
         names = list(self.cfg.joined_matrices)
         rows = [[views[f"{n}.residual"].shape[0] for n in names] for views, _ in self._layers]
         patches = [[entries[n]["patches"] for n in names] for _, entries in self._layers]
@@ -143,7 +149,7 @@ class Converted:
 
     @functools.cached_property
     def model(self) -> Params:
-        """The model that `load_target` makes of this, as shapes and dtypes; its head is whole."""
+        """The model that `load_target` makes of this, as shapes and dtypes, with a whole head."""
         code, bits, group = (self.manifest[key] for key in ("code", "bits", "group"))
         split = functools.partial(split_shapes, self.cfg, bits, group, code=code)
         layers = tuple(split(dict(self._room[i])) for i in range(self.cfg.layers))
@@ -151,7 +157,7 @@ class Converted:
 
     @property
     def model_with_split_head(self) -> Params:
-        """`model`, with the head in two parts if it is stored so."""
+        """`model`, but with the head in two parts if it is stored in two parts."""
         shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
         head = self.model.head_DV if self.head is None else jax.tree.map(shape, self.head)
         return dataclasses.replace(self.model, head_DV=head)
@@ -164,9 +170,9 @@ class Converted:
         return Split(Packed(*parts, shape[1], self.manifest["bits"], self.manifest["group"]), exact)
 
     def layer(self, index: int) -> Layer:
-        """A joined layer of `Split` matrices; all but the padded streams is mapped.
+        """A joined layer of `Split` matrices. Its arrays are mapped, except the padded streams.
 
-        `subspec_jax.offload.offload` keeps its residuals in pinned memory.
+        `subspec_jax.offload.offload` moves its residuals to pinned memory.
         """
         views, entries = self._layers[index]
 
@@ -182,19 +188,19 @@ class Converted:
         return Layer(views["attn_norm"], attn, views["mlp_norm"], mlp)
 
     def verify(self, index: int, layer: Layer) -> None:
-        """Raises ResidualError, naming them, where arrays of a decoded layer are not the model's.
+        """Raises ResidualError with the names of decoded arrays that differ from the model's.
 
-        `layer` is what `decode_layer` made of `self.layer`, wherever it lies.
+        `layer` is `decode_layer(self.layer(index))`, on host or device.
         """
         found = {path[-1].name: leaf for path, leaf in jax.tree.leaves_with_path(layer)}
         self._verify(LAYER.format(index), found, self._layers[index][1])
 
     def verify_tables(self) -> None:
-        """Like `verify`, of the embedding, the last norm and a head that is stored whole."""
+        """Like `verify`, for the embedding, the last norm and a head that is stored whole."""
         self._verify(TABLES, self.tables, self._tables[1])
 
-    def verify_head(self, head_DV) -> None:
-        """Like `verify`, of the decoded `head`, without the columns that were added."""
+    def verify_head(self, head_DV: jax.Array) -> None:
+        """Like `verify`, for the decoded `head`, without the added columns."""
         self._verify(TABLES, {"head_DV": head_DV}, self._tables[1])
 
     def _verify(self, file: str, found: dict, entries: dict) -> None:
@@ -207,15 +213,19 @@ class Converted:
 
 
 def partition(rows: np.ndarray, kinds: int) -> list[list[int]]:
-    """Layers in at most `kinds` groups such that padding within each, to `rows` [layer, matrix] of
-    its largest, costs least. Groups are runs of the layers sorted by size."""
+    """The layers in at most `kinds` groups, such that padding costs least.
+
+    `rows` [layer, matrix] are the sizes; each matrix is padded to the largest in its group. Groups
+    are runs of the layers sorted by size.
+    """
     order = np.argsort(rows.sum(1), kind="stable")
     count = len(order)
 
     def cost(start, stop):
         return (stop - start) * int(rows[order[start:stop]].max(0).sum())
 
-    # best[stop]: (rows in all, the groups) of the first `stop` layers, with one more group a round.
+    # best[stop]: (total rows, the groups) of the first `stop` layers; each round allows one more
+    # group.
     best = [(0, [])] + [(cost(0, stop), [(0, stop)]) for stop in range(1, count + 1)]
     for _ in range(kinds - 1):
         best = [

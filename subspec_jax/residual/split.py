@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,9 @@ from pallas_kernels.residual_decode.code import COLUMNS, LANES, MAX_WEIGHTS, til
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """An exact matrix [D, F] in two parts: what the draft computes with, and what that lacks.
+    """An exact matrix [D, F] in two parts: the low-bit substitute for the draft, and the residual.
 
-    The substitute is on the device at all times; the residual may be in host memory.
+    The substitute is always on the device; the residual may be in host memory.
     """
 
     substitute: Packed
@@ -32,25 +34,29 @@ class Split:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(D, F)."""
         return self.residual.shape
 
     @property
     def ndim(self) -> int:
+        """2."""
         return 2
 
 
-def is_split(w) -> bool:
+def is_split(w: Any) -> bool:
+    """Whether this is a matrix in two parts."""
     return isinstance(w, Split)
 
 
-def has_split(tree) -> bool:
+def has_split(tree: Any) -> bool:
+    """Whether any matrix of the tree is in two parts."""
     return any(map(is_split, jax.tree.leaves(tree, is_leaf=is_split)))
 
 
 def split_shapes(
     cfg: Config, bits: int, group: int, room: dict[str, tuple[int, int]], code: str = "levels"
 ) -> Layer:
-    """A layer of `Split` matrices as shapes; `room` gives (rows of words, patches) of each."""
+    """A layer of `Split` matrices, as shapes. `room`: (rows of words, patches) of each matrix."""
     names = iter(cfg.joined_matrices)
     split = lambda *matrices: _split(matrices, bits, group, room[next(names)], code)
     plain = abstract(dataclasses.replace(cfg, layers=1)).layers[0]
@@ -67,8 +73,11 @@ def _split(matrices, bits, group, room, code) -> Split:
 
 
 def head_shape(cfg: Config, bits: int, group: int) -> tuple[int, int] | None:
-    """The output head [D, V], with columns added until the kernel decodes it; None where it is no
-    `Split`: it is tied to the embedding, or larger than a residual counts to."""
+    """The shape [D, V] of a split output head, with columns added so that the kernel can decode it.
+
+    None if the head cannot be split: it is tied to the embedding, its rows do not fill whole
+    groups, or it has more weights than a residual can count.
+    """
     whole = COLUMNS * fields_of(bits)
     shape = cfg.d_model, -(-cfg.vocab // whole) * whole
     fits = cfg.d_model % group == 0 and math.prod(shape) < MAX_WEIGHTS
@@ -84,8 +93,10 @@ def split_head_shapes(
 
 
 def gaussian_room(cfg: Config, bits: int, group: int) -> dict[str, tuple[int, int]]:
-    """Room that residuals of normally distributed weights fit into, coded by "levels"; that of the
-    output head, where it can be in two parts, is under "head"."""
+    """By matrix, (rows of words, patches) that are enough for normally distributed weights.
+
+    This is for the code "levels". The output head, if it can be split, has the name "head".
+    """
     head = head_shape(cfg, bits, group)
     shapes = cfg.joined_matrices | ({} if head is None else {"head": head})
     room = {}
@@ -98,26 +109,31 @@ def gaussian_room(cfg: Config, bits: int, group: int) -> dict[str, tuple[int, in
 
 
 GAUSSIAN = {2: (9.95, 0.012), 3: (8.6, 0.008), 4: (7.53, 0.0085), 8: (3.83, 0.0125)}
-"""By bits of the substitute: bits a weight, patches included, and patches a weight. Both depend on
-where in an octave the weights' deviation lies (4 bits: 7.37 to 7.49, 0.2% to 0.7%); these are
-enough everywhere."""
+"""By bits of the substitute: (bits per weight with patches, patches per weight). Both depend on the
+position of the weights' standard deviation within an octave (4 bits: 7.37 to 7.49, 0.2% to 0.7%);
+these values are always enough."""
 
 
 @linear.register
 def _(w: Split, x, out_dtype=None):
-    # Filled part by part: parts to be joined in the end would need room for both.
+    # Filled part by part: joining all parts at the end would need twice the room.
     y = jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype or x.dtype)
     fill = lambda y, found, at: jax.lax.dynamic_update_slice_in_dim(y, found, at, axis=-1)
     return over_parts(w, x, fill, y, y.dtype)
 
 
-def over_parts(w: Split, x, fold, state, dtype):
-    """`state` after state = fold(state, x @ part, the part's first column), over equal parts of the
-    columns of w, from the first to the last; products are of `dtype`."""
+def over_parts(
+    w: Split, x: jax.Array, fold: Callable[[Any, jax.Array, int], Any], state: Any, dtype: Any
+) -> Any:
+    """The last state of state = fold(state, x @ part, first column of the part).
+
+    Parts are equal and contain all columns of w, from the first to the last. Products are in
+    `dtype`.
+    """
     words, parts = w.residual.words, parts_here(w.residual, w.substitute)
     for part in range(parts):
-        # A barrier ties the words to x, and to the part before: otherwise a compiler may decode
-        # all matrices of a layer before it uses the first.
+        # The barrier makes the words depend on x and on the previous part. Without it, a compiler
+        # may decode all matrices of a layer before it uses the first.
         words, x, state = jax.lax.optimization_barrier((words, x, state))
         residual = dataclasses.replace(w.residual, words=words)
         found = linear(residual_decode(residual, w.substitute, None, part, parts), x, dtype)
@@ -126,6 +142,6 @@ def over_parts(w: Split, x, fold, state, dtype):
 
 
 def decode_layer(layer: Layer) -> Layer:
-    """The layer with every `Split` put together and all else as it is."""
+    """The layer with every `Split` decoded to a plain matrix. Other arrays are unchanged."""
     whole = lambda w: residual_decode(w.residual, w.substitute) if is_split(w) else w
     return jax.tree.map(whole, layer, is_leaf=is_split)
