@@ -17,8 +17,14 @@ def attention(shape):
     )  # fmt: skip
 
 
+slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+"""One more case of a branch that a quick one takes, too."""
+QUICK = ("llama-2-7b", "qwen2.5-7b")  # absorbed queries, and rebuilt keys
+MODELS = [name if name in QUICK else slow(name) for name in LOWRANK]
+
+
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("name", LOWRANK)
+@pytest.mark.parametrize("name", MODELS)
 def test_decoding_lowers_to_two_kernels(name, bits):
     shape = LOWRANK[name]
     arguments = shape.arguments(2, 5000, bits)
@@ -30,7 +36,7 @@ def test_decoding_lowers_to_two_kernels(name, bits):
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("name", LOWRANK)
+@pytest.mark.parametrize("name", MODELS)
 def test_tree_verification_lowers(name, bits):
     shape = LOWRANK[name]
     mask = jax.ShapeDtypeStruct((1, 9, 3000), jnp.bool_)

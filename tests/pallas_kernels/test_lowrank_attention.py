@@ -140,6 +140,8 @@ def interpreted(*positional, **options):
     return quickly(*positional, **options, implementation="triton", interpret=True)
 
 
+slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+"""One more case of a branch that a quick one takes, too."""
 WAYS = pytest.mark.parametrize("way", [reference, interpreted])
 
 
@@ -209,7 +211,7 @@ def poisoned(z: Latents, lengths):
 
 
 @WAYS
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [slow(16), 4])
 def test_slots_beyond_the_length_are_not_looked_at(bits, way):
     positional, _ = problem(bits=bits, k_rank=32, v_rank=32)
     q, k, v, *rest, lengths = positional
@@ -219,7 +221,7 @@ def test_slots_beyond_the_length_are_not_looked_at(bits, way):
 
 
 @WAYS
-@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("shared", [1, slow(2)])
 def test_rows_that_see_nothing_are_finite(shared, way):
     (*positional, _), _ = problem(shared=shared, k_rank=32)
     nothing = jnp.zeros((1, 1, 70), bool)
@@ -242,7 +244,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+MORE = ("absorbed 8 bits, long", "rebuilt, three heads", "many rows", "latents out")
+
+
+@pytest.mark.parametrize("case", [slow(case) if case in MORE else case for case in CASES])
 def test_kernels_are_the_reference(case):
     """bfloat16 rounds to 1 part in 256 in a few places; 0.8 % covers all of them."""
     settings = dict(CASES[case])

@@ -10,11 +10,13 @@ from pallas_kernels.lowering import lower_for
 from pallas_kernels.tree_attention import tree_attention, why_not
 from pallas_kernels.tree_attention.tiles import TILE, cut
 
+slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+"""One more case of a branch that a quick one takes, too."""
 # tokens, query heads, kv heads, head size, slots
 SHAPES = [
     (6, 28, 4, 128, 512),  # Qwen2.5-7B's draft step
     (1, 8, 8, 64, 64),
-    (6, 40, 8, 128, 128),
+    slow((6, 40, 8, 128, 128)),
     (37, 8, 2, 32, 192),  # blocks of rows with a part behind the last
     (5, 3, 1, 64, 1088),  # splits that do not divide the tiles
 ]
@@ -37,7 +39,7 @@ def expected(q, k, v, mask):
     return np.einsum("bnts,bsnh->btnh", weight / weight.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float16)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("interpret", [False, True], ids=["reference", "kernel"])
 def test_it_is_the_attention(shape, dtype, interpret):
@@ -48,7 +50,7 @@ def test_it_is_the_attention(shape, dtype, interpret):
     np.testing.assert_allclose(np.asarray(y, np.float64), expected(*arguments), atol=8 * step)
 
 
-@pytest.mark.parametrize("alone", [0, 70, 511])
+@pytest.mark.parametrize("alone", [slow(0), 70, slow(511)])
 def test_a_row_may_see_one_slot_alone(alone):
     """Whole tiles and whole splits then hold nothing for it."""
     q, k, v, mask = inputs(6, 28, 4, 128, 512)
@@ -78,8 +80,8 @@ def test_every_row_and_every_tile_is_taken(M, K, S):
     assert (splits - 1) * each < tiles <= splits * each
 
 
-@pytest.mark.parametrize("T", [1, 6, 64, 289, 512])
-@pytest.mark.parametrize("N, K", [(28, 4), (40, 8), (32, 8), (32, 32)])
+@pytest.mark.parametrize("T", [1, 6, slow(64), 289, slow(512)])
+@pytest.mark.parametrize("N, K", [(28, 4), slow(40, 8), slow(32, 8), (32, 32)])
 def test_it_lowers_to_a_kernel_and_one_for_the_parts(T, N, K):
     array = jax.ShapeDtypeStruct
     cache = array((1, 1024, K, 128), jnp.bfloat16)

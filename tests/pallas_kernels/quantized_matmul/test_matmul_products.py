@@ -12,6 +12,8 @@ from pallas_kernels.quantized_matmul import api, quantized_matmul, reference, re
 from pallas_kernels.quantized_matmul.reference import quantized_matmul_by_parts
 from pallas_kernels.quantized_matmul.tiling import Tiling
 
+slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+"""One more case of a branch that a quick one takes, too."""
 BUDGET = {
     # largest error over the largest result, beyond the result's own rounding (2**-8)
     "xla": 3e-3,  # weights rounded to bfloat16
@@ -49,7 +51,7 @@ def kernel(x, w, cfg):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("count", [1, 17])
+@pytest.mark.parametrize("count", [1, slow(17)])
 def test_reference(bits, count):
     w, dense = matrix(bits)
     x = rows(count)
@@ -62,17 +64,17 @@ def test_reference(bits, count):
     "bits, group, count, cfg",
     [
         (4, 64, 1, Tiling(8, 1)),
-        (4, 32, 5, Tiling(8, 3)),
-        (4, 16, 8, Tiling(8, 16)),
-        (4, 128, 16, Tiling(16, 2)),
-        (4, 256, 3, Tiling(8, 4)),
+        slow(4, 32, 5, Tiling(8, 3)),
+        slow(4, 16, 8, Tiling(8, 16)),
+        slow(4, 128, 16, Tiling(16, 2)),
+        slow(4, 256, 3, Tiling(8, 4)),
         (4, 64, 17, Tiling(16, 4)),
-        (4, 64, 50, Tiling(16, 2)),
+        slow(4, 64, 50, Tiling(16, 2)),
         (8, 64, 2, Tiling(8, 2)),
-        (8, 128, 17, Tiling(8, 2)),
+        slow(8, 128, 17, Tiling(8, 2)),
         (3, 64, 5, Tiling(8, 2)),
-        (3, 128, 9, Tiling(16, 1)),
-        (2, 32, 16, Tiling(16, 1)),
+        slow(3, 128, 9, Tiling(16, 1)),
+        slow(2, 32, 16, Tiling(16, 1)),
         (2, 64, 1, Tiling(8, 3)),
     ],
     ids=str,
@@ -84,7 +86,7 @@ def test_kernel(bits, group, count, cfg):
     assert error(kernel(x, w, cfg), x, dense) < BUDGET["kernel"]
 
 
-@pytest.mark.parametrize("bits, outputs", [(4, 300), (4, 1200), (3, 1100)])
+@pytest.mark.parametrize("bits, outputs", [slow(4, 300), (4, 1200), slow(3, 1100)])
 def test_parts(monkeypatch, bits, outputs):
     """One block at a time, and two where the last part has one."""
     w, dense = matrix(bits, outputs=outputs)
