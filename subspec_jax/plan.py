@@ -196,10 +196,12 @@ class _Layout:
 
     @functools.cached_property
     def slots(self) -> int:
+        """Cache slots of the target."""
         return cache_slots(self.max_length, self.spec)
 
     @functools.cached_property
     def cache(self) -> int:
+        """Bytes of the target's cache."""
         return cache_bytes(self.model, self.cfg, self.slots, self.spec.places + 1)
 
     @functools.cached_property
@@ -225,6 +227,7 @@ class _Layout:
 
     @functools.cached_property
     def work(self) -> int:
+        """Bytes of work space."""
         layers = self.model.layers
         plain = all(isinstance(layer.attn, Attention | JoinedAttention) for layer in layers)
         return work_bytes(
