@@ -1,7 +1,7 @@
-"""Text to calibrate on and to be scored: `text(name, part)` for corpora by name, or any file.
+"""Text to calibrate on and to score: `text(name, part)` for a corpus by name, or for any file.
 
-`python` is the documentation of the language that CPython carries; it needs no download. The others
-come from a local folder (`--data-dir`, laid out as in `FILES`) or the Hugging Face hub.
+`python` is the documentation of the language that CPython carries; it needs no download. All others
+come from a local folder (`--data-dir`, with the files of `CORPUS_FILES`) or the Hugging Face hub.
 """
 
 import gzip
@@ -9,22 +9,24 @@ import json
 import random
 import uuid
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from experiments.common.cli import UserError
+from llm_jax.extras import need
 
 Part = Literal["calibration", "evaluation"]
-NAMES = ("python", "wikitext2", "c4", "book")
+CORPORA = ("python", "wikitext2", "c4", "book")
 
 
 class CorpusError(UserError):
-    """Text that cannot be had; the message says where it was looked for and what to do."""
+    """Text that was not found; the message says where it should be and what to do."""
 
 
-FILES: dict[tuple[str, str], tuple[str, ...]] = {
+CORPUS_FILES: dict[tuple[str, str], tuple[str, ...]] = {
     # (corpus, part) -> files below the data directory; the first that exists is read
     ("wikitext2", "evaluation"): (
         "text/wikitext2/wiki.test.raw.gz",
@@ -56,22 +58,22 @@ HUB: dict[tuple[str, str], tuple[str, str, str]] = {
     ("c4", "evaluation"): ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "main"),
 }
 DOCUMENTS = 1100
-"""Of C4, so many documents are read."""
+"""The most documents of C4 that are read."""
 
 
 def text(name: str, part: Part, data_dir: Path | None = None) -> str:
-    """A corpus's text. Calibration and evaluation parts do not overlap.
+    """The text of a corpus or a file. Calibration and evaluation parts do not overlap.
 
-    A path takes the first four fifths of a file for calibration and the rest for evaluation.
-    WikiText-2 is the raw test split as it stands in its file, line by line, which equals the rows
-    of the usual recipe joined by newlines. Raises `CorpusError`.
+    The first four fifths of a file are for calibration and the rest for evaluation. WikiText-2 is
+    the raw test split as it stands in its file, which equals the rows of the usual recipe joined by
+    newlines. Raises `CorpusError`.
     """
     if name == "python":
         return _python(part)
-    if name not in NAMES:
+    if name not in CORPORA:
         path = Path(name).expanduser()
         if not path.is_file():
-            known = ", ".join(NAMES)
+            known = ", ".join(CORPORA)
             raise CorpusError(f"{name!r} is neither a corpus ({known}) nor a text file")
         return _share(_decode(path), part)
     found = _local(name, part, data_dir) or _hub(name, part, data_dir)
@@ -81,7 +83,7 @@ def text(name: str, part: Part, data_dir: Path | None = None) -> str:
 def _python(part: Part) -> str:
     """The language documentation behind `help()`: every fifth topic is for evaluation.
 
-    Topics repeat each other; what is in the evaluation part is cut out of the other.
+    Topics repeat each other; paragraphs of the evaluation part are removed from the other part.
     """
     from pydoc_data.topics import topics
 
@@ -114,39 +116,37 @@ def _local(name: str, part: Part, data_dir: Path | None) -> str | None:
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise CorpusError(f"the data directory {root} does not exist")
-    for file in FILES.get((name, part), ()):
+    for file in CORPUS_FILES.get((name, part), ()):
         if (root / file).is_file():
             return _documents(root / file)
     return None
 
 
 def _hub(name: str, part: Part, data_dir: Path | None) -> str:
-    looked = [str(Path(data_dir) / f) for f in FILES[name, part]] if data_dir else []
+    looked = [str(Path(data_dir) / f) for f in CORPUS_FILES[name, part]] if data_dir else []
     if (name, part) not in HUB:
         raise CorpusError(
             f"no text for {name}: {' and '.join(looked) or 'no --data-dir was given'}; put "
-            f"{FILES[name, part][0]} below a folder and pass it as --data-dir"
+            f"{CORPUS_FILES[name, part][0]} below a folder and pass it as --data-dir"
         )
     repo, file, revision = HUB[name, part]
+    hub = need("huggingface_hub", "eval", f"the corpus {name} without a local file")
     try:
-        from huggingface_hub import hf_hub_download
-
-        path = hf_hub_download(repo, file, repo_type="dataset", revision=revision)
-    except Exception as error:  # no network, no repository, no access: one advice
+        path = hub.hf_hub_download(repo, file, repo_type="dataset", revision=revision)
+    except Exception as error:  # no network, no repository, no access: one advice for all
         raise CorpusError(
-            f"{name} could not be had: looked for {', '.join(looked) or 'no local folder'}, and "
+            f"{name} was not found: looked for {', '.join(looked) or 'no local folder'}, and "
             f"{repo}/{file} on the hub failed ({str(error).splitlines()[0]}). Pass --data-dir with "
-            f"{FILES[name, part][0]} in it, or use the corpus python, which needs no files"
+            f"{CORPUS_FILES[name, part][0]} in it, or use the corpus python, which needs no files"
         ) from error
     return _documents(Path(path))
 
 
 def _documents(path: Path) -> str:
-    """The text of a file: of JSON lines their texts, of parquet its rows, else all of it."""
+    """The text of a file: the texts of JSON lines or of the rows of parquet, or all of the file."""
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return "".join(pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist())
+        parquet = need("pyarrow.parquet", "eval", f"reading {path.name}")
+        return "".join(parquet.read_table(path, columns=["text"])["text"].to_pylist())
     whole = _decode(path)
     if ".json" not in path.name:
         return whole
@@ -168,10 +168,12 @@ def _decode(path: Path) -> str:
         raise CorpusError(f"{path} cannot be read as (gzipped) UTF-8 text: {error}") from error
 
 
-def windows(tokens, length: int, count: int, seed: int | None = None) -> np.ndarray:
-    """int32 [n, length], n <= count: consecutive pieces, or with a seed from random places.
+def windows(
+    tokens: Sequence[int] | np.ndarray, length: int, count: int, seed: int | None = None
+) -> np.ndarray:
+    """int32 [n, length], n <= count: consecutive windows, or with a seed windows at random places.
 
-    `count` 0 takes as many consecutive ones as there are.
+    `count` 0 takes all consecutive windows. Raises CorpusError where the text is too short.
     """
     tokens = np.asarray(tokens, np.int32)
     if length < 2 or len(tokens) < length:
@@ -186,9 +188,12 @@ def windows(tokens, length: int, count: int, seed: int | None = None) -> np.ndar
     return np.stack([tokens[s : s + length] for s in starts])
 
 
-def kv_retrieval(data_dir: Path | None, count: int, pairs: int = 75, seed: int = 0) -> list[dict]:
-    """Records of key-value retrieval (Lost in the Middle): `pairs` random keys and values, and one
-    of the keys. From the data directory where it has them, else made from the seed."""
+def kv_retrieval(
+    data_dir: Path | None, count: int, pairs: int = 75, seed: int = 0
+) -> list[dict[str, Any]]:
+    """`count` records of key-value retrieval (Lost in the Middle), each with the `pairs`, one `key`
+    of them and its `value`. They come from the data directory if it has them, else from the
+    seed."""
     path = None if data_dir is None else Path(data_dir).expanduser() / "text/kv_retrieval"
     found: list[dict[str, Any]] = []
     if path is not None and path.is_dir():

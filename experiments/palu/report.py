@@ -1,4 +1,4 @@
-"""What `experiments.palu` found: a table, and quality against bytes a token as a plot."""
+"""The results of `experiments.palu`: a table, and a plot of quality against bytes a token."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,17 +8,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.plots import METHODS, STYLE
+from experiments.common.plots import STYLE, method_colors
+from experiments.common.records import Record
 from experiments.palu.methods import PLANNED
 from llm_jax.files import atomic_file
 
-Record = dict[str, Any]
-SHOWN = ("acc", "acc_norm", "perplexity")
-"""Of a task's metrics; the records have all."""
+_SHOWN = ("acc", "acc_norm", "perplexity")
+"""The metrics of a task that the table has; the records have all."""
 
 
-def table(rows: Sequence[Record]) -> list[dict]:
-    """One dict a configuration, in order: sizes, perplexity, and what else was measured."""
+def result_rows(rows: Sequence[Record]) -> list[dict[str, Any]]:
+    """One dict a configuration, in order: sizes, perplexity, and all other results."""
     found: dict[str, dict] = {}
     for r in rows:
         name = r["method"]
@@ -35,15 +35,15 @@ def table(rows: Sequence[Record]) -> list[dict]:
             )
         elif r["sample"].startswith("task-"):
             name = r["sample"].removeprefix("task-").rsplit("-", 1)[0]
-            line |= {f"{name}\n{m}": v for m, v in result.items() if m in SHOWN}
+            line |= {f"{name}\n{m}": v for m, v in result.items() if m in _SHOWN}
         else:
             line |= {"retrieval": result["accuracy"], "answer -log p": result["answer_nll"]}
     return list(found.values())
 
 
-def print_table(console: Console, rows: Sequence[Record]) -> None:
-    """One line a configuration; perplexity also as its distance from the dense model's."""
-    lines = table(rows)
+def print_results(console: Console, rows: Sequence[Record]) -> None:
+    """Prints one line a configuration; perplexity also as a change from the dense model's."""
+    lines = result_rows(rows)
     dense = next((l["perplexity"] for l in lines if l["kind"] == "dense"), None)
     shown = Table(box=box.SIMPLE_HEAD)
     shown.add_column("configuration")
@@ -82,14 +82,16 @@ def print_table(console: Console, rows: Sequence[Record]) -> None:
         console.print(shown)
 
 
-def plot(rows: Sequence[Record], folder: Path) -> list[Path]:
-    """The path of a PNG, perplexity over that of the dense model against bytes a token; nothing
-    where matplotlib is missing."""
+def plot_quality(rows: Sequence[Record], folder: Path) -> list[Path]:
+    """The path of a PNG: perplexity over the dense model's against bytes a token.
+
+    No path where matplotlib is missing or there is nothing to compare.
+    """
     try:
         import matplotlib
-    except ImportError:  # a table is there without it
+    except ImportError:  # the table is printed without it
         return []
-    lines = [l for l in table(rows) if "perplexity" in l]
+    lines = [l for l in result_rows(rows) if "perplexity" in l]
     dense = next((l for l in lines if l["kind"] == "dense"), None)
     if dense is None or len(lines) < 2:
         return []
@@ -121,14 +123,14 @@ def _figure(series, dense):
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    for i, (label, points) in enumerate(series.items()):
+    for color, (label, points) in zip(method_colors(len(series)), series.items(), strict=True):
         points.sort()
         rival = label in ("int", "kivi")
         axes.plot(
             *zip(*points, strict=True),
             marker="s" if rival else "o",
             linestyle="--" if rival else "-",
-            color=METHODS[i % len(METHODS)],
+            color=color,
             label=label,
             linewidth=1.2,
             markersize=4,

@@ -1,60 +1,57 @@
-"""Zero-shot tasks through lm-eval: the harness's own code around a model of ours, cache and all.
+"""Zero-shot tasks through lm-eval: its own code around a model of ours with its real cache.
 
-Tasks that have a file below the data folder need no network; any other name is looked up in
-lm-eval, which downloads it. `pip install -e '.[eval]'` brings lm-eval.
+Tasks that have a file below the data folder need no network; lm-eval downloads all others.
+Importing this needs lm-eval, which the extra `eval` brings.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import datasets
 import jax.numpy as jnp
 import numpy as np
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
 
 from experiments.common.cli import UserError
-from experiments.palu.evaluate import token_scores_of
+from experiments.palu.evaluate import token_scores
 from llm_jax.config import Config
 from llm_jax.generation import generate
 from llm_jax.params import Params
 
-try:
-    import datasets
-    from lm_eval.api.model import LM
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
-except ImportError as error:
-    raise ImportError("tasks need lm-eval: pip install -e '.[eval]'") from error
-
 
 class TaskError(UserError):
-    """Tasks that cannot be run; the message says which there are."""
+    """A task that cannot be run; the message says which tasks there are."""
 
 
-QUERY = "{{query.strip()}}"
-ANSWERED = QUERY + "\nAnswer:"
-FILES = {
+_QUERY = "{{query.strip()}}"
+_ANSWERED = _QUERY + "\nAnswer:"
+TASK_FILES = {
     # name: (file in text/zeroshot, prompt)
-    "arc_easy": ("arc_easy.jsonl.gz", ANSWERED),
-    "arc_challenge": ("arc_challenge.jsonl.gz", ANSWERED),
-    "piqa": ("piqa.jsonl.gz", ANSWERED),
-    "boolq": ("boolq.jsonl.gz", ANSWERED),
-    "hellaswag": ("hellaswag_val1000.jsonl.gz", QUERY),
-    "openbookqa": ("openbook_qa.jsonl", QUERY),
-    "copa": ("copa.jsonl", QUERY),
-    "social_iqa": ("siqa.jsonl.gz", QUERY),
-    "commonsense_qa": ("commonsense_qa.jsonl.gz", QUERY),
+    "arc_easy": ("arc_easy.jsonl.gz", _ANSWERED),
+    "arc_challenge": ("arc_challenge.jsonl.gz", _ANSWERED),
+    "piqa": ("piqa.jsonl.gz", _ANSWERED),
+    "boolq": ("boolq.jsonl.gz", _ANSWERED),
+    "hellaswag": ("hellaswag_val1000.jsonl.gz", _QUERY),
+    "openbookqa": ("openbook_qa.jsonl", _QUERY),
+    "copa": ("copa.jsonl", _QUERY),
+    "social_iqa": ("siqa.jsonl.gz", _QUERY),
+    "commonsense_qa": ("commonsense_qa.jsonl.gz", _QUERY),
     "winogrande": ("winogrande.jsonl.gz", None),
     "wsc273": ("winograd_wsc.jsonl", None),
     "lambada_openai": ("lambada_openai.jsonl.gz", None),
 }
 
 
-def config_of(name: str, data_dir: Path) -> dict | None:
-    """The lm-eval configuration of a task over its local file; None where there is no file."""
-    if name not in FILES:
+def config_of(name: str, data_dir: Path) -> dict[str, Any] | None:
+    """The lm-eval configuration of a task with its local file; None where there is no file."""
+    if name not in TASK_FILES:
         return None
-    file, prompt = FILES[name]
+    file, prompt = TASK_FILES[name]
     path = Path(data_dir).expanduser() / "text/zeroshot" / file
     if not path.is_file():
         return None
@@ -75,7 +72,7 @@ def config_of(name: str, data_dir: Path) -> dict | None:
             doc_to_target=" {{continuation}}",
             metric_list=[perplexity, mean("acc")],
         )
-    if prompt is None:  # one ending under two beginnings, of which the likelier is the answer
+    if prompt is None:  # two beginnings for one ending; the likelier beginning is the answer
         return common | dict(
             output_type="multiple_choice",
             doc_to_text=lambda doc: doc["gold"],
@@ -92,10 +89,17 @@ def config_of(name: str, data_dir: Path) -> dict | None:
     )
 
 
-class Model(LM):
-    """What lm-eval asks of a model; every token is scored through the real cache of its layers."""
+class CachedLM(LM):
+    """A model as lm-eval wants it; every token is scored through the real cache of its layers."""
 
-    def __init__(self, params: Params, cfg: Config, tokenizer, batch: int = 8, progress=None):
+    def __init__(
+        self,
+        params: Params,
+        cfg: Config,
+        tokenizer: Any,
+        batch: int = 8,
+        progress: Callable[[float], None] | None = None,
+    ):
         super().__init__()
         self.params, self.cfg, self.tokenizer = params, cfg, tokenizer
         self.batch, self.progress = batch, progress
@@ -104,7 +108,7 @@ class Model(LM):
         pairs = []
         for request in requests:
             context, ending = request.args
-            kept = context.rstrip()  # its last blanks belong to the ending
+            kept = context.rstrip()  # trailing blanks belong to the ending
             start = self.tokenizer.encode(kept) if kept else [min(self.tokenizer.eos)]
             whole = self.tokenizer.encode(kept + context[len(kept) :] + ending)
             pairs.append((start, whole[len(start) :] if kept else whole))
@@ -115,7 +119,7 @@ class Model(LM):
         length = self.cfg.max_length - 1
         for i, request in enumerate(requests):
             tokens = [min(self.tokenizer.eos), *self.tokenizer.encode(request.args[0])]
-            for at in range(1, len(tokens), length):  # each token once, after what fits before it
+            for at in range(1, len(tokens), length):  # each token once, with all context that fits
                 part = tokens[at : at + length]
                 before = tokens[max(0, at - (self.cfg.max_length - len(part))) : at]
                 pairs.append((before, part))
@@ -141,8 +145,8 @@ class Model(LM):
     def _scored(self, pairs) -> list[tuple[float, bool]]:
         """(log p of the ending, whether it is the greedy one) for pairs of token lists.
 
-        Sorted by length and padded to multiples of 32 behind the text, so programs are few; what is
-        too long loses tokens at its beginning.
+        Rows are sorted by length and padded to multiples of 32, so there are few programs. Texts
+        that are too long lose tokens at their beginning.
         """
         size = self.cfg.max_length
         rows = [(start + ending)[-size:] for start, ending in pairs]
@@ -154,7 +158,7 @@ class Model(LM):
             tokens = np.zeros((self.batch, width), np.int32)
             for b, i in enumerate(part):
                 tokens[b, : len(rows[i])] = rows[i]
-            loss, greedy = token_scores_of(self.params, jnp.asarray(tokens), self.cfg)
+            loss, greedy = token_scores(self.params, jnp.asarray(tokens), self.cfg)
             loss, greedy = np.asarray(loss, np.float64), np.asarray(greedy)
             for b, i in enumerate(part):
                 end = len(rows[i]) - 1
@@ -165,20 +169,23 @@ class Model(LM):
         return found
 
 
-def run(
+def run_tasks(
     params: Params,
     cfg: Config,
-    tokenizer,
+    tokenizer: Any,
     tasks: Sequence[str],
     data_dir: Path | None,
     limit: int | None = None,
     batch: int = 8,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, dict]:
-    """{task: {metric: value}}, standard errors of accuracies and counts; `limit` documents each."""
-    built = load(tasks, data_dir)
-    model = Model(params, cfg, tokenizer, batch, progress)
-    # Standard errors are made here: lm-eval's bootstrap forks, which a process with JAX must not.
+    """{task: {metric: value}}, with standard errors of accuracies and the number of documents.
+
+    `limit` is the most documents of each task. Raises TaskError.
+    """
+    built = load_tasks(tasks, data_dir)
+    model = CachedLM(params, cfg, tokenizer, batch, progress)
+    # Standard errors are computed here: lm-eval's bootstrap forks, and a process with JAX must not.
     results = evaluate(model, built, limit=limit, bootstrap_iters=0, log_samples=False)
     found = {}
     for name in tasks:
@@ -194,15 +201,18 @@ def run(
     return found
 
 
-def load(tasks: Sequence[str], data_dir: Path | None):
-    """The tasks as lm-eval's `TaskManager.load` gives them, local files before the hub."""
+def load_tasks(tasks: Sequence[str], data_dir: Path | None) -> Any:
+    """The tasks as lm-eval's `TaskManager.load` gives them; local files are taken first.
+
+    Raises TaskError.
+    """
     datasets.disable_progress_bars()
     manager = TaskManager()
     wanted = []
     for name in tasks:
         config = None if data_dir is None else config_of(name, data_dir)
         if config is None and name not in manager.all_tasks:
-            known = ", ".join(FILES)
+            known = ", ".join(TASK_FILES)
             raise TaskError(f"no task {name!r}; local ones are {known}; others are lm-eval's own")
         wanted.append(name if config is None else ConfigurableTask(config=config))
     try:

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from experiments.palu import __main__ as palu
-from experiments.palu import corpora
-from experiments.palu import evaluate as palu_evaluate
-from experiments.palu import methods as palu_methods
-from experiments.palu.__main__ import Palu
+from experiments.palu import corpora, evaluate
+from experiments.palu.flags import Palu, methods_of
+from experiments.palu.methods import RIVALS
+from experiments.palu.runner import PaluRun
 from llm_jax.attention import caches_for, causal_step
 from llm_jax.config import ConfigError
 from llm_jax.model import forward
@@ -41,7 +41,7 @@ def test_perplexity(batch):
     logits = np.asarray(forward(PARAMS, jnp.asarray(windows), caches, step, CFG)[0], np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = -np.take_along_axis(logp[:, :-1], windows[:, 1:, None], -1).mean()
-    found = palu_evaluate.perplexity(PARAMS, windows, CFG, batch)
+    found = evaluate.perplexity(PARAMS, windows, CFG, batch)
     np.testing.assert_allclose(found["nll"], want, rtol=1e-5)
     np.testing.assert_allclose(found["perplexity"], np.exp(want), rtol=1e-4)
     assert found["tokens"] == 3 * 23 and found["cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
@@ -52,7 +52,7 @@ def test_bytes_are_those_of_the_arrays():
     recipe = Recipe((2,), (((8,), (12,)), ((6,), (16,))), "plain", form)
     converted = to_palu(PARAMS, CFG, recipe)
     windows = np.zeros((1, 8), np.int32)
-    found = palu_evaluate.perplexity(converted, windows, CFG)
+    found = evaluate.perplexity(converted, windows, CFG)
     assert found["cache_bytes_per_token"] == (4 + 4 + 3 + 4) + (3 + 4 + 4 + 4)
 
 
@@ -83,10 +83,8 @@ def test_a_run_resumes_and_reports(folder, tmp_path, capsys, monkeypatch):
     # Half of it is lost; only that half is measured again.
     (tmp_path / "out/records.jsonl").write_text("\n".join(lines[:4]) + "\n")
     asked = []
-    real = palu_evaluate.perplexity
-    monkeypatch.setattr(
-        palu_evaluate, "perplexity", lambda *a, **k: asked.append(1) or real(*a, **k)
-    )
+    real = evaluate.perplexity
+    monkeypatch.setattr(evaluate, "perplexity", lambda *a, **k: asked.append(1) or real(*a, **k))
     assert palu.main(args, console) == 0
     again = [json.loads(l) for l in (tmp_path / "out/records.jsonl").read_text().splitlines()]
     assert len(asked) == 3
@@ -126,7 +124,7 @@ def test_a_budget_is_planned_and_kept(folder, tmp_path, capsys):
     for row, limit in zip(planned, limits, strict=True):
         assert 0.5 * limit < row["result"]["cache_bytes_per_token"] <= limit
         assert row["group"] in (1, 2) and row["key_bits"] in (2, 3, 4, 8, 16)
-    again = palu.Run(args, quiet(), tmp_path / "out")
+    again = PaluRun(args, quiet(), tmp_path / "out")
     again.open()
     again.measure()
     assert len(again.records) == 3  # found again, nothing is measured twice
@@ -141,7 +139,7 @@ def test_a_budget_is_planned_and_kept(folder, tmp_path, capsys):
         (dict(context=4096), ConfigError, "--context is 4096"),
         (dict(granularity=("G",)), ConvertError, "G-LRD with 2 kv heads"),
         (dict(evaluation="nothing"), corpora.CorpusError, "neither a corpus"),
-        (dict(keep=(1.5,)), palu.rank.RankError, "share of ranks"),
+        (dict(keep=(1.5,)), rank.RankError, "share of ranks"),
     ],
 )
 def test_impossible_settings(folder, tmp_path, changes, error, words):
@@ -151,12 +149,12 @@ def test_impossible_settings(folder, tmp_path, changes, error, words):
 
 def test_the_grid_of_the_paper_has_no_doubles():
     cfg = dataclasses.replace(CFG, heads=6, kv_heads=3)
-    methods = palu.methods_of(Palu(preset="paper"), cfg)
+    methods = methods_of(Palu(preset="paper"), cfg)
     names = [m.name for m in methods]
     assert len(set(names)) == len(names) > 60
     for word in ("J 2 bit, whitened, unrotated", "M 3 bit, whitened", "G 16 bit, aware", "kivi2"):
         assert any(word in name for name in names)
-    assert set(palu_methods.RIVALS) <= set(names)
+    assert set(RIVALS) <= set(names)
 
 
 def test_the_retrieval_prompt_ends_where_the_value_begins():
@@ -164,5 +162,5 @@ def test_the_retrieval_prompt_ends_where_the_value_begins():
         encode = staticmethod(lambda text: list(text.encode()))
 
     record = dict(pairs=[("a", "1"), ("b", "22")], key="b", value="22")
-    prompt, answer = palu_evaluate.retrieval_prompt(Bytes(), record)
+    prompt, answer = evaluate.retrieval_prompt(Bytes(), record)
     assert bytes(answer) == b"22" and bytes(prompt).endswith(b'Corresponding value: "')

@@ -49,7 +49,7 @@ def asked(*args):
 
 
 def test_likelihoods(tokenizer):
-    model = tasks.Model(PARAMS, CFG, tokenizer, batch=2)
+    model = tasks.CachedLM(PARAMS, CFG, tokenizer, batch=2)
     pairs = [("one two", " three"), ("a much longer beginning of a text ", "b"), ("", "end")]
     found = model.loglikelihood(asked(*pairs))
     for (context, ending), (score, greedy) in zip(pairs, found, strict=True):
@@ -67,7 +67,7 @@ def test_likelihoods(tokenizer):
 
 
 def test_rolling_scores_every_token_once(tokenizer):
-    model = tasks.Model(PARAMS, CFG, tokenizer)
+    model = tasks.CachedLM(PARAMS, CFG, tokenizer)
     text = "some words to be scored"
     tokens = [min(tokenizer.eos), *tokenizer.encode(text)]
     want = by_hand(tokens)[np.arange(len(tokens) - 1), tokens[1:]].sum()
@@ -75,7 +75,7 @@ def test_rolling_scores_every_token_once(tokenizer):
 
 
 def test_generation_stops(tokenizer):
-    model = tasks.Model(PARAMS, CFG, tokenizer)
+    model = tasks.CachedLM(PARAMS, CFG, tokenizer)
     whole = model.generate_until(asked(("one two", dict(until=[], max_gen_toks=12))))[0]
     tokens = generate(PARAMS, tokenizer.encode("one two"), CFG, 12, eos=tokenizer.eos)
     assert whole == tokenizer.decode([t for t in tokens if t not in tokenizer.eos])
@@ -146,4 +146,4 @@ def test_tasks_score_what_they_say(folder, tokenizer, data, tmp_path, capsys):
 
 def test_an_unknown_task_is_named(data):
     with pytest.raises(tasks.TaskError, match="no task 'nonsense'; local ones are arc_easy"):
-        tasks.load(["nonsense"], data)
+        tasks.load_tasks(["nonsense"], data)
