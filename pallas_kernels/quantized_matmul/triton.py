@@ -54,8 +54,8 @@ def _kernel(*refs, cfg, rows, bits, fields, each, interpret):
     sums = jax.lax.fori_loop(bound(split), bound(split + 1), turn, start)
     mask = jax.lax.broadcasted_iota(jnp.int32, (R, BLOCK_WORDS), 0) + first * R < rows
     for i in range(fields):
-        own = pl.ds(block * BLOCK_WORDS, BLOCK_WORDS)
-        out = y_ref.at[split, pl.ds(first * R, R), jnp.int32(i), own]
+        own = pl.ds(first * R, R), jnp.int32(i), pl.ds(block * BLOCK_WORDS, BLOCK_WORDS)
+        out = y_ref.at[(split, *own)]
         plgpu.store(out, sums[i].T.astype(y_ref.dtype), mask=mask)
 
 
