@@ -7,13 +7,14 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
 
 from llm_jax.config import Config
 from llm_jax.params import Params
+from llm_jax.progress import Reporter, default_reporter
 from palu_jax.calibration import Statistics, calibrate
 from palu_jax.convert import ConvertError, Objective, Recipe, Spectra, layer_spectra, to_palu
 from palu_jax.latent import LatentFormat
@@ -24,8 +25,6 @@ Search = Literal["uniform", "fisher", "fisher-group", "error"]
 """How ranks are chosen. uniform: the same share everywhere. fisher: by Fisher information, a share
 for each projection (Palu). fisher-group: a share for each group. error: the least predicted error
 over all layers."""
-Progress = Callable[[str, int, int], Any]
-"""Gets what is being done, the number of steps done, and the number of all steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +95,14 @@ def compress(
     slowest: float | None = None,
     tokens: int = 65536,
     statistics: Statistics | None = None,
-    progress: Progress | None = None,
+    reporter: Reporter | None = None,
 ) -> Params:
     """The parameters with low-rank key and value projections and a quantized cache of latents.
 
     `batches` are token ids, int [B, T], to calibrate on; `statistics` from an earlier `calibrate`
     take their place. `bits` is for keys and values, 4 if neither it nor a `format` is given; the
-    other choices are those of `Compression`. Layers may be in host memory. `progress` gets what is
-    being done, the steps done and all steps (0 where the number is not known).
+    other choices are those of `Compression`. Layers may be in host memory. `reporter` shows
+    progress; None: in bars on standard error where that is a terminal.
 
     Raises ConvertError, RankError, FormatError and CalibrationError, which are all PaluError. To
     store the result, take it and its recipe from a `Compressor`.
@@ -116,11 +115,12 @@ def compress(
         keep, format, group, objective, search, split, multiple, rotate, mean_split, fuse_values,
         budget, slowest, tokens,
     )  # fmt: skip
+    reporter = reporter or default_reporter()
     if statistics is None and how.needs_statistics:
-        heard = None if progress is None else lambda done: progress("Calibrating", done, 0)
-        gradients = how.needs_gradients
-        statistics = calibrate(params, batches, cfg, gradients=gradients, progress=heard)
-    return Compressor(params, cfg, statistics, progress).compress(how)[0]
+        batches, gradients = list(batches), how.needs_gradients
+        with reporter.bar("Calibrating", sum(map(len, batches))) as step:
+            statistics = calibrate(params, batches, cfg, gradients=gradients, progress=step)
+    return Compressor(params, cfg, statistics, reporter).compress(how)[0]
 
 
 class Compressor:
@@ -136,11 +136,11 @@ class Compressor:
         params: Params,
         cfg: Config,
         statistics: Statistics | None = None,
-        progress: Progress | None = None,
+        reporter: Reporter | None = None,
     ):
-        """`statistics` are those of `calibrate`, where what is asked for needs them."""
+        """`statistics` of `calibrate` are needed where `Compression.needs_statistics` says so."""
         self._params, self._cfg, self._statistics = params, cfg, statistics
-        self._progress = progress
+        self._reporter = reporter or default_reporter()
         self._kept: tuple[Any, list[Spectra]] | None = None
         self._energies: dict[Objective, dict[int, list]] = {}
 
@@ -204,12 +204,12 @@ class Compressor:
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
         self._kept, found = None, []
-        layers = self._params.layers
-        for i, layer in enumerate(layers):
-            own = None if self._statistics is None else self._statistics.layers[i]
-            found.append(layer_spectra(layer.attn, self._cfg, groups, objective, own, mean_split))
-            if self._progress:
-                title = f"Decomposing (groups of {groups[0]}, {objective})"
-                self._progress(title, i + 1, len(layers))
+        layers, title = self._params.layers, f"Decomposing (groups of {groups[0]}, {objective})"
+        with self._reporter.bar(title, len(layers)) as step:
+            for i, layer in enumerate(layers):
+                own = None if self._statistics is None else self._statistics.layers[i]
+                rest = groups, objective, own, mean_split
+                found.append(layer_spectra(layer.attn, self._cfg, *rest))
+                step(i + 1)
         self._kept = key, found
         return found

@@ -1,10 +1,9 @@
 """One call of `experiments.palu`: open the model, calibrate, convert, measure and report."""
 
-import contextlib
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.console import Console
 
 import palu_jax
 from experiments.common import records
-from experiments.common.progress import bar
+from experiments.common.progress import Bar, bar
 from experiments.palu import corpora, evaluate, report
 from experiments.palu.flags import Palu, dense_bytes, methods_of
 from experiments.palu.methods import PLANNED, CacheMethod, fingerprint
@@ -24,6 +23,7 @@ from llm_jax.extras import need
 from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
 from llm_jax.params import Params
+from llm_jax.progress import Reporter
 from palu_jax import Recipe, Statistics, rank
 from subspec_jax import memory, precompile
 
@@ -31,14 +31,17 @@ Measurement = Callable[[Params, str], dict[str, Any]]
 """A function of the parameters and the title of a progress bar; it gives the results."""
 
 
-class PaluRun:
+class PaluRun(Reporter):
     """One call of the command: a model, its statistics, and a record of everything measured."""
 
     def __init__(self, args: Palu, console: Console, folder: Path):
         self.args, self.console, self.folder = args, console, folder
         self.path = folder / "records.jsonl"
         self.records = records.read(self.path)
-        self.bar = functools.partial(bar, console)
+
+    def bar(self, title: str, total: float) -> AbstractContextManager[Bar]:
+        """A progress bar; where output is not a terminal, a line."""
+        return bar(self.console, title, total)
 
     def open(self) -> None:
         """Reads the model and the evaluation text, after a check of all flags."""
@@ -91,30 +94,14 @@ class PaluRun:
                 self.params, batches, self.cfg, gradients=gradients, path=path, progress=step
             )
 
-    @contextlib.contextmanager
-    def compressor(self) -> Iterator[palu_jax.Compressor]:
-        """A `Compressor` of the model whose progress is shown in bars."""
-        statistics, shown = self.calibrate(), {}
-        with contextlib.ExitStack() as bars:
-
-            def hear(title: str, done: int, total: int) -> None:
-                if title not in shown:
-                    shown[title] = bars.enter_context(self.bar(title, total))
-                shown[title](done)
-                if done == total:
-                    shown.clear()
-                    bars.close()
-
-            yield palu_jax.Compressor(self.params, self.cfg, statistics, hear)
+    def compressor(self) -> palu_jax.Compressor:
+        """A `Compressor` of the model."""
+        return palu_jax.Compressor(self.params, self.cfg, self.calibrate(), self)
 
     def measure(self) -> None:
         """Makes every method, takes its missing measurements, and stores the first conversion."""
-        asked = self.measurements()
-        with self.compressor() as compressor:
-            self._measure(asked, compressor)
-
-    def _measure(self, asked, compressor):
-        stored = False
+        asked, stored = self.measurements(), False
+        compressor = self.compressor()
         for n, method in enumerate(self.methods):
             saving = self.args.save is not None and method.kind == "palu" and not stored
             missing = [(what, run) for what, run in asked if self.found(method, what) is None]
@@ -224,13 +211,13 @@ class PaluRun:
     def continue_text(self) -> None:
         """Prints what the dense model and the first configuration answer to --generate."""
         prompt = self.tokenizer.chat([{"role": "user", "content": self.args.generate}])
-        with self.compressor() as compressor:
-            for method in self.methods[:2]:
-                params, _ = method.applied(self.params, self.cfg, compressor)
-                tokens = generate(params, prompt, self.cfg, 64, eos=self.tokenizer.eos)
-                self.console.rule(method.name)
-                text = self.tokenizer.decode([t for t in tokens if t not in self.tokenizer.eos])
-                self.console.print(text, markup=False, highlight=False)
+        compressor = self.compressor()
+        for method in self.methods[:2]:
+            params, _ = method.applied(self.params, self.cfg, compressor)
+            tokens = generate(params, prompt, self.cfg, 64, eos=self.tokenizer.eos)
+            self.console.rule(method.name)
+            text = self.tokenizer.decode([t for t in tokens if t not in self.tokenizer.eos])
+            self.console.print(text, markup=False, highlight=False)
 
 
 def _planned(method, recipe) -> dict:

@@ -1,5 +1,6 @@
 """`compress` against its pieces done by hand, and what a `Compressor` keeps."""
 
+import contextlib
 import dataclasses
 import inspect
 
@@ -12,6 +13,7 @@ from feeding import text
 import palu_jax
 from llm_jax.attention import caches_for
 from llm_jax.generation import generate
+from llm_jax.progress import Reporter
 from llm_jax.testing import tiny_config, tiny_params
 from palu_jax import compression, planner
 from palu_jax.compression import Compression, Compressor, compress
@@ -25,9 +27,13 @@ def test_it_equals_the_pieces():
     cfg = tiny_config("qwen2")
     params, batches = tiny_params(cfg), [np.asarray(text(cfg, length=24, seed=s)) for s in (1, 2)]
     heard = []
-    found = palu_jax.compress(
-        params, cfg, iter(batches), keep=0.5, bits=4, progress=lambda *step: heard.append(step)
-    )
+
+    class Heard(Reporter):
+        @contextlib.contextmanager
+        def bar(self, title, total):
+            yield lambda done: heard.append((title, done, total))
+
+    found = palu_jax.compress(params, cfg, iter(batches), keep=0.5, bits=4, reporter=Heard())
     statistics = palu_jax.calibrate(params, batches, cfg)
     groups = (cfg.kv_heads,)
     spectra = [
@@ -39,7 +45,7 @@ def test_it_equals_the_pieces():
     chex.assert_trees_all_equal(found, to_palu(params, cfg, recipe, statistics))
     assert share_kept(ranks, groups, cfg.head_dim) == 0.5
     title = f"Decomposing (groups of {cfg.kv_heads}, gradient)"
-    want = [("Calibrating", 2, 0), ("Calibrating", 4, 0)]
+    want = [("Calibrating", 2, 4), ("Calibrating", 4, 4)]
     assert heard == want + [(title, i + 1, cfg.layers) for i in range(cfg.layers)]
     assert len(generate(found, [1, 2, 3], cfg, steps=3)) == 3
 
@@ -137,7 +143,7 @@ def test_impossible_requests(tiny, options, error, words):
 def test_the_keywords_are_the_fields():
     """`compress` spells out the fields of `Compression`, with their defaults."""
     keywords = {n: p.default for n, p in inspect.signature(compress).parameters.items()}
-    for name in ("params", "cfg", "batches", "bits", "statistics", "progress"):
+    for name in ("params", "cfg", "batches", "bits", "statistics", "reporter"):
         del keywords[name]
     assert list(keywords) == [f.name for f in dataclasses.fields(Compression)]
     fields = dataclasses.asdict(Compression()) | dict(format=None)
