@@ -83,7 +83,7 @@ class Network:
         time. Raises SampleError for an array that is not uint8 [H, W, 3], ReadError for a file that
         cannot be read.
         """
-        if isinstance(images, str | Path) or np.ndim(images) == 3:
+        if isinstance(images, str | Path) or getattr(images, "ndim", 0) == 3:
             images = [images]
         images = list(images)
         return list(self.stream(images, conf, max(1, min(batch, len(images)))))

@@ -142,7 +142,7 @@ def train_command(args: Train, console: Console) -> int:
     """Trains, compares precisions on the validation data, appends records."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = args.output or Path("runs") / f"qyolop-{'-'.join(args.data)}-{stamp}"
-    report, stages = Report(), stages_of(args)
+    report = Report()
     cfg = ModelConfig(args.width, args.activation, size=args.size)
     read = lambda name, split, *s: dataset(name, split, args.data_dir, Scenes(*s), report)
     drawn = args.scenes, args.size, args.seed
@@ -153,7 +153,7 @@ def train_command(args: Train, console: Console) -> int:
             validation[name] = Cached(read(name, "val", args.held_out, args.size, HELD_OUT_SEED))
     scorer = Scorer(validation, folder, report, console)
     training = Training(
-        folder, training_data, cfg, stages, loss=args.loss, augment=args.augment,
+        folder, training_data, cfg, stages_of(args), loss=args.loss, augment=args.augment,
         optimization=args.optimization, dtype=None if args.dtype == "auto" else args.dtype,
         seed=args.seed, validate=lambda stage, network: scorer(network, stage.name), report=report,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import jax
@@ -12,10 +13,14 @@ from rich.console import Console
 
 from experiments.qyolop import __main__ as qyolop
 from experiments.qyolop import predict as qyolop_predict
-from qyolop_jax import weights
+from experiments.qyolop import train as qyolop_train
+from qyolop_jax import recipe, weights
+from qyolop_jax.config import ModelConfig
+from qyolop_jax.model import initial
 from qyolop_jax.network import load
 from qyolop_jax.readers import Bdd100k
 from qyolop_jax.scenes import scene
+from qyolop_jax.sources import Feed, in_order
 from qyolop_jax.stages import TrainError
 
 
@@ -28,9 +33,19 @@ def arguments(output, **changes):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def trained(tmp_path_factory):
+    """A folder that the whole command has written."""
     folder = tmp_path_factory.mktemp("run") / "out"
     assert qyolop.main(arguments(folder), Console(quiet=True)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a float network that was not trained."""
+    folder = tmp_path_factory.mktemp("untrained")
+    cfg = ModelConfig(0.125, "relu", size=(64, 96))
+    weights.save_weights(folder / "model.safetensors", cfg, initial(cfg))
     return folder
 
 
@@ -38,40 +53,96 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_leaves_a_model_scores_and_panels(run):
-    cfg, _ = weights.load_weights(run / "model.safetensors")
+@pytest.mark.slow
+def test_a_run_leaves_a_model_scores_and_panels(trained):
+    cfg, _ = weights.load_weights(trained / "model.safetensors")
     assert cfg.size == (64, 96) and cfg.width == 0.125
-    rows = lines(run / "records.jsonl")
+    rows = lines(trained / "records.jsonl")
     assert [r["model"] for r in rows] == ["float32", "naive PTQ", "PTQ", "QAT", "int8"]
     record = rows[0]
     assert record["data"] == "scenes" and 0 <= record["result"]["area/mIoU"] <= 1
     assert rows[4]["result"] == rows[3]["result"]  # integers give what was simulated
     assert rows[4]["bytes"] < 0.4 * rows[0]["bytes"] and rows[4]["seconds"] > 0
     assert {"detection/AP50", "lane/IoU dashed", "lane/F1@2 any"} <= set(record["result"])
-    log = lines(run / "log.jsonl")
+    log = lines(trained / "log.jsonl")
     assert {r["name"] for r in log} == {"pretrain", "mosaic", "finetune", "qat"}
     assert [r["stage"] for r in log if "validation" in r] == [0, 1, 2, 3]
     for stage in ("pretrain", "mosaic", "finetune", "qat", "int8"):
-        panel = cv2.imread(str(run / f"panel-{stage}-scenes.png"))
+        panel = cv2.imread(str(trained / f"panel-{stage}-scenes.png"))
         assert panel.shape[1] > 1280 and panel.std() > 10
 
 
-def test_the_same_folder_goes_on(run, capsys):
-    before = (run / "log.jsonl").read_text()
-    assert qyolop.main(arguments(run), Console(width=120)) == 0
-    assert (run / "log.jsonl").read_text() == before  # nothing was trained again
+@pytest.mark.slow
+def test_the_same_folder_goes_on(trained, capsys):
+    before = (trained / "log.jsonl").read_text()
+    assert qyolop.main(arguments(trained), Console(width=120)) == 0
+    assert (trained / "log.jsonl").read_text() == before  # nothing was trained again
     assert "scenes val" in capsys.readouterr().out
     with pytest.raises(TrainError, match="other settings"):
-        qyolop.main(arguments(run, rate=2e-3), Console(quiet=True))
+        qyolop.main(arguments(trained, rate=2e-3), Console(quiet=True))
 
 
-def test_evaluate(run, tmp_path):
+def test_train_compares_five_networks(tmp_path, monkeypatch, capsys):
+    """The command with no step of training and no score computed: what it passes on and writes."""
+    found = {}
+
+    def fit(folder, phases, config, save_every, identity, progress):
+        found.update(identity=identity, save_every=save_every)
+        variables = None
+        for n, phase in enumerate(phases):
+            variables = phase.begin(variables)
+            phase.validate(variables, phase.steps, True)
+            progress(n, phase.steps, phase.steps, dict(loss=0.5))
+        return variables
+
+    def scores(network, data, report, progress, look):
+        batch, _ = next(in_order(data, Feed(network.cfg.size, 3)))
+        none = np.zeros((3, 0))
+        look(batch, SimpleNamespace(
+            valid=none.astype(bool), boxes=np.zeros((3, 0, 4)), classes=none, scores=none,
+            area=np.zeros((3, 64, 96), np.uint8), lane=np.zeros((3, 64, 96), np.uint8),
+        ))  # fmt: skip
+        return {"area/mIoU": 0.5}
+
+    monkeypatch.setattr(recipe, "fit", fit)
+    monkeypatch.setattr(qyolop_train, "evaluate", scores)
+    monkeypatch.setattr(qyolop_train, "latency", lambda network: 0.25)
+    args = arguments(tmp_path / "out", dtype="float32")
+    assert qyolop.main(args, Console(width=140)) == 0
+    assert found == dict(
+        identity=repr(dataclasses.replace(args, output=None, save_every=0)), save_every=1
+    )
+    rows = lines(tmp_path / "out/records.jsonl")
+    assert [r["model"] for r in rows] == ["float32", "naive PTQ", "PTQ", "QAT", "int8"]
+    assert [r["seconds"] for r in rows] == [0.25, None, None, None, 0.25]
+    assert all(r["settings"] == found["identity"] for r in rows)
+    said = capsys.readouterr().out
+    assert "multiply-adds" in said and "0.500" in said
+    for title in ("pretrain", "mosaic", "finetune", "qat", "naive-PTQ", "int8"):
+        assert (tmp_path / f"out/panel-{title}-scenes.png").stat().st_size > 1000
+    kinds = [type(load(tmp_path / "out" / n).values).__name__
+             for n in ("model.safetensors", "model-int8.safetensors")]  # fmt: skip
+    assert kinds == ["dict", "IntegerModel"]
+
+
+@pytest.mark.slow
+def test_evaluate_gives_the_scores_of_the_run(trained, tmp_path):
     out = tmp_path / "scores.jsonl"
-    args = qyolop.Evaluate(run, scenes=3, output=out)
+    args = qyolop.Evaluate(trained, scenes=3, output=out)
     assert qyolop.main(args, Console(quiet=True)) == 0
-    (found,), first = lines(out), lines(run / "records.jsonl")[0]["result"]
+    (found,), first = lines(out), lines(trained / "records.jsonl")[0]["result"]
     for key, value in first.items():
         assert found["result"][key] == value or value is None or np.isnan(value), key
+
+
+def test_evaluate(run, tmp_path, capsys):
+    out = tmp_path / "scores.jsonl"
+    args = qyolop.Evaluate(run, scenes=2, batch=2, output=out)
+    assert qyolop.main(args, Console(width=140)) == 0
+    (found,) = lines(out)
+    assert (found["data"], found["split"], found["protocol"]) == ("scenes", "val", "pooled")
+    assert {"detection/AP50", "area/mIoU", "lane/F1@2 any"} <= set(found["result"])
+    assert "scenes val" in capsys.readouterr().out
 
 
 def test_predict_images_and_labels(run, tmp_path):
@@ -101,15 +172,20 @@ def test_the_checkpoint_that_comes_along_is_whole():
     assert raw["lane"].shape == (1, *cfg.size, 4) and raw["area"].shape == (1, *cfg.size, 3)
 
 
-def test_predict_a_video(run, tmp_path):
-    path = tmp_path / "drive.mp4"
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("run", "model.safetensors"),
+        pytest.param("trained", "model-int8.safetensors", marks=pytest.mark.slow),
+    ],
+)
+def test_predict_a_video(folder, name, request, tmp_path):
+    file, path = request.getfixturevalue(folder) / name, tmp_path / "drive.mp4"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 10, (160, 96))
     for i in range(5):
         writer.write(np.ascontiguousarray(scene(i, (96, 160)).image[..., ::-1]))
     writer.release()
-    args = qyolop_predict.Predict(
-        path, run / "model-int8.safetensors", tmp_path / "seen.mp4", batch=2
-    )
+    args = qyolop_predict.Predict(path, file, tmp_path / "seen.mp4", conf=0.01, batch=2)
     assert qyolop.main(args, Console(quiet=True)) == 0
     reader = cv2.VideoCapture(str(tmp_path / "seen.mp4"))
     assert reader.get(cv2.CAP_PROP_FRAME_COUNT) == 5
@@ -155,7 +231,7 @@ def test_no_words_are_train(words, changed, monkeypatch):
         (["train", "--size", "100", "320"], "multiples of 32"),
         (["evaluate", "--run", "nowhere"], "there is no file nowhere"),
         (["predict", "--run", "RUN", "--input", "nowhere"], "there is no nowhere"),
-        (["predict", "--run", "RUN", "--input", "RUN/log.jsonl"], "or a folder of images"),
+        (["predict", "--run", "RUN", "--input", "RUN/model.safetensors"], "or a folder of images"),
     ],
 )
 def test_bad_input_is_named(words, said, run, capsys, monkeypatch, tmp_path):
