@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, whenever a process is killed."""
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -10,17 +11,20 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A scratch file beside `path` that takes its place when the block ends without an error.
+    """A scratch file near `path` that takes its place when the block ends without an error.
 
-    Its contents are on the disk before it has the name; after an error nothing is left.
+    Its contents are on the disk before it has the name; after an error nothing is left. What a
+    killed process left of the same file is removed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-        scratch = Path(folder) / path.name
+    folder = _scratch_folder(path)
+    try:
+        scratch = folder / path.name
         yield scratch
         _flush(scratch)
         os.replace(scratch, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -32,17 +36,35 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    scratch = _scratch_folder(path)
     try:
         yield scratch
         for file in scratch.rglob("*"):
             if file.is_file():
                 _flush(file)
         os.replace(scratch, path)
-    except BaseException:
+    finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        raise
+
+
+def _scratch_folder(path: Path) -> Path:
+    """A new folder beside `path`, named after it and this process: .model.json.4711.x7dk2q"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
+        process = old.name.removeprefix(f".{path.name}.").split(".")[0]
+        if process.isdecimal() and not _is_running(int(process)):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}."))
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _flush(path: Path) -> None:

@@ -20,10 +20,11 @@ def lower_for(f: Callable[..., Any], *arguments: Any, device: str = "NVIDIA H200
 def _abstract(device: str):
     """A mesh of one such device, which jax needs from 0.11 on; nothing before."""
     try:
-        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+        from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
         kind = AbstractDevice(device_kind=device, num_cores=None, platform="gpu")
-        mesh = AbstractMesh((1,), ("x",), abstract_device=kind)
+        # Automatic, as outside of a mesh: explicit axes would have to be named by the programs.
+        mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=kind)
     except (ImportError, TypeError):
         return contextlib.nullcontext()
     return use_abstract_mesh(mesh)

@@ -13,14 +13,15 @@ Result = TypeVar("Result")
 static = functools.partial(dataclasses.field, metadata=dict(static=True))
 """A field that is part of the program, not of its data: it must be hashable."""
 donated = functools.partial(dataclasses.field, metadata=dict(donated=True))
-"""A field whose buffers the program may reuse for what it returns; they are gone afterwards."""
+"""A field whose buffers the program may use for its results."""
 
 
 class Program(Generic[Inputs, Result]):
     """`f(inputs)` compiled, for inputs that are a dataclass registered as a pytree.
 
-    Fields made by `static` select the program, the buffers of fields made by `donated` are given
-    away. `lower` takes the same inputs with shapes in place of arrays.
+    Fields made by `static` select the program. Buffers of fields made by `donated` may be used for
+    the results, so the caller must not use them afterwards. `lower` takes the same inputs with
+    shapes in place of arrays.
     """
 
     def __init__(self, f: Callable[[Inputs], Result]):
@@ -34,6 +35,10 @@ class Program(Generic[Inputs, Result]):
 
     def __call__(self, inputs: Inputs) -> Result:
         return self._run(*_split(inputs))
+
+    def _cache_size(self) -> int:
+        """Programs compiled so far, as `jax.jit`'s own functions tell it."""
+        return self._run._cache_size()
 
     def lower(self, inputs: Inputs) -> jax.stages.Lowered:
         return self._run.lower(*_split(inputs))

@@ -6,6 +6,7 @@ Finding a source touches no device, so that a memory limit can still be set.
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -137,13 +138,20 @@ def find_source(
         return Source(str(model), cfg, residual=residual, seed=seed)
     checkpoint = model
     if isinstance(model, str | Path):
-        named = str(model) in MODELS or not Path(model).expanduser().exists()
-        found = find_checkpoint(str(model), progress=reporter.say) if named else model
-        checkpoint = open_checkpoint(found)
+        if isinstance(model, str) and (model in MODELS or not _is_path(model)):
+            model_path = find_checkpoint(model, progress=reporter.say)
+        else:
+            model_path = model
+        checkpoint = open_checkpoint(model_path)
     cfg = checkpoint.config(wanted)
     checkpoint.check(cfg)
     name = str(model) if isinstance(model, str) else Path(checkpoint.path).name
     return Source(name, cfg, checkpoint, residual=residual, seed=seed)
+
+
+def _is_path(text: str) -> bool:
+    """Whether text means a file or a folder rather than a model's name."""
+    return os.sep in text or text.endswith(".gguf") or Path(text).expanduser().exists()
 
 
 def add_converted(

@@ -321,7 +321,7 @@ def output_folder(args: Speculative) -> Path:
 
 
 def _write(text: str) -> None:
-    sys.stdout._write(text)
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

@@ -75,9 +75,18 @@ def test_a_killed_process_leaves_the_old_file_whole(tmp_path):
     path.write_text("old")
     killed_inside(f"atomic_file({str(path)!r})")
     assert path.read_text() == "old"
-    with atomic_file(path) as scratch:  # what the killed one left is in nobody's way
+    assert len(names(tmp_path)) == 3  # a folder, with half a file
+    with atomic_file(path) as scratch:
         scratch.write_text("new")
-    assert path.read_text() == "new"
+    assert path.read_text() == "new" and names(tmp_path) == ["a.txt"]
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path):
+    other = tmp_path / f".a.txt.{os.getppid()}.x1"
+    other.mkdir()
+    with atomic_file(tmp_path / "a.txt") as scratch:
+        scratch.write_text("new")
+    assert names(tmp_path) == [other.name, "a.txt"]
 
 
 def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):

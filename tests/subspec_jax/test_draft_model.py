@@ -179,5 +179,5 @@ def test_shapes_are_those_of_the_substitutes(params, layer):
 
 
 def test_groups_that_do_not_fit_raise(params):
-    with pytest.raises(ValueError, match="not a multiple of group 64; of use"):
+    with pytest.raises(ValueError, match="not a multiple of group 64; these fit"):
         substitute(params, 4, 64)

@@ -301,7 +301,7 @@ def test_a_limit_is_the_allocators_fraction(environment, limit, pool):
 def test_a_limit_can_be_set_behind_every_import():
     """In a fresh process: nothing of this package starts a backend when it is imported."""
     program = """
-import subspec_jax.decoder, subspec_jax.substitute, subspec_jax.memory as o
+import subspec_jax.decoder, subspec_jax.draft_model, subspec_jax.memory as o
 import os, jax
 o.card_bytes = lambda: 2**34
 assert o.enforce_limit(2**33) == 2**33 and float(os.environ["XLA_CLIENT_MEM_FRACTION"]) == 0.5

@@ -151,7 +151,7 @@ def test_extra_steps_are_spread_over_the_layers(tiny, monkeypatch, layers, extra
     """All are dispatched behind the last layer at the latest, and never in one heap."""
     steps = []
     monkeypatch.setattr(
-        propose, "extend_once", lambda draft, tree, caches, *_: (steps.append(0), (tree, caches))[1]
+        propose, "extend_once", lambda given: (steps.append(0), (given.tree, given.caches))[1]
     )
     cfg = tiny.cfg.__class__(**{**tiny.cfg.__dict__, "layers": layers})
     proposer = ModelDraft(tiny.params, cfg, TreeSpec("beam", 2, 2, extra=extra))
