@@ -8,6 +8,22 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`@pytest.mark.quick_cases("a", "b")`: of a parametrized test, all other cases are slow."""
+    cases = {}
+    for item in items:
+        if marker := item.get_closest_marker("quick_cases"):
+            quick = item.callspec.id in marker.args
+            cases.setdefault(item.originalname + str(item.path), []).append(quick)
+            if not quick:
+                item.add_marker(pytest.mark.slow)
+    for name, found in cases.items():
+        if len(found) > 1 and not any(found):
+            raise pytest.UsageError(f"quick_cases names no case of {name}")
+
+
 SHARED_DATA = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
 
 

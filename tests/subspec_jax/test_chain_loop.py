@@ -60,6 +60,7 @@ LOOP = {
 }
 
 
+@pytest.mark.quick_cases("beam-greedy", "own cache-sampling", "best-first-sampling")
 @pytest.mark.parametrize(
     "which, how",
     [(which, "greedy") for which in LOOP if which != "uncoupled"]

@@ -85,6 +85,7 @@ def plan_for(cfg, spec, **changes):
     return make_plan(cfg, 2**30, spec, **(fixed | changes))
 
 
+@pytest.mark.quick_cases("residual head", "lookup")
 @pytest.mark.parametrize("name", CASES)
 def test_decoding_compiles_no_large_program_again(compiled, name, monkeypatch):
     monkeypatch.setattr(tree, "SHORTEST", 64)  # the texts below end before and behind it

@@ -108,6 +108,7 @@ def everything(run, models, tmp_path_factory):
 # --- Outputs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_outputs_exist_and_can_be_read(everything):
     assert sorted(p.name for p in everything.folder.iterdir()) == [
         "acceptance_by_depth.png",
@@ -122,6 +123,7 @@ def test_all_outputs_exist_and_can_be_read(everything):
         assert str(path) in everything.out.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_the_table_names_every_method_and_is_not_cut(everything):
     table = everything.out[everything.out.index("method ") :]
     rows = [line.split()[0] for line in table.splitlines() if line.strip()]
@@ -131,6 +133,7 @@ def test_the_table_names_every_method_and_is_not_cut(everything):
     assert "1 of 3 layers resident, 2 streamed" in everything.out
 
 
+@pytest.mark.slow
 def test_records_are_in_order_and_complete(everything):
     assert [r["method"] for r in everything.records] == ["vanilla", "subspec", *METHOD_NAMES[2:]]
     for r in everything.records:
@@ -153,6 +156,7 @@ def test_records_are_in_order_and_complete(everything):
     assert set(streamed) == {2 * layer}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in METHOD_NAMES if n not in ("vanilla", "subspec-lossy")])
 def test_every_lossless_method_decodes_the_plain_text(everything, name):
     found = everything.by_method[name]
@@ -161,6 +165,7 @@ def test_every_lossless_method_decodes_the_plain_text(everything, name):
     assert found["text"] == everything.by_method["vanilla"]["text"]
 
 
+@pytest.mark.slow
 def test_the_run_file_says_what_was_run(everything):
     meta = json.loads((everything.folder / "run.json").read_text())
     assert meta["arguments"]["depth"] == 3 and meta["arguments"]["check_lossless"] is True
@@ -173,6 +178,7 @@ def test_the_run_file_says_what_was_run(everything):
     assert by_name["vanilla"]["tau"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_answer_is_streamed_unless_told_otherwise(run, everything, tmp_path):
     text = everything.by_method["subspec"]["text"]
     shown = everything.out[everything.out.index("Keep it under 200 words.") :]
@@ -181,6 +187,7 @@ def test_the_answer_is_streamed_unless_told_otherwise(run, everything, tmp_path)
     assert "Keep it under" not in silent.out and silent.records[0]["text"] == text
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_the_same_model(run, models, everything, tmp_path):
     found = run("--method vanilla --compare", tmp_path, models["gguf"])
     assert found.records[0]["token_ids"] == everything.by_method["vanilla"]["token_ids"]
@@ -223,6 +230,7 @@ def test_only_what_is_missing_is_decoded(run, pair, appended, tmp_path):
     assert "subspec: 1 turns were done before" in again.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_run_that_was_killed_goes_on_where_it_was(run, pair, models, tmp_path, error):
     flags = f"{PAIR} --samples 2"
@@ -270,6 +278,7 @@ def test_the_data_folder_counts_however_it_is_written(tmp_path, monkeypatch):
 # --- Ways to run -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sampling_is_lossless_too(run, tmp_path):
     found = run("--temperature 0.8 --check-lossless --compare chain ngram vanilla", tmp_path)
     assert [r["method"] for r in found.records] == ["vanilla", "subspec", "chain", "ngram"]
@@ -281,6 +290,7 @@ def test_sampling_is_lossless_too(run, tmp_path):
     assert greedy[1]["lossless"]["identical"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", ["--stop-gain auto", "--post-speculation 2", "--depth 0", "--lookup 4"]
 )
@@ -290,6 +300,7 @@ def test_variants_are_lossless(run, everything, tmp_path, flags):
     assert found.records[0]["token_ids"] == everything.by_method["vanilla"]["token_ids"]
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_a_layer_less_is_tried(
     run, models, everything, tmp_path, monkeypatch
 ):
@@ -317,6 +328,7 @@ def test_where_memory_runs_out_a_layer_less_is_tried(
     assert refused.code == 2 and "ran out of memory" in refused.err and failures == [1]
 
 
+@pytest.mark.slow
 def test_a_tree_is_chosen_from_the_first_rounds(run, everything, tmp_path):
     """Only the shape is chosen: the text is the same. Methods that draft from text have none."""
     found = run("--depth auto --width auto --compare ngram vanilla --no-show", tmp_path)
@@ -358,6 +370,7 @@ def residual(run, tmp_path_factory):
     return SimpleNamespace(root=root, flags=flags, **vars(found))
 
 
+@pytest.mark.slow
 def test_residuals_stream_and_the_text_is_that_of_plain_layers(residual):
     """vanilla and ngram have no substitutes: their layers stream as they are."""
     plain = residual.by_method["vanilla"]
@@ -373,6 +386,7 @@ def test_residuals_stream_and_the_text_is_that_of_plain_layers(residual):
     assert "substitutes" not in meta["plans"]["vanilla"]["device"]
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_used_again(run, residual, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "subprocess", None)  # which would convert
     again = run(f"{residual.flags} --verify-weights --compare", tmp_path)
@@ -381,6 +395,7 @@ def test_a_converted_model_is_used_again(run, residual, tmp_path, monkeypatch):
     assert "Converting" not in again.out
 
 
+@pytest.mark.slow
 def test_random_residuals_are_timed_with_the_published_acceptance(run, monkeypatch, tmp_path):
     monkeypatch.setattr(sources, "find_model", lambda name: SimpleNamespace(config=CFG))
     flags = "--weights random --stream residual --replay-acceptance published --compare vanilla"
@@ -396,6 +411,7 @@ def test_random_residuals_are_timed_with_the_published_acceptance(run, monkeypat
     assert 0 < bytes_of("subspec") < bytes_of("vanilla")
 
 
+@pytest.mark.slow
 def test_without_a_limit_one_is_emulated_that_every_method_can_keep(run, tmp_path):
     flags = "--memory-limit auto --resident None --check-lossless"
     found = run(f"{flags} --compare subspec-unshared-layers", tmp_path)
@@ -533,6 +549,7 @@ def converting(flags: str) -> SimpleNamespace:
     return call(flags, convert.cli)
 
 
+@pytest.mark.slow
 def test_what_was_begun_otherwise_is_not_touched(models, residual):
     folder = residual.root / "model"
     before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
