@@ -20,6 +20,9 @@ from pallas_kernels.residual_decode.code import pad
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.split import Split, gaussian_room, split_shapes
 
+slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+"""One more case of a branch that a quick one takes, too."""
+
 
 def pair(D, F, bits=4, group=64, dtype="bfloat16", seed=0):
     rng = np.random.default_rng(seed)
@@ -40,10 +43,10 @@ def bits_of(r, q, count=1):
     "D, F, bits, group, dtype",
     [
         (128, 512, 4, 64, "bfloat16"),
-        (192, 1024, 4, 64, "float16"),
+        slow(192, 1024, 4, 64, "float16"),
         (128, 1024, 2, 64, "bfloat16"),
-        (64, 256, 8, 32, "bfloat16"),
-        (32, 512, 4, 16, "bfloat16"),
+        slow(64, 256, 8, 32, "bfloat16"),
+        slow(32, 512, 4, 16, "bfloat16"),
     ],
 )
 def test_bits_are_those_of_the_weights(D, F, bits, group, dtype):
@@ -55,7 +58,7 @@ def test_bits_are_those_of_the_weights(D, F, bits, group, dtype):
     np.testing.assert_array_equal(bits_of(wider, q), w.view(np.uint16))
 
 
-@pytest.mark.parametrize("parts", [1, 4, 8])
+@pytest.mark.parametrize("parts", [1, slow(4), 8])
 def test_a_product_takes_a_part_of_the_matrix_at_a_time(monkeypatch, parts):
     w = np.random.default_rng(1).standard_normal((128, 1024), np.float32).astype(jnp.bfloat16)
     low = quantize(jnp.asarray(w), 4, 64)
@@ -85,6 +88,7 @@ def test_every_pattern():
     np.testing.assert_array_equal(bits_of(r, packed(q)), w.view(np.uint16))
 
 
+@pytest.mark.slow
 def test_damage_stays_in_bounds():
     """Any word may be wrong: other weights, but no endless loop and nothing outside."""
     w, r, q = pair(64, 512)
@@ -95,7 +99,9 @@ def test_damage_stays_in_bounds():
             assert bits_of(dataclasses.replace(r, words=words), q).shape == w.shape
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-32b", "llama-3.1-8b", "qwen3-8b"])
+@pytest.mark.parametrize(
+    "name", ["qwen2.5-7b", slow("qwen2.5-32b"), slow("llama-3.1-8b"), slow("qwen3-8b")]
+)
 def test_layers_of_the_models_lower_to_four_kernels(name):
     cfg = dataclasses.replace(MODELS[name].config, dtype="bfloat16")
     layer = split_shapes(cfg, 4, 64, gaussian_room(cfg, 4, 64))
@@ -110,10 +116,10 @@ def test_layers_of_the_models_lower_to_four_kernels(name):
     "change, reason",
     [
         (dict(F=500), "no multiple of 512"),
-        (dict(F=640), "640 columns are no multiple of 512"),
+        slow(dict(F=640), "640 columns are no multiple of 512"),
         (dict(bits=3, F=1024), "3 bits"),
         (dict(D=256, group=128), "group 128"),
-        (dict(D=120, group=24), "group 24"),
+        slow(dict(D=120, group=24), "group 24"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_said(change, reason):
