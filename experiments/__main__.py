@@ -1,6 +1,7 @@
 """All commands: `python -m experiments`, or `thimble` where the package is installed."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -70,6 +71,16 @@ def models() -> str:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status of the command that `words` (the command line's) name."""
+    try:
+        status = _main(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    return status
+
+
+def _main(words: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     first, rest = (words[0], words[1:]) if words else ("--help", [])
     if first in ("--help", "-h"):

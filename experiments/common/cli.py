@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def run(
     be written, and a full disk are a user's errors, too.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    flags = tyro.cli(command, args=words, description=doc)
+    flags = tyro.cli(command, args=words, description=doc, prog=_program(main))
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(width, console.width))
@@ -71,6 +72,14 @@ def run(
         fail(OUT_OF_MEMORY + str(error))
         return 2
     return status if isinstance(status, int) else 0
+
+
+def _program(main: Callable[..., Any]) -> str:
+    """How the command of this main function is called."""
+    module = main.__module__
+    if module == "__main__" and (spec := sys.modules[module].__spec__):
+        module = spec.name
+    return f"python -m {module.removesuffix('.__main__')}"
 
 
 def fail(message: str) -> None:

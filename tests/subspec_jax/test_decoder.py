@@ -101,7 +101,17 @@ SAMPLED_TOO = ("beam", "best-first", "own cache", "lookup", "post beam", "post b
 SAMPLED_TOO += ("auto", "stop", "post and stop")
 
 
-@pytest.mark.quick_cases("vanilla-greedy", "beam-greedy", "beam-sampling", "best-first-sampling", "own cache-sampling", "lookup-greedy", "post beam-sampling", "auto-greedy", "uncoupled-sampling")
+@pytest.mark.quick_cases(
+    "vanilla-greedy",
+    "beam-greedy",
+    "beam-sampling",
+    "best-first-sampling",
+    "own cache-sampling",
+    "lookup-greedy",
+    "post beam-sampling",
+    "auto-greedy",
+    "uncoupled-sampling",
+)
 @pytest.mark.parametrize(
     "name, how",
     [(name, "greedy") for name in PROPOSERS]
@@ -166,7 +176,11 @@ def residual(tiny, request):
     return SimpleNamespace(cfg=cfg, params=params, target=target)
 
 
-@pytest.mark.quick_cases("whole head-beam-greedy-1", "head in two-beam-sampling-0", "head in two-post best-first-greedy-1")
+@pytest.mark.quick_cases(
+    "whole head-beam-greedy-1",
+    "head in two-beam-sampling-0",
+    "head in two-post best-first-greedy-1",
+)
 @pytest.mark.parametrize("resident", [0, 1])
 @pytest.mark.parametrize("how", SAMPLERS)
 @pytest.mark.parametrize("name", RESIDUAL)

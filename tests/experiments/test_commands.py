@@ -1,0 +1,77 @@
+"""The list of commands: each exists, has help, and can be reached by its name."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from experiments.__main__ import COMMANDS, main
+from llm_jax.registry import MODELS
+
+
+def test_every_command_has_a_module_with_a_command_line():
+    for name, (module, what) in COMMANDS.items():
+        assert callable(importlib.import_module(module).cli), name
+        assert what and not what.endswith(".")
+
+
+def test_the_list_names_every_command(capsys):
+    assert main([]) == main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for name in (*COMMANDS, "--version", "--list-models"):
+        assert name in listed
+
+
+def test_the_version_is_the_packages(capsys):
+    import jax
+
+    import subspec_jax
+
+    assert main(["--version"]) == 0
+    assert (
+        capsys.readouterr().out
+        == f"thimble-jax {subspec_jax.__version__} (jax {jax.__version__})\n"
+    )
+
+
+def test_models_are_listed_with_their_sizes(capsys):
+    assert main(["--list-models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(MODELS)
+    seven = next(line for line in lines if line.startswith("qwen2.5-7b"))
+    assert "7.62 B parameters" in seven and "Qwen/Qwen2.5-7B-Instruct" in seven
+
+
+def test_an_unknown_command_gets_a_guess(capsys):
+    assert main(["specultive"]) == 2
+    error = capsys.readouterr().err
+    assert "there is no command 'specultive'; did you mean speculative?" in error
+
+
+def test_words_reach_the_command(capsys):
+    assert main(["speculative", "--samples", "0"]) == 2
+    assert "--samples and --max-new-tokens must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["speculative", "palu", "qyolop", "convert"])
+def test_help_is_for_people(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "type: ignore" not in text and "__main__.py" not in text
+    assert f"python -m experiments.{name}" in text
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m experiments --list-models | head -n 1"
+    found = subprocess.run(
+        command,
+        shell=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert found.stdout.startswith("qwen2.5-0.5b") and found.stderr == ""
