@@ -20,12 +20,11 @@ from palu_jax import store
 from palu_jax.convert import Recipe, to_palu
 from palu_jax.latent import LatentFormat
 from subspec_jax.decoder import Decoder
+from subspec_jax.draft_model import Draft, substitute
 from subspec_jax.offload import place, to_device
-from subspec_jax.draft_model import Draft
 from subspec_jax.plan import make_plan
 from subspec_jax.precompile import compile_ahead, use_cache
 from subspec_jax.propose import ModelDraft, Vanilla
-from subspec_jax.draft_model import substitute
 from subspec_jax.tree import TreeSpec, cache_slots
 from subspec_jax.verify import Target, streamed_prefill
 
@@ -99,7 +98,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("make, form, tree, options", CASES.values(), ids=CASES)
+QUICK = "window, sampled"
+
+
+@pytest.mark.parametrize(
+    "make, form, tree, options",
+    [
+        pytest.param(*case, id=name, marks=() if name == QUICK else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_more_formats_trees_and_ways_of_drawing(make, form, tree, options):
     params = make(form)
     got, rounds, decoder = speculated(params, tree, **options)
@@ -124,6 +132,7 @@ def test_more_formats_trees_and_ways_of_drawing(make, form, tree, options):
             np.testing.assert_allclose(*kept, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_nothing_large_is_compiled_again(tmp_path):
     """What `compile_ahead` makes from shapes alone serves a model with two kinds of layers."""
     names = (
@@ -160,7 +169,9 @@ def test_nothing_large_is_compiled_again(tmp_path):
         reset_cache()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name", [pytest.param("16 bits", marks=pytest.mark.slow), *list(FORMATS)[1:]]
+)
 def test_speculative_tokens_are_the_models_own(name):
     params = palu(FORMATS[name])
     target = Target(dataclasses.replace(params, layers=place(params.layers, 0)), CFG)

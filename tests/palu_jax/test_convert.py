@@ -83,7 +83,16 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("name, mean", [(name, name == "4 and 3") for name in FORMATS])
+SLOW = ("2, blocks of 4", "window")  # the others reach the same code
+
+
+@pytest.mark.parametrize(
+    "name, mean",
+    [
+        pytest.param(name, name == "4 and 3", marks=[pytest.mark.slow] * (name in SLOW))
+        for name in FORMATS
+    ],
+)
 def test_the_cache_gives_what_one_pass_gives(tiny, name, mean):
     """Token by token and at once; codes are the same ones."""
     one = recipe(tiny.cfg, 2, 0.5, "whitened", format=FORMATS[name], mean_split=mean)
@@ -97,7 +106,9 @@ def test_the_cache_gives_what_one_pass_gives(tiny, name, mean):
         assert same.mean() > 0.99  # the first layer's inputs are exact
 
 
-@pytest.mark.parametrize("name", ["4 and 3", "sinks and window"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("4 and 3", marks=pytest.mark.slow), "sinks and window"]
+)
 def test_a_padded_prompt_leaves_the_newest_tokens_exact(tiny, name):
     """`generate` pads 5 tokens to 16: what fills up must not displace the window."""
     one = recipe(tiny.cfg, 2, 0.5, "whitened", format=FORMATS[name])

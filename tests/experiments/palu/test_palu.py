@@ -68,6 +68,24 @@ def quiet():
     return Console(quiet=True)
 
 
+def test_a_small_run_measures_stores_and_reports(folder, tmp_path, capsys):
+    args = arguments(
+        folder, tmp_path / "out", bits=(4,), objective=("whitened",), search=("uniform",),
+        calibration_length=16, calibration_tokens=32, context=16, tokens=16,
+        save=tmp_path / "stored",
+    )  # fmt: skip
+    assert palu.main(args, Console(width=110)) == 0
+    shown = capsys.readouterr().out
+    assert "Decomposing (groups of 2, whitened) …" in shown and "palu 0.5 J 4 bit" in shown
+    rows = [json.loads(l) for l in (tmp_path / "out/records.jsonl").read_text().splitlines()]
+    assert [r["method"] for r in rows] == ["dense", "palu 0.5 J 4 bit, whitened"]
+    assert (rows[1]["rank_kept"], rows[1]["key_rank_share"]) == (0.5, 0.5)
+    # Two layers, keys and values: 16 latents of half a byte, and a step and an offset.
+    assert rows[1]["result"]["cache_bytes_per_token"] == 4 * (16 // 2 + 4)
+    assert store.describe(tmp_path / "stored").recipe.format.key_bits == 4
+
+
+@pytest.mark.slow
 def test_a_run_resumes_and_reports(folder, tmp_path, capsys, monkeypatch):
     args = arguments(folder, tmp_path / "out", rivals=("int4", "kivi4"), granularity=("J", "M"))
     console = Console(width=110)
@@ -96,6 +114,7 @@ def test_a_run_resumes_and_reports(folder, tmp_path, capsys, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_saving_retrieval_and_generation(folder, tmp_path):
     args = arguments(
         folder, tmp_path / "out", bits=(4,), save=tmp_path / "stored", retrieval=1,
@@ -114,6 +133,7 @@ def test_saving_retrieval_and_generation(folder, tmp_path):
         palu.main(args, quiet())
 
 
+@pytest.mark.slow
 def test_a_budget_is_planned_and_kept(folder, tmp_path, capsys):
     args = arguments(folder, tmp_path / "out", keep=(), budget=(0.3, 40), rank_multiple=2)
     assert palu.main(args, Console(width=150)) == 0

@@ -115,6 +115,7 @@ def likelihood(tokenizer, context, ending):
     return by_hand(whole)[np.arange(len(start) - 1, len(whole) - 1), whole[len(start) :]].sum()
 
 
+@pytest.mark.slow
 def test_tasks_score_what_they_say(folder, tokenizer, data, tmp_path, capsys):
     args = palu.Palu(
         checkpoint=folder, output=tmp_path / "out", dtype="float32", tokens=64, context=32,

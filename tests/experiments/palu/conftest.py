@@ -1,0 +1,11 @@
+"""Most of the time here is XLA's; the programs are the same without its optimizations."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
