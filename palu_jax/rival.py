@@ -1,4 +1,4 @@
-"""The rival on equal terms: ordinary keys and values, quantized, in the same engine.
+"""What Palu is compared with, in the same engine: quantized caches of ordinary keys and values.
 
 KIVI (arXiv 2402.02750) quantizes keys per channel, `group` tokens at a time, and values per token;
 the newest tokens stay in 16 bits. Plain integer caches quantize both per token and head.
@@ -8,6 +8,7 @@ P packed bytes.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,10 @@ class KVFormat:
     per_channel: bool = False
     """Keys per channel over `group` tokens (KIVI); otherwise per token and head."""
     group: int = 32
-    """Tokens that share a key step (per channel), and channels that share a value step."""
+    """Number of tokens that share a key step (per channel), and of channels that share a value
+    step."""
     window: int = 0
-    """Newest tokens kept in 16 bits; at least `group` with per_channel."""
+    """Number of newest tokens kept in 16 bits; at least `group` with per_channel."""
     clip: tuple[float, ...] = (1.0,)
     dtype: str | None = None
 
@@ -72,7 +74,10 @@ class CachedAttention:
 
 
 def to_quantized_cache(params: Params, cfg: Config, format: KVFormat) -> Params:
-    """The parameters, shared, with every layer's attention over a cache of that format."""
+    """The parameters with a cache of that format in every layer; all arrays are shared.
+
+    Raises FormatError where groups do not divide heads, or attention is not ordinary.
+    """
     if cfg.head_dim % min(format.group, cfg.head_dim):
         raise FormatError(f"groups of {format.group} do not divide heads of {cfg.head_dim}")
     kinds = {type(layer.attn).__name__ for layer in params.layers} - {"Attention"}
@@ -88,10 +93,10 @@ def to_quantized_cache(params: Params, cfg: Config, format: KVFormat) -> Params:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChannelCache:
-    """KIVI's cache of one layer. Only full groups of keys are ever read from the codes."""
+    """KIVI's cache of one layer. Keys are read from the codes only where a group is full."""
 
     codes_BCP: jax.Array
-    """uint8: the `group` key codes of a channel packed side by side, channel after channel."""
+    """uint8: a channel's `group` key codes packed side by side, channel after channel."""
     step_BCF: jax.Array
     offset_BCF: jax.Array
     v: Latents
@@ -101,18 +106,24 @@ class ChannelCache:
 
     @property
     def slots(self) -> int:
+        """The number of tokens that fit."""
         return self.v.codes_BSP.shape[1]
 
-    def move(self, source, at):
+    def move(self, source: jax.Array, at: Any) -> "ChannelCache":
+        """Raises NotImplementedError: a token has no step of its own."""
         raise NotImplementedError(
             "keys quantized per channel cannot be moved one token at a time: speculative decoding "
             "needs another cache format"
         )
 
-    def write(self, k_BTF, v_BTF, at, real=None) -> "ChannelCache":
-        """With T new tokens in slots at … at+T-1, `real` as in `Step`. The groups they touch are
-        quantized from exact keys; one that is not full yet is done again when it is, and not read
-        before."""
+    def write(
+        self, k_BTF: jax.Array, v_BTF: jax.Array, at: Any, real: Any = None
+    ) -> "ChannelCache":
+        """With T new tokens in slots at … at+T-1, `real` as in `llm_jax.attention.Step`.
+
+        The groups of these tokens are quantized from exact keys. A group that is not full yet is
+        not read; it is quantized again when it is full.
+        """
         f, (B, T, F) = self.format, k_BTF.shape
         fresh = jnp.concatenate([k_BTF, v_BTF], -1)
         every = self.exact.view(fresh, at, self.codes_BCP.shape[1] * f.group)
@@ -137,8 +148,8 @@ class ChannelCache:
             f,
         )
 
-    def stored(self, dtype):
-        """(keys, values) [B, S, F] as their codes say."""
+    def stored(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        """(keys, values) [B, S, F] of all slots, dequantized."""
         f, (B, C, F) = self.format, self.step_BCF.shape
         packed = Latents(self.codes_BCP, self.step_BCF, self.offset_BCF, f.bits, (f.group,) * F)
         k = dense(packed, dtype).reshape(B, C, F, f.group).swapaxes(2, 3).reshape(B, -1, F)
@@ -189,7 +200,7 @@ def _(p: CachedAttention, x_BTD, cache, step: Step, cfg: Config):
 
 
 def _old(f: KVFormat, step: Step, slots: int):
-    """[B, T, S]: which slots a query sees quantized; per channel only full groups can be."""
+    """[B, T, S]: which slots a query sees quantized; per channel only those of full groups."""
     if f.per_channel:
         first = (step.position_BT + 1 - f.window) // f.group * f.group
     else:
