@@ -27,7 +27,7 @@ from experiments.qyolop.evaluate import Evaluate, evaluate_command
 from experiments.qyolop.predict import Predict, predict_command
 from experiments.qyolop.train import Train, train_command
 
-COMMANDS: dict[type, Callable[[Any, Console], int]] = {
+SUBCOMMANDS: dict[type, Callable[[Any, Console], int]] = {
     Train: train_command,
     Evaluate: evaluate_command,
     Quantize: quantize_command,
@@ -55,8 +55,8 @@ class Command:
 
 
 def main(args: Any, console: Console) -> int:
-    """Runs a subcommand: an instance of one of the classes in `COMMANDS`."""
-    return COMMANDS[type(args)](args, console)
+    """Runs a subcommand: an instance of one of the classes in `SUBCOMMANDS`."""
+    return SUBCOMMANDS[type(args)](args, console)
 
 
 def cli(words: Sequence[str] | None = None) -> int:

@@ -116,10 +116,10 @@ def test_training_is_the_four_stages_of_the_paper():
 
 @pytest.mark.slow
 def test_train_gives_a_network_in_integers(tmp_path):
-    stages = recipe.four_stages((0.5, 0.5, 0.5, 0.5), batch=2)
+    stages = recipe.four_stages((0.5, 0.5, 0.5, 0.5))
     seen = []
     look = lambda stage, made: seen.append((stage.name, made.cfg)) or {}
-    trained = qyolop_jax.train(Scenes(4, TINY.size), TINY, stages, folder=tmp_path, validate=look)
+    trained = qyolop_jax.train(Scenes(8, TINY.size), TINY, stages, folder=tmp_path, validate=look)
     assert seen == [(s.name, TINY) for s in stages]
     loaded = qyolop_jax.load(tmp_path / "model-int8.safetensors")
     image = scene(0, (90, 170)).image

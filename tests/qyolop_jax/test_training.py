@@ -115,7 +115,10 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("where", [(0, 3), (0, 10), (0, 12), (1, 1), (1, 7)])
+OTHERS = [pytest.param(w, marks=pytest.mark.slow) for w in ((0, 3), (0, 12), (1, 1), (1, 7))]
+
+
+@pytest.mark.parametrize("where", [(0, 10), *OTHERS])
 def test_a_run_that_was_stopped_ends_the_same(where, tmp_path):
     whole = fit(tmp_path / "whole", phases(), save_every=3, log_every=2)
 
@@ -131,6 +134,7 @@ def test_a_run_that_was_stopped_ends_the_same(where, tmp_path):
     same(whole, fit(tmp_path / "part", phases(), save_every=3))  # finished: nothing left to do
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing(tmp_path):
     """kill -9 in the middle of a run, as often as it takes."""
     script = (

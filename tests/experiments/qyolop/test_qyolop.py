@@ -219,7 +219,7 @@ def test_help_calls_no_subcommand_required(capsys):
 def test_no_words_are_train(words, changed, monkeypatch):
     seen = []
     keep = lambda args, console: seen.append(args) or 0
-    monkeypatch.setitem(qyolop.COMMANDS, qyolop.Train, keep)
+    monkeypatch.setitem(qyolop.SUBCOMMANDS, qyolop.Train, keep)
     assert qyolop.cli(words) == 0 and seen == [dataclasses.replace(qyolop.Train(), **changed)]
 
 

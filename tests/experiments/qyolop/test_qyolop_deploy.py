@@ -92,6 +92,7 @@ def test_quantize_scores_and_leaves_a_better_model_alone(folder, capsys, monkeyp
     assert "area/mIoU" in rows[0]["result"] and rows[0]["settings"]["per_channel"] is False
 
 
+@pytest.mark.slow
 def test_kept_convolutions_are_float_and_can_be_exported(folder, tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     out = tmp_path / "new" / "kept.safetensors"
@@ -145,7 +146,12 @@ def test_sensitivity_tells_how_far_it_is():
 
 
 @pytest.mark.parametrize(
-    ("form", "precision"), [("onnx", "int8"), ("onnx", "float32"), ("stablehlo", "int8")]
+    ("form", "precision"),
+    [
+        pytest.param("onnx", "int8", marks=pytest.mark.slow),
+        ("onnx", "float32"),
+        ("stablehlo", "int8"),
+    ],
 )
 def test_exports_give_what_the_model_gives(folder, tmp_path, form, precision, capsys):
     if form == "onnx":
@@ -210,6 +216,36 @@ def test_bad_input_is_named(words, said, folder, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_benchmark_times_and_writes(tmp_path, monkeypatch, capsys):
+    """The command on ways that do nothing."""
+    subject = qyolop_benchmark.Subject(CFG, {}, None, "random", 1000, 10)
+    monkeypatch.setattr(qyolop_benchmark, "subject", lambda args, console: subject)
+    monkeypatch.setitem(qyolop_benchmark.MATMUL_SIDE, "cpu", 64)
+    monkeypatch.setattr(qyolop_benchmark, "WARM", 0.0)
+
+    def ways(subject, batch, console):
+        for post in (False, True):
+            key = dict(engine="jax", precision="float32", batch=batch, postprocessing=post)
+            yield qyolop_benchmark.Way(
+                key | dict(task="inference"), lambda: sum(range(999)), batch, 1000, "float32"
+            )
+
+    monkeypatch.setattr(qyolop_benchmark, "inference", ways)
+    out = tmp_path / "speed.jsonl"
+    args = qyolop_benchmark.BenchmarkNetwork(batch=(1, 2), repeats=3, output=out)
+    assert qyolop.main(args, Console(width=140)) == 0
+    rows = lines(out)
+    assert [(r["task"], r["batch"]) for r in rows] == [
+        ("matmul", 1), ("inference", 1), ("inference", 1), ("inference", 2), ("inference", 2)
+    ]  # fmt: skip
+    for r in rows[1:]:
+        assert r["repeats"] == 3 and r["macs"] == 1000 and r["weights"] == "random"
+        assert math.isclose(r["images_per_second"], r["batch"] / r["seconds"])
+        assert r["limit"] == "float32 matmul" and r["times_float32"] == 1
+    assert "Best matrix products: float32" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_benchmark_writes_every_way_once(folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     monkeypatch.setitem(qyolop_benchmark.MATMUL_SIDE, "cpu", 256)
