@@ -1,6 +1,7 @@
 """All commands: `python -m experiments`, or `thimble` where the package is installed."""
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -41,9 +42,16 @@ COMMANDS = {
 }
 
 
+def here() -> dict[str, tuple[str, str]]:
+    """The commands that are installed: a wheel has no benchmarks of single parts."""
+    measure = importlib.util.find_spec("experiments.measure") is not None
+    return {name: c for name, c in COMMANDS.items() if measure or not name.startswith("measure.")}
+
+
 def overview() -> str:
-    width = max(map(len, COMMANDS))
-    rows = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    commands = here()
+    width = max(map(len, commands))
+    rows = [f"  {name:{width}}  {what}" for name, (_, what) in commands.items()]
     return "\n".join(
         [
             "usage: thimble COMMAND [FLAGS], or python -m experiments.COMMAND [FLAGS]",
@@ -96,10 +104,10 @@ def _main(words: Sequence[str] | None) -> int:
     if first == "--list-models":
         print(models())
         return 0
-    if first not in COMMANDS:
+    if first not in here():
         import difflib
 
-        close = difflib.get_close_matches(first, COMMANDS, n=2)
+        close = difflib.get_close_matches(first, here(), n=2)
         guess = f"; did you mean {' or '.join(close)}?" if close else ""
         print(f"error: there is no command {first!r}{guess}\n\n{overview()}", file=sys.stderr)
         return 2

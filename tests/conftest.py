@@ -1,5 +1,6 @@
-"""Strictness for every test: no silent dtype or rank promotion."""
+"""For every test: no silent dtype or rank promotion, and programs that are compiled once."""
 
+import os
 import pathlib
 
 import jax
@@ -7,6 +8,16 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A folder for each worker, because JAX's cache files are not written atomically. Processes that
+# tests start use it too.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+COMPILED = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled" / WORKER
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
+    value = os.environ[name.upper()]
+    jax.config.update(name, float(value) if name.endswith("secs") else value)
 
 
 @pytest.hookimpl(tryfirst=True)
