@@ -52,13 +52,14 @@ class Drafting:
     least_L: jax.Array | None = None
     """[steps] step l is not forwarded if its gain is at most least_L[l-1]; -inf: it always is."""
     text_S: jax.Array | None = None
-    """The committed tokens and the root, text_S[at], for `grow_along`; -1 behind their end."""
+    """For `grow_along`: the committed tokens, then the root at text_S[at], then -1."""
     longest: int = static(default=3)
     """The longest n-gram that is looked up in the text."""
 
 
 def forward_nodes(d: Drafting, rows_r: jax.Array) -> tuple[jax.Array, tuple]:
-    """(scores [r, V] behind the nodes in consecutive places `rows_r`, caches with them in)."""
+    """(scores [r, V] of what follows the nodes in consecutive places `rows_r`, caches that hold
+    these nodes)."""
     position_r = d.at + d.tree.depth_E[rows_r]
     slots = d.live or d.caches[0].slots
     mask, positions = node_mask(d.tree, rows_r, d.at, slots), node_positions(d.tree, d.at, slots)
@@ -115,8 +116,8 @@ def _last_level(tree: Tree, spec: TreeSpec) -> Tree:
 
 
 def _extend_along(d: Drafting):
-    """(tree, caches, levels spared) one step further, as in `extend`, with what followed the best
-    node's last tokens in the text forwarded below it."""
+    """(tree, caches, levels spared) one step further, as in `extend`. Tokens that followed the best
+    node's last tokens earlier in the text are forwarded too, below that node."""
     first = d.tree.size
     tree = commit(d.tree, d.spec)
     newest_n = recent(tree, first, d.text_S, d.at, d.longest)
@@ -132,8 +133,8 @@ def _extend_along(d: Drafting):
 def grow_along(d: Drafting) -> tuple[Tree, tuple, jax.Array]:
     """(tree, caches, [steps, looked-up tokens kept, levels spared]): `grow` with a text to copy.
 
-    The tree gets as deep as without the text, in fewer steps where the draft agrees with what it
-    reads there.
+    The tree gets as deep as without the text, in fewer steps where the draft agrees with the
+    text.
     """
     spec = d.spec
 

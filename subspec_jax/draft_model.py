@@ -1,7 +1,7 @@
 """What a draft is made of: low-bit substitutes of a target's layers, and what it shares with it.
 
 The substitutes need no training and no data. Everything here takes a target as arrays or as shapes
-(`jax.ShapeDtypeStruct`): the planner counts the very draft that is loaded later. A substitute has
+(`jax.ShapeDtypeStruct`), so the planner counts the same draft that is loaded later. A substitute has
 four matrices in place of seven: q, k and v are one, gate and up are one.
 """
 
@@ -59,7 +59,7 @@ def make_draft(
     progress: Callable[[int], None] | None = None,
     table_on_host: bool | None = None,
 ) -> Params:
-    """The draft of a target whose first `resident` layers are on the device; shapes of shapes.
+    """The draft of a target whose first `resident` layers are on the device. Given shapes, shapes.
 
     All that is not quantized is shared: the same buffers, not copies. `table_on_host`: the target's
     embedding table is in host memory, so the draft has a low-bit copy; None: it is if it is a NumPy

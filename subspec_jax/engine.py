@@ -60,14 +60,15 @@ def open(
 ) -> "Engine":
     """An engine for a registered name, a folder, a GGUF file or an open checkpoint, planned.
 
-    Weights are loaded at the first use. `memory` is a number of bytes or text such as "8GB": the
-    limit, enforced on a GPU before JAX starts there and planned for on a CPU. "auto": the card's;
-    where the whole model fits, a limit that holds a quarter of its layers. "full": the card's.
+    Weights are loaded at the first use. `memory` limits device memory: a number of bytes, or text
+    such as "8GB". A GPU enforces it from before JAX starts; on a CPU it is only planned for. "full":
+    all of the card. "auto": the same, but if the whole model fits, a limit that holds a quarter of
+    its layers.
 
     `method` is a name of `subspec_jax.methods.METHOD_NAMES`; `also` names further methods that this
-    engine can change to (`Engine.use`), for which the limit must do too. `tree`, `draft`, `gate`,
+    engine can change to (`Engine.use`); they share the limit. `tree`, `draft`, `gate`,
     `stop_gain`, `longest` (the longest n-gram that is looked up) and `draft_model` shape them.
-    Fields of `Options` may be given by name. `reporter` hears of long work; None: bars on a
+    Fields of `Options` may be given by name. `reporter` shows what takes long; None: bars on a
     terminal. Raises a SubspecError, such as a limit that no plan meets, or an LLMError, such as a
     checkpoint that cannot be used.
     """
@@ -172,7 +173,7 @@ class Engine:
         device = jax.devices()[0]
         on_gpu = device.platform == "gpu"
         if on_gpu and self.pool is None:
-            warning = "This GPU did not tell its memory: the limit is planned for, not enforced."
+            warning = "The memory of this GPU is unknown: the limit is planned for, not enforced."
             self.reporter.say(warning, warning=True)
         if on_gpu:
             precompile.use_cache(cache_folder() / "compiled")
@@ -196,8 +197,8 @@ class Engine:
     def predict(self, name: str | None = None) -> dict[str, float] | None:
         """Seconds of a round and of its parts, of the current method or the named one.
 
-        One layer of each kind is timed, on a device that holds no weights: a loaded model is put
-        away first. None: the method drafts with a model or a cache that is not predicted.
+        One layer of each kind is timed on a device without weights, so a loaded model is unloaded
+        first. None: methods with another draft model, and layers of other kinds, are not predicted.
         """
         self.start()
         name = name or self.method.name
@@ -238,7 +239,7 @@ class Engine:
         self._check_open()
         m = self.methods[method] if isinstance(method, str) else method
         p, options = self.plans[m.name], self.options
-        self.decoder = None  # its caches would stand beside the next one's
+        self.decoder = None  # frees its caches before the next one makes its own
         self.method = self.methods[m.name]
         self.load()
         key = (p.resident, p.draft, p.table_on_host)
@@ -277,8 +278,8 @@ class Engine:
     ) -> Decoder:
         """A decoder that has compiled what a text like this needs.
 
-        Where memory runs out, because allocators have ways of their own, the plan is changed to one
-        resident layer less, unless `Options.resident` says how many.
+        If memory runs out, because the allocator needs more than the plan expects, the plan gets one
+        resident layer less, unless `Options.resident` fixes their number.
         """
         method = method or self.method
         m = self.methods[method] if isinstance(method, str) else method
@@ -314,16 +315,17 @@ class Engine:
         eos: Sequence[int] | None = None,
         replay: Iterable[int] | None = None,
     ) -> Iterator[Round]:
-        """Rounds of decoding behind a prompt of token ids; the first is the prefill's.
+        """Rounds of decoding after a prompt of token ids; the first round is the prefill.
 
-        Ends with `new_tokens` (None: as many as fit, 256 at most) or behind a token of `eos` (None:
-        the tokenizer's). `seed` None takes the options'. `replay` needs `Options.replay`.
+        Ends after `new_tokens` (None: as many as fit, at most 256) or after a token of `eos` (None:
+        the tokenizer's). `seed` None: the options' seed. `replay` gives the numbers of draft tokens
+        to accept, and needs `Options.replay`.
         """
         room = self.options.max_length - len(prompt)
         new_tokens = max(1, min(256, room)) if new_tokens is None else new_tokens
         self.start()
         decoder = self.decoder
-        if decoder is None:  # on a GPU with a trial, in case that the plan is a little too tight
+        if decoder is None:  # on a GPU with a trial, because the plan may be a little too tight
             decoder = self.warm_up(prompt, new_tokens) if self._on_gpu() else self.use(self.method)
         seed = self.options.seed if seed is None else seed
         ends = self.eos if eos is None else eos
@@ -362,8 +364,8 @@ class Engine:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """What was measured so far: device, bandwidths, times of loading, and of decoding since the
-        engine was opened (tokens a second with prefill; tau is tokens a pass)."""
+        """What was measured since the engine was opened: the device, bandwidths, seconds of loading,
+        tokens, passes (prefills included), tokens a pass (tau) and tokens a second."""
         total = self._totals
         peak = jax.devices()[0].memory_stats() if self._on_gpu() else None
         return {
@@ -387,7 +389,7 @@ class Engine:
             raise SubspecError("this engine is closed; open another one")
 
     def close(self) -> None:
-        """Frees what the model holds on the device and on the host."""
+        """Frees the memory of the model, on the device and on the host."""
         self._unload()
         self._closed = True
 

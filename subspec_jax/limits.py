@@ -1,4 +1,4 @@
-"""The plan of a method within a limit, and the limit itself: as asked for, the card's, or emulated.
+"""The plan of a method within a limit, and the limit: given, the card's memory, or emulated.
 
 Everything here runs before JAX starts, so that the limit can be enforced.
 """
@@ -18,7 +18,7 @@ from subspec_jax.sources import Source
 
 TRIALS = 2**29
 """Added to the pool of an emulated limit: the compiler times candidate kernels on buffers of its
-own, which for a model as small as SmolLM2 outweigh the model."""
+own, which are larger than a model as small as SmolLM2."""
 
 
 def plan_for(
@@ -56,8 +56,9 @@ def chosen_limit(
 ) -> tuple[int, int | None]:
     """(bytes to plan with, bytes of the pool that is enforced on a GPU, or None).
 
-    `wanted` is what `subspec_jax.open` calls `memory`. Once JAX has started on a GPU, as for a
-    second engine of a process, nothing more can be enforced: what is free of its pool is the most.
+    `wanted` is what `subspec_jax.open` calls `memory`. If JAX has started on a GPU already, as for
+    the second engine of a process, no limit can be enforced; the limit is then at most what is
+    free in the pool of the process.
     """
     methods, card = list(methods), memory.card_bytes()
     if memory.card_is_idle():

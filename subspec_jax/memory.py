@@ -42,7 +42,8 @@ def show_bytes(count: float) -> str:
 
 
 def device_bytes() -> int:
-    """Bytes of all live arrays in device memory, each buffer once; for lack of statistics."""
+    """Bytes of all live arrays in device memory, each buffer once; for devices without
+    statistics."""
     buffers = {}
     for a in jax.live_arrays():
         if not a.is_deleted() and not on_host(a):
@@ -98,7 +99,7 @@ def _ask_card(field: str) -> str | None:
 
 
 CONTEXT_BYTES = 600 * 2**20
-"""Kept free beside the pool for the CUDA context and library workspaces."""
+"""Memory outside of the pool, for the CUDA context and the workspaces of libraries."""
 
 
 def backends_started() -> bool:

@@ -33,7 +33,7 @@ METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 
 
 class MethodError(SubspecError):
-    """A method that cannot run as asked; the message says what is missing."""
+    """A method with settings that it cannot have; the message says what is missing."""
 
 
 @dataclasses.dataclass(frozen=True)

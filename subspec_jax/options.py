@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llm_jax.sample import Sampler
 from subspec_jax import memory
@@ -22,8 +22,8 @@ class Options:
     dtype: Dtype = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""
     stream: Literal["raw", "residual"] = "raw"
-    """residual: of a streamed layer only what its substitute lacks is moved, about half the bytes,
-    and the exact weights are put together on the device. Converts the model once."""
+    """residual: only the part of a streamed layer that its substitute lacks is copied, about half of
+    the bytes; the device computes the exact weights from both. The model is converted once."""
     converted: Path | None = None
     """Folder of the converted model; None: in the cache."""
     verify_weights: bool = False
@@ -35,15 +35,15 @@ class Options:
     resident: int | None = None
     """Layers to keep on the device; None: as many as fit."""
     ahead: int = 1
-    """Layers on their way while one is in use."""
+    """Layers that are being copied while one is in use."""
     table_on_host: bool | None = None
-    """Keep an untied embedding table in host memory; None: whatever streams less."""
+    """Keep an untied embedding table in host memory; None: what streams fewer bytes."""
     replay: bool = False
     """Rounds accept what a trace says, right or wrong, to time the engine; the text means nothing.
     """
 
 
-def default_tree(**changes) -> TreeSpec:
+def default_tree(**changes: Any) -> TreeSpec:
     """The tree for this machine: 48 levels of 6 nodes on a GPU, 8 of 2 on a CPU, where verifying
     many tokens takes long."""
     depth, width = (8, 2) if memory.card_bytes() is None else (48, 6)

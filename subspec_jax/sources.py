@@ -34,14 +34,15 @@ from subspec_jax.tree import TreeSpec
 from subspec_jax.verify import Target
 
 ITERATIONS = {"hqq": 20, "nearest": 0}
-"""Of the quantizer that makes substitutes."""
+"""Iterations of each quantizer."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantizer = Literal["hqq", "nearest"]
 
 
 def chosen_dtype(wanted: Dtype, residual: bool = False) -> str:
-    """auto: float32 on a CPU (bfloat16 for residuals); on a GPU what it multiplies fast."""
+    """The dtype to load weights in. auto: float32 on a CPU (bfloat16 for residuals); on a GPU the
+    16-bit type that it multiplies fast."""
     if wanted != "auto":
         return wanted
     on_cpu = "bfloat16" if residual else "float32"
@@ -61,7 +62,7 @@ class Source:
     residual: bool = False
     """Methods that have substitutes stream residuals."""
     seed: int = 0
-    """Of random weights."""
+    """The seed of random weights."""
 
     def __post_init__(self):
         self._random: Layer | None = None
@@ -110,7 +111,7 @@ def _plain_shapes(cfg: Config) -> Params:
 
 @functools.cache
 def _random_residual_shapes(cfg: Config, bits: int, group: int, split_head: bool) -> Params:
-    """Of random weights, whose residuals take a known number of bytes."""
+    """Shapes of random layers, whose residuals take a known number of bytes."""
     kind = cfg, bits, group
     room = gaussian_room(*kind)
     model = dataclasses.replace(abstract(cfg), layers=(split_shapes(*kind, room),) * cfg.layers)
@@ -163,8 +164,8 @@ def add_converted(
 ) -> None:
     """Gives the source its converted form, which is made first if `folder` does not hold it.
 
-    The default folder is in the cache and named after the model. A process of its own converts,
-    because this one must not touch the device before its limit is set.
+    The default folder is in the cache and named after the model. The conversion runs in another
+    process, because this one must not touch the device before its limit is set.
     """
     if source.checkpoint is None:
         return
