@@ -1,8 +1,8 @@
 """What a draft is made of: low-bit substitutes of a target's layers, and what it shares with it.
 
 The substitutes need no training and no data. Everything here takes a target as arrays or as shapes
-(`jax.ShapeDtypeStruct`), so the planner counts the same draft that is loaded later. A substitute has
-four matrices in place of seven: q, k and v are one, gate and up are one.
+(`jax.ShapeDtypeStruct`), so the planner counts the same draft that is loaded later. A substitute
+has four matrices in place of seven: q, k and v are one, gate and up are one.
 """
 
 import dataclasses

@@ -61,9 +61,9 @@ def open(
     """An engine for a registered name, a folder, a GGUF file or an open checkpoint, planned.
 
     Weights are loaded at the first use. `memory` limits device memory: a number of bytes, or text
-    such as "8GB". A GPU enforces it from before JAX starts; on a CPU it is only planned for. "full":
-    all of the card. "auto": the same, but if the whole model fits, a limit that holds a quarter of
-    its layers.
+    such as "8GB". It is enforced on a GPU, before JAX starts; on a CPU it is only planned for.
+    "full": all of the card. "auto": the same, but if the whole model fits, a limit that holds a
+    quarter of its layers.
 
     `method` is a name of `subspec_jax.methods.METHOD_NAMES`; `also` names further methods that this
     engine can change to (`Engine.use`); they share the limit. `tree`, `draft`, `gate`,
@@ -278,8 +278,8 @@ class Engine:
     ) -> Decoder:
         """A decoder that has compiled what a text like this needs.
 
-        If memory runs out, because the allocator needs more than the plan expects, the plan gets one
-        resident layer less, unless `Options.resident` fixes their number.
+        If memory runs out, because the allocator needs more than the plan expects, the plan gets
+        one resident layer less, unless `Options.resident` fixes their number.
         """
         method = method or self.method
         m = self.methods[method] if isinstance(method, str) else method
@@ -315,7 +315,7 @@ class Engine:
         eos: Sequence[int] | None = None,
         replay: Iterable[int] | None = None,
     ) -> Iterator[Round]:
-        """Rounds of decoding after a prompt of token ids; the first round is the prefill.
+        """Rounds of decoding after a prompt of token ids; the first one is the prefill.
 
         Ends after `new_tokens` (None: as many as fit, at most 256) or after a token of `eos` (None:
         the tokenizer's). `seed` None: the options' seed. `replay` gives the numbers of draft tokens
@@ -364,8 +364,8 @@ class Engine:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """What was measured since the engine was opened: the device, bandwidths, seconds of loading,
-        tokens, passes (prefills included), tokens a pass (tau) and tokens a second."""
+        """What was measured since the engine was opened: the device, bandwidths, seconds of
+        loading, tokens, passes (prefills included), tokens a pass (tau) and tokens a second."""
         total = self._totals
         peak = jax.devices()[0].memory_stats() if self._on_gpu() else None
         return {

@@ -22,8 +22,8 @@ class Options:
     dtype: Dtype = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""
     stream: Literal["raw", "residual"] = "raw"
-    """residual: only the part of a streamed layer that its substitute lacks is copied, about half of
-    the bytes; the device computes the exact weights from both. The model is converted once."""
+    """residual: only the part of a streamed layer that its substitute lacks is copied, about half
+    of the bytes; the device computes the exact weights from both. Converts the model once."""
     converted: Path | None = None
     """Folder of the converted model; None: in the cache."""
     verify_weights: bool = False
