@@ -17,9 +17,9 @@ from typing import Literal
 from rich.console import Console
 
 from experiments.common.cli import UserError, run
-from experiments.common.progress import bar
 from llm_jax import registry
 from llm_jax.formats import open_checkpoint
+from llm_jax.progress import bar
 from llm_jax.quantize import check_grouping
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual.convert import convert

@@ -13,7 +13,6 @@ from rich.console import Console
 
 import palu_jax
 from experiments.common import records
-from experiments.common.progress import Bar, bar
 from experiments.palu import corpora, evaluate, report
 from experiments.palu.flags import Palu, dense_bytes, methods_of
 from experiments.palu.methods import PLANNED, CacheMethod, fingerprint
@@ -23,7 +22,7 @@ from llm_jax.extras import need
 from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
 from llm_jax.params import Params
-from llm_jax.progress import Reporter
+from llm_jax.progress import Bar, Reporter, bar
 from palu_jax import Recipe, Statistics, rank
 from subspec_jax import memory, precompile
 

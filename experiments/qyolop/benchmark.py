@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
-from experiments.common.progress import Bar, bar
 from experiments.qyolop.engines import DeployError, integer_model, onnx_session, pictures
 from llm_jax.extras import MissingPackage
+from llm_jax.progress import Bar, bar
 from qyolop_jax import export, integer, optimization
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.fold import fold, run_folded

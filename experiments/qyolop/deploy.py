@@ -10,12 +10,12 @@ import numpy as np
 from rich.console import Console
 
 from experiments.common import records
-from experiments.common.progress import Bar, bar
 from experiments.qyolop.datasets import HELD_OUT_SEED, dataset
 from experiments.qyolop.engines import DeployError, check_export, integer_model
 from experiments.qyolop.evaluate import latency, print_report, print_scores
 from experiments.qyolop.sensitivity import Case, measure_sensitivity
 from llm_jax.files import atomic_file
+from llm_jax.progress import Bar, bar
 from qyolop_jax import export, integer
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.evaluation import evaluate

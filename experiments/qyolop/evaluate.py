@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
-from experiments.common.progress import bar
 from experiments.qyolop.datasets import HELD_OUT_SEED, DataName, dataset
+from llm_jax.progress import bar
 from qyolop_jax.evaluation import evaluate
 from qyolop_jax.network import Network, load
 from qyolop_jax.samples import Report

@@ -9,9 +9,9 @@ import numpy as np
 from rich.console import Console
 
 from experiments.common.cli import UserError
-from experiments.common.progress import bar
 from llm_jax.extras import need
 from llm_jax.files import atomic_file
+from llm_jax.progress import bar
 from qyolop_jax import draw
 from qyolop_jax.formats import Bdd100kWriter, read_image
 from qyolop_jax.network import Network, load

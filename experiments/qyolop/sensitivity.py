@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
-from experiments.common.progress import bar
 from llm_jax.files import atomic_file
+from llm_jax.progress import bar
 from qyolop_jax import quantize
 from qyolop_jax.graph import Graph
 from qyolop_jax.scales import Scales, Settings

@@ -13,9 +13,9 @@ import numpy as np
 from rich.console import Console
 
 from experiments.common import records
-from experiments.common.progress import bar
 from experiments.qyolop.datasets import HAS_BOXES, HELD_OUT_SEED, DataName, dataset
 from experiments.qyolop.evaluate import latency, print_report, print_scores
+from llm_jax.progress import bar
 from qyolop_jax import draw
 from qyolop_jax.augment import AugmentConfig
 from qyolop_jax.config import IGNORE, ModelConfig

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from experiments.common.progress import bar
+from llm_jax.progress import bar
 
 
 def shown(terminal: bool) -> Console:
