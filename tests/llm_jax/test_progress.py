@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from llm_jax.progress import bar
+from llm_jax.progress import ConsoleReporter, Reporter, bar
 
 
 def shown(terminal: bool) -> Console:
@@ -41,3 +41,24 @@ def test_the_bar_goes_when_its_block_raises():
     with pytest.raises(KeyError), bar(console, "Reading", 4) as progress:
         raise KeyError
     assert progress._progress.finished is False and not progress._progress.live.is_started
+
+
+def test_a_reporter_keeps_quiet_and_a_console_reporter_speaks():
+    silent = Reporter()
+    silent.say("nobody hears this")
+    with silent.bar("Loading", 3) as step, silent.status("Compiling"):
+        step(1)
+    out = io.StringIO()
+    reporter = ConsoleReporter(Console(file=out, width=80))
+    reporter.say("a plan was made")
+    with reporter.bar("Loading", 3) as step, reporter.status("Compiling"):
+        step(1)
+    assert out.getvalue() == "a plan was made\n"  # bars are for terminals
+
+
+def test_a_terminal_sees_the_bar():
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True)
+    with ConsoleReporter(console).bar("Loading layers", 3) as step:
+        step(3)
+    assert "Loading layers" in out.getvalue() and "3/3" in out.getvalue()
