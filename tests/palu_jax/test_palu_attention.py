@@ -130,7 +130,21 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("family, changes", CASES.values(), ids=CASES)
+QUICK = (
+    "biases, 4 and 3 bits", "head norms, 2 bits", "sinks and window", "mean split", "4 bits",
+    "2 bits, sinks and window",
+)  # fmt: skip
+"""One case for each branch of the code; the others are slow."""
+
+
+def cases(table):
+    return [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name not in QUICK))
+        for name, case in table.items()
+    ]
+
+
+@pytest.mark.parametrize("family, changes", cases(CASES))
 def test_attention_is_the_float64_formula(family, changes):
     """A prefill that rebuilds, then a few tokens or one through the kernel."""
     cfg, p = converted(family, changes)
@@ -175,7 +189,7 @@ TREE_CASES = {
 }
 
 
-@pytest.mark.parametrize("family, form", TREE_CASES.values(), ids=TREE_CASES)
+@pytest.mark.parametrize("family, form", cases(TREE_CASES))
 def test_trees_and_what_is_kept_of_them(family, form):
     """Text, a draft's rows, the tree itself, rows moved, then text again: rounds, one by one."""
     cfg, p = converted(family, (("format", form),))
@@ -222,8 +236,8 @@ def test_fused_values_change_nothing(count):
 @pytest.mark.parametrize(
     "dtype, form",
     [
-        ("bfloat16", LatentFormat()),
-        ("bfloat16", LatentFormat(2, 2, window=3)),
+        pytest.param("bfloat16", LatentFormat(), marks=pytest.mark.slow),
+        pytest.param("bfloat16", LatentFormat(2, 2, window=3), marks=pytest.mark.slow),
         ("float16", LatentFormat(4, 3)),
     ],
 )
