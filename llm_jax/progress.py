@@ -69,7 +69,7 @@ class ConsoleReporter(Reporter):
 
     def say(self, message: str, warning: bool = False) -> None:
         style = "yellow" if warning else "dim"
-        self.console.print(message, style=style, highlight=False, soft_wrap=True)
+        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def bar(self, title: str, total: float) -> Iterator[Callable[[float], None]]:
