@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qyolop_jax.metrics import Boxes, Confusion, LaneF1, Protocol, average_precision
+from qyolop_jax.metrics import Boxes, Confusion, IoUProtocol, LaneF1, average_precision
 from qyolop_jax.network import Network, predictor
 from qyolop_jax.postprocess import Predictions
 from qyolop_jax.samples import Batch, Report, Sample
@@ -20,7 +20,7 @@ def evaluate(
     dataset: Sequence[Sample],
     batch: int = 8,
     conf: float = 0.01,
-    protocol: Protocol = "pooled",
+    protocol: IoUProtocol = "pooled",
     report: Report | None = None,
     progress: Callable[[int], None] | None = None,
     look: Callable[[Batch, Predictions], None] | None = None,

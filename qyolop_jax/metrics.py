@@ -17,7 +17,7 @@ from llm_jax.extras import need
 from qyolop_jax import QyolopError
 from qyolop_jax.config import IGNORE, UNKNOWN
 
-Protocol = Literal["pooled", "yolop"]
+IoUProtocol = Literal["pooled", "yolop"]
 """How the IoU of a data set is averaged; see `Confusion`."""
 
 
@@ -64,7 +64,7 @@ class Confusion:
     """
 
     names: tuple[str, ...]
-    protocol: Protocol = "pooled"
+    protocol: IoUProtocol = "pooled"
 
     def __post_init__(self):
         if self.protocol not in ("pooled", "yolop"):

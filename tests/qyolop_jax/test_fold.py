@@ -16,7 +16,10 @@ def images():
     return jax.random.randint(jax.random.key(2), (2, 64, 96, 3), 0, 256).astype(jnp.uint8)
 
 
-@pytest.mark.parametrize("activation", ["silu", "relu", "hardswish"])
+SLOW = [pytest.param(a, marks=pytest.mark.slow) for a in ("silu", "hardswish")]
+
+
+@pytest.mark.parametrize("activation", ["relu", *SLOW])
 def test_folded_is_the_same(activation, images):
     cfg = ModelConfig(0.125, activation, size=(64, 96))
     model = Panoptic(cfg)

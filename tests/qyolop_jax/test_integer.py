@@ -40,8 +40,11 @@ def prepared(act, settings, seed=0):
 
 @pytest.mark.parametrize(
     ("act", "case"),
-    [(a, "default") for a in ("relu", "silu", "hardswish")]
-    + [("relu", "symmetric"), ("silu", "naive"), ("hardswish", "mse")],
+    [("relu", "default"), ("silu", "default"), ("hardswish", "mse")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("hardswish", "default"), ("relu", "symmetric"), ("silu", "naive"))
+    ],
 )
 def test_jax_numpy_and_fake_quantization_agree(act, case):
     settings = CASES[case]
@@ -58,6 +61,7 @@ def test_jax_numpy_and_fake_quantization_agree(act, case):
         assert (off > 0.01).mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_whole_network():
     cfg = ModelConfig(0.125, "relu", size=(64, 96))
     graph, params = fold(cfg, initial(cfg))
@@ -183,7 +187,7 @@ def test_errors_name_what_is_wrong(tmp_path):
     with pytest.raises(GraphError, match="a is not folded"):
         to_integer(Graph(nodes, graph.outputs), params, scales)
     (tmp_path / "torn").write_bytes(b"torn")
-    with pytest.raises(IntegerError, match="no safetensors file"):
+    with pytest.raises(IntegerError, match="not a safetensors file"):
         load_integer_model(tmp_path / "torn")
     from safetensors.numpy import save_file
 
