@@ -3,8 +3,8 @@
 import contextlib
 import glob
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,13 +48,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _scratch_folder(path: Path) -> Path:
-    """A new folder beside `path`, named after it and this process: .model.json.4711.x7dk2q"""
+    """A new folder beside `path`, named after it and this process: .model.json.4711.0c9f3a72"""
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f".{glob.escape(path.name)}.*.*"):
         process = old.name.removeprefix(f".{path.name}.").split(".")[0]
         if process.isdecimal() and not _is_running(int(process)):
             shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}."))
+    folder = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    folder.mkdir()  # with the usual permissions, unlike a temporary folder's
+    return folder
 
 
 def _is_running(process: int) -> bool:

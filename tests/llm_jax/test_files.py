@@ -114,6 +114,13 @@ def test_a_folder_has_its_content_when_the_block_ends(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["model"]
 
 
+def test_a_folder_has_the_usual_permissions(tmp_path):
+    (tmp_path / "usual").mkdir()
+    with atomic_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_exists_is_never_replaced(tmp_path, kind):
     path = tmp_path / "model"
