@@ -11,7 +11,7 @@ import functools
 import hashlib
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -35,6 +35,7 @@ from llm_jax.files import atomic_file
 from llm_jax.linear import linear
 from llm_jax.model import block, embed, unembed
 from llm_jax.params import Attention, Params
+from llm_jax.stream import Stream, route
 from palu_jax import PaluError
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -154,22 +155,6 @@ def _loss_gradient(top, x_BTD, tokens_BT, cfg):
     return jax.lax.map(lambda args: jax.grad(loss)(*args), (x_BTD, tokens_BT))
 
 
-def _walk(layers: Sequence) -> Iterator:
-    """(a layer on the device, a function to call with its output) for each layer.
-
-    The next layer is copied meanwhile. Its copy starts when the block before the present layer is
-    complete, so no more than two streamed layers exist at a time.
-    """
-    home = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="device")
-    coming, last = jax.device_put(layers[0], home), [None]
-    for i in range(len(layers)):
-        layer, coming = coming, None
-        jax.block_until_ready(last[0])
-        if i + 1 < len(layers):
-            coming = jax.device_put(layers[i + 1], home)
-        yield layer, functools.partial(last.__setitem__, 0)
-
-
 def calibrate(
     params: Params,
     batches: Iterable[np.ndarray],
@@ -239,17 +224,19 @@ def _sums(params: Params, tokens_BT, cfg: Config, gradients: bool) -> list[tuple
     else:
         x = jax.jit(embed, static_argnames="cfg")(top, jnp.asarray(tokens_BT), cfg=cfg)
     inputs, sums = [], []
-    for layer, used in _walk(params.layers):
+    stream = Stream(route(params.layers))
+    for _ in params.layers:
         inputs.append(x)
-        x, found = _forward(layer, x, cfg)
-        used(x)
+        x, found = _forward(next(stream), x, cfg)
+        stream.used(x)
         sums.append(jax.device_get(found))
     if gradients:
         grad = _loss_gradient(top, x, jnp.asarray(tokens_BT), cfg)
         last = len(inputs) - 1
-        for i, (layer, used) in enumerate(_walk(params.layers[::-1])):
-            grad, found = _backward(layer, inputs.pop(), grad, cfg)
-            used(grad)
+        stream = Stream(route(params.layers[::-1]))
+        for i in range(len(params.layers)):
+            grad, found = _backward(next(stream), inputs.pop(), grad, cfg)
+            stream.used(grad)
             sums[last - i] = (*sums[last - i], *jax.device_get(found))
     return sums
 

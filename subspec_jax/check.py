@@ -8,7 +8,7 @@ import numpy as np
 
 from llm_jax.attention import caches_for
 from llm_jax.cache import KV
-from subspec_jax.offload import to_device
+from llm_jax.stream import to_device
 from subspec_jax.verify import Target, streamed_prefill
 
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}

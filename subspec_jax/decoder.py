@@ -15,9 +15,9 @@ import numpy as np
 from llm_jax.attention import caches_for
 from llm_jax.cache import KV
 from llm_jax.sample import Sampler
+from llm_jax.stream import to_device
 from subspec_jax import SubspecError
 from subspec_jax.accept import Gate
-from subspec_jax.offload import to_device
 from subspec_jax.propose import Proposer, Round, State
 from subspec_jax.tree import cache_slots, live_sizes, path_to, seedling, step_gains
 from subspec_jax.verify import Target, Verified, finish_round, lay_out, run_pass, streamed_prefill

@@ -17,7 +17,7 @@ from llm_jax.config import Config
 from llm_jax.packed import packed
 from llm_jax.params import Attention, JoinedMLP, Layer, Params, joined
 from llm_jax.quantize import QuantizedTable, quantize
-from subspec_jax.offload import to_device
+from llm_jax.stream import to_device
 from subspec_jax.residual.split import Split, has_split, is_split
 
 

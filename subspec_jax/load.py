@@ -14,8 +14,9 @@ from llm_jax.packed import packed
 from llm_jax.params import Layer, Params, init_layer, joined, unjoined
 from llm_jax.progress import Progress
 from llm_jax.quantize import quantize
+from llm_jax.stream import to_device
 from pallas_kernels.residual_decode.code import pad
-from subspec_jax.offload import offload, place, to_device
+from subspec_jax.offload import offload, place
 from subspec_jax.plan import Plan
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted

@@ -9,8 +9,8 @@ import subprocess
 import jax
 from jax._src import xla_bridge
 
+from llm_jax.stream import on_host
 from subspec_jax import SubspecError
-from subspec_jax.offload import on_host
 
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 

@@ -19,10 +19,10 @@ from llm_jax.attention import caches_for, causal_step
 from llm_jax.cache import KV
 from llm_jax.generation import chunk_sizes
 from llm_jax.sample import Sampler
+from llm_jax.stream import home
 from subspec_jax.accept import Gate
 from subspec_jax.draft import Drafting, extend_once, grow, grow_along
 from subspec_jax.draft_model import make_draft
-from subspec_jax.offload import home
 from subspec_jax.plan import Plan
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, last_logits, lay_out

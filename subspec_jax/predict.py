@@ -2,7 +2,7 @@
 
 Weights are random; times do not depend on them. Measured: a block of the verify pass, the draft's
 whole tree with two and with four layers, and a round's end. Computed: the pipeline of copies and
-blocks, as `offload.Stream` runs it, and the draft with all its layers.
+blocks, as `llm_jax.stream.Stream` runs it, and the draft with all its layers.
 """
 
 import dataclasses
@@ -19,9 +19,10 @@ import numpy as np
 from llm_jax.attention import caches_for
 from llm_jax.params import Layer, Params
 from llm_jax.sample import Sampler
+from llm_jax.stream import StreamedLayer, to_device
 from subspec_jax.draft import Drafting, grow
 from subspec_jax.draft_model import drafted_layers, make_draft
-from subspec_jax.offload import StreamedLayer, offload, streamed_bytes, to_device
+from subspec_jax.offload import offload, streamed_bytes
 from subspec_jax.plan import Plan
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, lay_out
@@ -164,11 +165,11 @@ def measure(
 
 
 def _send_seconds(exact: Layer, repeats: int = 5) -> float:
-    """Median seconds that `offload.Stream` takes to start a copy, without the copy itself."""
-    stop, times = StreamedLayer.of(offload(exact)), []
+    """Median seconds that a `Stream` takes to start a copy, without the copy itself."""
+    layer, times = StreamedLayer.of(offload(exact)), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        copies = stop.send()
+        copies = layer.send()
         times.append(time.perf_counter() - began)
         jax.block_until_ready(copies)
     return statistics.median(times[1:])

@@ -5,7 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from subspec_jax.offload import home, to_device
+from llm_jax.stream import home, to_device
 
 
 def link_bandwidth(size: int = 2**30, repeats: int = 4) -> float:

@@ -16,9 +16,9 @@ from llm_jax.generation import prefill
 from llm_jax.model import hidden
 from llm_jax.params import Params
 from llm_jax.sample import Sampler
+from llm_jax.stream import to_device
 from subspec_jax.draft import Drafting, extend_once, grow, grow_along
 from subspec_jax.lookup import Payoff, check_longest, padded
-from subspec_jax.offload import to_device
 from subspec_jax.stop import StopRule
 from subspec_jax.tree import Tree, TreeSpec, commit
 

@@ -22,8 +22,9 @@ from llm_jax.generation import chunks
 from llm_jax.model import block, embed, rms_norm, unembed
 from llm_jax.params import Layer, Params
 from llm_jax.sample import Sampler
+from llm_jax.stream import Stream, StreamedLayer, route, to_device
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
-from subspec_jax.offload import Stream, StreamedLayer, route, rows_of, to_device
+from subspec_jax.offload import rows_of
 from subspec_jax.program import Program, donated, static
 from subspec_jax.residual.split import is_split, over_parts
 from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant

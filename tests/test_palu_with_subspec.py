@@ -14,6 +14,7 @@ from llm_jax.config import Config
 from llm_jax.generation import generate
 from llm_jax.params import abstract
 from llm_jax.sample import Sampler
+from llm_jax.stream import to_device
 from llm_jax.testing import tiny_params
 from pallas_kernels.quantized_matmul.packing import scales
 from palu_jax import store
@@ -21,7 +22,7 @@ from palu_jax.convert import Recipe, to_palu
 from palu_jax.latent import LatentFormat
 from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import Draft, substitute
-from subspec_jax.offload import place, to_device
+from subspec_jax.offload import place
 from subspec_jax.plan import make_plan
 from subspec_jax.precompile import compile_ahead, use_cache
 from subspec_jax.propose import ModelDraft, Vanilla

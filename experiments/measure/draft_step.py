@@ -30,12 +30,11 @@ from experiments.measure.timing import Clock, bandwidth, wall_seconds
 from llm_jax import registry
 from llm_jax.attention import caches_for
 from llm_jax.config import Config
-from llm_jax.packed import packed
-from llm_jax.params import Params, abstract, joined
-from llm_jax.quantize import quantize
+from llm_jax.params import Params, abstract
 from llm_jax.sample import Sampler
+from llm_jax.stream import to_device
 from subspec_jax.draft import Drafting, grow
-from subspec_jax.offload import to_device
+from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.tree import TreeSpec, cache_slots, live_sizes, seedling
 
 
@@ -59,16 +58,11 @@ class DraftStep:
 
 def draft_shapes(cfg: Config, bits: int, group: int, head_bits: int | None) -> Params:
     """The shapes of the substitutes of all layers, and of the head in `head_bits` if given."""
-    low = lambda w, bits: packed(quantize(w, bits, group, 0))
-
-    def make(model: Params) -> Params:
-        join = lambda *ws: low(jnp.concatenate(ws, axis=-1), bits)
-        layers = tuple(joined(layer, join) for layer in model.layers)
-        head = model.embed_VD.T if cfg.tied else model.head_DV
-        head = head if head_bits is None else low(head, head_bits)
-        return dataclasses.replace(model, layers=layers, head_DV=head)
-
-    return jax.eval_shape(make, abstract(cfg))
+    draft = make_draft(abstract(cfg), Draft(bits, group, head_bits), table_on_host=False)
+    if draft.head_DV is not None:
+        return draft
+    head = jax.ShapeDtypeStruct((cfg.d_model, cfg.vocab), draft.embed_VD.dtype)
+    return dataclasses.replace(draft, head_DV=head)  # a tied head is read as often as another
 
 
 def time_tree(args: DraftStep, cfg: Config) -> dict[str, Any]:

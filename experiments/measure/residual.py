@@ -44,10 +44,10 @@ from experiments.measure.timing import wall_seconds
 from llm_jax.formats import open_checkpoint
 from llm_jax.packed import packed
 from llm_jax.quantize import Quantized, codes_of, quantize, quantized_bytes
+from llm_jax.stream import home, to_device
 from pallas_kernels.device import on_gpu
 from pallas_kernels.residual_decode import residual_decode, why_not
 from pallas_kernels.residual_decode.code import CODES, Residual, differ, predict_weights
-from subspec_jax.offload import home, to_device
 from subspec_jax.residual.encode import decode_numpy, encode, patterns, sample
 from subspec_jax.residual.files import partition
 

@@ -22,7 +22,8 @@ from llm_jax.cache import KV
 from llm_jax.config import DTYPES, Config
 from llm_jax.params import Layer, init_layer
 from llm_jax.registry import find_model
-from subspec_jax.offload import offload, streamed_bytes, to_device
+from llm_jax.stream import to_device
+from subspec_jax.offload import offload, streamed_bytes
 from subspec_jax.verify import jit_block
 
 

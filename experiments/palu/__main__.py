@@ -20,7 +20,7 @@ from rich.console import Console
 from experiments.common import records
 from experiments.common.cli import run
 from experiments.palu.flags import Palu
-from experiments.palu.runner import PaluRun
+from experiments.palu.run import PaluRun
 from palu_jax import StoreError
 
 

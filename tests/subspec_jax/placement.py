@@ -2,7 +2,7 @@
 
 import jax
 
-from subspec_jax.offload import on_host
+from llm_jax.stream import on_host
 
 
 def is_offloaded(layer) -> bool:

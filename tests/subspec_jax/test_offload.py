@@ -22,10 +22,11 @@ from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
 from llm_jax.config import Config
 from llm_jax.model import hidden
+from llm_jax.stream import Stream, route, to_device
 from llm_jax.testing import tiny_params
 from subspec_jax.decoder import Decoder
 from subspec_jax.memory import CONTEXT_BYTES, card_bytes, device_bytes, enforce_limit
-from subspec_jax.offload import Stream, offload, place, route, rows_of, streamed_bytes, to_device
+from subspec_jax.offload import offload, place, rows_of, streamed_bytes
 from subspec_jax.verify import Target, run_pass
 
 CFG = Config(5, 32, 4, 2, 8, 48, 31, dtype="float32", qkv_bias=True)

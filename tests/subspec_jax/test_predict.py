@@ -49,7 +49,7 @@ def test_starting_a_copy_takes_the_host_a_while():
 
 
 def by_ticks(sizes, block, ahead, early, send):
-    """The rules of `offload.Stream`, with whole numbers, one unit of time after another."""
+    """The rules of `llm_jax.stream.Stream`, with whole numbers, one unit of time after another."""
     streamed = [i for i, size in enumerate(sizes) if size]
     left = dict(zip(streamed, (sizes[i] for i in streamed), strict=True))
     allowed, there, now = ahead + 1, set(), -early  # copies that may have started

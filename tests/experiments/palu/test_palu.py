@@ -13,7 +13,7 @@ from experiments.palu import __main__ as palu
 from experiments.palu import corpora, evaluate
 from experiments.palu.flags import Palu, methods_of
 from experiments.palu.methods import RIVALS
-from experiments.palu.runner import PaluRun
+from experiments.palu.run import PaluRun
 from llm_jax.attention import caches_for, causal_step
 from llm_jax.config import ConfigError
 from llm_jax.model import forward

@@ -15,9 +15,10 @@ from llm_jax.formats import open_checkpoint
 from llm_jax.packed import packed
 from llm_jax.params import unjoined
 from llm_jax.quantize import quantize
+from llm_jax.stream import to_device
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 from subspec_jax.draft_model import substitute_layer, substitutes
-from subspec_jax.offload import offload, streamed_bytes, to_device
+from subspec_jax.offload import offload, streamed_bytes
 from subspec_jax.residual import convert as residual_convert
 from subspec_jax.residual import files as residual_file
 from subspec_jax.residual import split as residual_device

@@ -14,6 +14,7 @@ from llm_jax.linear import linear
 from llm_jax.packed import packed
 from llm_jax.params import JoinedAttention, JoinedMLP, Layer, init_layer
 from llm_jax.quantize import Quantized, codes_of, quantize
+from llm_jax.stream import to_device
 from llm_jax.testing import tiny_config
 from pallas_kernels.bit_fields import pack_codes
 from pallas_kernels.quantized_matmul import codes_and_scales
@@ -21,7 +22,7 @@ from pallas_kernels.residual_decode import reference, residual_decode
 from pallas_kernels.residual_decode.code import pad, predict_weights
 from subspec_jax.draft_model import substitutes
 from subspec_jax.load import split_layer as split_random
-from subspec_jax.offload import offload, streamed_bytes, to_device
+from subspec_jax.offload import offload, streamed_bytes
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.split import Split, decode_layer, gaussian_room, is_split, split_shapes
 
