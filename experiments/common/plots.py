@@ -1,4 +1,11 @@
-"""What all plots share: their look and the colours of methods."""
+"""What all plots share: their look, the colours of methods, and the library that draws them."""
+
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+
+from llm_jax.extras import MissingPackage, need
 
 METHODS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f6a00", "#444444")
 """A colour for each method, in order; after the last one they begin again."""
@@ -20,3 +27,20 @@ STYLE = {
 def method_colors(count: int) -> list[str]:
     """The colours of the first `count` methods."""
     return [METHODS[i % len(METHODS)] for i in range(count)]
+
+
+def matplotlib_for(purpose: str) -> ModuleType:
+    """matplotlib. Raises `MissingPackage`, which names the extra, where it is not installed."""
+    return need("matplotlib", "plots", purpose)
+
+
+def drawn_or_said(console: Console, draw: Any, *arguments: Any) -> list:
+    """`draw(*arguments)`, the paths of its plots; without matplotlib a line says what to install.
+
+    For plots at the end of a run, whose other results must not be lost.
+    """
+    try:
+        return list(draw(*arguments))
+    except MissingPackage as error:
+        console.print(f"no plots: {error}", style="yellow", markup=False, highlight=False)
+        return []

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from experiments.common import records
 from experiments.common.cli import UserError, run
-from experiments.common.plots import STYLE
+from experiments.common.plots import STYLE, drawn_or_said, matplotlib_for
 from llm_jax.files import atomic_file
 
 PCIE4, GDDR = 25e9, 1.008e12
@@ -217,9 +217,9 @@ def comparison_table(runs: Iterable[dict[str, Any]]) -> Table:
     return shown
 
 
-def plot_rates(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws bars of tokens a second into a PNG file."""
-    import matplotlib
+def plot_rates(runs: Sequence[dict[str, Any]], path: Path) -> list[Path]:
+    """Draws bars of tokens a second into a PNG file. Returns its path."""
+    matplotlib = matplotlib_for("drawing plots")
 
     rows = [r for r in runs if "tokens_per_s" in r][::-1]
     with matplotlib.rc_context({**STYLE, "backend": "Agg"}):
@@ -235,6 +235,7 @@ def plot_rates(runs: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_title(f"{settings.get('model')} in {settings.get('memory_limit')}")
         with atomic_file(path) as scratch:
             figure.savefig(scratch, dpi=150, format="png")
+    return [path]
 
 
 def main(args: Comparison, console: Console) -> list[dict[str, Any]]:
@@ -260,7 +261,7 @@ def main(args: Comparison, console: Console) -> list[dict[str, Any]]:
         runs.append(record)
         console.print(f"{name}: {record.get('tokens_per_s') or record}", highlight=False)
     console.print(comparison_table(runs))
-    plot_rates(runs, args.output / "offload.png")
+    drawn_or_said(console, plot_rates, runs, args.output / "offload.png")
     return runs
 
 

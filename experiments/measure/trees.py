@@ -29,7 +29,7 @@ from rich.table import Table
 
 from experiments.common import records
 from experiments.common.cli import UserError, run
-from experiments.common.plots import STYLE
+from experiments.common.plots import STYLE, matplotlib_for
 from experiments.measure import stop_rules
 from llm_jax.files import atomic_file
 from subspec_jax.decoder import Round
@@ -143,7 +143,7 @@ def print_rules(console: Console, found: Sequence[dict[str, Any]]) -> None:
 
 def heat_map(rate_LW: np.ndarray, path: Path, subtitle: str) -> None:
     """Draws tokens per second over depth and width into a PNG file, and marks the best tree."""
-    import matplotlib
+    matplotlib = matplotlib_for("drawing the map")
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({**STYLE, "backend": "Agg"}):

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.plots import STYLE, method_colors
+from experiments.common.plots import STYLE, matplotlib_for, method_colors
 from experiments.common.records import Record
 from experiments.palu.methods import PLANNED
 from llm_jax.files import atomic_file
@@ -85,12 +85,9 @@ def print_results(console: Console, rows: Sequence[Record]) -> None:
 def plot_quality(rows: Sequence[Record], folder: Path) -> list[Path]:
     """The path of a PNG: perplexity over the dense model's against bytes a token.
 
-    No path where matplotlib is missing or there is nothing to compare.
+    No path where there is nothing to compare. Raises MissingPackage without matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError:  # the table is printed without it
-        return []
+    matplotlib = matplotlib_for("drawing plots")
     lines = [l for l in result_rows(rows) if "perplexity" in l]
     dense = next((l for l in lines if l["kind"] == "dense"), None)
     if dense is None or len(lines) < 2:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import palu_jax
 from experiments.common import records
+from experiments.common.plots import drawn_or_said
 from experiments.palu import corpora, evaluate, report
 from experiments.palu.flags import Palu, dense_bytes, methods_of
 from experiments.palu.methods import PLANNED, CacheMethod, fingerprint
@@ -204,7 +205,7 @@ class PaluRun(Reporter):
         wanted = {self.settings(m) for m in self.methods}
         rows = [r for r in self.records if r["settings"] in wanted]
         report.print_results(self.console, rows)
-        files = [self.path, *report.plot_quality(rows, self.folder)]
+        files = [self.path, *drawn_or_said(self.console, report.plot_quality, rows, self.folder)]
         self.console.print("Written: " + ", ".join(map(str, files)), style="dim", highlight=False)
 
     def continue_text(self) -> None:

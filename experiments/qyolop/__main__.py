@@ -20,12 +20,18 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from experiments.common.cli import run
-from experiments.qyolop.benchmark import BenchmarkNetwork, benchmark_command
-from experiments.qyolop.deploy import Export, Quantize, export_command, quantize_command
-from experiments.qyolop.evaluate import Evaluate, evaluate_command
-from experiments.qyolop.predict import Predict, predict_command
-from experiments.qyolop.train import Train, train_command
+from experiments.common.cli import fail, run
+from llm_jax.extras import MissingPackage
+
+try:
+    from experiments.qyolop.benchmark import BenchmarkNetwork, benchmark_command
+    from experiments.qyolop.deploy import Export, Quantize, export_command, quantize_command
+    from experiments.qyolop.evaluate import Evaluate, evaluate_command
+    from experiments.qyolop.predict import Predict, predict_command
+    from experiments.qyolop.train import Train, train_command
+except MissingPackage as error:  # the network's own packages, which only this command needs
+    fail(str(error))
+    sys.exit(2)
 
 SUBCOMMANDS: dict[type, Callable[[Any, Console], int]] = {
     Train: train_command,

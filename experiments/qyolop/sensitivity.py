@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
+from experiments.common.plots import METHODS, STYLE, drawn_or_said, matplotlib_for
 from llm_jax.files import atomic_file
 from llm_jax.progress import bar
 from qyolop_jax import quantize
@@ -63,7 +64,10 @@ def measure_sensitivity(
         console.print(f"These help: --keep {' '.join(more.keep)}", highlight=False, soft_wrap=True)
     else:
         console.print("No --keep suggested: the noise is not of these alone", highlight=False)
-    written = [str(folder / "sensitivity.jsonl"), *plot_sensitivity(alone, folder)]
+    written = [
+        str(folder / "sensitivity.jsonl"),
+        *drawn_or_said(console, plot_sensitivity, alone, folder),
+    ]
     console.print(f"Written: {', '.join(written)}", style="dim", highlight=False, soft_wrap=True)
     return found
 
@@ -103,13 +107,9 @@ def _print_sensitivity(case: Case, ranked: list[str], found: dict, console: Cons
 
 
 def plot_sensitivity(alone: dict[str, float], folder: Path) -> list[str]:
-    """Draws the most sensitive convolutions as bars. Returns the path; none without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:  # the table is there without it
-        return []
-    from experiments.common.plots import METHODS, STYLE
+    """Draws the most sensitive convolutions as bars. Returns the path."""
+    matplotlib = matplotlib_for("drawing plots")
+    from matplotlib.figure import Figure
 
     rows = sorted((v, n) for n, v in alone.items() if math.isfinite(v))[:BARS_DRAWN]
     if not rows:

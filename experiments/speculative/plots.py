@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.common.plots import STYLE, method_colors
+from experiments.common.plots import STYLE, matplotlib_for, method_colors
 from experiments.common.records import Record
 from llm_jax.files import atomic_file
 
@@ -13,7 +13,7 @@ PARTS = {"draft": "#56b4e9", "verify": "#0b3c5d", "other": "#c4c8cc"}
 
 def plots(records: Sequence[Record], folder: Path) -> list[Path]:
     """The paths of the PNGs drawn into `folder`; a plot without data to show is left out."""
-    import matplotlib
+    matplotlib = matplotlib_for("drawing plots")
 
     rounds = _rounds(records)
     drafting = {m: r for m, r in rounds.items() if any(r["drafted"])}

@@ -12,6 +12,7 @@ import jax
 from rich.console import Console
 
 from experiments.common import records
+from experiments.common.plots import drawn_or_said
 from experiments.common.records import RecordError
 from experiments.speculative import replay, report
 from experiments.speculative.benchmarks import Conversation
@@ -268,7 +269,7 @@ class Run:
                     f"{1e3 * sum(parts) / s['passes']:.1f} measured"
                 )
         records.write_json(self.folder / "run.json", self.about() | {"summaries": summaries})
-        drawn = report.plots(found, self.folder)
+        drawn = drawn_or_said(self.console, report.plots, found, self.folder)
         files = [self.path, self.folder / "run.json", *drawn]
         self.say("Written: " + ", ".join(map(str, files)))
 

@@ -65,6 +65,18 @@ def test_help_is_for_people(name, capsys):
     assert f"python -m experiments.{name}" in text
 
 
+def test_a_command_names_the_packages_that_only_it_needs():
+    program = """
+import sys
+sys.modules["flax"] = None
+from experiments.__main__ import main
+sys.exit(main(["qyolop", "--help"]))
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 2 and "Traceback" not in found.stderr
+    assert "pip install 'thimble-jax[vision]'" in found.stderr
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     command = f"{sys.executable} -m experiments --list-models | head -n 1"
     found = subprocess.run(
