@@ -220,6 +220,16 @@ class _Layout:
         return [_substitute_bytes(layer, self.draft) for layer in self.model.layers]
 
     @functools.cached_property
+    def low_head(self) -> int:
+        """Bytes of a low-bit head."""
+        return tree_bytes(substitute_head(self.model, self.draft.head_bits, self.draft.group))
+
+    @functools.cached_property
+    def low_table(self) -> int:
+        """Bytes of a low-bit embedding table."""
+        return tree_bytes(substitute_table(self.model.embed_VD, self.draft.bits, self.draft.group))
+
+    @functools.cached_property
     def vectors(self) -> int:
         """Bytes of norms and biases."""
         norm = self.cfg.d_model * DTYPES[self.cfg.dtype]
@@ -267,11 +277,9 @@ class _Layout:
                 drafted = drafted_layers(model.layers, draft, resident)
                 items["substitutes"] = sum(self.own[i] for i in drafted)
             if draft.head_bits is not None and not is_split(model.head_DV):
-                head = substitute_head(model, draft.head_bits, draft.group)
-                items["draft head"] = tree_bytes(head)
+                items["draft head"] = self.low_head
             if table_on_host:
-                table = substitute_table(model.embed_VD, draft.bits, draft.group)
-                items["substitute embedding"] = tree_bytes(table)
+                items["substitute embedding"] = self.low_table
         if draft.model is not None:
             items["draft model"] = draft.model.parameter_count * DTYPES[draft.model.dtype]
             small, places = abstract(draft.model), self.spec.places

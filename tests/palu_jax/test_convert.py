@@ -86,6 +86,7 @@ FORMATS = {
 SLOW = ("2, blocks of 4", "window")  # the others reach the same code
 
 
+@pytest.mark.quick_cases("4 and 3-True", "window-False")
 @pytest.mark.parametrize(
     "name, mean",
     [
@@ -106,6 +107,7 @@ def test_the_cache_gives_what_one_pass_gives(tiny, name, mean):
         assert same.mean() > 0.99  # the first layer's inputs are exact
 
 
+@pytest.mark.quick_cases("sinks and window")
 @pytest.mark.parametrize(
     "name", [pytest.param("4 and 3", marks=pytest.mark.slow), "sinks and window"]
 )

@@ -258,6 +258,7 @@ def reference_detection(raw, batch, box_loss):
     return value, positive.sum()
 
 
+@pytest.mark.quick_cases("class")
 @pytest.mark.parametrize("name", ["class", "objectness", "box"])
 def test_detection(name):
     raw, batch = example(1)
@@ -299,6 +300,7 @@ def test_unlabelled_samples_change_nothing():
         assert whole > 0
 
 
+@pytest.mark.quick_cases("unlabelled-ciou", "labelled-smooth_l1")
 @pytest.mark.parametrize("box", ["smooth_l1", "ciou"])
 @pytest.mark.parametrize("what", ["unlabelled", "no boxes", "labelled"])
 def test_gradients_are_finite_and_zero_where_nothing_is_labelled(box, what):
@@ -331,6 +333,7 @@ def test_crowds_get_no_objectness_loss():
     assert found.ignore_BP[:2].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("box", ["smooth_l1", "ciou"])
 def test_descending_on_the_outputs_themselves_finds_every_box_and_mask(box):
     raw, batch = example(2, 2)

@@ -103,14 +103,11 @@ SAMPLED_TOO += ("auto", "stop", "post and stop")
 
 @pytest.mark.quick_cases(
     "vanilla-greedy",
-    "beam-greedy",
     "beam-sampling",
     "best-first-sampling",
     "own cache-sampling",
     "lookup-greedy",
     "post beam-sampling",
-    "auto-greedy",
-    "uncoupled-sampling",
 )
 @pytest.mark.parametrize(
     "name, how",
@@ -176,11 +173,7 @@ def residual(tiny, request):
     return SimpleNamespace(cfg=cfg, params=params, target=target)
 
 
-@pytest.mark.quick_cases(
-    "whole head-beam-greedy-1",
-    "head in two-beam-sampling-0",
-    "head in two-post best-first-greedy-1",
-)
+@pytest.mark.quick_cases("head in two-beam-sampling-0")
 @pytest.mark.parametrize("resident", [0, 1])
 @pytest.mark.parametrize("how", SAMPLERS)
 @pytest.mark.parametrize("name", RESIDUAL)
@@ -199,6 +192,7 @@ def test_tokens_are_those_of_plain_decoding_where_residuals_stream(residual, nam
     assert {r.streamed_bytes for r in rounds[1:]} == {moved}
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_the_target_is_accepted_whole(tiny, target):
     """Post-speculation then starts every round from a tree that is there already."""
     for spec in (
@@ -238,6 +232,7 @@ def test_one_decoder_serves_prompt_after_prompt(tiny, target, plain):
             pass
 
 
+@pytest.mark.quick_cases("beam 0")
 @pytest.mark.parametrize(
     "spec",
     [TreeSpec("chain", 2, extra=4), TreeSpec("best-first", 8, 2, budget=2), BEAM],
@@ -272,7 +267,7 @@ def test_an_end_token_stops(tiny, target, plain):
 # ---------------------------------------------------------------------------------------- caches
 
 
-@pytest.mark.quick_cases("beam", "post best-first", "good own cache")
+@pytest.mark.quick_cases("post best-first")
 @pytest.mark.parametrize(
     "name", ["beam", "2 bits", "post chain", "post best-first", "own cache", "good own cache"]
 )
@@ -366,6 +361,7 @@ def exact_law(params, cfg, emitted):
     return law
 
 
+@pytest.mark.slow
 def test_first_tokens_follow_the_exact_law():
     """Chi-square over 5,000 seeds, the loop's own pieces under `vmap`, three kinds of trees."""
     cfg, params = small()
@@ -423,6 +419,7 @@ def test_first_tokens_follow_the_exact_law():
         assert stats.chisquare(observed[some], expected[some]).pvalue > 1e-3, spec
 
 
+@pytest.mark.slow
 def test_the_decoder_draws_the_same_over_many_seeds():
     """Ties the law above to the real loop: the very same tokens as plain sampling, seed by seed."""
     cfg, params = small()
@@ -458,6 +455,7 @@ def test_texts_that_do_not_fit_raise_before_anything_runs(tiny, target, prompt, 
 # ---------------------------------------------------------------------------------- compilations
 
 
+@pytest.mark.quick_cases("beam", "lookup")
 @pytest.mark.parametrize("name", ["vanilla", "beam", "auto", "post beam", "own cache", "lookup"])
 def test_nothing_is_compiled_after_the_first_rounds(tiny, target, name):
     """One set of programs serves all rounds, and all prompts of the same padded length."""
@@ -487,6 +485,7 @@ def test_nothing_is_compiled_after_the_first_rounds(tiny, target, name):
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.quick_cases("own cache")
 @pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "lookup"])
 def test_nothing_is_compiled_after_a_warm_up(tiny, target, monkeypatch, name):
     """Whatever numbers of slots a text of that length will look at."""
@@ -506,6 +505,7 @@ def test_nothing_is_compiled_after_a_warm_up(tiny, target, monkeypatch, name):
     assert [f._cache_size() for f in jitted] == programs and decoder.sizes == sizes
 
 
+@pytest.mark.quick_cases("beam", "post best-first")
 @pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "post best-first"])
 def test_only_the_live_slots_are_looked_at(tiny, target, plain, monkeypatch, name):
     """NaN behind them is never read; 0 x NaN of a slot that is only masked would be seen."""

@@ -84,6 +84,7 @@ def check_places(params, plan):
     assert all(a.committed for a in leaves)
 
 
+@pytest.mark.quick_cases("0-False-folder", "3-True-gguf")
 @pytest.mark.parametrize("format", ["folder", "gguf"])
 @pytest.mark.parametrize(("resident", "on_host"), PLACES)
 def test_a_checkpoint_is_placed_as_planned(checkpoints, resident, on_host, format):
@@ -174,6 +175,7 @@ def test_a_draft_shares_all_but_the_layers_it_replaces(on_host, share):
         assert draft.embed_VD is target.params.embed_VD
 
 
+@pytest.mark.slow
 def test_more_iterations_bring_substitutes_nearer():
     plan = plan_for(resident=0, draft=Draft(3, 32))
     target = random_target(plan)
@@ -216,6 +218,7 @@ def converted(tmp_path_factory):
     return source, convert(source, cfg, folder / "out", group=32)
 
 
+@pytest.mark.quick_cases("3-True-False-True")
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize(
     ("resident", "on_host", "split"),

@@ -53,6 +53,7 @@ def matrices(tree) -> int:
 # --- Items -------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases("0-False-float32", "1-False-bfloat16", "4-True-float32")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("table_on_host", [False, True])
 @pytest.mark.parametrize("resident", [0, 1, 3, 4])
@@ -94,6 +95,7 @@ def test_items_of_the_draft_are_the_bytes_of_the_substitutes(bits, table_on_host
     assert plan.device.get("substitute embedding") == expected
 
 
+@pytest.mark.quick_cases("0-None", "2-4")
 @pytest.mark.parametrize("head_bits", [None, 3, 4, 8])
 @pytest.mark.parametrize("resident", [0, 2, 4])
 def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits):
@@ -334,6 +336,7 @@ def test_what_no_memory_can_mend_is_refused(change, message):
         plan_for(tiny(), **change)
 
 
+@pytest.mark.slow
 def test_the_registrys_models_fit_the_cards_they_are_meant_for():
     spec, find = TreeSpec("beam", 48, 6), lambda name: MODELS[name].config
     seven = make_plan(find("qwen2.5-7b"), parse_bytes("8GB"), spec, Draft())

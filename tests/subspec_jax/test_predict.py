@@ -126,7 +126,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.quick_cases("raw", "residual head", "plain")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_draft_has_as_many_layers_of_each_kind_as_the_plan(name, monkeypatch):
     """With a clock that knows what a layer takes; everything is run for real."""

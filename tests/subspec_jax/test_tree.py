@@ -129,6 +129,7 @@ def test_sums_of_logs_are_products_of_probabilities():
     np.testing.assert_allclose(np.exp([s for _, s in got]), [s for _, s in product], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_unlikely_beams_do_not_underflow():
     """40 levels of an unsure draft: products would be 0 in float32, and the order lost."""
     spec = TreeSpec("beam", 40, 3, sharpen=1.0)
@@ -290,6 +291,7 @@ def random_tree(rng, spec, verified):
     return tree
 
 
+@pytest.mark.quick_cases("beam")
 @pytest.mark.parametrize("spec", REPLANTED, ids=lambda s: s.kind)
 @settings(max_examples=120, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
@@ -343,6 +345,7 @@ def test_replanting_moves_the_subtree_that_was_drafted(spec, seed):
     np.testing.assert_allclose([g[0] for g in got], [w[0] for w in want], atol=1e-6)
 
 
+@pytest.mark.quick_cases("best-first")
 @pytest.mark.parametrize("kind", ["best-first", "chain"])
 def test_a_replanted_tree_grows_like_one_planted_there(kind):
     """Growing on below the new root gives what growing from it gives, as far as both are known."""

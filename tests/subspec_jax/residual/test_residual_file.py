@@ -70,6 +70,7 @@ def plain(layer):
     return unjoined(layer, CFG)
 
 
+@pytest.mark.quick_cases("levels-bfloat16")
 @pytest.mark.parametrize("code, dtype", [("levels", "bfloat16"), ("planes", "float16")])
 def test_a_converted_model_is_the_model(source, tmp_path, code, dtype):
     cfg, heard = dataclasses.replace(CFG, dtype=dtype), []
@@ -318,7 +319,7 @@ def test_substitutes_are_those_of_the_draft(source, original):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-@pytest.mark.quick_cases("3")
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_other_substitutes(source, tmp_path, bits):
     model = convert(source, CFG, tmp_path, bits, GROUP, 0)
