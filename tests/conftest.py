@@ -9,15 +9,17 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A folder for each worker, because JAX's cache files are not written atomically. Processes that
-# tests start use it too.
-WORKER = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
-COMPILED = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled" / WORKER
+# All programs are kept on disk, small ones too: each file of tests forgets those in memory (below),
+# and a program that is read takes a tenth of the time of one that is compiled. The workers share
+# the folder, and the processes that tests start use it as well.
+COMPILED = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):
-    value = os.environ[name.upper()]
-    jax.config.update(name, float(value) if name.endswith("secs") else value)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs",
+    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+)
 
 
 @pytest.hookimpl(tryfirst=True)

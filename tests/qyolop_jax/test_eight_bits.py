@@ -226,6 +226,7 @@ def test_seen_ranges_and_their_average(case):
     assert kept == [True]
 
 
+@pytest.mark.slow
 def test_naive_is_worse(case):
     """One scale for pixels and probabilities, one for all channels: objectness drowns."""
     graph, params, _ = case

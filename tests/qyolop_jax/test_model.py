@@ -142,6 +142,7 @@ def test_shapes(size):
     assert all(x.dtype == jnp.float32 for x in raw.values())
 
 
+@pytest.mark.slow
 def test_initial_variables_are_those_of_init():
     """The same tree, and convolutions of the same mean and spread as linen's own `init`."""
     found = initial(CFG, 3)

@@ -284,7 +284,7 @@ GROWN = [
 ]
 
 
-@pytest.mark.quick_cases("beam 2 0.02-sampler5")
+@pytest.mark.slow
 @pytest.mark.parametrize("spec, sampler", GROWN, ids=name)
 def test_a_tree_is_what_forwarding_every_path_gives(
     looping, filled, text, logits_behind, spec, sampler

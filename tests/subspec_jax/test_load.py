@@ -218,7 +218,7 @@ def converted(tmp_path_factory):
     return source, convert(source, cfg, folder / "out", group=32)
 
 
-@pytest.mark.quick_cases("3-True-False-True")
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize(
     ("resident", "on_host", "split"),

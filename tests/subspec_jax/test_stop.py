@@ -119,6 +119,7 @@ def test_which_outcome_belongs_to_a_gain():
         assert gains == (-0.1, -0.2, -0.3)[:known]
 
 
+@pytest.mark.slow
 def test_stopping_is_within_a_few_percent_of_the_best_rule():
     """A renewal process of known chances: against brute force over all monotone rules of a grid.
 

@@ -82,6 +82,7 @@ def test_the_same_folder_goes_on(trained, capsys):
         qyolop.main(arguments(trained, rate=2e-3), Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_train_compares_five_networks(tmp_path, monkeypatch, capsys):
     """The command with no step of training and no score computed: what it passes on and writes."""
     found = {}

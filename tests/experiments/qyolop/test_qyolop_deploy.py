@@ -76,6 +76,7 @@ def test_calibration_takes_as_many_images_as_are_asked_for_or_there(folder):
         assert [b["image"].shape for b in found] == [(n, 64, 96, 3) for n in want]
 
 
+@pytest.mark.slow
 def test_quantize_scores_and_leaves_a_better_model_alone(folder, capsys, monkeypatch):
     monkeypatch.setattr(qyolop_deploy, "latency", lambda *a: 0.5)
     before = (folder / INTEGER_FILE).read_bytes()
