@@ -34,7 +34,7 @@ class Predict:
 
     input: Path
     """An image, a folder of images, or a video."""
-    run: Path = ROADS
+    run: Path | None = None
     """Folder of `train`, or a file of `train` or `quantize`; default: the network for roads that a
     clone of the repository has (non-commercial, as its data is)."""
     output: Path | None = None
@@ -50,13 +50,13 @@ class Predict:
 
 def predict_command(args: Predict, console: Console) -> int:
     """Runs the network over the input and writes what it finds."""
-    if args.run == ROADS and not ROADS.is_file():
+    if args.run is None and not ROADS.is_file():
         raise PredictError(
             f"{ROADS} is not there: the network for roads is part of the repository alone "
             "(experiments/checkpoints, for non-commercial use, as its data's terms say), not of an "
             "installed package. Run this in a clone of the repository, or give --run"
         )
-    network = load(args.run)
+    network = load(args.run or ROADS)
     path = args.input.expanduser()
     if not path.exists():
         raise PredictError(f"there is no {path}")

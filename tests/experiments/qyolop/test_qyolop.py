@@ -197,7 +197,7 @@ def test_predict_a_video(folder, name, request, tmp_path):
 def test_the_network_for_roads_is_in_the_repository_alone(run, monkeypatch, capsys, tmp_path):
     """From a wheel, which holds no checkpoint, the message says where the network is."""
     monkeypatch.setattr(qyolop_predict, "ROADS", tmp_path / "roads.safetensors")
-    args = qyolop_predict.Predict(tmp_path, qyolop_predict.ROADS)
+    args = qyolop_predict.Predict(tmp_path)
     with pytest.raises(qyolop_predict.PredictError, match=r"experiments/checkpoints.*commercial"):
         qyolop.main(args, Console(quiet=True))
     terms = (Path(qyolop.__file__).parents[1] / "checkpoints/README.md").read_text()
