@@ -198,7 +198,7 @@ def test_moved_rows_are_the_same_bits():
     np.testing.assert_array_equal(view(moved)[:, 7:10], view(cache)[:, [7, 9, 10]])
 
 
-@pytest.mark.quick_cases("(4, 5)")
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(1,) * 9, (4, 5)], ids=str)
 def test_appending_equals_recomputing(sizes):
     """Bit for bit, however many tokens come at a time; buffers are reused when donated."""

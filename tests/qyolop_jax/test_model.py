@@ -179,6 +179,7 @@ def test_the_first_guess_and_one_trace():
     assert (np.asarray(raw["area"]).argmax(-1) == 0).mean() > 0.8
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     images = jax.random.randint(jax.random.key(2), (1, 64, 96, 3), 0, 256).astype(jnp.uint8)
     variables = initial(CFG)

@@ -326,6 +326,7 @@ def test_a_tree_is_what_forwarding_every_path_gives(
     assert max(copied) > 0
 
 
+@pytest.mark.quick_cases("beam 6 0.2")
 @pytest.mark.parametrize("spec", [BEAM, BEST, LINE], ids=name)
 def test_without_a_match_the_tree_is_the_ordinary_one(looping, filled, spec):
     text = [*range(90, 97), 3]  # nothing occurs twice

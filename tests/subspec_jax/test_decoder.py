@@ -297,6 +297,7 @@ def test_replay_accepts_what_the_trace_says(tiny, target):
     assert [len(r.tokens) for r in rounds[1:]] == [n + 1 for n in lengths]
 
 
+@pytest.mark.quick_cases("chain")
 @pytest.mark.parametrize(
     "spec",
     [
@@ -315,6 +316,7 @@ def test_replay_with_post_speculation(tiny, target, spec):
     assert all(spec.nodes - spec.width <= r.drafted < spec.nodes for r in rounds[1:])
 
 
+@pytest.mark.quick_cases("greedy")
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_a_shut_gate_is_exact_and_an_open_one_is_not(tiny, target, plain, sampler):
     proposer = ModelDraft(tiny.draft(2), tiny.cfg, TreeSpec("beam", 4, 3))
@@ -484,7 +486,7 @@ def test_nothing_is_compiled_after_the_first_rounds(tiny, target, name):
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.quick_cases("own cache")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "lookup"])
 def test_nothing_is_compiled_after_a_warm_up(tiny, target, monkeypatch, name):
     """Whatever numbers of slots a text of that length will look at."""

@@ -144,6 +144,7 @@ def test_stats_count_what_was_decoded(folder, prompt):
         assert stats["device"]["platform"] == "cpu" and stats["link_bytes_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_round_is_predicted_from_one_layer_of_each_kind(folder, prompt):
     with subspec_jax.open(folder, "16MB", **SMALL) as model:
         model.generate(prompt, 2)

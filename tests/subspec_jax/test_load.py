@@ -249,6 +249,7 @@ def test_a_converted_model_is_placed_as_planned(converted, resident, on_host, sp
     np.testing.assert_array_equal(head, source.load(model.cfg).head_DV)
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_put_together_where_the_plan_has_plain_layers(converted):
     source, model = converted
     plan = plan_for(model.cfg, resident=2, table_on_host=True)

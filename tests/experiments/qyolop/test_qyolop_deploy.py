@@ -59,6 +59,7 @@ def quantize_args(run, **changes):
     return qyolop_deploy.Quantize(run, **(dict(scenes=4, images=3, held_out=2) | changes))
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_was_computed(made):
     path, model = made
     run, x = jax.jit(integer.run_integer), images()
@@ -151,7 +152,7 @@ def test_sensitivity_tells_how_far_it_is():
     [
         pytest.param("onnx", "int8", marks=pytest.mark.slow),
         ("onnx", "float32"),
-        ("stablehlo", "int8"),
+        pytest.param("stablehlo", "int8", marks=pytest.mark.slow),
     ],
 )
 def test_exports_give_what_the_model_gives(folder, tmp_path, form, precision, capsys):

@@ -175,7 +175,7 @@ def unpacked(w):
     )
 
 
-@pytest.mark.quick_cases("4")
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_normal_weights_fit_into_the_room_planned_for_them(bits):
     cfg = tiny_config("qwen2", dtype="bfloat16", d_model=256, d_ff=512)
