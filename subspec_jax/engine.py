@@ -166,7 +166,7 @@ class Engine:
     # ------------------------------------------------------------------ loading
 
     def start(self) -> None:
-        """Touches the device: measures its bandwidths and, on a GPU, compiles what is large."""
+        """Touches the device for the first time, and measures its bandwidths."""
         self._check_open()
         if self.device:
             return
