@@ -49,8 +49,14 @@ def test_all_modules_but_the_kernels_import():
     names = [name for name in map(name_of, files) if name not in kernels]
     names = [name for name in names if not name.endswith("__main__")]
     out = run(f"""
+from llm_jax.extras import MissingPackage
+missing = []
 for name in {names!r}:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except MissingPackage:  # of an extra that is not installed here
+        missing.append(name)
+assert not [name for name in missing if name.split(".")[0] not in ("qyolop_jax", "experiments")]
 print(len({names!r}), [name for name in sys.modules if name.startswith("{PALLAS}")])
 """)
     assert out.split() == [str(len(names)), "[]"]
