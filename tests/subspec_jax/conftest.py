@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from proposers import STEPS
 
 from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
 from llm_jax.config import Config
+from llm_jax.generation import generate
 from llm_jax.model import forward
 from llm_jax.testing import tiny_params
 from subspec_jax.draft_model import substitute
 from subspec_jax.offload import place
+from subspec_jax.verify import Target
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -44,6 +47,22 @@ def tiny():
     placed = dataclasses.replace(params, layers=place(params.layers, 0))
     draft = functools.cache(lambda bits: substitute(placed, bits, 16))
     return SimpleNamespace(cfg=cfg, params=params, placed=placed, draft=draft)
+
+
+@pytest.fixture(scope="module")
+def target(tiny):
+    return Target(tiny.placed, tiny.cfg)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    """f(prompt, sampler, seed): what plain decoding of the unstreamed model emits."""
+
+    @functools.cache
+    def tokens(prompt, sampler, seed):
+        return generate(tiny.params, prompt, tiny.cfg, STEPS, sampler, seed)
+
+    return lambda prompt, sampler, seed=0: tokens(tuple(prompt), sampler, seed)
 
 
 @pytest.fixture(scope="session")

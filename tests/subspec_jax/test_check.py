@@ -14,11 +14,6 @@ PROMPT = [1, 2, 3, 5, 7]
 PLAIN = [11, 13, 17, 19]
 
 
-@pytest.fixture(scope="module")
-def target(tiny):
-    return Target(tiny.placed, tiny.cfg)
-
-
 def test_the_same_tokens_are_identical(target):
     nothing = dict(first_difference=None, logit_gap=None, tolerance=None)
     assert compare_with_plain(target, PROMPT, PLAIN, PLAIN) == dict(identical=True) | nothing

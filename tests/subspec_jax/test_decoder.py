@@ -10,92 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from proposers import BEAM, LENGTH, PROMPT, PROPOSERS, SAMPLED, SAMPLERS, STEPS
 
-from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
-from llm_jax.config import Config
 from llm_jax.generation import generate, prefill
-from llm_jax.model import forward, hidden
-from llm_jax.params import init, unjoined
+from llm_jax.params import unjoined
 from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_params
 from subspec_jax import decoder as decode
-from subspec_jax import draft, propose, verify
-from subspec_jax import tree as tree_module
 from subspec_jax.accept import Gate
 from subspec_jax.decoder import Decoder, LengthError
-from subspec_jax.draft import Drafting, extend, grow
 from subspec_jax.draft_model import substitute
 from subspec_jax.load import split_layer
 from subspec_jax.offload import place, streamed_bytes
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
 from subspec_jax.residual.split import decode_layer, split_head_shapes, split_shapes
-from subspec_jax.tree import TreeSpec, seedling
-from subspec_jax.verify import Target, Verified, finish_round, lay_out
-
-PROMPT = [1, 2, 3, 5, 7, 1, 2, 3]
-STEPS, LENGTH = 24, 64
-SAMPLERS = {"greedy": Sampler(), "sampling": Sampler(0.8, top_k=40, top_p=0.95)}
-
-BEAM = TreeSpec("beam", 3, 3)
-PROPOSERS = {
-    "vanilla": lambda tiny: Vanilla(),
-    "chain": lambda tiny: ModelDraft(tiny.draft(4), tiny.cfg, TreeSpec("chain", 4)),
-    "beam": lambda tiny: ModelDraft(tiny.draft(4), tiny.cfg, BEAM),
-    "best-first": lambda tiny: ModelDraft(
-        tiny.draft(4), tiny.cfg, TreeSpec("best-first", 6, 3, budget=12)
-    ),
-    "2 bits": lambda tiny: ModelDraft(tiny.draft(2), tiny.cfg, BEAM),
-    "3 bits": lambda tiny: ModelDraft(tiny.draft(3), tiny.cfg, BEAM),
-    "8 bits": lambda tiny: ModelDraft(tiny.draft(8), tiny.cfg, BEAM),
-    "own cache": lambda tiny: ModelDraft(tiny.draft(2), tiny.cfg, BEAM, own_cache=True),
-    "good own cache": lambda tiny: ModelDraft(tiny.draft(8), tiny.cfg, BEAM, own_cache=True),
-    "another model": lambda tiny: ModelDraft(*another_model(), BEAM, own_cache=True),
-    "auto": lambda tiny: ModelDraft(tiny.draft(3), tiny.cfg, BEAM, stop_gain="auto"),
-    "stop": lambda tiny: ModelDraft(tiny.draft(3), tiny.cfg, BEAM, stop_gain=0.7),
-    "lookup": lambda tiny: PromptLookup(BEAM),
-    "post beam": lambda tiny: ModelDraft(tiny.draft(3), tiny.cfg, TreeSpec("beam", 2, 3, extra=2)),
-    "post best-first": lambda tiny: ModelDraft(
-        tiny.draft(3), tiny.cfg, TreeSpec("best-first", 5, 2, budget=6, extra=4)
-    ),
-    "post chain": lambda tiny: ModelDraft(tiny.draft(4), tiny.cfg, TreeSpec("chain", 2, extra=3)),
-    "post and stop": lambda tiny: ModelDraft(
-        tiny.draft(3), tiny.cfg, TreeSpec("beam", 2, 3, extra=2), stop_gain=0.7
-    ),
-    "post, much": lambda tiny: ModelDraft(
-        tiny.draft(3), tiny.cfg, TreeSpec("best-first", 6, 2, budget=2, extra=4)
-    ),
-}
-SAMPLED = {
-    "uncoupled": lambda tiny: ModelDraft(
-        tiny.draft(4), tiny.cfg, dataclasses.replace(BEAM, coupled=False, sharpen=1.0)
-    ),
-}
-
-
-@functools.cache
-def another_model():
-    """A draft of other sizes that has never seen the target: (params, cfg)."""
-    cfg = Config(1, 16, 2, 1, 8, 24, 97, dtype="float32")
-    return tiny_params(cfg, 9), cfg
-
-
-@pytest.fixture(scope="module")
-def target(tiny):
-    return Target(tiny.placed, tiny.cfg)
-
-
-@pytest.fixture(scope="module")
-def plain(tiny):
-    """f(prompt, sampler, seed): what plain decoding of the unstreamed model emits."""
-
-    @functools.cache
-    def tokens(prompt, sampler, seed):
-        return generate(tiny.params, prompt, tiny.cfg, STEPS, sampler, seed)
-
-    return lambda prompt, sampler, seed=0: tokens(tuple(prompt), sampler, seed)
-
+from subspec_jax.tree import TreeSpec
+from subspec_jax.verify import Target
 
 SAMPLED_TOO = ("beam", "best-first", "own cache", "lookup", "post beam", "post best-first")
 SAMPLED_TOO += ("auto", "stop", "post and stop")
@@ -333,107 +264,6 @@ def test_a_shut_gate_is_exact_and_an_open_one_is_not(tiny, target, plain, sample
     assert mean(wide) >= mean(shut)
 
 
-# ------------------------------------------------------------------------------------------- law
-
-
-def small():
-    cfg = Config(2, 16, 2, 1, 8, 16, 5, dtype="float32")
-    params = init(jax.random.key(1), cfg)
-    # a head of moderate size, so that every token has a chance
-    return cfg, dataclasses.replace(params, head_DV=params.head_DV * 0.4)
-
-
-LAW = Sampler(1.2, top_p=0.97)
-LAW_PROMPT = [3, 1, 4]
-NEVER = jnp.full(4, -jnp.inf)
-
-
-def exact_law(params, cfg, emitted):
-    """Probability of every sequence of `emitted` tokens behind the prompt, by enumeration."""
-    law = {(): 1.0}
-    for _ in range(emitted):
-        texts = jnp.array([[*LAW_PROMPT, *path] for path in law])
-        step = causal_step(0, texts.shape[1], texts.shape[1])
-        caches = empty_caches(cfg, len(texts), texts.shape[1])
-        logits, _ = forward(params, texts, caches, step, cfg)
-        p = np.exp(np.asarray(LAW.scores(logits[:, -1]), np.float64))
-        p /= p.sum(-1, keepdims=True)
-        law = {(*path, t): q * p[i, t] for i, (path, q) in enumerate(law.items()) for t in range(5)}
-    return law
-
-
-@pytest.mark.slow
-def test_first_tokens_follow_the_exact_law():
-    """Chi-square over 5,000 seeds, the loop's own pieces under `vmap`, three kinds of trees."""
-    cfg, params = small()
-    guess = substitute(params, 2, 8)
-    emitted, seeds, slots = 3, 5_000, 24
-    law = exact_law(params, cfg, emitted)
-    _, caches = prefill(params, LAW_PROMPT, empty_caches(cfg, 1, slots), cfg)
-    logits, _ = forward(
-        params, jnp.array([LAW_PROMPT]), caches, causal_step(0, len(LAW_PROMPT), slots), cfg
-    )
-
-    def one(seed, spec):
-        key, at = jax.random.key(seed), jnp.int32(len(LAW_PROMPT))
-        first = LAW.draw(logits[0, -1:], key, jnp.array([len(LAW_PROMPT)]))
-        out, count = jnp.full(16, -1, jnp.int32).at[0].set(first[0]), jnp.int32(1)
-
-        def round_(_, carry):
-            tree, kept, at, out, count = carry
-            common = dict(at=at, key=key, cfg=cfg, spec=spec, sampler=LAW)
-            given = Drafting(params=guess, tree=tree, caches=kept, least_L=NEVER, **common)
-            tree, kept = grow(given)
-            cut, tokens, step = lay_out(tree, at, spec, slots)
-            x, kept = hidden(params, tokens, kept, step, cfg)
-            for _ in range(spec.extra):
-                tree, kept = extend(dataclasses.replace(given, tree=tree, caches=kept))
-            accept = jnp.int32(-1)
-            trees = dict(x_1ED=x, tree=cut, extended=tree, caches=kept)
-            end = finish_round(Verified(top=params, accepted=accept, **trees, **common))
-            out = jax.lax.dynamic_update_slice(out, end.emitted_P, (count,))
-            return end.tree, end.caches, end.at, out, count + end.length
-
-        start = seedling(first[0], spec), caches, at, out, count
-        # every round emits a token at least
-        out = jax.lax.fori_loop(0, emitted - 1, round_, start)[3]
-        return out[:emitted]
-
-    for spec in (
-        TreeSpec("beam", 2, 2),
-        TreeSpec("chain", 1, extra=2),
-        TreeSpec("best-first", 3, 2, budget=4, extra=1, coupled=False),
-    ):
-        run = jax.jit(jax.vmap(functools.partial(one, spec=spec)))
-        drawn = np.asarray(run(jnp.arange(seeds)))
-        assert (drawn >= 0).all()
-        count = {path: 0 for path in law}
-        for path, n in zip(*np.unique(drawn, axis=0, return_counts=True)):
-            count[tuple(path.tolist())] = int(n)
-        expected = np.array(list(law.values())) * seeds
-        observed = np.array(list(count.values()))
-        usual = expected >= 5
-        assert usual.sum() > 60 and not observed[expected == 0].any()
-        rare = observed[~usual].sum(), expected[~usual].sum()
-        observed, expected = (np.r_[a[usual], b] for a, b in zip((observed, expected), rare))
-        some = expected > 0
-        assert stats.chisquare(observed[some], expected[some]).pvalue > 1e-3, spec
-
-
-@pytest.mark.slow
-def test_the_decoder_draws_the_same_over_many_seeds():
-    """Ties the law above to the real loop: the very same tokens as plain sampling, seed by seed."""
-    cfg, params = small()
-    target = Target(dataclasses.replace(params, layers=place(params.layers, 1)), cfg)
-    spec = TreeSpec("beam", 1, 2, extra=1)
-    decoder = Decoder(
-        target, ModelDraft(substitute(target.params, 2, 8), cfg, spec), LAW, max_length=16
-    )
-    texts = [decoder.generate(LAW_PROMPT, 8, seed=seed) for seed in range(25)]
-    assert texts == [generate(params, LAW_PROMPT, cfg, 8, LAW, seed) for seed in range(25)]
-    assert len({tuple(text) for text in texts}) > 20
-
-
 # --------------------------------------------------------------------------------- error messages
 
 
@@ -451,75 +281,3 @@ def test_texts_that_do_not_fit_raise_before_anything_runs(tiny, target, prompt, 
         next(decoder.rounds(prompt, steps))
     assert words in str(caught.value)
     assert all(not a.any() for a in jax.tree.leaves(decoder.caches))
-
-
-# ---------------------------------------------------------------------------------- compilations
-
-
-@pytest.mark.quick_cases("beam", "lookup")
-@pytest.mark.parametrize("name", ["vanilla", "beam", "auto", "post beam", "own cache", "lookup"])
-def test_nothing_is_compiled_after_the_first_rounds(tiny, target, name):
-    """One set of programs serves all rounds, and all prompts of the same padded length."""
-    decoder = Decoder(target, PROPOSERS[name](tiny), Sampler(0.9), max_length=LENGTH)
-    decoder.generate(PROMPT, STEPS)
-    compiled = []
-
-    def listen(event, duration, **_):
-        if event.endswith("backend_compile_duration"):
-            compiled.append(event)
-
-    jitted = [
-        *(draft.grow, draft.extend_once),
-        *(verify.finish_round, verify.lay_out, verify.jit_block, verify.jit_embed),
-        *(propose._only_root, propose._move, propose._remember),
-    ]
-    sizes = [f._cache_size() for f in jitted]
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        decoder.generate([7] * 13, STEPS, seed=4)
-        decoder.generate([8, 9], STEPS, seed=5, eos=[3])
-        assert [f._cache_size() for f in jitted] == sizes
-        assert not compiled
-        jax.jit(lambda x: x * 3 - 1)(jnp.float32(len(compiled)))
-        assert compiled  # the listener does hear compilations
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "lookup"])
-def test_nothing_is_compiled_after_a_warm_up(tiny, target, monkeypatch, name):
-    """Whatever numbers of slots a text of that length will look at."""
-    monkeypatch.setattr(tree_module, "SHORTEST", 8)
-    seen = []
-    exact = decode.lay_out
-    monkeypatch.setattr(decode, "lay_out", lambda *a: (seen.append(a[-1]), exact(*a))[1])
-    decoder = Decoder(target, PROPOSERS[name](tiny), max_length=LENGTH)
-    sizes, replay = list(decoder.sizes), lambda: iter(lambda: 0, None)
-    decoder.warm_up(PROMPT, STEPS, replay)
-    warm = set(seen)
-    jitted = draft.grow, draft.grow_along, verify.finish_round, verify.lay_out, verify.jit_block
-    programs = [f._cache_size() for f in jitted]
-    seen.clear()
-    list(decoder.rounds(PROMPT, STEPS, replay=replay()))
-    assert len(set(seen)) > 1 and set(seen) <= warm < set(sizes)
-    assert [f._cache_size() for f in jitted] == programs and decoder.sizes == sizes
-
-
-@pytest.mark.quick_cases("beam")
-@pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "post best-first"])
-def test_only_the_live_slots_are_looked_at(tiny, target, plain, monkeypatch, name):
-    """NaN behind them is never read; 0 x NaN of a slot that is only masked would be seen."""
-    monkeypatch.setattr(tree_module, "SHORTEST", 8)
-    seen = []
-    exact = decode.lay_out
-    monkeypatch.setattr(decode, "lay_out", lambda *a: (seen.append(a[-1]), exact(*a))[1])
-    decoder = Decoder(target, PROPOSERS[name](tiny), max_length=LENGTH)
-    assert decoder.slots == 128
-    rounds = decoder.rounds(PROMPT, STEPS)
-    got = list(next(rounds).tokens)  # the prompt's pass looks at all slots
-    dead = lambda a: a.at[:, 64:].set(jnp.nan)
-    decoder.caches[:] = [jax.tree.map(dead, cache) for cache in decoder.caches]
-    got += [token for r in rounds for token in r.tokens]
-    assert got == plain(PROMPT, SAMPLERS["greedy"])
-    assert seen == sorted(seen) and len(set(seen)) > 1 and max(seen) <= 64

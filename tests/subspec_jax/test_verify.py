@@ -72,11 +72,6 @@ def path_to(i):
 
 
 @pytest.fixture(scope="module")
-def target(tiny):
-    return Target(tiny.placed, tiny.cfg)
-
-
-@pytest.fixture(scope="module")
 def passed(target, tiny):
     """(x of the pass over the tree, the tree as laid out, caches behind it)."""
     caches = list(empty_caches(tiny.cfg, 1, SLOTS))
