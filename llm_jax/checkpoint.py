@@ -17,6 +17,7 @@ import numpy as np
 
 from llm_jax import CheckpointError
 from llm_jax.config import Config
+from llm_jax.digest import file_digest, files_digest, json_digest
 from llm_jax.params import MLP, Attention, Layer, Params, abstract
 from llm_jax.tokenizer import Tokenizer
 
@@ -90,6 +91,19 @@ class Checkpoint(abc.ABC):
         self, tensor: TensorInfo, field: str, cfg: Config
     ) -> Callable[[int, int], np.ndarray]:
         """A function (start, stop) -> those rows of a tensor, in any float dtype."""
+
+    def digest(self) -> str:
+        """What identifies the weights: a digest of all bytes of the files that hold them."""
+        return files_digest({tensor.file for tensor in self.contents.tensors.values()})
+
+    def identity(self) -> str:
+        """What identifies all that is read: weights, configuration, tokenizer, chat template."""
+        return json_digest([self.digest(), {f.name: file_digest(f) for f in self.text_files}])
+
+    @property
+    def text_files(self) -> tuple[Path, ...]:
+        """The files that hold no weights; none where one file holds everything."""
+        return ()
 
     def check(self, cfg: Config) -> None:
         """Raises one `CheckpointError` that lists everything that does not fit the model."""

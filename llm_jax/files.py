@@ -1,12 +1,65 @@
-"""Files and folders that appear whole or not at all, whenever a process is killed."""
+"""Files and folders that appear whole or not at all, whenever a process is killed; and locks."""
 
 import contextlib
+import errno
+import fcntl
 import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from llm_jax import LLMError
+
+
+class LockedError(LLMError):
+    """Another process works in an output folder."""
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where fetched files are kept: the argument, $THIMBLE_CACHE, or ~/.cache/thimble-jax."""
+    chosen = cache_dir or os.environ.get("THIMBLE_CACHE") or "~/.cache/thimble-jax"
+    return Path(chosen).expanduser()
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps a folder, which is made if needed, for this block; a killed process lets it go, too.
+
+    Raises LockedError at once where another block, of any process, has it. A file system without
+    locks, as some network ones are, gives no protection.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockedError(
+                f"another process writes to {folder}; wait until it ends, or choose another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EBADF, errno.ENOTSUP):
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raises OSError now, before long work, where no file can be written to `folder`.
+
+    The folder is made if needed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = _scratch_folder(folder / "test")
+    try:
+        (scratch / "test").write_bytes(b"test")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -23,6 +76,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield scratch
         _flush(scratch)
         os.replace(scratch, path)
+        _flush(path.parent)  # the name, too, survives a loss of power
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -39,10 +93,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     scratch = _scratch_folder(path)
     try:
         yield scratch
-        for file in scratch.rglob("*"):
-            if file.is_file():
+        for file in (*scratch.rglob("*"), scratch):
+            if file.is_file() or file.is_dir():
                 _flush(file)
         os.replace(scratch, path)
+        _flush(path.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -70,5 +125,9 @@ def _is_running(process: int) -> bool:
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

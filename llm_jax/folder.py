@@ -61,6 +61,11 @@ class SafetensorsFolder(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         return from_folder(self.path)
 
+    @property
+    def text_files(self) -> tuple[Path, ...]:
+        kinds = (".json", ".jinja", ".model", ".txt")
+        return tuple(sorted(f for f in self.path.iterdir() if f.suffix in kinds and f.is_file()))
+
     @functools.cached_property
     def contents(self) -> Contents:
         _safetensors()  # a missing package is no fault of a file

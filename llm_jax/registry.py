@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from types import ModuleType
 from llm_jax import CheckpointError
 from llm_jax.config import Config, Llama3Rope
 from llm_jax.extras import MissingPackage, need
-from llm_jax.files import atomic_file
+from llm_jax.files import atomic_file, cache_folder
 from llm_jax.formats import open_checkpoint
 
 
@@ -153,12 +152,6 @@ def find_model(name: str) -> RegisteredModel:
     close = difflib.get_close_matches(name.lower(), MODELS, n=3, cutoff=0.5)
     guess = f"; did you mean {' or '.join(close)}?" if close else ";"
     raise CheckpointError(f"no model is named {name!r}{guess} known are {', '.join(MODELS)}")
-
-
-def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Where fetched files are kept: the argument, $THIMBLE_CACHE, or ~/.cache/thimble-jax."""
-    chosen = cache_dir or os.environ.get("THIMBLE_CACHE") or "~/.cache/thimble-jax"
-    return Path(chosen).expanduser()
 
 
 def _complete(folder: Path) -> bool:

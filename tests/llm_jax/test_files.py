@@ -1,13 +1,17 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from llm_jax.files import atomic_file, atomic_folder
+from llm_jax.files import LockedError, atomic_file, atomic_folder, check_writable, locked
+
+ROOT = Path(__file__).parents[2]
 
 
 def names(folder):
@@ -19,7 +23,7 @@ def killed_inside(statement: str) -> None:
     """Runs `with <statement> as scratch` in a process that kills itself inside the block."""
     program = f"""
 import os, signal
-from llm_jax.files import atomic_file, atomic_folder
+from llm_jax.files import LockedError, atomic_file, atomic_folder, check_writable, locked
 with {statement} as scratch:
     target = scratch / "part" if scratch.is_dir() else scratch
     target.write_text("half of the new te")
@@ -96,7 +100,7 @@ def test_the_content_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *paths: done.append("replace") or replace(*paths))
     with atomic_file(path) as scratch:
         scratch.write_text("new")
-    assert done == ["flush", "replace"]
+    assert done == ["flush", "replace", "flush"]  # the last one is the name's
 
 
 # --- Folders -----------------------------------------------------------------------------------
@@ -155,4 +159,51 @@ def test_every_file_of_a_folder_is_on_the_disk_before_the_name(tmp_path, monkeyp
         (scratch / "inner").mkdir()
         (scratch / "inner" / "a.txt").write_text("a")
         (scratch / "b.txt").write_text("b")
-    assert done == ["flush", "flush", "replace"]
+    # Two files and two folders; then the name.
+    assert done == ["flush"] * 4 + ["replace", "flush"]
+
+
+# Locks, and looking before long work.
+
+
+def test_a_folder_is_kept_by_one_block_at_a_time(tmp_path):
+    folder = tmp_path / "new" / "out"
+    with locked(folder):
+        message = f"another process writes to {folder}; wait until it ends"
+        with pytest.raises(LockedError, match=message), locked(str(folder)):
+            pass
+        with locked(tmp_path / "new"):  # another folder
+            pass
+    with locked(folder):
+        pass
+    assert list(folder.iterdir()) == []  # nothing is left that could be stale
+
+
+def test_a_killed_process_lets_a_folder_go(tmp_path):
+    code = (
+        "import sys, time; from llm_jax.files import locked\n"
+        f"with locked({str(tmp_path)!r}):\n    print('locked', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(LockedError), locked(tmp_path):
+            pass
+        other.kill()
+    with locked(tmp_path):
+        pass
+
+
+def test_whether_a_folder_can_be_written_is_known_before(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileExistsError):
+        check_writable(tmp_path / "file")
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []

@@ -1,0 +1,95 @@
+"""Identity by content: checksums of arrays and files with XXH3, the fastest hash of its kind.
+
+They find accidents, such as a flipped bit or another file at the same path. They are no defence
+against somebody who wants two contents to have the same checksum.
+"""
+
+import concurrent.futures
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from llm_jax.files import atomic_file, cache_folder
+
+PART = 2**24
+"""Bytes that one thread reads and hashes at a time."""
+_SETTLED_NS = 2 * 10**9
+"""A file changed later than this before it was hashed may change again within the same tick of the
+file system's clock, so its digest is not kept."""
+
+
+def array_digest(array: Any) -> str:
+    """XXH3-128 of an array's bytes in row order, in hexadecimal. Shape and dtype do not count."""
+    flat = np.ascontiguousarray(np.asarray(array)).reshape(-1)
+    return xxhash.xxh3_128_hexdigest(flat.view(np.uint8).data)
+
+
+def json_digest(value: Any) -> str:
+    """XXH3-128 of a JSON value, whatever the order of its keys and its spaces."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def file_digest(path: Path) -> str:
+    """XXH3-128 of the digests of a file's 16 MiB parts, which are read in parallel.
+
+    It is kept in the cache folder and used again while path, size, times and inode are the same.
+    """
+    path = Path(path).resolve()
+    before = _state(path)
+    kept = cache_folder() / "digests" / f"{xxhash.xxh3_128_hexdigest(str(path).encode())}.json"
+    try:
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known["state"] == before:
+            return str(known["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or damaged: hashed again
+    found = _hashed(path, before["size"])
+    if before == _state(path) and time.time_ns() - before["changed"] > _SETTLED_NS:
+        try:
+            with atomic_file(kept) as scratch:
+                record = {"path": str(path), "state": before, "digest": found}
+                scratch.write_text(json.dumps(record), encoding="utf-8")
+        except OSError:
+            pass  # a cache that cannot be written costs time, nothing else
+    return found
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """One digest of several files' contents, in the order of their names; names do not count."""
+    return json_digest([file_digest(path) for path in sorted(paths, key=lambda path: path.name)])
+
+
+def _state(path: Path) -> dict[str, int]:
+    found = path.stat()
+    changed = max(found.st_mtime_ns, found.st_ctime_ns)
+    return {
+        "size": found.st_size,
+        "modified": found.st_mtime_ns,
+        "changed": changed,
+        "inode": found.st_ino,
+    }
+
+
+def _hashed(path: Path, size: int) -> str:
+    buffers = threading.local()
+
+    def part(start: int) -> bytes:
+        if not hasattr(buffers, "own"):  # one a thread, because making it takes as long as reading
+            buffers.own = memoryview(bytearray(PART))
+        view, got = buffers.own[: min(PART, size - start)], 0
+        while got < len(view) and (n := os.preadv(file.fileno(), [view[got:]], start + got)):
+            got += n
+        return xxhash.xxh3_128_digest(view[:got])
+
+    with path.open("rb") as file, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        whole = xxhash.xxh3_128()
+        for digest in pool.map(part, range(0, size, PART)):
+            whole.update(digest)
+        return whole.hexdigest()
