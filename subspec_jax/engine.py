@@ -16,9 +16,9 @@ from typing import Any
 import jax
 
 from llm_jax.checkpoint import Checkpoint
+from llm_jax.files import cache_folder
 from llm_jax.params import Attention
 from llm_jax.progress import Reporter, default_reporter
-from llm_jax.registry import cache_folder
 from llm_jax.tokenizer import StreamDecoder
 from subspec_jax import SubspecError, precompile, probe
 from subspec_jax.accept import Gate
@@ -163,6 +163,10 @@ class Engine:
         """Every byte of the current method, as text too: `print(model.plan)`."""
         return self.plans[self.method.name]
 
+    def identity(self) -> list[str | None]:
+        """What identifies the model and the draft model, if any, by their content."""
+        return [source.identity() for source in (self.source, self._small) if source is not None]
+
     # ------------------------------------------------------------------ loading
 
     def start(self) -> None:
@@ -225,7 +229,8 @@ class Engine:
         began = time.perf_counter()
         self._layers = p.streams_residuals, p.split_head
         with self.reporter.bar("Loading layers", p.cfg.layers) as step:
-            self.target = self.source.load(p, step, self.options.verify_weights)
+            how = self.options.verify_weights, self.options.check_files
+            self.target = self.source.load(p, step, *how)
         self.timings["load_s"] += time.perf_counter() - began
 
     def _unload(self) -> None:

@@ -29,14 +29,16 @@ def load_target(
     plan: Plan,
     progress: Progress | None = None,
     verify: bool = False,
+    check: bool = True,
 ) -> Target:
     """A model's weights. Each layer is placed when it is read, so at most one layer waits.
 
     `source` is what `llm_jax.formats.open_checkpoint` returns, or a converted model. Layers of a
     converted model are residuals and substitutes. If the plan has plain layers, they are decoded on
-    the device before they are placed. `verify` compares a converted model's weights with their
-    checksums, which takes some seconds per layer, and raises ResidualError if they differ. Raises
-    ValueError if the plan streams residuals and the source is not converted.
+    the device before they are placed. `check` compares the files of a converted model with their
+    checksums, at some GB a second. `verify` also decodes all weights and compares them with those
+    that were converted, which takes some seconds a layer. Both raise ResidualError for a
+    difference. Raises ValueError if the plan streams residuals and the source is not converted.
     """
 
     def place_layer(i, layer):
@@ -47,7 +49,7 @@ def load_target(
         return np.array(array) if on_host else to_device(array)
 
     if isinstance(source, Converted):
-        return _load_converted(source, plan, place_layer, place_table, progress, verify)
+        return _load_converted(source, plan, place_layer, place_table, progress, verify, check)
     if plan.streams_residuals:
         raise ValueError("this plan streams residuals; convert the checkpoint first")
     report = (lambda done, total: progress(done)) if progress else None
@@ -63,7 +65,9 @@ def _decode_head(head: Split, vocab: int):
     return decode_layer(head)[:, :vocab]
 
 
-def _load_converted(source, plan, place_layer, place_table, progress, verify) -> Target:
+def _load_converted(source, plan, place_layer, place_table, progress, verify, check) -> Target:
+    if check:
+        source.check()
     if verify:
         source.verify_tables()
     tables = {name: place_table(name, array) for name, array in source.tables.items()}
@@ -77,6 +81,8 @@ def _load_converted(source, plan, place_layer, place_table, progress, verify) ->
         tables["head_DV"] = head if plan.split_head else whole
     layers = []
     for i in range(plan.cfg.layers):
+        if check:
+            source.check(i)
         split = source.layer(i)
         if verify or not plan.streams_residuals:
             whole = _decode_layer(to_device(split))

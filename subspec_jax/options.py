@@ -26,8 +26,10 @@ class Options:
     of the bytes; the device computes the exact weights from both. Converts the model once."""
     converted: Path | None = None
     """Folder of the converted model; None: in the cache."""
+    check_files: bool = True
+    """Compare the files of a converted model with their checksums while they are loaded."""
     verify_weights: bool = False
-    """Compare a converted model's weights with their checksums while they are loaded."""
+    """Also decode all weights of a converted model, and compare them with those it was made of."""
     quantizer: Quantizer = "hqq"
     weights: Literal["checkpoint", "random"] = "checkpoint"
     chunk: int = 512

@@ -17,10 +17,11 @@ import numpy as np
 
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.config import Config
+from llm_jax.files import cache_folder
 from llm_jax.formats import open_checkpoint
 from llm_jax.params import Layer, Params, abstract, init_layer
 from llm_jax.progress import Progress, Reporter
-from llm_jax.registry import MODELS, cache_folder, find_checkpoint, find_model
+from llm_jax.registry import MODELS, find_checkpoint, find_model
 from llm_jax.tokenizer import ByteTokenizer
 from subspec_jax import memory
 from subspec_jax.draft_model import Draft
@@ -70,6 +71,10 @@ class Source:
     def tokenizer(self) -> Any:
         return ByteTokenizer() if self.checkpoint is None else self.checkpoint.tokenizer()
 
+    def identity(self) -> str | None:
+        """What identifies weights and tokenizer by their content; None for random weights."""
+        return None if self.checkpoint is None else self.checkpoint.identity()
+
     def shapes(self, draft: Draft) -> Params:
         """The target as shapes and dtypes: plain layers, a checkpoint's own kind, or residuals."""
         if self.residual and draft.bits is not None:
@@ -82,13 +87,19 @@ class Source:
             return self.checkpoint.model_shapes(self.cfg)
         return _plain_shapes(self.cfg)
 
-    def load(self, plan: Plan, progress: Progress | None = None, verify: bool = False) -> Target:
-        """The target where the plan wants it; `verify` checks the weights of a converted model."""
+    def load(
+        self,
+        plan: Plan,
+        progress: Progress | None = None,
+        verify: bool = False,
+        check: bool = True,
+    ) -> Target:
+        """The target where the plan wants it; see `load_target` for `verify` and `check`."""
         source = self.converted if plan.streams_residuals else self.checkpoint
         if source is None:
             split = self._random_split(plan) if plan.streams_residuals else None
             return random_target(plan, self.seed, progress, split)
-        return load_target(source, plan, progress, plan.streams_residuals and verify)
+        return load_target(source, plan, progress, plan.streams_residuals and verify, check)
 
     def one_layer(self, plan: Plan) -> Layer:
         """A layer of the kind that the plan's target has, to be timed."""

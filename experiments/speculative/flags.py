@@ -47,8 +47,10 @@ class Speculative:
     converted: Path | None = None
     """Folder of the converted model for --stream residual (see experiments.convert); made there if
     it is missing."""
+    check_files: bool = True
+    """Compare the converted model's files with their checksums when they are loaded."""
     verify_weights: bool = False
-    """Compare the converted model's weights with their checksums when they are loaded."""
+    """Also decode the converted model's weights and compare them with those it was made of."""
     memory_limit: str = "auto"
     """Device memory, such as 8GB (1 GB is 2**30 bytes); enforced on a GPU, planned for on a CPU.
     auto: the card's; where the whole model fits, a limit that holds a quarter of its layers.
@@ -170,8 +172,10 @@ def check(args: Speculative) -> None:
             raise MethodError(
                 "residuals are of 16-bit weights; drop --dtype float32 or take --stream raw"
             )
-    elif args.converted is not None or args.verify_weights:
-        raise MethodError("--converted and --verify-weights need --stream residual")
+    elif args.converted is not None or args.verify_weights or not args.check_files:
+        raise MethodError(
+            "--converted, --verify-weights and --no-check-files need --stream residual"
+        )
     if args.weights == "random":
         if args.checkpoint is not None:
             raise MethodError("--weights random needs no --checkpoint; drop one of them")
@@ -275,6 +279,7 @@ def opened(args: Speculative, reporter: Reporter) -> engine.Engine:
         dtype=args.dtype,
         stream=args.stream,
         converted=args.converted,
+        check_files=args.check_files,
         verify_weights=args.verify_weights,
         quantizer=args.quantizer,
         weights=args.weights,

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 
 from llm_jax.checkpoint import Checkpoint, shapes
 from llm_jax.config import Config
-from llm_jax.files import atomic_file
+from llm_jax.digest import array_digest
+from llm_jax.files import locked
 from llm_jax.packed import packed
 from llm_jax.params import joined
 from llm_jax.quantize import check_grouping, quantize
@@ -28,26 +28,11 @@ from subspec_jax.residual.files import (
     VERSION,
     Converted,
     ResidualError,
-    checksum,
     read_manifest,
+    write_manifest,
     write_tensors,
 )
 from subspec_jax.residual.split import head_shape
-
-
-def identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What identifies a checkpoint: its files' names, sizes, and a hash of first and last MiB."""
-    files = sorted({tensor.file for tensor in checkpoint.contents.tensors.values()})
-    digest, total = hashlib.blake2b(digest_size=16), 0
-    for file in files:
-        size = file.stat().st_size
-        total += size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as f:
-            digest.update(f.read(2**20))
-            f.seek(max(0, size - 2**20))
-            digest.update(f.read())
-    return {"files": [file.name for file in files], "bytes": total, "digest": digest.hexdigest()}
 
 
 def convert(
@@ -66,8 +51,8 @@ def convert(
     Files of layers that already exist are kept. Before a layer's file is written, all its weights
     are decoded on the device and compared. `workers` matrices are encoded at a time.
     `progress(done, total)` counts layers. Raises ResidualError if the folder belongs to another
-    checkpoint or other settings. Raises CheckpointError or ValueError if the checkpoint cannot be
-    converted.
+    checkpoint or other settings, LockedError if another process converts to it, CheckpointError or
+    ValueError if the checkpoint cannot be converted.
     """
     path = Path(path)
     if code not in CODES:
@@ -80,9 +65,20 @@ def convert(
         check_grouping(name, shape[0], bits, group)
     checkpoint.check(cfg)
     settings = dict(version=VERSION, code=code, bits=bits, group=group, iterations=iterations)
-    manifest = settings | {"model": dataclasses.asdict(cfg), "source": identity(checkpoint)}
-    _begin(path, json.loads(json.dumps(manifest)))
+    manifest = settings | {"model": dataclasses.asdict(cfg), "source": checkpoint.digest()}
+    manifest = json.loads(json.dumps(manifest))
+    if is_complete(path, cfg):
+        _begin(path, manifest)
+    else:
+        with locked(path):
+            _begin(path, manifest)
+            _write(checkpoint, cfg, path, manifest, progress, workers)
+    return Converted(path)
 
+
+def _write(checkpoint, cfg, path, manifest, progress, workers) -> None:
+    """Writes the files that are missing."""
+    bits, group, iterations, code = (manifest[k] for k in ("bits", "group", "iterations", "code"))
     quantizer = bits, group, iterations
     if not (path / TABLES).exists():
         tables = {field: checkpoint.read(field, cfg) for field in shapes(cfg)[0]}
@@ -93,13 +89,13 @@ def convert(
             arrays, more = _encoded("head_DV", padded, quantizer, code, "the output head")
             tables |= arrays
             entries["head_DV"] |= more | {"shape": list(shape)}
-        write_tensors(path / TABLES, tables, entries)
+        write_tensors(path / TABLES, tables, entries, manifest)
     for index in range(cfg.layers):
         if not (path / LAYER.format(index)).exists():
-            _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers)
+            tensors, entries = _layer(checkpoint, index, cfg, quantizer, code, workers)
+            write_tensors(path / LAYER.format(index), tensors, entries, manifest)
         if progress:
             progress(index + 1, cfg.layers)
-    return Converted(path)
 
 
 def is_complete(path: Path, cfg: Config) -> bool:
@@ -115,8 +111,7 @@ def _begin(path: Path, manifest: dict[str, Any]) -> None:
     if not file.exists():
         if any(path.glob("*.safetensors")):
             raise ResidualError(f"{path} holds other safetensors files; choose an empty folder")
-        with atomic_file(file) as scratch:
-            scratch.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_manifest(file, manifest)
         return
     there = read_manifest(file)
     differences = [
@@ -131,7 +126,9 @@ def _begin(path: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers) -> None:
+def _layer(checkpoint, index, cfg, quantizer, code, workers) -> tuple[dict, dict]:
+    """(arrays of a layer, their entries)."""
+
     def one(field, w):
         w, name = np.asarray(w), f"{field} of layer {index}"
         if w.ndim == 1:
@@ -146,7 +143,7 @@ def _convert_layer(checkpoint, index, cfg, path, quantizer, code, workers) -> No
         for arrays, entry in pool.map(one, *zip(*named, strict=True)):
             tensors |= arrays
             entries |= entry
-    write_tensors(path / LAYER.format(index), tensors, entries)
+    return tensors, entries
 
 
 def _encoded(field: str, w: np.ndarray, quantizer, code: str, name: str):
@@ -164,7 +161,7 @@ def _encoded(field: str, w: np.ndarray, quantizer, code: str, name: str):
 
 
 def _entry(array: np.ndarray) -> dict[str, Any]:
-    return {"crc32": checksum(array)}
+    return {"digest": array_digest(array)}
 
 
 def _decoded(residual: Residual, substitute: Packed) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 A folder has manifest.json (source, settings, model), model.safetensors (embedding, last norm, head)
 and one file per layer. A file is complete or does not exist. Files are mapped into memory: opening
-a model reads only their headers.
+a model reads only their headers. Each header has a digest of itself and of every tensor's bytes.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from llm_jax.config import Config, Llama3Rope
+from llm_jax.digest import array_digest, json_digest
 from llm_jax.extras import need
 from llm_jax.files import atomic_file
 from llm_jax.params import JoinedAttention, JoinedMLP, Layer, Params, abstract
@@ -24,7 +25,7 @@ from pallas_kernels.residual_decode.code import Residual, pad
 from subspec_jax import SubspecError
 from subspec_jax.residual.split import Split, split_shapes
 
-VERSION = 4
+VERSION = 5
 MANIFEST, TABLES, LAYER = "manifest.json", "model.safetensors", "layer-{:05}.safetensors"
 
 
@@ -32,54 +33,119 @@ class ResidualError(SubspecError):
     """A converted model that cannot be written or used; the message is for the user."""
 
 
-def checksum(array: Any) -> int:
-    """CRC-32 of an array's bytes, row by row."""
-    return zlib.crc32(np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8))
+def _header_digest(tensors: dict[str, np.ndarray], **metadata: Any) -> str:
+    kinds = {name: [a.dtype.name, list(a.shape)] for name, a in tensors.items()}
+    return json_digest([kinds, metadata])
 
 
-def write_tensors(file: Path, tensors: dict[str, np.ndarray], entries: dict[str, Any]) -> None:
-    """Writes a safetensors file with `entries` in its metadata, atomically."""
-    safetensors = need("safetensors.numpy", "models", "a converted model")
-    with atomic_file(file) as scratch:
-        metadata = {"entries": json.dumps(entries)}
-        safetensors.save_file(tensors, str(scratch), metadata=metadata)
+def _place(file: Path, manifest: dict[str, Any]) -> str:
+    return json_digest([manifest, file.name])
 
 
-def mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(views of a safetensors file's tensors, its entries). Only the header is read.
+def write_tensors(
+    file: Path, tensors: dict[str, np.ndarray], entries: dict[str, Any], manifest: dict[str, Any]
+) -> None:
+    """Writes a safetensors file with `entries` and digests in its metadata, atomically.
 
-    Raises ResidualError if the file is missing or damaged.
+    It names its folder's manifest and itself, so that it is not taken for another one.
     """
+    safetensors = need("safetensors", "models", "a converted model")
+    numpy = need("safetensors.numpy", "models", "a converted model")
+    digests = {name: array_digest(array) for name, array in tensors.items()}
+    kept = dict(entries=entries, digests=digests, place=_place(file, manifest))
+    kept["header"] = _header_digest(tensors, **kept)
+    with atomic_file(file) as scratch:
+        metadata = {"contents": json.dumps(kept)}  # one text: several would be in random order
+        try:
+            numpy.save_file(tensors, str(scratch), metadata=metadata)
+        except safetensors.SafetensorError as error:  # such as a full disk
+            raise ResidualError(f"{file} cannot be written: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file that `write_tensors` wrote: its tensors, and what its header says of them.
+
+    Raises ResidualError if it is missing, if its header is damaged, or if it belongs elsewhere.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    """Of the folder that it belongs to."""
+    views: dict[str, np.ndarray] = dataclasses.field(init=False)
+    entries: dict[str, Any] = dataclasses.field(init=False)
+    digests: dict[str, str] = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        try:
+            views, metadata = _mapped(self.path)
+            found = json.loads(metadata["contents"])
+            if found.pop("header") != _header_digest(views, **found):
+                raise ValueError("its header differs from what was written")
+            if found.pop("place") != _place(self.path, self.manifest):
+                raise ValueError("it is of another layer or another converted model")
+            object.__setattr__(self, "views", views)
+            object.__setattr__(self, "entries", found["entries"])
+            object.__setattr__(self, "digests", found["digests"])
+        except FileNotFoundError:
+            raise ResidualError(
+                f"{self.path} is missing: the conversion was interrupted; run it again to go on"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ResidualError(
+                f"{self.path} is truncated or damaged ({error}); delete it and convert again"
+            ) from error
+
+    def check(self) -> None:
+        """Reads all tensors. Raises ResidualError with the names of those that are damaged."""
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = dict(zip(self.views, pool.map(array_digest, self.views.values())))
+        if wrong := [name for name, digest in found.items() if digest != self.digests[name]]:
+            raise ResidualError(
+                f"{self.path} is damaged: {', '.join(wrong)} differ from what was written; "
+                "delete the file and convert again"
+            )
+
+
+def _mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(views of a safetensors file's tensors, its metadata). Only the header is read."""
     types = dict(U8=np.uint8, U16=np.uint16, U32=np.uint32, BF16="bfloat16", F16=np.float16)
-    try:
-        whole = np.memmap(file, np.uint8, "r")
-        begin = 8 + int(whole[:8].view(np.uint64)[0])
-        header = json.loads(bytes(whole[8:begin]))
-        entries = json.loads(header.pop("__metadata__")["entries"])
-        views = {}
-        for name, tensor in header.items():
-            start, stop = (begin + at for at in tensor["data_offsets"])
-            dtype = np.dtype(jax.numpy.dtype(types[tensor["dtype"]]))
-            views[name] = whole[start:stop].view(dtype).reshape(tensor["shape"])
-        return views, entries
-    except FileNotFoundError:
-        raise ResidualError(
-            f"{file} is missing: the conversion was interrupted; run it again to go on"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResidualError(
-            f"{file} is truncated or damaged ({error}); delete it and convert again"
-        ) from error
+    whole = np.memmap(file, np.uint8, "r")
+    begin = 8 + int(whole[:8].view(np.uint64)[0])
+    header = json.loads(bytes(whole[8:begin]))
+    metadata = header.pop("__metadata__")
+    views = {}
+    for name, tensor in header.items():
+        start, stop = (begin + at for at in tensor["data_offsets"])
+        dtype = np.dtype(jax.numpy.dtype(types[tensor["dtype"]]))
+        views[name] = whole[start:stop].view(dtype).reshape(tensor["shape"])
+    return views, metadata
+
+
+def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    """Writes a manifest, with a digest of itself, atomically."""
+    with atomic_file(file) as scratch:
+        kept = manifest | {"digest": json_digest(manifest)}
+        scratch.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
-    """The manifest's JSON. Raises ResidualError if the file is missing or damaged."""
+    """The manifest. Raises ResidualError if it is missing, damaged or of another version."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest.get("version")
+        digest = manifest.pop("digest", None)
     except FileNotFoundError:
         raise ResidualError(f"{file.parent} is not a converted model: no {file.name}") from None
-    except ValueError as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ResidualError(f"{file} is damaged ({error}); convert again") from error
+    if digest is None and version != VERSION:
+        raise ResidualError(
+            f"{file.parent} is of version {version}, this program reads {VERSION}; convert again"
+        )
+    if digest != json_digest(manifest):
+        raise ResidualError(f"{file} is damaged (it differs from what was written); convert again")
+    return manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +164,8 @@ class Converted:
 
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
-        """The manifest, with its version checked."""
-        manifest = read_manifest(self.path / MANIFEST)
-        if manifest.get("version") != VERSION:
-            raise ResidualError(
-                f"{self.path} is of version {manifest.get('version')}, this program reads "
-                f"{VERSION}; convert again"
-            )
-        return manifest
+        """What was converted, and how."""
+        return read_manifest(self.path / MANIFEST)
 
     @functools.cached_property
     def cfg(self) -> Config:
@@ -117,29 +177,30 @@ class Converted:
     @functools.cached_property
     def tables(self) -> dict[str, np.ndarray]:
         """embed_VD, norm and head_DV, mapped. A head that is tied or in two parts is not here."""
-        return {name: a for name, a in self._tables[0].items() if "." not in name}
+        return {name: a for name, a in self._tables.views.items() if "." not in name}
 
     @functools.cached_property
-    def _tables(self) -> tuple[dict, dict]:
-        return mapped(self.path / TABLES)
+    def _tables(self) -> TensorFile:
+        return TensorFile(self.path / TABLES, self.manifest)
 
     @functools.cached_property
     def head(self) -> Split | None:
         """The output head in two parts, [D, V] with columns added; None if it is not split."""
-        if "head_DV.residual" not in self._tables[0]:
+        if "head_DV.residual" not in self._tables.views:
             return None
-        return self._matrix("head_DV", *self._tables)
+        return self._matrix("head_DV", self._tables)
 
     @functools.cached_property
-    def _layers(self) -> tuple[tuple[dict, dict], ...]:
-        return tuple(mapped(self.path / LAYER.format(i)) for i in range(self.cfg.layers))
+    def _layers(self) -> tuple[TensorFile, ...]:
+        files = (self.path / LAYER.format(i) for i in range(self.cfg.layers))
+        return tuple(TensorFile(file, self.manifest) for file in files)
 
     @functools.cached_property
     def _room(self) -> tuple[dict[str, tuple[int, int]], ...]:
         """For each layer, (rows, patches) of each matrix: the most in any layer of its kind."""
         names = list(self.cfg.joined_matrices)
-        rows = [[views[f"{n}.residual"].shape[0] for n in names] for views, _ in self._layers]
-        patches = [[entries[n]["patches"] for n in names] for _, entries in self._layers]
+        rows = [[f.views[f"{n}.residual"].shape[0] for n in names] for f in self._layers]
+        patches = [[f.entries[n]["patches"] for n in names] for f in self._layers]
         need = np.stack([rows, patches], -1)
         room = {}
         for kind in partition(need[..., 0], self.kinds):
@@ -162,7 +223,8 @@ class Converted:
         head = self.model.head_DV if self.head is None else jax.tree.map(shape, self.head)
         return dataclasses.replace(self.model, head_DV=head)
 
-    def _matrix(self, name: str, views: dict, entries: dict) -> Split:
+    def _matrix(self, name: str, file: TensorFile) -> Split:
+        views, entries = file.views, file.entries
         shape = tuple(entries[name]["shape"])
         parts = (views.get(f"{name}.{part}") for part in ("codes", "top", "scale"))
         words, low = views[f"{name}.residual"], views.get(f"{name}.low")
@@ -174,18 +236,22 @@ class Converted:
 
         `subspec_jax.offload.offload` moves its residuals to pinned memory.
         """
-        views, entries = self._layers[index]
+        file = self._layers[index]
 
         def matrix(name):
-            split = self._matrix(name, views, entries)
+            split = self._matrix(name, file)
             padded = pad(split.residual, *self._room[index][name])
             return dataclasses.replace(split, residual=padded)
 
         w = {name: matrix(name) for name in self.cfg.joined_matrices}
-        biases = (views.get(name) for name in ("qkv_bias", "q_norm", "k_norm"))
+        biases = (file.views.get(name) for name in ("qkv_bias", "q_norm", "k_norm"))
         attn = JoinedAttention(w["qkv"], w["o"], *biases)
         mlp = JoinedMLP(w["gate_up"], w["down"])
-        return Layer(views["attn_norm"], attn, views["mlp_norm"], mlp)
+        return Layer(file.views["attn_norm"], attn, file.views["mlp_norm"], mlp)
+
+    def check(self, index: int | None = None) -> None:
+        """Raises ResidualError if the file of a layer (None: of the tables) is damaged."""
+        (self._tables if index is None else self._layers[index]).check()
 
     def verify(self, index: int, layer: Layer) -> None:
         """Raises ResidualError with the names of decoded arrays that differ from the model's.
@@ -193,21 +259,21 @@ class Converted:
         `layer` is `decode_layer(self.layer(index))`, on host or device.
         """
         found = {path[-1].name: leaf for path, leaf in jax.tree.leaves_with_path(layer)}
-        self._verify(LAYER.format(index), found, self._layers[index][1])
+        self._verify(self._layers[index], found)
 
     def verify_tables(self) -> None:
         """Like `verify`, for the embedding, the last norm and a head that is stored whole."""
-        self._verify(TABLES, self.tables, self._tables[1])
+        self._verify(self._tables, self.tables)
 
     def verify_head(self, head_DV: jax.Array) -> None:
         """Like `verify`, for the decoded `head`, without the added columns."""
-        self._verify(TABLES, {"head_DV": head_DV}, self._tables[1])
+        self._verify(self._tables, {"head_DV": head_DV})
 
-    def _verify(self, file: str, found: dict, entries: dict) -> None:
-        wrong = [n for n, array in found.items() if checksum(array) != entries[n]["crc32"]]
-        if wrong:
+    def _verify(self, file: TensorFile, found: dict) -> None:
+        right = lambda name, array: array_digest(array) == file.entries[name]["digest"]
+        if wrong := [name for name, array in found.items() if not right(name, array)]:
             raise ResidualError(
-                f"{self.path / file}: {', '.join(wrong)} differ from the model that was "
+                f"{file.path}: {', '.join(wrong)} differ from the model that was "
                 "converted; delete the file and convert again"
             )
 

@@ -159,7 +159,7 @@ def test_a_killed_conversion_goes_on(source, original, tmp_path, monkeypatch, at
     """Killed while it writes file `at`: half of it stays behind, under no file's name."""
     written = []
 
-    def write(file, tensors, entries):
+    def write(file, *given):
         if len(written) == at:
             nobody = 2**22 + 1  # above the largest process number of Linux
             scratch = file.with_name(f".{file.name}.{nobody}.x1")
@@ -167,7 +167,7 @@ def test_a_killed_conversion_goes_on(source, original, tmp_path, monkeypatch, at
             (scratch / file.name).write_bytes(b"half")
             raise Killed
         written.append(file)
-        residual_file.write_tensors(file, tensors, entries)
+        residual_file.write_tensors(file, *given)
 
     monkeypatch.setattr(residual_convert, "write_tensors", write)
     with pytest.raises(Killed):
@@ -286,13 +286,72 @@ def test_broken_folders(converted, tmp_path):
         with pytest.raises(ResidualError, match=f"{file.name} is truncated or damaged"):
             Converted(converted.path)
     file.write_bytes(whole)
-    manifest = json.loads((converted.path / "manifest.json").read_text())
-    (converted.path / "manifest.json").write_text(json.dumps(manifest | {"version": 0}))
-    with pytest.raises(ResidualError, match="is of version 0, this program reads 4; convert again"):
+    manifest = converted.path / "manifest.json"
+    old = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "digest"}
+    manifest.write_text(json.dumps(old | {"version": 4}))
+    with pytest.raises(ResidualError, match="is of version 4, this program reads 5; convert again"):
         Converted(converted.path)
     (converted.path / "manifest.json").write_text("{")
     with pytest.raises(ResidualError, match=r"manifest.json is damaged"):
         Converted(converted.path)
+
+
+def test_a_file_of_another_place_is_refused(converted, source, tmp_path):
+    """Two layers that changed their names; a layer of another conversion of the same sizes."""
+    one, two = (converted.path / f"layer-0000{i}.safetensors" for i in (0, 1))
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    with pytest.raises(
+        ResidualError, match=r"layer-00000.*is of another layer or another converted"
+    ):
+        Converted(converted.path)
+    other = convert(source, CFG, tmp_path / "other", group=GROUP, iterations=1)
+    one.write_bytes((other.path / one.name).read_bytes())
+    with pytest.raises(
+        ResidualError, match=r"layer-00000.*is of another layer or another converted"
+    ):
+        Converted(converted.path)
+    one.write_bytes(first)
+    Converted(converted.path)
+
+
+@pytest.mark.quick_cases("0")
+@pytest.mark.parametrize("part", range(8))
+def test_no_flipped_bit_is_silent(original, tmp_path, part):
+    """25 flips a part, 200 in all, anywhere in the folder: each is named when it is loaded, or
+    nothing that is read has changed."""
+    folder = tmp_path / "copy"
+    shutil.copytree(original.path, folder)
+    files = sorted(folder.iterdir())
+    sizes = np.array([file.stat().st_size for file in files])
+    rng = np.random.default_rng(part)
+
+    def loaded():
+        model = Converted(folder)
+        for index in (None, *range(CFG.layers)):
+            model.check(index)
+        layers = [jax.tree.map(np.asarray, model.layer(i)) for i in range(CFG.layers)]
+        return jax.tree.map(np.array, [layers, model.tables, model.head]), model.manifest
+
+    want, manifest = loaded()
+    silent = 0
+    for n in range(25):  # every other one in a header or the manifest, which are small
+        file = files[rng.choice(len(files), p=None if n % 2 else sizes / sizes.sum())]
+        raw = bytearray(file.read_bytes())
+        at = rng.integers(len(raw) if n % 2 == 0 else min(len(raw), 3000))
+        raw[at] ^= 1 << rng.integers(8)
+        whole = file.read_bytes()
+        file.write_bytes(raw)
+        try:
+            got, again = loaded()
+        except ResidualError as error:
+            assert str(file) in str(error) or file.name == "manifest.json"
+        else:
+            silent += 1
+            chex.assert_trees_all_equal(got, want)
+            assert again == manifest
+        file.write_bytes(whole)
+    assert silent < 5  # spaces between what is read
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 3, 9])
