@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,8 +58,12 @@ def _mend(file: BinaryIO) -> None:
         file.write(b"\n")
 
 
-def read(path: Path, fields: Sequence[str] = TURN) -> list[Record]:
+def read(
+    path: Path, fields: Sequence[str] = TURN, problem: Callable[[Record], str | None] | None = None
+) -> list[Record]:
     """The records in `path`, all of which must have `fields`; none if there is no file.
+
+    `problem(record)` may say what else is wrong with one.
 
     A half-written last line is dropped, with a warning in the log. Raises `RecordError` for any
     other line that is no record, because a killed run cannot have left it.
@@ -77,6 +81,11 @@ def read(path: Path, fields: Sequence[str] = TURN) -> list[Record]:
                 f" line with {', '.join(fields)}. Delete the line; what it recorded is run again."
             )
         if record is not None:
+            if problem and (wrong := problem(record)):
+                raise RecordError(
+                    f"{path}, line {number}: {wrong}. Delete the line; what it recorded is run "
+                    "again."
+                )
             records.append(record)
     if tail.strip():
         record = _parse(tail, fields)
@@ -96,17 +105,9 @@ def _parse(line: bytes, fields: Sequence[str]) -> Record | None:
     """The record on a line, or None if it is no JSON object with `fields`."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and set(fields) <= set(record) else None
-
-
-def done(records: Iterable[Record]) -> set[tuple]:
-    """The (method, sample, turn, settings) of every record, which a resumed run may skip.
-
-    The benchmark is not among them, so the hash in `settings` must cover it.
-    """
-    return {(r["method"], r["sample"], r["turn"], r.get("settings")) for r in records}
 
 
 def write_json(path: Path, obj: Any) -> None:

@@ -19,6 +19,7 @@ from experiments.common import cli as command_line
 from experiments.speculative import benchmarks
 from experiments.speculative.flags import Speculative, opened
 from experiments.speculative.run import Run, output_folder
+from llm_jax.files import check_writable, locked
 from llm_jax.progress import ConsoleReporter
 
 
@@ -27,10 +28,13 @@ def main(args: Speculative, console: Console) -> int:
         samples = benchmarks.load_conversations(
             args.benchmark, args.data_dir, args.samples, args.seed
         )
-        run = Run(args, console, engine, output_folder(args))
-        run.prepare()
-        run.decode(samples)
-        run.report()
+        folder = output_folder(args)
+        with locked(folder):
+            check_writable(folder)
+            run = Run(args, console, engine, folder)
+            run.prepare()
+            run.decode(samples)
+            run.report()
     return 0
 
 

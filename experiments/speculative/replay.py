@@ -52,7 +52,9 @@ def acceptance_trace(source: str, method: Method, seed: int = 0) -> Callable[[],
             for accepted, emitted in zip(r["accepted"], r["emitted"], strict=True)
             if emitted > accepted
         ]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        if wrong := [n for n in found if type(n) is not int or n < 0]:
+            raise ValueError(f"{wrong[0]!r} is no number of accepted tokens")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise MethodError(
             f"{source} is no acceptance trace ({e}); give 'published' or a records.jsonl that this "
             "program wrote"

@@ -3,6 +3,7 @@
 A record is one decoded turn, written by `append`, with these fields (seconds, bytes, tokens):
 
     method benchmark sample turn category settings   which turn, decoded how
+    question                                         a digest of what the user said until then
     prompt_tokens prefill_s prefill_bytes            the prompt's pass
     token_ids text decode_s peak_bytes predicted_peak_bytes replayed tree (its depth and width)
     rounds    lists, an entry per target pass after the prompt's: emitted (tokens kept, the bonus
@@ -28,6 +29,38 @@ __all__ = ["plots", "print_summary", "summarize", "summary_notes", "summary_tabl
 
 BASELINE = "vanilla"
 Summary = dict[str, Any]
+
+
+_TEXTS = ("method", "benchmark", "sample", "text", "settings")
+_NUMBERS = ("turn", "prompt_tokens", "prefill_s", "decode_s")
+_ROUNDS = ("emitted", "accepted", "drafted", "depth", "draft_s", "verify_s", "other_s")
+_ROUNDS += ("streamed_bytes", "pass_bytes")
+
+
+def problem(record: Record) -> str | None:
+    """What is wrong with the types of a record's fields, in words; None if nothing is."""
+    for names, kind, words in ((_TEXTS, str, "a text"), (_NUMBERS, (int, float), "a number")):
+        for name in names:
+            if not isinstance(record.get(name), kind):
+                return f"{name} is {record.get(name)!r}, expected {words}"
+    if not _are(record.get("token_ids"), int):
+        return "token_ids is not a list of whole numbers"
+    rounds = record.get("rounds")
+    if not isinstance(rounds, dict):
+        return f"rounds is {rounds!r}, expected an object of lists"
+    for name in _ROUNDS:
+        if not _are(rounds.get(name), (int, float)):
+            return f"rounds.{name} is not a list of numbers"
+    if len({len(rounds[name]) for name in _ROUNDS}) > 1:
+        return "the lists of rounds are not of one length"
+    lossless = record.get("lossless")
+    if lossless is not None and not (isinstance(lossless, dict) and "identical" in lossless):
+        return f"lossless is {lossless!r}, expected null or an object with identical"
+    return None
+
+
+def _are(values: Any, kind: type | tuple) -> bool:
+    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
 
 
 def summarize(records: Iterable[Record]) -> list[Summary]:

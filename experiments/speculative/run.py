@@ -17,6 +17,7 @@ from experiments.common.records import RecordError
 from experiments.speculative import replay, report
 from experiments.speculative.benchmarks import Conversation
 from experiments.speculative.flags import Speculative
+from llm_jax.digest import file_digest, json_digest
 from llm_jax.progress import bar
 from llm_jax.tokenizer import StreamDecoder
 from subspec_jax import memory
@@ -30,9 +31,11 @@ from subspec_jax.propose import Round
 from subspec_jax.shape import can_choose, choose_tree
 from subspec_jax.tree import cache_slots
 
-ASIDE = ("output", "show", "compare", "method", "samples", "verify_weights", "predict")
+ASIDE = ("output", "show", "compare", "method", "samples", "predict")
+ASIDE += ("check_files", "verify_weights")
 """Flags that do not change what a method decodes."""
 PATHS = ("checkpoint", "draft_checkpoint", "data_dir", "palu", "converted")
+"""Where something is. The model counts by its content, and so does each question."""
 
 
 class Run:
@@ -41,13 +44,15 @@ class Run:
     def __init__(self, args: Speculative, console: Console, engine: Engine, folder: Path):
         self.args, self.console, self.engine, self.folder = args, console, engine, folder
         self.path = folder / "records.jsonl"
-        self.records = records.read(self.path)
+        self.records = records.read(self.path, problem=report.problem)
         self.answers: dict[tuple, str] = {}
         self.traces: dict[str, Iterator[int]] = {}
+        with console.status("Identifying the model …"):
+            self.identity = engine.identity()
         # Of the plans as they are first: where memory runs out a plan changes, and the records
         # stay those of this run.
         self.hashes = {
-            name: settings_hash(args, engine.cfg, m, engine.plans[name])
+            name: settings_hash(args, engine.cfg, m, engine.plans[name], self.identity)
             for name, m in engine.methods.items()
         }
         self.predicted: dict[str, dict[str, float]] = {}
@@ -118,16 +123,15 @@ class Run:
 
     def decode(self, samples: list[Conversation]) -> None:
         for method in self.engine.methods.values():
-            settings = self.hashes[method.name]
-            finished = records.done(self.records)
+            own = (method.name, self.hashes[method.name])
+            done = [r for r in self.records if (r["method"], r.get("settings")) == own]
+            finished = {(r["sample"], r["turn"], r.get("question")) for r in done}
             turns = [(s, i) for s in samples for i in range(len(s.turns))]
-            missing = [(s, i) for s, i in turns if (method.name, s.id, i, settings) not in finished]
-            for r in self.records:
-                if (r["method"], r.get("settings")) == (method.name, settings):
-                    self.answers.setdefault((r["sample"], r["turn"]), r["text"])
-            if len(missing) < len(turns):
-                done = len(turns) - len(missing)
-                self.console.print(f"{method.name}: {done} turns were done before")
+            missing = [(s, i) for s, i in turns if (s.id, i, question(s, i)) not in finished]
+            for r in done:
+                self.answers.setdefault((r["sample"], r["turn"]), r["text"])
+            if before := len(turns) - len(missing):
+                self.console.print(f"{method.name}: {before} turns were done before")
             if missing:
                 self.decode_turns(method, missing)
 
@@ -222,6 +226,7 @@ class Run:
             "benchmark": args.benchmark,
             "sample": sample.id,
             "turn": turn,
+            "question": question(sample, turn),
             "category": sample.category,
             "prompt_tokens": len(prompt),
             "token_ids": tokens,
@@ -255,7 +260,9 @@ class Run:
     def report(self) -> None:
         """Prints the table, and writes run.json and the plots."""
         wanted = set(self.hashes.values())
-        found = [r for r in self.records if r.get("settings") in wanted]
+        # The newest record of a turn: an older one had another question.
+        key = lambda r: (r["settings"], r["sample"], r["turn"])
+        found = list({key(r): r for r in self.records if r.get("settings") in wanted}.values())
         summaries = report.summarize(found)
         report.print_summary(self.console, summaries)
         for s in summaries:
@@ -280,6 +287,7 @@ class Run:
         times = ("compile_s", "compiled_work_space", "load_s", "quantize_s")
         return {
             "arguments": dataclasses.asdict(self.args),
+            "identity": self.identity,
             **{name: stats[name] for name in (*names, *times)},
             "predict_s": self.predict_s,
             "predicted_s": self.predicted,
@@ -288,13 +296,19 @@ class Run:
         }
 
 
-def settings_hash(args: Speculative, cfg, method: Method, plan) -> str:
-    """A hash of all that decides what a method decodes and how fast."""
-    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in ASIDE}
-    for name in PATHS:
-        flags[name] = flags[name] and flags[name].expanduser().resolve()
-    described = repr([flags, cfg, method, plan])
+def settings_hash(args: Speculative, cfg, method: Method, plan, identity) -> str:
+    """A hash of all that decides what a method decodes and how fast. Files count by content."""
+    flags = {k: v for k, v in dataclasses.asdict(args).items() if k not in (*ASIDE, *PATHS)}
+    trace = args.replay_acceptance
+    if trace and trace != "published":
+        flags["replay_acceptance"] = file_digest(Path(trace))
+    described = repr([flags, cfg, method, plan, identity])
     return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def question(sample: Conversation, turn: int) -> str:
+    """What identifies a turn by its content: a digest of all that the user said until then."""
+    return json_digest(sample.turns[: turn + 1])
 
 
 def plan_columns(p) -> dict:

@@ -145,17 +145,32 @@ def test_a_killed_writer_leaves_a_file_to_resume_from(tmp_path):
     root = Path(records.__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root, check=False)
     assert run.returncode == -9
-    assert records.done(records.read(path)) == {("m", "0", 0, "s"), ("m", "1", 0, "s")}
+    assert [(r["sample"], r["settings"]) for r in records.read(path)] == [("0", "s"), ("1", "s")]
 
 
-def test_done_tells_settings_and_turns_apart():
-    rows = [record(turn=0), record(turn=1), record(settings="other"), record("vanilla")]
-    assert records.done(rows) == {
-        ("subspec", "81", 0, "abc"),
-        ("subspec", "81", 1, "abc"),
-        ("subspec", "81", 0, "other"),
-        ("vanilla", "81", 0, "abc"),
-    }
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(sample=["81"]), "sample is ['81'], expected a text"),
+        (dict(settings=None), "settings is None, expected a text"),
+        (dict(decode_s="1"), "decode_s is '1', expected a number"),
+        (dict(decode_s=None), "decode_s is None, expected a number"),  # was NaN
+        (dict(token_ids=[1, 2.5]), "token_ids is not a list of whole numbers"),
+        (dict(rounds=[]), "rounds is [], expected an object of lists"),
+        (dict(rounds={}), "rounds.emitted is not a list of numbers"),
+        (dict(rounds=record()["rounds"] | {"depth": ["4", 4]}), "rounds.depth is not a list of n"),
+        (dict(rounds=record()["rounds"] | {"depth": [4]}), "the lists of rounds are not of one"),
+        (dict(lossless=True), "lossless is True, expected null or an object"),
+    ],
+)
+def test_a_record_of_wrong_types_is_named_with_its_line(tmp_path, change, words):
+    path = tmp_path / "records.jsonl"
+    for row in (record(), record(turn=1) | change):
+        records.append(path, row)
+    assert report.problem(record()) is None
+    with pytest.raises(records.RecordError) as caught:
+        records.read(path, problem=report.problem)
+    assert f"{path}, line 2: {words}" in str(caught.value)
 
 
 def test_write_json_keeps_the_old_file_when_it_fails(tmp_path):

@@ -1,7 +1,7 @@
 """The command itself, on tiny models: what it writes, and what it resumes."""
 
+import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import matplotlib.image
@@ -9,11 +9,13 @@ import pytest
 from command import BASE, CFG, call
 
 from experiments.common import records
-from experiments.speculative import flags
-from experiments.speculative import run as run_module
+from experiments.speculative import benchmarks
+from experiments.speculative.benchmarks import Conversation
 from llm_jax import registry
+from llm_jax.files import locked
+from llm_jax.testing import tiny_params, write_safetensors
 from subspec_jax import engine, sources
-from subspec_jax.methods import METHOD_NAMES, VANILLA
+from subspec_jax.methods import METHOD_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -166,12 +168,12 @@ def test_a_run_that_was_killed_goes_on_where_it_was(run, pair, models, tmp_path,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records, "append", die)
         command = f"{BASE} --checkpoint {models['target']} --output {tmp_path} {flags}"
-        if error is KeyboardInterrupt:
-            killed = call(command)
-            assert killed.code == 130 and "the same --output resumes" in killed.err
-        else:
-            with pytest.raises(RuntimeError, match="killed"):
-                call(command)
+        killed = call(command)
+        code, words = {
+            KeyboardInterrupt: (130, "the same --output resumes"),
+            RuntimeError: (1, "RuntimeError: killed. This is a fault of the program"),
+        }[error]
+        assert killed.code == code and words in killed.err
     assert turns(records.read(tmp_path / "records.jsonl")) == turns(pair.records)[:3]
     resumed = run(flags, tmp_path)
     assert turns(resumed.records) == turns(pair.records)
@@ -187,13 +189,40 @@ def test_other_settings_are_decoded_anew_and_fewer_methods_are_not(run, pair, ap
     assert turns(appended) == [("vanilla", "writing-1")]
 
 
-def test_the_data_folder_counts_however_it_is_written(tmp_path, monkeypatch):
-    hashes = []
-    monkeypatch.chdir(tmp_path)
-    for folder in ("data", "./data", tmp_path / "data", "other"):
-        args = flags.Speculative(data_dir=Path(folder))
-        hashes.append(run_module.settings_hash(args, CFG, VANILLA, None))
-    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+def test_another_model_at_the_same_path_is_decoded_anew(run, appended, tmp_path):
+    """Only weights in the middle of the file differ: sizes, names and the path are the same."""
+    model = write_safetensors(tmp_path / "model", tiny_params(CFG), CFG)
+    first = run("--method vanilla --compare", tmp_path / "out", model)
+    params = tiny_params(CFG)
+    changed = dataclasses.replace(params.layers[1], mlp=tiny_params(CFG, 7).layers[1].mlp)
+    layers = (params.layers[0], changed, *params.layers[2:])
+    write_safetensors(model, dataclasses.replace(params, layers=layers), CFG)
+    again = run("--method vanilla --compare", tmp_path / "out", model)
+    assert len(appended) == 2 and "done before" not in again.out
+    assert again.records[0]["settings"] != again.records[1]["settings"]
+    assert again.records[0]["token_ids"] != again.records[1]["token_ids"]
+    assert len(json.loads((tmp_path / "out" / "run.json").read_text())["summaries"]) == 1
+    same = run("--method vanilla --compare", tmp_path / "out", model)
+    assert len(appended) == 2 and "vanilla: 1 turns were done before" in same.out
+    assert first.records[0] == again.records[0]
+
+
+def test_another_question_of_the_same_name_is_decoded_anew(run, appended, monkeypatch, tmp_path):
+    ask = lambda *turns: lambda *_: [Conversation("a", "writing", turns)]
+    monkeypatch.setattr(benchmarks, "load_conversations", ask("One.", "Two."))
+    run("--method vanilla --compare", tmp_path)
+    monkeypatch.setattr(benchmarks, "load_conversations", ask("One.", "Three."))
+    again = run("--method vanilla --compare", tmp_path)
+    assert turns(appended) == [("vanilla", "a")] * 3 and appended[1]["turn"] == 1
+    assert appended[2]["turn"] == 1 and appended[2]["question"] != appended[1]["question"]
+    (summary,) = json.loads((again.folder / "run.json").read_text())["summaries"]
+    assert summary["turns"] == 2  # the newest record of each
+
+
+def test_two_runs_do_not_share_a_folder(models, tmp_path):
+    with locked(tmp_path):
+        found = call(f"{BASE} --checkpoint {models['target']} --output {tmp_path}")
+    assert found.code == 2 and f"another process writes to {tmp_path}; wait" in found.err
 
 
 # --- Ways to run -------------------------------------------------------------------------------
