@@ -1,6 +1,5 @@
 """The command line that every command shares: flags, console, and errors without a traceback."""
 
-import errno
 import logging
 import os
 import sys
@@ -22,6 +21,7 @@ class UserError(ValueError):
 
 
 USER_ERRORS = (UserError, MissingPackage, LLMError, SubspecError, PaluError, QyolopError)
+DEBUG = "--debug"
 OUT_OF_MEMORY = (
     "the device ran out of memory, which the plan should have prevented; set a lower --resident or "
     "a higher --memory-limit, and please report this: "
@@ -36,42 +36,69 @@ def run(
     width: int = 110,
     again: str | None = "the same command with the same --output resumes",
 ) -> int:
-    """The exit status of `main(flags, console)`: 0 or what it returns, 2 for a user's error.
+    """The exit status of `main(flags, console)`: 0 or what it returns, and what `status_of` says.
 
     `command` is a dataclass of flags, or a union of subcommands, for `tyro`; `doc` is shown by
     --help; `words` replace the words of the command line. Where output is not a terminal, tables
     are `width` columns wide, because 80 would cut them. `again` tells how an interrupted run is
-    continued, None that it cannot be. An OSError that names a file, such as a folder that cannot
-    be written, and a full disk are a user's errors, too.
+    continued, None that it cannot be. With --debug among the words, errors are raised as they are.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    flags = tyro.cli(command, args=words, description=doc, prog=_program(main))
+    words = list(sys.argv[1:] if words is None else words)
+    debug = DEBUG in words
+    words = [word for word in words if word != DEBUG]
+    about = f"{(doc or '').rstrip()}\n\n{DEBUG}, anywhere, shows the traceback of an error.\n"
+    flags = tyro.cli(command, args=words, description=about, prog=_program(main))
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(width, console.width))
     try:
         status = main(flags, console)
-    except USER_ERRORS as error:
-        fail(str(error))
-        return 2
-    except KeyboardInterrupt:
-        how = f"; {again}" if again else ""
-        Console(stderr=True).print(f"\ninterrupted{how}", highlight=False, soft_wrap=True)
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except OSError as error:
-        if error.filename is None and error.errno != errno.ENOSPC:
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
             raise
-        fail(str(error))
-        return 2
-    except RuntimeError as error:  # JaxRuntimeError, without importing jax here
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        fail(OUT_OF_MEMORY + str(error))
-        return 2
+        return status_of(error, again)
     return status if isinstance(status, int) else 0
+
+
+def status_of(error: BaseException, again: str | None = None) -> int:
+    """The exit status for an error, which is told on one line.
+
+    2: what was asked for or given cannot be used, which a user can mend; so are files and folders
+    that cannot be read or written, and too little device memory. 130: interrupted. 141: nobody
+    reads the output any more. 1: anything else, a fault of this program.
+    """
+    match error:
+        case KeyboardInterrupt():
+            how = f"; {again}" if again else ""
+            Console(stderr=True).print(f"\ninterrupted{how}", highlight=False, soft_wrap=True)
+            return 130
+        case BrokenPipeError():  # the reader of our output has gone, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 141
+        case OSError() if not isinstance(error, USER_ERRORS):
+            fail(_os_error(error))
+            return 2
+        case _ if isinstance(error, USER_ERRORS):
+            fail(str(error))
+            return 2
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):  # JaxRuntimeError, without jax
+            fail(OUT_OF_MEMORY + str(error))
+            return 2
+    first = (str(error).strip() or "no message").splitlines()[0]
+    fail(
+        f"{type(error).__name__}: {first}. This is a fault of the program, not of what you gave "
+        f"it: run the command again with {DEBUG}, and report what it shows"
+    )
+    return 1
+
+
+def _os_error(error: OSError) -> str:
+    """Such as "model/layer-00001.safetensors: No space left on device"."""
+    if error.strerror is None:
+        return str(error) or type(error).__name__
+    where = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' -> '.join(where)}: {error.strerror}" if where else error.strerror
 
 
 def _program(main: Callable[..., Any]) -> str:
@@ -83,6 +110,7 @@ def _program(main: Callable[..., Any]) -> str:
 
 
 def fail(message: str) -> None:
-    """Prints an error as all commands do, on standard error."""
+    """Prints an error as all commands do, on standard error, control characters escaped."""
     console = Console(stderr=True)
-    console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    console.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)

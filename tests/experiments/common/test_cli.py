@@ -72,8 +72,7 @@ def test_a_flag_that_cannot_be_read_is_named(capsys):
         MissingPackage("reading it needs cv2: pip install 'thimble-jax[vision]'"),
         *(kind("a long " * 40 + "line") for kind in (LLMError, SubspecError, PaluError)),
         QyolopError("odd"),
-        FileNotFoundError(errno.ENOENT, "No such file or directory", "/absent/file"),
-        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("no file is named"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -102,21 +101,55 @@ def test_the_device_out_of_memory_is_a_named_error(capsys):
     assert "--resident" in err and "allocate 9 bytes" in err
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("a defect of the program"),
-        ImportError("a broken package"),
-        RuntimeError("INTERNAL: a defect of a kernel"),
-        OSError("no file is named"),
-        OSError(errno.EIO, "Input/output error"),
-    ],
-    ids=str,
-)
-def test_other_errors_are_raised_with_their_traceback(error):
+OS_ERRORS = {
+    "/absent/file: No such file or directory": (errno.ENOENT, "/absent/file"),
+    "No space left on device": (errno.ENOSPC,),
+    "File too large": (errno.EFBIG,),
+    "Input/output error": (errno.EIO,),
+    "/a: Is a directory": (errno.EISDIR, "/a"),
+    "/a -> /b: Read-only file system": (errno.EROFS, "/a", None, "/b"),
+    "/a: Too many open files": (errno.EMFILE, b"/a"),
+}
+
+
+@pytest.mark.parametrize("shown", OS_ERRORS)
+def test_an_error_of_the_system_is_one_line_and_status_2(capsys, shown):
+    number, *names = OS_ERRORS[shown]
+    assert run(Flags, raising(OSError(number, os.strerror(number), *names)), "A text.", []) == 2
+    assert capsys.readouterr().err == f"error: {shown}\n"
+
+
+DEFECTS = [
+    ValueError("a defect of the program\nwith details"),
+    ImportError("a broken package"),
+    RuntimeError("INTERNAL: a defect of a kernel"),
+    AssertionError(),
+]
+
+
+@pytest.mark.parametrize("error", DEFECTS, ids=repr)
+def test_other_errors_are_faults_of_the_program(capsys, error):
+    """One line and status 1; --debug, wherever it stands, shows the traceback."""
+    assert run(Flags, raising(error), "A text.", []) == 1
+    err = capsys.readouterr().err
+    first = (str(error) or "no message").splitlines()[0]
+    assert err.startswith(f"error: {type(error).__name__}: {first}. This is a fault of the program")
+    assert "--debug" in err and err.count("\n") == 1
     with pytest.raises(type(error)) as caught:
-        run(Flags, raising(error), "A text.", [])
+        run(Flags, raising(error), "A text.", ["--debug", "--count", "5"])
     assert caught.value is error
+
+
+def test_debug_changes_nothing_else():
+    assert (
+        run(Flags, lambda flags, console: flags.count, "A text.", ["--count", "5", "--debug"]) == 5
+    )
+
+
+def test_control_characters_are_shown_escaped(capsys):
+    """A name from a file cannot clear the screen or turn what follows green."""
+    assert run(Flags, raising(UserError("no \x1b[2J\x07 in größe\u202e.txt\nnext")), "", []) == 2
+    assert capsys.readouterr().err == "error: no \\x1b[2J\\x07 in größe\\u202e.txt\nnext\n"
 
 
 @pytest.mark.parametrize("again, shown", [("call it again", "; call it again"), (None, "")])
