@@ -12,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+LEAST_TEMPERATURE = 1e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -30,6 +32,11 @@ class Sampler:
         for name, low, high in (("temperature", 0, 100), ("top_k", 0, 2**31), ("min_p", 0, 1)):
             if not low <= (value := getattr(self, name)) <= high:
                 raise ValueError(f"{name} is {value}; expected {low} to {high}")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature}; expected 0, which is greedy, or at least "
+                f"{LEAST_TEMPERATURE}: less would make logits infinite"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected above 0 and at most 1 (1 is off)")
 

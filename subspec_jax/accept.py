@@ -35,8 +35,8 @@ class Gate:
             raise ValueError(f"gate {self.kind!r} is not one of entropy, probability")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"the gate's threshold is {self.threshold}; expected 0 to 1")
-        if self.window < 1:
-            raise ValueError(f"the gate's window is {self.window}; expected at least 1")
+        if not 1 <= self.window <= 1000:
+            raise ValueError(f"the gate's window is {self.window}; expected 1 to 1000")
 
 
 @register_dataclass

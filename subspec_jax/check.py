@@ -1,15 +1,27 @@
-"""A check of losslessness: where two decodings of a prompt differ first, and how near a tie was."""
+"""Checks of what is decoded: prompts, seeds, numbers that are not finite, and losslessness."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.attention import caches_for
+from llm_jax.attention import caches_for, causal_step
 from llm_jax.cache import KV
+from llm_jax.generation import chunks
 from llm_jax.stream import to_device
-from subspec_jax.verify import Target, streamed_prefill
+from subspec_jax import SubspecError
+from subspec_jax.verify import Target, embedded, jit_block, last_logits, row, streamed_prefill
+
+
+class TokenError(SubspecError):
+    """Token ids or a seed that a model cannot have."""
+
+
+class NotFiniteError(SubspecError):
+    """The target computed NaN or infinity, so its tokens mean nothing."""
+
 
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Distance from 1 to the next larger number, by dtype."""
@@ -63,3 +75,51 @@ def compare_with_plain(
             moved = float(jnp.abs(again - logits).max())
             result["tolerance"] = max(result["tolerance"], moved)
     return result
+
+
+def check_tokens(tokens: Sequence[int], vocab: int, what: str = "the prompt") -> list[int]:
+    """The token ids as a list. Raises TokenError for what is no id below `vocab`.
+
+    A gather would take another row of the table for such an id, without a word.
+    """
+    ids = np.asarray(tokens)
+    if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
+        raise TokenError(
+            f"{what} is an array of {ids.dtype} of shape {list(ids.shape)}; expected a sequence of "
+            "token ids, which are whole numbers"
+        )
+    if wrong := [int(i) for i in ids if not 0 <= i < vocab]:
+        raise TokenError(
+            f"{what} holds the token id {wrong[0]}; this model has ids from 0 to {vocab - 1}"
+        )
+    return ids.tolist()
+
+
+def check_seed(seed: int) -> int:
+    """The seed. Raises TokenError for one that JAX's 32-bit keys would take for another one."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise TokenError(f"the seed is {seed!r}; expected a whole number from 0 to {2**32 - 1}")
+    return seed
+
+
+def not_finite(target: Target, tokens: Sequence[int], caches: list[Any], chunk: int) -> str:
+    """Where the target's numbers stop being finite on this text, in words.
+
+    Decodes the text again, layer by layer, and overwrites the caches.
+    """
+    cfg, slots = target.cfg, caches[0].slots
+    finite = jax.jit(lambda x: jnp.isfinite(x).all())
+    for part, at, real in chunks(list(tokens), slots, chunk):
+        step = causal_step(at, part.shape[1], slots, real)
+        x = embedded(target, jnp.asarray(part))
+        if not finite(x[:, :real]):
+            return "in the embedding"
+        stream = target.stream()
+        for i in range(cfg.layers):
+            x, caches[i], done = jit_block(next(stream), x, caches[i], step, cfg)
+            stream.used(done)
+            if not finite(x[:, :real]):
+                return f"in layer {i}"
+        if not finite(last_logits(target.top, row(x, jnp.int32(real - 1)), cfg)):
+            return "in the last norm or the output head"
+    return "for a drafted token, though not for the text"  # 0 x NaN: it spoils the whole tree

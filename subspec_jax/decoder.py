@@ -18,6 +18,7 @@ from llm_jax.sample import Sampler
 from llm_jax.stream import to_device
 from subspec_jax import SubspecError
 from subspec_jax.accept import Gate
+from subspec_jax.check import NotFiniteError, check_seed, check_tokens, not_finite
 from subspec_jax.propose import Proposer, Round, State
 from subspec_jax.tree import cache_slots, live_sizes, path_to, seedling, step_gains
 from subspec_jax.verify import Target, Verified, finish_round, lay_out, run_pass, streamed_prefill
@@ -70,10 +71,13 @@ class Decoder:
 
         `replay` gives the number of draft tokens to accept in each round, right or wrong. This is
         for timing; the text then has no meaning. `progress` is called with the number of prompt
-        tokens in the cache. Raises LengthError before the first pass if the text cannot fit.
+        tokens in the cache. Raises LengthError before the first pass if the text cannot fit,
+        TokenError for ids or a seed that cannot be, and NotFiniteError where the target computes
+        NaN or infinity.
         """
         if not len(prompt):
             raise LengthError("the prompt is empty; give at least one token")
+        prompt = check_tokens(prompt, self.target.cfg.vocab)
         if new_tokens < 1:
             raise LengthError(f"{new_tokens} new tokens were asked for; give at least 1")
         if len(prompt) + new_tokens > self.max_length:
@@ -83,12 +87,14 @@ class Decoder:
             )
         spec, cfg = self.proposer.spec, self.target.cfg
         lengths = None if replay is None else iter(replay)
-        key = jax.random.key(seed)
+        key = jax.random.key(check_seed(seed))
 
         began = time.perf_counter()
         logits, streamed = streamed_prefill(self.target, prompt, self.caches, self.chunk, progress)
+        if not np.isfinite(jax.device_get(logits)).all():
+            self._fail(prompt)
         first = self.sampler.draw(logits, key, jnp.array([len(prompt)], jnp.int32))
-        tokens = [*map(int, prompt), int(first[0])]
+        tokens = [*prompt, int(first[0])]
         at = to_device(jnp.int32(len(prompt)))
         tree, live = jit_seedling(first[0], spec), self._live(tokens)
         state = State(tokens, self.caches, tree, at, key, self.sampler, live)
@@ -138,9 +144,11 @@ class Decoder:
             )
             state.caches[:] = end.caches
             of_tree = (tree.parent_E, tree.depth_E, tree.score_E, tree.size, tree.forwarded)
-            host = jax.device_get((end.emitted_P, end.length, end.last, *of_tree))
-            emitted_P, length, last, parent_E, depth_E, score_E, size, forwarded = host
+            host = jax.device_get((end.emitted_P, end.length, end.last, end.finite, *of_tree))
+            emitted_P, length, last, finite, parent_E, depth_E, score_E, size, forwarded = host
             emitted = emitted_P[:length].tolist()
+            if not finite:
+                self._fail([*state.tokens, *emitted[:-1]])
             state.tree = end.tree
             self.proposer.advance(state, end.source_R, int(last), int(forwarded), emitted)
             kept = emitted[:left]
@@ -188,6 +196,14 @@ class Decoder:
                         continue
         finally:
             self.sizes = sizes
+
+    def _fail(self, tokens: list[int]) -> None:
+        where = not_finite(self.target, tokens, self.caches, self.chunk)
+        raise NotFiniteError(
+            f"the model computes NaN or infinity {where}, after {len(tokens)} tokens; its weights "
+            f"are damaged, or their numbers do not fit into {self.target.cfg.dtype}: take bfloat16 "
+            "or float32"
+        )
 
     def _live(self, tokens) -> int:
         """Slots that attention has to look at: those of the committed tokens and of a tree."""

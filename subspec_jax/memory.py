@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import math
 import os
 import subprocess
 
@@ -12,6 +11,7 @@ from jax._src import xla_bridge
 from llm_jax.stream import on_host
 from subspec_jax import SubspecError
 
+MOST_BYTES = 2**60
 UNITS = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
 
 
@@ -28,7 +28,7 @@ def parse_bytes(text: str) -> int:
                 value = float(compact.removesuffix(unit))
             except ValueError:
                 break
-            if 0 < value < math.inf:
+            if 0 < value * size < MOST_BYTES:
                 return round(value * size)
     raise AmountError(f"{text!r} is not an amount of memory; write for example 8GB, 7.5GB or 500MB")
 

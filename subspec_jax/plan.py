@@ -312,8 +312,11 @@ def make_plan(
     allocator's rounding. Raises PlanError, with the least limit that works, if the model does not
     fit even when all layers are streamed.
     """
-    if ahead < 1:
-        raise PlanError(f"ahead is {ahead}; at least one layer must be on its way")
+    if not 1 <= ahead <= max(1, cfg.layers):
+        raise PlanError(
+            f"ahead is {ahead}; at least one layer must be on its way, and at most the model's "
+            f"{cfg.layers}"
+        )
     if max_length < 1 or chunk < 1:
         raise PlanError(f"max_length {max_length} and chunk {chunk} must be at least 1")
     if resident is not None and not 0 <= resident <= cfg.layers:

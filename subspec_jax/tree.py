@@ -19,6 +19,10 @@ from jax.tree_util import register_dataclass
 Kind = Literal["beam", "best-first", "chain"]
 
 
+MOST_PLACES = 2**14
+"""The most nodes of a tree, whose ancestors are a square matrix; the published trees have 289."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TreeSpec:
     """The shape of a draft tree and how it grows.
@@ -52,13 +56,14 @@ class TreeSpec:
                 raise ValueError(
                     f"tree {name} is {getattr(self, name)}; it must be at least {least}"
                 )
+        if not 0 < self.sharpen <= 100:
+            raise ValueError(
+                f"sharpen is {self.sharpen}; it must be above 0 and at most 100 (1 leaves the "
+                "draft as is)"
+            )
         if self.lookup and self.extra:
             raise ValueError(
                 "steps drafted during verification do not look up text; set lookup or extra to 0"
-            )
-        if not self.sharpen > 0:
-            raise ValueError(
-                f"sharpen is {self.sharpen}; it must be above 0 (1 leaves the draft as is)"
             )
         if self.budget is not None and self.kind != "best-first":
             raise ValueError(
@@ -66,6 +71,8 @@ class TreeSpec:
             )
         if self.budget is not None and self.budget < self.width:
             raise ValueError(f"budget {self.budget} is less than one step of {self.width} nodes")
+        if max(self.places, self.depth, self.width) > MOST_PLACES:
+            raise ValueError(f"a tree of {self.places} nodes; at most {MOST_PLACES} are possible")
 
     @property
     def steps(self) -> int:

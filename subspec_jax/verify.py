@@ -85,6 +85,13 @@ def jit_block(
 jit_embed = jax.jit(embed, static_argnames="cfg")
 
 
+def embedded(target: Target, tokens_1T: jax.Array) -> jax.Array:
+    """x_1TD before the first layer."""
+    if isinstance(target.params.embed_VD, np.ndarray):
+        return to_device(rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype))
+    return jit_embed(target.top, tokens_1T, target.cfg)
+
+
 def run_pass(
     target: Target,
     stream: Stream,
@@ -97,10 +104,7 @@ def run_pass(
 
     `between(i)` is called when layer i has been dispatched, while other layers are copied.
     """
-    if isinstance(target.params.embed_VD, np.ndarray):
-        x = to_device(rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype))
-    else:
-        x = jit_embed(target.top, tokens_1T, target.cfg)
+    x = embedded(target, tokens_1T)
     queued = collections.deque()
     for i in range(target.cfg.layers):
         if len(queued) == QUEUED:
@@ -278,6 +282,8 @@ class Finished(NamedTuple):
     """[] the number of emitted tokens."""
     last: jax.Array
     """[] the place of the accepted path's last node."""
+    finite: jax.Array
+    """[] whether the target's numbers at all nodes of the path are finite."""
     source_R: jax.Array
     """The cache rows that were moved to slots at …."""
     tree: Tree
@@ -316,5 +322,6 @@ def finish_round(v: Verified) -> Finished:
         kept_R = (inside_R >= 0) & (inside_R < planted.size) & (old_R >= 0)
         source_R = jnp.where(kept_R, at + old_R, source_R)
     caches = move(v.caches, source_R, at)
-    ends = path.emitted_P, path.length, path.last
+    finite = jnp.isfinite(v.x_1ED[0, path.node_P]).all()
+    ends = path.emitted_P, path.length, path.last, finite
     return Finished(*ends, source_R, planted, at + path.length, caches)

@@ -160,9 +160,9 @@ def check(args: Speculative) -> None:
             f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in "
             f"--max-length {args.max_length}"
         )
-    for name, least in (("ngram", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise MethodError(f"--{name} is {getattr(args, name)}; expected {least} or more")
+    for name, least, most in (("ngram", 1, 64), ("seed", 0, 2**32 - 1)):
+        if not least <= getattr(args, name) <= most:
+            raise MethodError(f"--{name} is {getattr(args, name)}; expected {least} to {most}")
     if args.replay_acceptance:
         _check_replay(args)
     if args.stream == "residual":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llm_jax.sample import Sampler, noise
+from llm_jax.sample import LEAST_TEMPERATURE, Sampler, noise
 
 LOGITS = np.array([1.3, -0.4, 2.1, 2.1, 0.6, -3.0, 1.0, 0.9])
 SAMPLERS = [
@@ -135,6 +135,7 @@ def test_greedy_takes_the_first_of_the_largest_and_no_noise():
     [
         (dict(temperature=-0.1), "temperature is -0.1; expected 0 to 100"),
         (dict(temperature=float("nan")), "temperature is nan"),
+        (dict(temperature=1e-38), "temperature is 1e-38; expected 0, which is greedy, or at least"),
         (dict(top_k=-1), "top_k is -1"),
         (dict(min_p=1.5), "min_p is 1.5; expected 0 to 1"),
         (dict(min_p=-0.5), "min_p is -0.5"),
@@ -147,3 +148,9 @@ def test_values_that_mean_nothing_raise(options, words):
     with pytest.raises(ValueError) as caught:
         Sampler(**options)
     assert words in str(caught.value)
+
+
+def test_the_least_temperature_draws_the_largest_of_large_logits():
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 1000, (200, 50)), jnp.float32)
+    drawn = Sampler(LEAST_TEMPERATURE).draw(logits, jax.random.key(0), jnp.arange(200))
+    assert (drawn == logits.argmax(-1)).all()

@@ -229,7 +229,7 @@ def test_paths_of_every_length_fit():
         (dict(kind="typical"), "gate 'typical' is not one of entropy, probability"),
         (dict(threshold=1.5), "threshold is 1.5; expected 0 to 1"),
         (dict(threshold=-0.1), "threshold is -0.1"),
-        (dict(window=0), "window is 0; expected at least 1"),
+        (dict(window=0), "window is 0; expected 1 to 1000"),
     ],
 )
 def test_gates_that_mean_nothing_raise(options, words):

@@ -1,4 +1,5 @@
-"""The comparison with plain decoding says where two texts part and how near a tie that was."""
+"""The comparison with plain decoding says where two texts part and how near a tie that was; and
+what cannot be decoded is named."""
 
 import dataclasses
 
@@ -6,8 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from proposers import BEAM, LENGTH, STEPS
 
-from subspec_jax.check import ROUNDINGS, compare_with_plain
+from subspec_jax.check import (
+    ROUNDINGS,
+    NotFiniteError,
+    TokenError,
+    check_seed,
+    check_tokens,
+    compare_with_plain,
+)
+from subspec_jax.decoder import Decoder
+from subspec_jax.draft_model import substitute
+from subspec_jax.offload import place
+from subspec_jax.propose import ModelDraft
 from subspec_jax.verify import Target
 
 PROMPT = [1, 2, 3, 5, 7]
@@ -60,3 +73,88 @@ def test_texts_of_two_lengths_part_where_the_shorter_ends(target, tokens, at):
 def test_a_difference_within_texts_of_two_lengths_is_measured(target):
     found = compare_with_plain(target, PROMPT, [11, 90], PLAIN)
     assert found["first_difference"] == 1 and found["logit_gap"] is not None
+
+
+# --- What cannot be decoded --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        ([1, 97], "the prompt holds the token id 97; this model has ids from 0 to 96"),
+        ([-1], "holds the token id -1"),
+        ([1, 2**70], "expected a sequence of token ids"),
+        ([0.5], "an array of float64 of shape [1]; expected a sequence of token ids"),
+        ([True], "an array of bool"),
+        (["a"], "an array of <U1"),
+        ([[1, 2]], "of shape [1, 2]"),
+        (np.uint8([200]), "holds the token id 200"),
+    ],
+)
+def test_what_is_no_token_of_the_model_is_refused(target, tokens, words):
+    decoder = Decoder(target, max_length=LENGTH)
+    with pytest.raises(TokenError) as caught:
+        next(decoder.rounds(tokens, 1))
+    assert words in str(caught.value)
+    assert not any(a.any() for a in jax.tree.leaves(decoder.caches))
+
+
+def test_tokens_may_be_of_any_kind():
+    for tokens in ([3, 96], (3, 96), np.int64([3, 96]), np.uint16([3, 96]), jnp.array([3, 96])):
+        assert check_tokens(tokens, 97) == [3, 96]
+    assert check_tokens((), 97) == []
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 10**20, 1.0, True, "1", None])
+def test_a_seed_that_is_another_one_in_32_bits_is_refused(target, seed):
+    with pytest.raises(TokenError, match=r"expected a whole number from 0 to 4294967295"):
+        next(Decoder(target, max_length=LENGTH).rounds(PROMPT, 1, seed=seed))
+    assert check_seed(2**32 - 1) == 2**32 - 1
+
+
+def spoiled(params, where, value):
+    """The parameters with one wrong number."""
+    change = dataclasses.replace
+    if where == "in the embedding":
+        return change(params, embed_VD=params.embed_VD.at[PROMPT[1], 0].set(value))
+    if where == "in layer 1":
+        mlp = params.layers[1].mlp
+        mlp = change(mlp, down=mlp.down.at[3, 5].set(value))
+        return change(params, layers=(params.layers[0], change(params.layers[1], mlp=mlp)))
+    if where == "in layer 0":
+        attn = params.layers[0].attn
+        attn = change(attn, q=attn.q.at[0, 0].set(value))
+        return change(params, layers=(change(params.layers[0], attn=attn), params.layers[1]))
+    return change(params, head_DV=params.head_DV.at[0, 0].set(value))
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize(
+    "where", ["in the embedding", "in layer 0", "in layer 1", "in the last norm or the output head"]
+)
+def test_numbers_that_are_not_finite_are_named_with_their_layer(tiny, where, value):
+    params = spoiled(tiny.params, where, value)
+    params = dataclasses.replace(params, layers=place(params.layers, 1))
+    decoder = Decoder(Target(params, tiny.cfg), max_length=LENGTH)
+    with pytest.raises(NotFiniteError, match=rf"NaN or infinity {where}, after 5 tokens; its"):
+        next(decoder.rounds(PROMPT, STEPS))
+
+
+def test_numbers_that_cease_to_be_finite_within_a_text_are_named(tiny, target):
+    """Only the row of a later token is wrong, as where activations overflow only sometimes."""
+    plain = Decoder(target, max_length=LENGTH).generate(PROMPT, STEPS)
+    at = next(i for i, token in enumerate(plain) if token not in PROMPT and i > 2)
+    params = tiny.params
+    table = params.embed_VD.at[plain[at]].set(jnp.inf)
+    broken = Target(dataclasses.replace(params, embed_VD=table), tiny.cfg)
+    for proposer in (None, ModelDraft(substitute(tiny.placed, 4, 16), tiny.cfg, BEAM)):
+        decoder = Decoder(broken, *([proposer] if proposer else []), max_length=LENGTH)
+        got = []
+        where = "for a drafted token" if proposer else "in the embedding, after"
+        with pytest.raises(NotFiniteError, match=f"NaN or infinity {where}"):
+            for r in decoder.rounds(PROMPT, STEPS):
+                got += r.tokens
+        assert got == plain[: len(got)] and len(got) <= at + 1
+        assert decoder.target is broken
+    # Whatever stands in the cache after that: the decoder goes on with the next text.
+    assert Decoder(target, max_length=LENGTH).generate(PROMPT, STEPS) == plain

@@ -155,7 +155,7 @@ def test_judgement_in_blocks_of_any_size(
 def test_accepted_rows_are_moved_bit_for_bit_and_nothing_else(passed, target, tiny, accepted):
     x, tree, caches = passed
     before = jax.tree.map(np.asarray, caches)
-    emitted, length, last, source, planted, at, after = finish_round(
+    emitted, length, last, finite, source, planted, at, after = finish_round(
         Verified(
             top=target.top,
             x_1ED=x,
@@ -171,6 +171,7 @@ def test_accepted_rows_are_moved_bit_for_bit_and_nothing_else(passed, target, ti
             replay=True,
         )
     )
+    assert finite
     assert int(at) == AT + accepted + 1
     path = path_to({0: 0, 1: 1, 2: 3, 3: 5}[accepted])
     assert int(length) == len(path) == accepted + 1 and int(last) == path[-1]
@@ -195,7 +196,7 @@ def test_rows_drafted_ahead_move_behind_the_path(passed, target, tiny):
     token = [77, draw[0], (draw[1] + 1) % tiny.cfg.vocab, draw[1], 52]
     extended = tree_of(token, [-1, 0, 1, 1, 3], spec)
     tree, _, _ = lay_out(extended, jnp.int32(AT), spec, SLOTS)
-    emitted, length, last, _, planted, _, after = finish_round(
+    emitted, length, last, _, _, planted, _, after = finish_round(
         Verified(
             top=target.top,
             x_1ED=x,

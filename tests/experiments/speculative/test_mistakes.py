@@ -1,11 +1,16 @@
 """What the command refuses: one line that says why, and status 2."""
 
+import dataclasses
 import json
+import typing
 
 import pytest
 from command import BASE, call
 
+from experiments.common.cli import UserError
 from experiments.speculative import benchmarks
+from experiments.speculative.flags import Speculative
+from experiments.speculative.run import Run
 from subspec_jax.memory import parse_bytes
 
 ERRORS = {
@@ -101,6 +106,35 @@ def test_a_mistake_gets_one_line_and_status_2(models, monkeypatch, tmp_path, nam
     details = ("truncated", "truncated file", "no benchmark")
     assert len(found.err.splitlines()) == 1 or name in details
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+EXTREME = ("-1", "0", "1e-38", str(10**9), str(10**20), "1e300", "nan", "inf", "-inf", "")
+NUMBERS = [
+    f.name.replace("_", "-")
+    for f in dataclasses.fields(Speculative)
+    if (typing.get_args(f.type) == () and f.type in (int, float))
+    or {int, float} & set(typing.get_args(f.type))
+    or f.name in ("depth", "width", "stop_gain", "memory_limit")
+]
+
+
+@pytest.mark.quick_cases("seed", "ahead", "chunk", "temperature", "memory-limit")
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_is_too_odd_for_a_flag(models, monkeypatch, tmp_path, name):
+    """It is refused on one line, or planned with; nothing is allocated, nothing hangs."""
+
+    def planned(self):
+        raise UserError("planned")
+
+    monkeypatch.setattr(Run, "prepare", planned)
+    for value in EXTREME:
+        found = call(f"{BASE} --checkpoint {models['target']} --output {tmp_path} --{name}={value}")
+        assert found.code == 2, (value, found)
+        if found.err.startswith("error: "):
+            assert len(found.err.splitlines()) == 1, value
+        else:
+            assert f"--{name}" in found.err and "Traceback" not in found.err, value
+    assert len(NUMBERS) > 20
 
 
 @pytest.mark.parametrize(
