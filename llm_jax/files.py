@@ -4,11 +4,13 @@ import contextlib
 import errno
 import fcntl
 import glob
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from llm_jax import LLMError
 
@@ -21,6 +23,14 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Where fetched files are kept: the argument, $THIMBLE_CACHE, or ~/.cache/thimble-jax."""
     chosen = cache_dir or os.environ.get("THIMBLE_CACHE") or "~/.cache/thimble-jax"
     return Path(chosen).expanduser()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for any other text, however deep it is nested."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from experiments.common.cli import UserError
-from llm_jax.files import atomic_file
+from llm_jax.files import atomic_file, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -72,40 +72,35 @@ def read(
     if not path.exists():
         return []
     *lines, tail = path.read_bytes().split(b"\n")
+    found = [*enumerate(lines, 1), (len(lines) + 1, tail)]
     records = []
-    for number, line in enumerate(lines, 1):
-        record = _parse(line, fields) if line.strip() else None
-        if record is None and line.strip():
-            raise RecordError(
-                f"{path}, line {number}: not a record ({line[:40]!r}). Expected one JSON object a"
-                f" line with {', '.join(fields)}. Delete the line; what it recorded is run again."
-            )
-        if record is not None:
-            if problem and (wrong := problem(record)):
-                raise RecordError(
-                    f"{path}, line {number}: {wrong}. Delete the line; what it recorded is run "
-                    "again."
-                )
-            records.append(record)
-    if tail.strip():
-        record = _parse(tail, fields)
-        if record is None:
+    for number, line in found:
+        if not line.strip():
+            continue
+        record = _parse(line, fields)
+        if record is None and number > len(lines):
             log.warning(
                 "%s: dropped the half-written last line (line %d) that an interrupted run left;"
                 " what it recorded will be run again",
                 path,
-                len(lines) + 1,
+                number,
             )
-        else:
-            records.append(record)
+            continue
+        wrong = f"not a record ({line[:40]!r})" if record is None else problem and problem(record)
+        if wrong:
+            raise RecordError(
+                f"{path}, line {number}: {wrong}. Expected one JSON object a line with"
+                f" {', '.join(fields)}. Delete the line; what it recorded is run again."
+            )
+        records.append(record)
     return records
 
 
 def _parse(line: bytes, fields: Sequence[str]) -> Record | None:
     """The record on a line, or None if it is no JSON object with `fields`."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return None
     return record if isinstance(record, dict) and set(fields) <= set(record) else None
 

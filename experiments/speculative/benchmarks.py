@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import fnmatch
 import gzip
-import json
 import random
 import zipfile
 import zlib
@@ -27,6 +26,7 @@ from experiments.speculative.benchmark_specs import (
     user_turns,
 )
 from llm_jax.extras import need
+from llm_jax.files import parse_json
 
 BENCHMARKS: tuple[str, ...] = get_args(BenchmarkName)
 BUILTIN = Path(__file__).with_name("prompts.jsonl")
@@ -219,7 +219,7 @@ def _jsonl(name: str, file: IO[bytes]) -> Iterator[Row]:
             continue
         where = f"{name}, line {number}"
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:  # also a line that is not UTF-8
             raise BenchmarkError(
                 f"{where}: not JSON ({_first_line(error)}). Expected one JSON object a line; fix"
@@ -239,7 +239,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             for record in batch.to_pylist():
                 number += 1
                 yield Row(f"{path}, row {number}", record)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # also text that is not UTF-8
         raise BenchmarkError(
             f"{path} cannot be read: {_first_line(error)}. Fetch the file again."
         ) from error

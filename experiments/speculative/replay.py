@@ -1,12 +1,12 @@
 """Accepted lengths from a trace: the engine is timed as if the draft were that good."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from llm_jax.files import parse_json
 from subspec_jax.methods import Method, MethodError
 
 BLOCK = 48
@@ -44,7 +44,7 @@ def acceptance_trace(source: str, method: Method, seed: int = 0) -> Callable[[],
         return draws
     try:
         lines = Path(source).read_text().splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
+        records = [parse_json(line) for line in lines if line.strip()]
         rounds = [r["rounds"] for r in records if r["method"] == method.name]
         found = [
             accepted
@@ -54,7 +54,7 @@ def acceptance_trace(source: str, method: Method, seed: int = 0) -> Callable[[],
         ]
         if wrong := [n for n in found if type(n) is not int or n < 0]:
             raise ValueError(f"{wrong[0]!r} is no number of accepted tokens")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise MethodError(
             f"{source} is no acceptance trace ({e}); give 'published' or a records.jsonl that this "
             "program wrote"

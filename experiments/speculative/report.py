@@ -53,6 +53,8 @@ def problem(record: Record) -> str | None:
             return f"rounds.{name} is not a list of numbers"
     if len({len(rounds[name]) for name in _ROUNDS}) > 1:
         return "the lists of rounds are not of one length"
+    if not isinstance(record.get("peak_bytes"), int | float | None):
+        return f"peak_bytes is {record['peak_bytes']!r}, expected a number or null"
     lossless = record.get("lossless")
     if lossless is not None and not (isinstance(lossless, dict) and "identical" in lossless):
         return f"lossless is {lossless!r}, expected null or an object with identical"

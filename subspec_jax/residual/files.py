@@ -18,7 +18,7 @@ import numpy as np
 from llm_jax.config import Config, Llama3Rope
 from llm_jax.digest import array_digest, json_digest
 from llm_jax.extras import need
-from llm_jax.files import atomic_file
+from llm_jax.files import atomic_file, parse_json
 from llm_jax.params import JoinedAttention, JoinedMLP, Layer, Params, abstract
 from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.residual_decode.code import Residual, pad
@@ -79,7 +79,7 @@ class TensorFile:
     def __post_init__(self):
         try:
             views, metadata = _mapped(self.path)
-            found = json.loads(metadata["contents"])
+            found = parse_json(metadata["contents"])
             if found.pop("header") != _header_digest(views, **found):
                 raise ValueError("its header differs from what was written")
             if found.pop("place") != _place(self.path, self.manifest):
@@ -91,7 +91,7 @@ class TensorFile:
             raise ResidualError(
                 f"{self.path} is missing: the conversion was interrupted; run it again to go on"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ResidualError(
                 f"{self.path} is truncated or damaged ({error}); delete it and convert again"
             ) from error
@@ -112,7 +112,7 @@ def _mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     types = dict(U8=np.uint8, U16=np.uint16, U32=np.uint32, BF16="bfloat16", F16=np.float16)
     whole = np.memmap(file, np.uint8, "r")
     begin = 8 + int(whole[:8].view(np.uint64)[0])
-    header = json.loads(bytes(whole[8:begin]))
+    header = parse_json(bytes(whole[8:begin]))
     metadata = header.pop("__metadata__")
     views = {}
     for name, tensor in header.items():
@@ -132,12 +132,12 @@ def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(file: Path) -> dict[str, Any]:
     """The manifest. Raises ResidualError if it is missing, damaged or of another version."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(file.read_text(encoding="utf-8"))
         version = manifest.get("version")
         digest = manifest.pop("digest", None)
     except FileNotFoundError:
         raise ResidualError(f"{file.parent} is not a converted model: no {file.name}") from None
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise ResidualError(f"{file} is damaged ({error}); convert again") from error
     if digest is None and version != VERSION:
         raise ResidualError(

@@ -1,0 +1,193 @@
+"""The doors through which files come in: a valid file each, and how it is read."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from mutations import mutated_bytes, mutated_json, mutated_lines
+
+from experiments.common import records
+from experiments.common.cli import USER_ERRORS
+from experiments.speculative import benchmarks, report
+from experiments.speculative.replay import acceptance_trace
+from llm_jax.digest import array_digest, json_digest
+from llm_jax.formats import open_checkpoint
+from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
+from subspec_jax.methods import Method
+from subspec_jax.residual.convert import convert
+from subspec_jax.residual.files import Converted
+from subspec_jax.tree import TreeSpec
+
+CFG = tiny_config("qwen2", layers=1, d_model=32, d_ff=64)
+SECONDS = 20
+"""A reader that takes longer hangs; each valid file takes less than one."""
+
+MUTATIONS = {"bytes": mutated_bytes, "json": mutated_json, "lines": mutated_lines}
+
+
+@dataclasses.dataclass(frozen=True)
+class Door:
+    """One kind of file."""
+
+    make: Callable[[Path], Path]
+    """Writes a valid one below a folder, and what belongs to it; the path of the file."""
+    read: Callable[[Path], Any]
+    """Reads the file at that path as the program does; its result in a form that is comparable."""
+    kind: str
+    checked: bool = False
+    """It has checksums: what is accepted must be what was written."""
+
+    def outcome(self, file: Path, damaged: bytes, valid: Any) -> str:
+        """What reading a damaged file does: named, accepted or silent; raises what is not named."""
+        before = file.read_bytes()
+        file.write_bytes(damaged)
+        try:
+            with at_most(SECONDS):
+                found = self.read(file)
+        except (*USER_ERRORS, OSError):
+            return "named"
+        finally:
+            file.write_bytes(before)
+        return "silent" if self.checked and found != valid else "accepted"
+
+
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError in this thread when the block takes longer."""
+
+    def late(*_):
+        raise RuntimeError(f"no end in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def digest(tree: Any) -> str:
+    return json_digest([array_digest(a) for a in jax.tree.leaves(tree)])
+
+
+def checkpoint(name: str, shards: int = 1, tokenizer: bool = False) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        return write_safetensors(folder, tiny_params(CFG), CFG, shards, tokenizer) / name
+
+    return make
+
+
+def gguf(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_gguf(folder / "m.gguf", tiny_params(CFG), CFG)
+
+
+def weights(path: Path) -> str:
+    found = open_checkpoint(path if path.suffix == ".gguf" else path.parent)
+    cfg = found.config("float32")
+    found.check(cfg)
+    return digest(found.load(cfg)) + repr(cfg)
+
+
+def text(path: Path) -> Any:
+    found = open_checkpoint(path if path.suffix == ".gguf" else path.parent)
+    tokenizer = found.tokenizer()
+    return tokenizer.encode("A thimble."), tokenizer.chat([{"role": "user", "content": "Hi."}])
+
+
+def converted(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        cfg = dataclasses.replace(CFG, dtype="bfloat16")
+        source = write_safetensors(folder / "model", tiny_params(cfg), cfg, tokenizer=False)
+        return convert(open_checkpoint(source), cfg, folder / "out", group=16).path / name
+
+    return make
+
+
+def converted_weights(path: Path) -> str:
+    model = Converted(path.parent)
+    for index in (None, *range(model.cfg.layers)):
+        model.check(index)
+    layers = [model.layer(i) for i in range(model.cfg.layers)]
+    return digest([layers, model.tables, model.head]) + json.dumps(model.manifest)
+
+
+def jsonl(*rows: dict) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        for row in rows:
+            records.append(folder / "records.jsonl", row)
+        return folder / "records.jsonl"
+
+    return make
+
+
+COLUMNS = ("emitted", "accepted", "drafted", "depth", "draft_s", "verify_s", "other_s")
+COLUMNS += ("streamed_bytes", "pass_bytes")
+TURN = dict(method="chain", benchmark="b", sample="1", turn=0, category="c", text="t", settings="s")
+TURN |= dict(prompt_tokens=3, token_ids=[1, 2, 3], prefill_s=0.5, decode_s=1.0, peak_bytes=9)
+TURN |= dict(rounds={name: [2, 1] for name in COLUMNS} | {"accepted": [1, 0]}, lossless=None)
+CHAIN = Method("chain", TreeSpec("chain", 4))
+
+
+def summary(path: Path) -> str:
+    return repr(report.summarize(records.read(path, problem=report.problem)))
+
+
+def trace(path: Path) -> list[int]:
+    lengths = acceptance_trace(str(path), CHAIN)()
+    return [next(lengths) for _ in range(5)]
+
+
+def questions(path: Path) -> Any:
+    return benchmarks.load_conversations("mt-bench", path.parent)
+
+
+def benchmark(suffix: str) -> Callable[[Path], Path]:
+    rows = [
+        {"question_id": i, "category": "writing", "turns": [f"Write {i}.", "Shorter."]}
+        for i in range(3)
+    ]
+
+    def make(folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"mt-bench{suffix}"
+        if suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            import pyarrow
+            import pyarrow.parquet
+
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+
+    return make
+
+
+DOORS = {
+    "safetensors": Door(checkpoint("model.safetensors"), weights, "bytes"),
+    "config": Door(checkpoint("config.json"), weights, "json"),
+    "index": Door(checkpoint("model.safetensors.index.json", shards=2), weights, "json"),
+    "generation_config": Door(checkpoint("generation_config.json", tokenizer=True), text, "json"),
+    "tokenizer": Door(checkpoint("tokenizer.json", tokenizer=True), text, "json"),
+    "tokenizer_config": Door(checkpoint("tokenizer_config.json", tokenizer=True), text, "json"),
+    "template": Door(checkpoint("chat_template.jinja", tokenizer=True), text, "bytes"),
+    "GGUF weights": Door(gguf, weights, "bytes"),
+    "GGUF text": Door(gguf, text, "bytes"),
+    "converted layer": Door(
+        converted("layer-00000.safetensors"), converted_weights, "bytes", checked=True
+    ),
+    "converted tables": Door(
+        converted("model.safetensors"), converted_weights, "bytes", checked=True
+    ),
+    "converted manifest": Door(converted("manifest.json"), converted_weights, "json", checked=True),
+    "records": Door(jsonl(TURN, TURN | {"turn": 1}), summary, "lines"),
+    "trace": Door(jsonl(TURN), trace, "lines"),
+    "benchmark": Door(benchmark(".jsonl"), questions, "lines"),
+    "benchmark parquet": Door(benchmark(".parquet"), questions, "bytes"),
+}
