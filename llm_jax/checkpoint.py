@@ -8,7 +8,7 @@ and `llm_jax.gguf`; `llm_jax.formats.open_checkpoint` tells which one a path has
 import abc
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from llm_jax.config import Config
 from llm_jax.digest import file_digest, files_digest, json_digest
 from llm_jax.params import MLP, Attention, Layer, Params, abstract
 from llm_jax.tokenizer import Tokenizer
+from llm_jax.values import short
 
 _ROWS = 512
 """Rows that are read, cast and transposed at a time; they fit into the CPU's caches."""
@@ -135,6 +136,41 @@ class Checkpoint(abc.ABC):
             shown = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
             lines = "".join(f"\n  {line}" for line in shown)
             raise CheckpointError(f"{self.path} cannot be loaded, {count}:{lines}")
+        if cfg.tied and self.own_head(cfg):
+            raise CheckpointError(
+                f"{self.path}: {self.names['head_DV']} differs from the embedding table, so the "
+                "model is not tied; take the description that config() gives"
+            )
+
+    def own_head(self, cfg: Config) -> bool:
+        """Whether the file has an output head that differs from the embedding table."""
+        table, head = (
+            self.contents.tensors.get(self.names[name]) for name in ("embed_VD", "head_DV")
+        )
+        if table is None or head is None:
+            return False
+        if table.shape != head.shape or table.dtype != head.dtype or head.dtype not in self.dtypes:
+            return True
+        one, two = self.reader(table, "embed_VD", cfg), self.reader(head, "head_DV", cfg)
+        blocks = _blocks(table.shape[0])
+        return any(one(*rows).tobytes() != two(*rows).tobytes() for rows in blocks)
+
+    def with_rows(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer, if the embedding table has a row for each of its ids."""
+        table = self.contents.tensors.get(self.names["embed_VD"])
+        if table is None or not table.shape:
+            return tokenizer  # `check` says what is wrong
+        rows, vocabulary = table.shape[0], tokenizer.hf.get_vocab()
+        token = max(vocabulary, key=lambda name: vocabulary[name], default="")
+        ids = {f"gives {short(token)} the id {vocabulary.get(token, 0)}": vocabulary.get(token, 0)}
+        ids |= {f"ends a turn with id {i}": i for i in tokenizer.eos}
+        for what, i in ids.items():
+            if not 0 <= i < rows:
+                raise CheckpointError(
+                    f"{self.path}: the tokenizer {what}, and the embedding table has {rows} rows; "
+                    "take the tokenizer and generation_config.json of this very model"
+                )
+        return tokenizer
 
     def model_shapes(self, cfg: Config) -> Params:
         """What `load` returns, as shapes and dtypes; reads no weights."""
@@ -177,12 +213,37 @@ class Checkpoint(abc.ABC):
         return Layer(w["attn_norm"], Attention(**attn), w["mlp_norm"], mlp)
 
 
+def _blocks(rows: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the rows that are read at a time."""
+    return ((start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+
+
 def _array(tensor: TensorInfo, rows: Callable, transpose: bool, dtype: str) -> np.ndarray:
     """The whole tensor as a fresh array, matrices turned to [in, out] block by block."""
     transpose = transpose and len(tensor.shape) > 1
     out = np.empty(tensor.shape[::-1] if transpose else tensor.shape, np.dtype(dtype))
     view = out.T if transpose else out
-    for start in range(0, tensor.shape[0], _ROWS):
-        stop = min(start + _ROWS, tensor.shape[0])
-        view[start:stop] = rows(start, stop)
+    for start, stop in _blocks(tensor.shape[0]):
+        stored = rows(start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):  # named below
+            block = stored.astype(out.dtype, copy=False)
+        if not _finite(block):
+            where = f"{tensor.file}: {tensor.name}"
+            if _finite(stored):
+                raise CheckpointError(f"{where} has numbers beyond {dtype}; load it in bfloat16")
+            bad = np.flatnonzero(~np.isfinite(block.reshape(len(block), -1)).all(axis=1))
+            raise CheckpointError(
+                f"{where} holds NaN or infinity, first in row {start + bad[0]}; the file is "
+                "damaged, or the training failed: take another checkpoint"
+            )
+        view[start:stop] = block
     return out
+
+
+def _finite(block: np.ndarray) -> bool:
+    """Whether all numbers are finite: of the bits of either sign, infinity and NaN are largest."""
+    block = np.ascontiguousarray(block)
+    infinity = int(np.array(np.inf, block.dtype).view(f"u{block.itemsize}"))
+    positive, negative = block.view(f"i{block.itemsize}"), block.view(f"u{block.itemsize}")
+    sign = 1 << (8 * block.itemsize - 1)
+    return bool(positive.max() < infinity and negative.max() < infinity + sign)

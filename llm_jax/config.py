@@ -3,11 +3,23 @@
 import dataclasses
 from typing import Any
 
-from llm_jax import LLMError
+from llm_jax.values import ConfigError, Values, short
 
-
-class ConfigError(LLMError):
-    """A model description this package cannot run; the message says which field and why."""
+SIZES = {
+    # field of Config -> the largest value; far above any model, far below what fills a memory
+    "layers": 10_000,
+    "d_model": 2**20,
+    "heads": 2**14,
+    "kv_heads": 2**14,
+    "head_dim": 2**14,
+    "d_ff": 2**22,
+    "vocab": 2**24,
+    "max_length": 2**31 - 1,
+}
+THETA = (1.0, 1e15)
+"""Lowest and highest base of the rotary frequencies."""
+EPS = (1e-15, 0.1)
+"""Lowest and highest epsilon of the norms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +30,15 @@ class Llama3Rope:
     low_freq_factor: float
     high_freq_factor: float
     original_max_length: int
+
+    def __post_init__(self):
+        values = Values(vars(self), "rope scaling: ")
+        values.number("factor", 1.0, 1e6)
+        low = values.number("low_freq_factor", 1e-6, 1e6)
+        high = values.number("high_freq_factor", 1e-6, 1e6)
+        values.integer("original_max_length", 1, SIZES["max_length"])
+        if low >= high:
+            values.refuse("high_freq_factor", f"more than low_freq_factor, {low:g}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +67,11 @@ class Config:
     family: str = "llama"
 
     def __post_init__(self):
-        for name in ("layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff", "vocab"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        values = Values(vars(self))
+        for name, largest in SIZES.items():
+            values.integer(name, 1, largest)
+        values.number("rope_theta", *THETA)
+        values.number("norm_eps", *EPS)
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"{self.heads} query heads cannot share {self.kv_heads} kv heads evenly; "
@@ -56,8 +79,8 @@ class Config:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even one")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if values.text("dtype") not in DTYPES:
+            values.refuse("dtype", f"one of {', '.join(DTYPES)}")
 
     @property
     def layer_matrices(self) -> dict[str, tuple[int, int]]:
@@ -115,12 +138,14 @@ FAMILIES = {
 def from_hf(hf: dict[str, Any], dtype: str | None = None) -> Config:
     """The `Config` described by a Hugging Face `config.json`, given as a dictionary.
 
-    Raises `ConfigError` for a family, activation, rope type or bias that this package does not
-    have: no model runs as something else.
+    Raises `ConfigError` for a value of a wrong type or size, for two values that contradict each
+    other, and for a family, activation, rope type or bias that this package does not have: no model
+    runs as something else.
     """
-    family = hf.get("model_type")
+    values = Values({"sliding_window": 4096} | hf)  # 4096 if unnamed, as in transformers
+    family = values.text("model_type", None)
     if family not in FAMILIES:
-        raise ConfigError(f"model_type is {family!r}; supported are {', '.join(FAMILIES)}")
+        raise ConfigError(f"model_type is {short(family)}; supported are {', '.join(FAMILIES)}")
     needed = (
         "num_hidden_layers",
         "hidden_size",
@@ -128,55 +153,108 @@ def from_hf(hf: dict[str, Any], dtype: str | None = None) -> Config:
         "intermediate_size",
         "vocab_size",
     )
-    if missing := [name for name in needed if hf.get(name) is None]:
+    if missing := [name for name in needed if name not in values]:
         raise ConfigError(f"config.json lacks {', '.join(missing)}")
-    if (act := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act is {act!r}; only silu is supported")
+    if values.text("hidden_act", "silu") not in ("silu", "swish"):
+        values.refuse("hidden_act", "silu; no other activation is supported")
     qkv_bias, qk_norm = FAMILIES[family]
-    if family != "qwen2" and hf.get("attention_bias"):
-        raise ConfigError(
-            f"attention_bias is true; {family} models are supported without biases only"
-        )
-    if hf.get("mlp_bias"):
-        raise ConfigError("mlp_bias is true; MLP biases are not supported")
-    rope_theta, rope_scaling = _rope(hf)
-    heads = hf["num_attention_heads"]
-    length = hf.get("max_position_embeddings", 2048)
-    windowed = hf.get("use_sliding_window", family == "mistral")
-    if windowed and hf.get("sliding_window"):
-        length = min(length, hf["sliding_window"])
+    if values.flag("attention_bias") and family != "qwen2":
+        values.refuse("attention_bias", f"false; {family} models have no biases here")
+    if values.flag("mlp_bias"):
+        values.refuse("mlp_bias", "false; MLP biases are not supported")
+    rope_theta, rope_scaling = _rope(values)
+    d_model = values.integer("hidden_size", 1, SIZES["d_model"])
+    heads = values.integer("num_attention_heads", 1, SIZES["heads"])
+    kv_heads = values.integer("num_key_value_heads", 1, SIZES["kv_heads"], None)
+    head_dim = values.integer("head_dim", 1, SIZES["head_dim"], None)
     return Config(
-        layers=hf["num_hidden_layers"],
-        d_model=hf["hidden_size"],
+        layers=values.integer("num_hidden_layers", 1, SIZES["layers"]),
+        d_model=d_model,
         heads=heads,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        d_ff=hf["intermediate_size"],
-        vocab=hf["vocab_size"],
+        kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=d_model // heads if head_dim is None else head_dim,
+        d_ff=values.integer("intermediate_size", 1, SIZES["d_ff"]),
+        vocab=values.integer("vocab_size", 1, SIZES["vocab"]),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_eps=values.number("rms_norm_eps", *EPS, 1e-6),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
-        tied=bool(hf.get("tie_word_embeddings", False)),
-        max_length=length,
-        dtype=dtype or hf.get("dtype") or hf.get("torch_dtype") or "bfloat16",
+        tied=values.flag("tie_word_embeddings"),
+        max_length=_max_length(values, family),
+        dtype=dtype or _dtype(values),
         family=family,
     )
 
 
-def _rope(hf: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
-    """Theta and scaling: `rope_scaling` in older files, all of it in `rope_parameters` in newer."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+def _dtype(values: Values) -> str:
+    """The dtype of the file: `torch_dtype` in older ones, `dtype` in newer ones."""
+    new, old = values.text("dtype", None), values.text("torch_dtype", None)
+    if new and old and new != old:
+        values.refuse("dtype", f"what torch_dtype says, {short(old)}; remove the wrong one")
+    return new or old or "bfloat16"
+
+
+def _max_length(values: Values, family: str) -> int:
+    """Positions that the model was trained for, or its sliding window if that is shorter."""
+    largest = SIZES["max_length"]
+    length = values.integer("max_position_embeddings", 1, largest, 2048)
+    kinds = values.list_of(str, "layer_types")
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"layer_types has {short(min(unknown))}; only attention is supported")
+    windowed = values.flag("use_sliding_window", family == "mistral")
+    window = values.integer("sliding_window", 1, largest, None)
+    return min(length, window) if window and (windowed or "sliding_attention" in kinds) else length
+
+
+def _rope(values: Values) -> tuple[float, Llama3Rope | None]:
+    """Theta and scaling: `rope_scaling` in older files, all of it in `rope_parameters` in newer.
+
+    transformers lets `rope_scaling` win and forgets the other's theta, so both must say the same.
+    """
+    if values.number("partial_rotary_factor", 0, 1, 1.0) != 1:
+        values.refuse("partial_rotary_factor", "1; partly rotated heads are not supported")
+    found = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        if (rope := values.mapping(name)) is not None:
+            found[name] = _rope_theta(values, rope), _rope_scaling(rope)
+    if len(set(found.values())) > 1:
+        raise ConfigError(
+            "rope_parameters and rope_scaling say different things; keep the one that is meant"
+        )
+    return next(iter(found.values()), (_rope_theta(values, Values({})), None))
+
+
+def _rope_theta(values: Values, rope: Values) -> float:
+    """The base of the frequencies, from inside or outside of the object about rope."""
+    inner, outer = (v.number("rope_theta", *THETA, None) for v in (rope, values))
+    if inner and outer and inner != outer:
+        rope.refuse("rope_theta", f"what rope_theta outside says, {outer:g}; keep one of them")
+    return inner or outer or 10_000.0
+
+
+def _rope_scaling(rope: Values) -> Llama3Rope | None:
+    """The scaling that `rope_parameters` or `rope_scaling` describes."""
+    names = [name for name in ("rope_type", "type") if name in rope]
+    kinds = {rope.text(name) for name in names}
+    if len(kinds) > 1:
+        rope.refuse("type", "what rope_type says; keep one of them")
+    if not kinds and "factor" in rope:
+        rope.refuse("rope_type", "a type beside the factor, such as llama3")
+    if rope.number("partial_rotary_factor", 0, 1, 1.0) != 1:
+        rope.refuse("partial_rotary_factor", "1; partly rotated heads are not supported")
+    kind = min(kinds, default="default")
     if kind == "default":
-        return float(theta), None
+        if rope.number("factor", 0, 1e6, 1.0) != 1:
+            rope.refuse("factor", "1, because the type is default; name the type that is meant")
+        return None
     if kind != "llama3":
-        raise ConfigError(f"rope type {kind!r} is not supported; known are default and llama3")
-    return float(theta), Llama3Rope(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_length=int(rope["original_max_position_embeddings"]),
+        raise ConfigError(f"rope type {short(kind)} is not supported; known are default and llama3")
+    return Llama3Rope(
+        factor=rope.number("factor", 1.0, 1e6),
+        low_freq_factor=rope.number("low_freq_factor", 1e-6, 1e6),
+        high_freq_factor=rope.number("high_freq_factor", 1e-6, 1e6),
+        original_max_length=rope.integer(
+            "original_max_position_embeddings", 1, SIZES["max_length"]
+        ),
     )

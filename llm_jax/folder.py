@@ -13,11 +13,16 @@ import numpy as np
 
 from llm_jax import CheckpointError
 from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
-from llm_jax.config import Config, ConfigError, from_hf
+from llm_jax.config import Config, from_hf
 from llm_jax.extras import need
 from llm_jax.tokenizer import Tokenizer, from_folder
+from llm_jax.values import ConfigError, Values, short
 
 INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_LARGEST_JSON = 2**26
+"""Bytes of a JSON file; an index of 100,000 tensors has a tenth of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +49,47 @@ class SafetensorsFolder(Checkpoint):
 
     def config(self, dtype: str | None = None) -> Config:
         if not (self.path / "config.json").exists():
+            if (self.path / "adapter_config.json").exists():
+                raise CheckpointError(
+                    f"{self.path} is an adapter, not a model; merge it into its base model first "
+                    "(merge_and_unload in peft)"
+                )
             raise CheckpointError(
                 f"{self.path} has no config.json; download it from the model's repository too"
             )
         hf = self._json("config.json")
-        if quantization := hf.get("quantization_config"):
-            raise CheckpointError(
-                f"{self.path}: the weights are quantized ({quantization.get('quant_method')}); "
-                "use the unquantized repository or a GGUF file"
-            )
         try:
-            return from_hf(hf, dtype)
-        except (ConfigError, KeyError, TypeError) as error:
+            if (quantized := Values(hf).mapping("quantization_config")) is not None:
+                raise CheckpointError(
+                    f"{self.path}: the weights are quantized "
+                    f"({quantized.text('quant_method', None)}); "
+                    "use the unquantized repository or a GGUF file"
+                )
+            cfg = from_hf(hf, dtype)
+        except ConfigError as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
+        # A head that differs from the table is used, whatever the config says, as in transformers.
+        return dataclasses.replace(cfg, tied=cfg.tied and not self.own_head(cfg))
 
     def tokenizer(self) -> Tokenizer:
-        return from_folder(self.path)
+        tokenizer = from_folder(self.path)
+        eos = tuple(dict.fromkeys((*tokenizer.eos, *self._turn_ends())))
+        return self.with_rows(dataclasses.replace(tokenizer, eos=eos))
+
+    def _turn_ends(self) -> list[int]:
+        """The ids that end a turn: of generation_config.json, or else of config.json."""
+        for name in ("generation_config.json", "config.json"):
+            if not (self.path / name).exists():
+                continue
+            ends = self._json(name).get("eos_token_id")
+            ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+            try:
+                found = Values(dict(eos_token_id=ends)).list_of(int, "eos_token_id")
+            except ConfigError as error:
+                raise CheckpointError(f"{self.path / name}: {error}") from error
+            if found:
+                return found
+        return []
 
     @property
     def text_files(self) -> tuple[Path, ...]:
@@ -70,11 +100,8 @@ class SafetensorsFolder(Checkpoint):
     def contents(self) -> Contents:
         _safetensors()  # a missing package is no fault of a file
         problems, tensors, unreadable = [], {}, set()
-        places = self._json(INDEX).get("weight_map", {}) if (self.path / INDEX).exists() else {}
-        # Without an index: model.safetensors alone, because some repositories add a second copy.
-        whole = [f for f in ("model.safetensors",) if (self.path / f).exists()]
-        files = sorted(set(places.values())) or whole
-        for name in files or sorted(file.name for file in self.path.glob("*.safetensors")):
+        files, places = self._weight_files(problems)
+        for name in files:
             if not (self.path / name).exists():
                 problems.append(f"{name} is missing, though {INDEX} names it; download it")
                 unreadable.add(name)
@@ -94,6 +121,48 @@ class SafetensorsFolder(Checkpoint):
                 tensors[key] = TensorInfo(self.path / name, key, shape, dtype)
         return Contents(tensors, tuple(problems), places, frozenset(unreadable))
 
+    def _weight_files(self, problems: list[str]) -> tuple[list[str], dict[str, str]]:
+        """The files that hold the model, and which of them should hold each tensor.
+
+        model.safetensors is the model, as in transformers, whatever an index of other files says.
+        Files that could be parts of another model, and adapters, are added to the problems.
+        """
+        present = {file.name for file in self.path.glob("*.safetensors")}
+        places = self._index() if (self.path / INDEX).exists() else {}
+        if WHOLE in present and WHOLE not in places.values():
+            files, places = {WHOLE}, {}
+        else:
+            files = set(places.values()) or present
+        source = INDEX if places else WHOLE
+        for name in sorted(present - files):
+            if name == WHOLE or SHARD.fullmatch(name):
+                problems.append(
+                    f"{name} is here too and may be another model, because {source} is used without"
+                    " it; move the files away that are not meant"
+                )
+        for file in sorted(self.path.glob("adapter_*")):
+            problems.append(
+                f"{file.name} is an adapter and would not be used; merge it into the model "
+                "(merge_and_unload in peft), or move it away"
+            )
+        return sorted(files), places
+
+    def _index(self) -> dict[str, str]:
+        """The index: tensor -> file."""
+        places = self._json(INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise CheckpointError(
+                f"{self.path / INDEX}: weight_map is {short(places)}; expected an object that "
+                "names the file of each tensor"
+            )
+        for name, file in places.items():
+            if not isinstance(file, str) or not file:
+                raise CheckpointError(
+                    f"{self.path / INDEX}: the file of {short(name)} is {short(file)}; "
+                    "expected a name"
+                )
+        return places
+
     def reader(
         self, tensor: TensorInfo, field: str, cfg: Config
     ) -> Callable[[int, int], np.ndarray]:
@@ -111,13 +180,30 @@ class SafetensorsFolder(Checkpoint):
         return self._handles[name]
 
     def _json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
         try:
-            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+            if path.stat().st_size > _LARGEST_JSON:
+                raise ValueError(f"it is larger than {_LARGEST_JSON:,} bytes")
+            value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except RecursionError as error:
+            raise CheckpointError(f"{path} is not valid JSON: it is nested too deep") from error
         except ValueError as error:
-            raise CheckpointError(f"{self.path / name} is not valid JSON: {error}") from error
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(value, dict):
-            raise CheckpointError(f"{self.path / name} holds {type(value).__name__}, not an object")
+            raise CheckpointError(f"{path} holds {type(value).__name__}, not an object")
         return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, where no name is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"{short(twice)} is there twice; keep the one that is meant")
+    return found
 
 
 def _safetensors() -> ModuleType:

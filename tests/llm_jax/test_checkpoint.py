@@ -38,6 +38,11 @@ def rewrite(folder, change):
     save_file(tensors, folder / "model.safetensors")
 
 
+def set_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def message(folder, cfg) -> str:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder).check(cfg)
@@ -135,8 +140,20 @@ def test_harmless_extras_are_ignored(folder, cfg):
 
 
 def test_a_tied_model_may_carry_its_head(folder, cfg):
-    tied = dataclasses.replace(cfg, tied=True)
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    set_config(folder, tie_word_embeddings=True)
+    tied = open_checkpoint(folder).config()
+    assert tied == dataclasses.replace(cfg, tied=True)
     assert open_checkpoint(folder).load(tied).head_DV is None
+
+
+def test_a_head_of_its_own_is_used_though_the_config_says_tied(folder, cfg):
+    set_config(folder, tie_word_embeddings=True)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config() == cfg  # as transformers, see test_transformers.py
+    np.testing.assert_array_equal(checkpoint.load(cfg).head_DV, tiny_params(cfg).head_DV)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight differs from the embedding table"):
+        checkpoint.check(dataclasses.replace(cfg, tied=True))
 
 
 def test_second_copies_of_the_weights_are_ignored(folder, cfg):
@@ -175,6 +192,44 @@ def test_an_untied_model_needs_its_head(folder, cfg):
     rewrite(folder, lambda t: t.pop("lm_head.weight"))
     assert "lm_head.weight is missing" in message(folder, cfg)
     open_checkpoint(folder).check(dataclasses.replace(cfg, tied=True))
+
+
+@pytest.mark.parametrize("stored", ("float32", "float16", "bfloat16"))
+@pytest.mark.parametrize("value", (np.nan, -np.nan, np.inf, -np.inf))
+@pytest.mark.parametrize("name", ("model.norm.weight", "model.layers.1.mlp.down_proj.weight"))
+def test_numbers_that_are_not_finite_are_named(tmp_path, stored, value, name):
+    cfg = tiny_config("qwen2", layers=2, dtype=stored)
+    folder = write_safetensors(tmp_path, tiny_params(cfg), cfg, tokenizer=False)
+
+    def damage(t):
+        t[name][5:6] = t[name].dtype.type(value)
+
+    rewrite(folder, damage)
+    checkpoint = open_checkpoint(folder)
+    where = f"{name} holds NaN or infinity, first in row 5"
+    for dtype in ("float32", "float16", "bfloat16"):
+        with pytest.raises(CheckpointError, match=where):
+            checkpoint.load(checkpoint.config(dtype))
+
+
+def test_numbers_that_the_dtype_cannot_hold_are_named(tmp_path):
+    cfg = tiny_config("qwen2", layers=1, dtype="bfloat16")
+    folder = write_safetensors(tmp_path, tiny_params(cfg), cfg, tokenizer=False)
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(folder, lambda t: t[name].__setitem__((3, 4), -70_000))
+    checkpoint = open_checkpoint(folder)
+    checkpoint.load(checkpoint.config("float32"))
+    with pytest.raises(CheckpointError, match=f"{name} has numbers beyond float16; load it in"):
+        checkpoint.load(checkpoint.config("float16"))
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
+def test_the_largest_numbers_of_a_dtype_are_loaded(tmp_path, dtype):
+    cfg = tiny_config("qwen2", layers=1, dtype=dtype)
+    folder = write_safetensors(tmp_path, tiny_params(cfg), cfg, tokenizer=False)
+    largest = ml_dtypes.finfo(dtype).max
+    rewrite(folder, lambda t: t["model.norm.weight"].__setitem__(slice(2), (largest, -largest)))
+    np.testing.assert_array_equal(open_checkpoint(folder).load(cfg).norm[:2], (largest, -largest))
 
 
 @pytest.fixture
@@ -286,13 +341,12 @@ def test_broken_json_names_the_file(folder, sharded, cfg):
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (dict(rope_scaling=dict(rope_type="yarn")), "rope type 'yarn' is not supported"),
         (dict(rope_scaling=dict(rope_type="llama3")), "factor"),
-        (dict(num_hidden_layers="two"), "not supported between"),
+        (dict(num_hidden_layers="two"), "expected a whole number"),
         (dict(quantization_config=dict(quant_method="awq")), "the weights are quantized (awq)"),
     ),
 )
 def test_models_that_cannot_be_run_are_refused(folder, change, expected):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    set_config(folder, **change)
     text = config_message(folder)
     assert str(folder) in text
     assert expected in text

@@ -1,6 +1,7 @@
 """The model against `transformers` on torch, module by module, and a real one."""
 
 import gzip
+import json
 import math
 import os
 import time
@@ -160,6 +161,25 @@ def test_logits_one_token_at_a_time(pair, tokens):
         token = jnp.asarray(tokens[:, at : at + 1])
         logits, caches = step(params, token, caches, causal_step(at, 1, 20), cfg=cfg)
         close(logits[:, 0], want[:, at], "logits")
+
+
+@pytest.mark.reference
+def test_a_head_of_its_own_though_the_config_says_tied(tmp_path, tokens):
+    """transformers warns and takes the head that is in the file."""
+    pytest.importorskip("torch", reason="torch is the reference: pip install -e '.[reference]'")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    cfg = tiny_config("llama")
+    folder = write_safetensors(tmp_path, tiny_params(cfg), cfg)
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(description | dict(tie_word_embeddings=True)))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    checkpoint = open_checkpoint(folder)
+    params = checkpoint.load(checkpoint.config())
+    step = causal_step(0, T, T)
+    got, _ = forward(params, jnp.asarray(tokens), empty_caches(cfg, 2, T), step, cfg)
+    close(got, model(torch.from_numpy(tokens)).logits, "logits")
 
 
 def smollm2_path() -> Path:
