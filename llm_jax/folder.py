@@ -102,11 +102,11 @@ class SafetensorsFolder(Checkpoint):
         problems, tensors, unreadable = [], {}, set()
         files, places = self._weight_files(problems)
         for name in files:
-            if not (self.path / name).exists():
-                problems.append(f"{name} is missing, though {INDEX} names it; download it")
-                unreadable.add(name)
-                continue
             try:
+                if not (self.path / name).exists():
+                    problems.append(f"{name} is missing, though {INDEX} names it; download it")
+                    unreadable.add(name)
+                    continue
                 shard = self._handle(name)
             except Exception as error:  # SafetensorError, OSError: one cause, one advice
                 problems.append(f"{name} is truncated or corrupt ({error}); download it again")

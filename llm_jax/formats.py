@@ -1,11 +1,12 @@
 """Which checkpoint a path holds: a folder of safetensors files, or a GGUF file."""
 
+import re
 from pathlib import Path
 
 from llm_jax import CheckpointError
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.folder import INDEX, SafetensorsFolder
-from llm_jax.gguf import GGUF
+from llm_jax.gguf import GGUF, MERGE
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -27,6 +28,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return GGUF(ggufs[0])
     if ggufs:
         names = ", ".join(file.name for file in ggufs)
+        if all(re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) for file in ggufs):
+            raise CheckpointError(f"{path} holds the parts of a split file, {names}; {MERGE}")
         raise CheckpointError(f"{path} holds several GGUF files; pass one of them: {names}")
     inside = sorted(file.name for file in path.iterdir())
     shown = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")

@@ -1,13 +1,8 @@
-"""GGUF files: one file with metadata, tokenizer and (quantized) tensors, dequantized on loading.
-
-Layout (version 2 and 3, little endian): magic, version, counts; then key/value metadata; then a
-record for each tensor (name, dimensions fastest first, type, offset); then, aligned, the tensors.
-"""
+"""GGUF files: one file with metadata, tokenizer and (quantized) tensors, dequantized on loading."""
 
 import dataclasses
 import functools
 import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,15 +13,21 @@ import numpy as np
 from llm_jax import CheckpointError
 from llm_jax.attention import rope_frequencies
 from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
-from llm_jax.config import FAMILIES, Config, ConfigError, Llama3Rope
-from llm_jax.extras import need
+from llm_jax.config import EPS, FAMILIES, SIZES, THETA, Config, Llama3Rope
+from llm_jax.extras import MissingPackage, need
+from llm_jax.gguf_header import Header, TensorRecord, layout_problems, read_header
 from llm_jax.tokenizer import Tokenizer, from_metadata
-
-SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-"""Metadata type -> struct code; 8 is a string and 9 an array."""
+from llm_jax.values import ConfigError, Values, short
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Supported values of general.architecture; Mistral's files say llama."""
+
+_FACTORS = ("rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor")
+"""What scales the rotary positions; llama.cpp reads the second where the first is missing."""
+_PARTS = ("split.count", 0, 2**16, 0)
+MERGE = "put them together with `llama-gguf-split --merge FIRST_PART MODEL.gguf`"
+"""What to do with the parts of a split file."""
+_UNSUPPORTED = ("attention.scale", "logit_scale", "residual_scale", "embedding_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,19 @@ class GGUF(Checkpoint):
         arch = self.metadata.get("general.architecture")
         if arch not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise CheckpointError(f"{self.path}: architecture is {arch!r}; supported are {known}")
-        get = lambda key, default=None: self.metadata.get(f"{arch}.{key}", default)
+            raise CheckpointError(
+                f"{self.path}: architecture is {short(arch)}; supported are {known}"
+            )
+        start = f"{arch}."
+        inside = {k.removeprefix(start): v for k, v in self.metadata.items() if k.startswith(start)}
+        try:
+            cfg = self._config(arch, Values(inside, start), dtype)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        return dataclasses.replace(cfg, rope_scaling=self._rope_scaling(cfg))
+
+    def _config(self, arch: str, values: Values, dtype: str | None) -> Config:
+        """The description without the scaling of the rotary positions."""
         needed = dict(
             layers="block_count",
             d_model="embedding_length",
@@ -66,53 +78,72 @@ class GGUF(Checkpoint):
             d_ff="feed_forward_length",
             norm_eps="attention.layer_norm_rms_epsilon",
         )
-        number = lambda key: isinstance(get(key), int | float | list)
-        missing = [f"{arch}.{key}" for key in needed.values() if not number(key)]
-        if self.names["embed_VD"] not in self.header.tensors:
+        missing = [f"{arch}.{key}" for key in needed.values() if key not in values]
+        table = self.header.tensors.get(self.names["embed_VD"])
+        if table is None:
             missing.append(self.names["embed_VD"])
         if missing:
             raise CheckpointError(f"{self.path} lacks {', '.join(missing)}")
-        sizes = {name: get(key) for name, key in needed.items()}
-        kv_heads = get("attention.head_count_kv", sizes["heads"])
-        unequal = [k for k, v in (sizes | {"kv_heads": kv_heads}).items() if isinstance(v, list)]
-        if unequal or get("expert_count"):
-            what = f"{unequal[0]} differs from layer to layer" if unequal else "mixture of experts"
-            raise CheckpointError(f"{self.path}: {what}; this is not supported")
-        if (scaling := get("rope.scaling.type", "none")) != "none":
-            raise CheckpointError(f"{self.path}: rope scaling {scaling!r} is not supported")
-        head_dim = get("attention.key_length") or sizes["d_model"] // max(1, sizes["heads"])
-        if (rotated := get("rope.dimension_count", head_dim)) != head_dim:
-            raise CheckpointError(
-                f"{self.path}: only {rotated} of {head_dim} head dimensions rotate"
-            )
-        length = get("context_length", 2048)
+        for name, key in (needed | dict(kv_heads="attention.head_count_kv")).items():
+            if values.is_list(key):
+                raise ConfigError(f"{name} differs from layer to layer; this is not supported")
+        if values.integer("expert_count", 0, 2**16, 0):
+            raise ConfigError("mixture of experts; this is not supported")
+        if (scaling := values.text("rope.scaling.type", "none")) != "none":
+            raise ConfigError(f"rope scaling {short(scaling)} is not supported")
+        for key in _FACTORS:
+            if values.number(key, 0, 1e6, 1.0) not in (0, 1):
+                values.refuse(key, "1; rope scaling is not supported")
+        for key in _UNSUPPORTED:
+            if key in values:
+                values.refuse(key, "none; it is not supported")
+        if not values.flag("attention.causal", True):
+            values.refuse("attention.causal", "true")
+        size = lambda name, key, *default: values.integer(key, 1, SIZES[name], *default)
+        d_model, heads = size("d_model", needed["d_model"]), size("heads", needed["heads"])
+        head_dim = size("head_dim", "attention.key_length", d_model // heads)
+        if (rotated := size("head_dim", "rope.dimension_count", head_dim)) != head_dim:
+            raise ConfigError(f"only {rotated} of {head_dim} head dimensions rotate")
+        if size("head_dim", "attention.value_length", head_dim) != head_dim:
+            values.refuse("attention.value_length", f"{head_dim}, the length of a key")
+        vocab = table.shape[0]
+        if size("vocab", "vocab_size", vocab) != vocab:
+            values.refuse("vocab_size", f"{vocab}, the rows of {table.name}")
+        length = size("max_length", "context_length", 2048)
+        window = values.integer("attention.sliding_window", 0, SIZES["max_length"], 0)
         qkv_bias, qk_norm = FAMILIES[arch]
-        sizes["norm_eps"] = float(f"{sizes['norm_eps']:.6g}")  # 9.99999997e-07 in the file is 1e-6
-        try:
-            cfg = Config(
-                **sizes,
-                kv_heads=kv_heads,
-                head_dim=head_dim,
-                vocab=self.header.tensors[self.names["embed_VD"]].shape[0],
-                rope_theta=float(get("rope.freq_base", 10_000.0)),
-                qkv_bias=qkv_bias,
-                qk_norm=qk_norm,
-                tied=self.names["head_DV"] not in self.header.tensors,
-                max_length=min(length, get("attention.sliding_window") or length),
-                dtype=dtype or "bfloat16",
-                family=arch,
-            )
-        except ConfigError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
-        return dataclasses.replace(cfg, rope_scaling=self._rope_scaling(cfg))
+        return Config(
+            layers=size("layers", needed["layers"]),
+            d_model=d_model,
+            heads=heads,
+            kv_heads=size("kv_heads", "attention.head_count_kv", heads),
+            head_dim=head_dim,
+            d_ff=size("d_ff", needed["d_ff"]),
+            vocab=vocab,
+            rope_theta=values.number("rope.freq_base", *THETA, 10_000.0),
+            # 9.99999997e-07 in the file is 1e-6
+            norm_eps=float(f"{values.number(needed['norm_eps'], *EPS):.6g}"),
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            tied=self.names["head_DV"] not in self.header.tensors,
+            max_length=min(length, window or length),
+            dtype=dtype or "bfloat16",
+            family=arch,
+        )
 
     def _rope_scaling(self, cfg: Config) -> Llama3Rope | None:
         """Llama 3.1's scaling, recovered from the divisors of the frequencies that GGUF stores."""
         tensor = self.header.tensors.get("rope_freqs.weight")
         if tensor is None:
             return None
-        stored = self.reader(_info(self.path, tensor), "", cfg)(0, tensor.shape[0])
         plain = rope_frequencies(cfg)
+        stored = np.zeros(0)
+        if (
+            tensor.dtype == "F32"
+            and tensor.shape == plain.shape
+            and tensor.stop <= len(self._bytes)
+        ):
+            stored = self.reader(_info(self.path, tensor), "", cfg)(0, tensor.shape[0])
         for known in (None, *(Llama3Rope(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))):
             divisors = plain / rope_frequencies(dataclasses.replace(cfg, rope_scaling=known))
             if stored.shape == divisors.shape and np.allclose(stored, divisors, rtol=1e-4):
@@ -122,7 +153,17 @@ class GGUF(Checkpoint):
         )
 
     def tokenizer(self) -> Tokenizer:
-        return from_metadata(self.metadata, self.path)
+        try:
+            _check_tokenizer(self.metadata)
+            return self.with_rows(from_metadata(self.metadata, self.path))
+        except (CheckpointError, MissingPackage):
+            raise
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        except Exception as error:  # whatever the tokenizers package raises, the file is the cause
+            raise CheckpointError(
+                f"{self.path}: the tokenizer cannot be read: {short(str(error))}"
+            ) from error
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -130,11 +171,11 @@ class GGUF(Checkpoint):
         return self.header.metadata
 
     @functools.cached_property
-    def header(self) -> "Header":
+    def header(self) -> Header:
         """Metadata and tensor records; raises `CheckpointError` for a file cut inside them."""
         _gguf()  # a missing package is no fault of the file
         try:
-            return read_header(self.path, self._bytes)
+            header = read_header(self.path, self._bytes)
         except CheckpointError:
             raise
         except Exception as error:  # damaged bytes fail in any way; the cause is always the file
@@ -142,6 +183,19 @@ class GGUF(Checkpoint):
                 f"{self.path} is truncated or corrupt: its header cannot be read ({error}); "
                 "download it again"
             ) from error
+        self._check_kind(Values(header.metadata))
+        return header
+
+    def _check_kind(self, values: Values) -> None:
+        """Raises for a file that is not a whole model."""
+        try:
+            kind, parts = values.text("general.type", "model"), values.integer(*_PARTS)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        if kind != "model":
+            raise CheckpointError(f"{self.path} holds no model: its general.type is {short(kind)}")
+        if parts > 1:
+            raise CheckpointError(f"{self.path} is one of {parts} parts of a split file; {MERGE}")
 
     @functools.cached_property
     def _bytes(self) -> np.ndarray:
@@ -151,15 +205,8 @@ class GGUF(Checkpoint):
 
     @functools.cached_property
     def contents(self) -> Contents:
-        size, problems = len(self._bytes), []
-        for tensor in self.header.tensors.values():
-            if tensor.row_bytes is not None and tensor.stop > size:
-                problems.append(
-                    f"{self.path.name} is truncated: {tensor.name} ends at byte {tensor.stop:,} "
-                    f"and the file at {size:,}; download it again"
-                )
         tensors = {name: _info(self.path, t) for name, t in self.header.tensors.items()}
-        return Contents(tensors, tuple(problems))
+        return Contents(tensors, layout_problems(self.header, len(self._bytes), self.path.name))
 
     def reader(
         self, tensor: TensorInfo, field: str, cfg: Config
@@ -180,30 +227,6 @@ class GGUF(Checkpoint):
         return lambda start, stop: gguf.dequantize(raw[start:stop], kind)
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorRecord:
-    """Where a tensor lies in the file. `row_bytes` is None for a type this machine cannot size."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    start: int
-    row_bytes: int | None
-
-    @property
-    def stop(self) -> int:
-        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
-        return self.start + rows * (self.row_bytes or 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """Everything in front of the tensors' data."""
-
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorRecord]
-
-
 def _gguf() -> ModuleType:
     return need("gguf", "models", "reading GGUF files")
 
@@ -212,73 +235,25 @@ def _info(path: Path, record: TensorRecord) -> TensorInfo:
     return TensorInfo(path, record.name, record.shape, record.dtype)
 
 
-def read_header(path: Path, data: np.ndarray) -> Header:
-    """The header in `data`, the bytes of a GGUF file.
-
-    The reader of the gguf package makes an array of every metadata entry. For Qwen2.5's 300,000
-    tokens and merges that takes 7.8 s on two cores; this takes 0.3 s.
-    """
-    gguf = _gguf()
-    view, at = memoryview(data), 0
-
-    def take(code):
-        nonlocal at
-        (value,) = struct.unpack_from("<" + code, view, at)
-        at += struct.calcsize("<" + code)
-        return value
-
-    def text():
-        nonlocal at
-        length = take("Q")
-        if at + length > len(view):
-            raise ValueError(f"a string of {length} bytes starts at {at}")
-        at += length
-        return str(view[at - length : at], "utf-8")
-
-    def value(kind):
-        nonlocal at
-        if kind == 8:
-            return text()
-        if kind == 9:
-            inner, count = take("I"), take("Q")
-            if count > len(view):
-                raise ValueError(f"an array of {count} entries starts at {at}")
-            if inner in SCALARS:
-                entries = struct.unpack_from(f"<{count}{SCALARS[inner]}", view, at)
-                at += struct.calcsize(f"<{count}{SCALARS[inner]}")
-                return list(entries)
-            return [value(inner) for _ in range(count)]
-        return take(SCALARS[kind])
-
-    if bytes(view[:4]) != b"GGUF":
-        raise CheckpointError(f"{path} is not a GGUF file: it does not start with GGUF")
-    at = 4
-    if (version := take("I")) not in (2, 3):
-        raise CheckpointError(
-            f"{path} is GGUF version {version}; supported are 2 and 3, little endian"
-        )
-    tensor_count, pairs = take("Q"), take("Q")
-    metadata = {}
-    for _ in range(pairs):
-        key = text()
-        metadata[key] = value(take("I"))
-    found = []
-    for _ in range(tensor_count):
-        name, dimensions = text(), take("I")
-        shape = tuple(take("Q") for _ in range(dimensions))[::-1]
-        found.append((name, shape, take("I"), take("Q")))
-    alignment = metadata.get("general.alignment", 32)
-    base = -(-at // alignment) * alignment
-    tensors = {}
-    for name, shape, kind, offset in found:
-        if name in tensors:
-            raise ValueError(f"{name} is there twice")
-        try:
-            dtype = gguf.GGMLQuantizationType(kind)
-        except ValueError:
-            tensors[name] = TensorRecord(name, shape, f"type {kind}", base + offset, None)
-            continue
-        block, size = gguf.GGML_QUANT_SIZES[dtype]
-        row_bytes = shape[-1] // block * size
-        tensors[name] = TensorRecord(name, shape, dtype.name, base + offset, row_bytes)
-    return Header(metadata, tensors)
+def _check_tokenizer(metadata: dict[str, Any]) -> None:
+    """Raises ConfigError for a value about the tokenizer that has a wrong type, length or range."""
+    prefix = "tokenizer.ggml."
+    values = Values(
+        {key.removeprefix(prefix): value for key, value in metadata.items()}, where=prefix
+    )
+    tokens = values.list_of(str, "tokens")
+    if len(set(tokens)) < len(tokens):
+        values.refuse("tokens", "that no token is there twice")
+    for name, kind in (("scores", float), ("token_type", int)):
+        if (found := values.list_of(kind, name)) and len(found) != len(tokens):
+            values.refuse(name, f"as many entries as there are tokens, {len(tokens)}")
+    if any(" " not in merge[1:-1] for merge in values.list_of(str, "merges")):
+        values.refuse("merges", "two tokens with a space between them in each entry")
+    for name in ("bos", "eos", "eot", "eom", "unknown"):
+        values.integer(f"{name}_token_id", 0, max(0, len(tokens) - 1), None)
+    values.integer("padding_token_id", -1, 2**32 - 1, None)  # -1, of either size, is none
+    for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
+        values.flag(name)
+    for name in ("model", "pre"):
+        values.text(name, None)
+    Values(metadata).text("tokenizer.chat_template", None)

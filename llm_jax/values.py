@@ -31,6 +31,10 @@ class Values:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def is_list(self, name: str) -> bool:
+        """Whether the value is a list."""
+        return isinstance(self._values.get(name), list)
+
     def number(self, name: str, low: float, high: float, default: Any = REQUIRED) -> Any:
         """A number between low and high, as a float."""
         value = self._get(name, default)

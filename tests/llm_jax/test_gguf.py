@@ -185,6 +185,11 @@ def test_rope_divisors_of_another_head_size_are_refused(tmp_path, cfg):
 
 
 STRING, UINT = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32
+FLOAT, BOOL = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.BOOL
+
+
+def new(key, value, kind):
+    return {"new": {key: (value, kind)}}
 
 
 @pytest.mark.parametrize(
@@ -201,8 +206,23 @@ STRING, UINT = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32
         ({"llama.attention.head_count_kv": [2, 1]}, "kv_heads differs from layer to layer"),
         ({"llama.attention.head_count_kv": 3}, "4 query heads cannot share 3 kv heads"),
         ({"llama.rope.dimension_count": 8}, "only 8 of 16 head dimensions rotate"),
-        ({"new": {"llama.rope.scaling.type": ("yarn", STRING)}}, "rope scaling 'yarn' is not"),
-        ({"new": {"llama.expert_count": (8, UINT)}}, "mixture of experts; this is not supported"),
+        (new("llama.rope.scaling.type", "yarn", STRING), "rope scaling 'yarn' is not"),
+        (new("llama.rope.scaling.factor", 4.0, FLOAT), "rope.scaling.factor is 4.0; expected 1"),
+        (new("llama.rope.scale_linear", 4.0, FLOAT), "rope.scale_linear is 4.0; expected 1"),
+        (new("llama.rope.scale_linear", np.nan, FLOAT), "scale_linear is nan; expected a number"),
+        (new("llama.rope.scaling.attn_factor", 2.0, FLOAT), "attn_factor is 2.0; expected 1"),
+        (new("llama.expert_count", 8, UINT), "mixture of experts; this is not supported"),
+        (new("llama.attention.causal", False, BOOL), "causal is False; expected true"),
+        (new("llama.attention.scale", 0.5, FLOAT), "attention.scale is 0.5; expected none"),
+        (new("llama.vocab_size", 300, UINT), "vocab_size is 300; expected 288, the rows of token_"),
+        ({"llama.attention.value_length": 8}, "value_length is 8; expected 16, the length of a"),
+        ({"llama.block_count": 10**9}, "block_count is 1000000000; expected a whole number from 1"),
+        ({"llama.block_count": 0}, "block_count is 0; expected a whole number from 1"),
+        ({"llama.rope.freq_base": float("inf")}, "freq_base is inf; expected a number from 1 to"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon is nan; expected"),
+        (new("general.type", "adapter", STRING), "holds no model: its general.type is 'adapter'"),
+        (new("general.type", 1, UINT), "general.type is 1; expected a string"),
+        (new("split.count", 2, UINT), "is one of 2 parts of a split file; put them together with"),
     ),
 )
 def test_models_that_cannot_be_run_are_refused(tmp_path, cfg, metadata, expected):
@@ -211,6 +231,58 @@ def test_models_that_cannot_be_run_are_refused(tmp_path, cfg, metadata, expected
         open_checkpoint(path).config()
     assert str(path) in str(caught.value)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    (
+        new("llama.rope.scaling.type", "none", STRING),
+        new("llama.rope.scaling.factor", 1.0, FLOAT),
+        new("llama.rope.scale_linear", 0.0, FLOAT),
+        new("llama.vocab_size", 288, UINT),
+        new("split.count", 1, UINT),
+    ),
+)
+def test_values_that_change_nothing(tmp_path, cfg, metadata):
+    assert open_checkpoint(write_with(tmp_path, cfg, {}, metadata)).config("float32") == cfg
+
+
+def test_a_folder_with_the_parts_of_a_split_file(tmp_path):
+    for part in (1, 2):
+        (tmp_path / f"x-{part:05}-of-00002.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"split file, x-00001-of-00002.gguf, x-00002.*merge"):
+        open_checkpoint(tmp_path)
+
+
+ggml = "tokenizer.ggml."
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    (
+        ({f"{ggml}eos_token_id": 288}, "eos_token_id is 288; expected a whole number from 0 to"),
+        (new(f"{ggml}bos_token_id", 10**6, UINT), "bos_token_id is 1000000; expected a whole"),
+        ({f"{ggml}tokens": ["a", "a"]}, "tokens is ['a', 'a']; expected that no token is there tw"),
+        ({f"{ggml}token_type": [1]}, "token_type is [1]; expected as many entries as there are"),
+        ({f"{ggml}merges": ["ab"]}, "merges is ['ab']; expected two tokens with a space between"),
+        ({f"{ggml}merges": ["q qqq"]}, "the tokenizer cannot be read: "),
+        ({f"{ggml}model": "bert"}, "tokenizer model is 'bert'; supported are gpt2, llama"),
+    ),
+)
+def test_tokenizers_that_do_not_fit_are_refused(tmp_path, cfg, metadata, expected):
+    path = write_with(tmp_path, cfg, {}, metadata)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path).tokenizer()
+    assert str(path) in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_table_has_rows(tmp_path, cfg):
+    tokens = [f"t{i}" for i in range(289)]
+    metadata = {f"{ggml}tokens": tokens, f"{ggml}token_type": None, f"{ggml}merges": None}
+    path = write_with(tmp_path, cfg, {}, metadata)
+    with pytest.raises(CheckpointError, match=r"gives 't288' the id 288, and the embedding table"):
+        open_checkpoint(path).tokenizer()
 
 
 def test_of_very_many_problems_the_first_are_listed(tmp_path, cfg):
