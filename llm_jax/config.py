@@ -160,6 +160,8 @@ def from_hf(hf: dict[str, Any], dtype: str | None = None) -> Config:
     qkv_bias, qk_norm = FAMILIES[family]
     if values.flag("attention_bias") and family != "qwen2":
         values.refuse("attention_bias", f"false; {family} models have no biases here")
+    if not values.flag("is_causal", True):
+        values.refuse("is_causal", "true; models that look ahead are not supported")
     if values.flag("mlp_bias"):
         values.refuse("mlp_bias", "false; MLP biases are not supported")
     rope_theta, rope_scaling = _rope(values)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -108,6 +109,7 @@ class SafetensorsFolder(Checkpoint):
                     unreadable.add(name)
                     continue
                 shard = self._handle(name)
+                _check_names(self.path / name)
             except Exception as error:  # SafetensorError, OSError: one cause, one advice
                 problems.append(f"{name} is truncated or corrupt ({error}); download it again")
                 unreadable.add(name)
@@ -204,6 +206,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in found if names.count(name) > 1)
         raise ValueError(f"{short(twice)} is there twice; keep the one that is meant")
     return found
+
+
+def _check_names(file: Path) -> None:
+    """Raises ValueError where a safetensors header describes a tensor twice; the last would win."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        json.loads(opened.read(length), object_pairs_hook=_once)
 
 
 def _safetensors() -> ModuleType:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from llm_jax import LLMError
 from llm_jax.linear import linear, terms
 from llm_jax.quantize import Quantized, codes_of
 from pallas_kernels.quantized_matmul import Packed, quantized_matmul, repack
@@ -12,7 +13,7 @@ def joined_quantized(*matrices: Quantized) -> Quantized:
     """The matrices [D, F], [D, F'] ... side by side, [D, F + F' + ...]."""
     kinds = {(w.shape[0], w.bits, w.group) for w in matrices}
     if len(kinds) != 1:
-        raise ValueError(f"matrices of different (inputs, bits, group) do not join: {kinds}")
+        raise LLMError(f"matrices of different (inputs, bits, group) do not join: {kinds}")
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *matrices)
 
 

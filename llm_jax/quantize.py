@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
+from llm_jax import LLMError
 from llm_jax.linear import embedding_rows, linear
 from pallas_kernels.bit_fields import pack_codes, unpack_codes
 from pallas_kernels.quantized_matmul.packing import BITS
@@ -94,14 +95,14 @@ def _(table: QuantizedTable, tokens):
 
 
 def check_grouping(name: str, rows: int, bits: int, group: int) -> None:
-    """Raises ValueError where a matrix with `rows` inputs cannot be quantized this way."""
+    """Raises LLMError where a matrix with `rows` inputs cannot be quantized this way."""
     if bits not in BITS:
-        raise ValueError(f"{bits} bits a weight are not supported; choose one of {BITS}")
+        raise LLMError(f"{bits} bits a weight are not supported; choose one of {BITS}")
     if group < 8 or group % 8:
-        raise ValueError(f"group size {group} cannot be packed; it must be a multiple of 8")
+        raise LLMError(f"group size {group} cannot be packed; it must be a multiple of 8")
     if rows % group:
         fits = [g for g in (128, 64, 32, 16, 8) if rows % g == 0]
-        raise ValueError(
+        raise LLMError(
             f"{name} has {rows} inputs, not a multiple of group {group}; these fit: {fits}"
         )
 

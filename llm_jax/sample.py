@@ -12,7 +12,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from llm_jax import LLMError
+
 LEAST_TEMPERATURE = 1e-5
+"""Above 0. Far below it, logits become infinite, and the draw is not the largest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +34,14 @@ class Sampler:
     def __post_init__(self):
         for name, low, high in (("temperature", 0, 100), ("top_k", 0, 2**31), ("min_p", 0, 1)):
             if not low <= (value := getattr(self, name)) <= high:
-                raise ValueError(f"{name} is {value}; expected {low} to {high}")
+                raise LLMError(f"{name} is {value}; expected {low} to {high}")
         if 0 < self.temperature < LEAST_TEMPERATURE:
-            raise ValueError(
+            raise LLMError(
                 f"temperature is {self.temperature}; expected 0, which is greedy, or at least "
                 f"{LEAST_TEMPERATURE}: less would make logits infinite"
             )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; expected above 0 and at most 1 (1 is off)")
+            raise LLMError(f"top_p is {self.top_p}; expected above 0 and at most 1 (1 is off)")
 
     @property
     def greedy(self) -> bool:

@@ -153,6 +153,11 @@ def test_windows_are_those_of_transformers():
     assert "layer_types is [1]; expected a list" in refusal(layer_types=[1])
 
 
+def test_a_model_that_looks_ahead():
+    assert "is_causal is False; expected true" in refusal(is_causal=False)
+    assert read(is_causal=True) == read()
+
+
 def test_foreign_text_is_escaped_and_cut_in_messages():
     said = refusal(model_type="\x1b[31mred\n" + "x" * 500)
     assert "\x1b" not in said and len(said) < 200

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 
 import jax
 import numpy as np
@@ -74,6 +75,19 @@ def test_shards_that_the_index_does_not_name(copy):
     (line,) = problems(folder)[1:]
     assert line.startswith("model-00003-of-00003.safetensors is here too and may be another")
     assert f"because {INDEX} is used without it" in line
+
+
+def test_a_tensor_that_a_header_describes_twice(copy):
+    """The library keeps the last one: here the same bytes as another type."""
+    folder = copy("whole")
+    data = (folder / WHOLE).read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    known = json.loads(data[8 : 8 + length])["model.norm.weight"]
+    again = json.dumps({"model.norm.weight": known | dict(dtype="I32")})[1:]
+    header = data[8 : 8 + length].decode().strip()[:-1] + ", " + again
+    text = header.encode()
+    (folder / WHOLE).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    assert "'model.norm.weight' is there twice; keep the one that is meant" in problems(folder)[1]
 
 
 @pytest.mark.parametrize("name", ("whole", "sharded"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from llm_jax import LLMError
 from llm_jax.sample import LEAST_TEMPERATURE, Sampler, noise
 
 LOGITS = np.array([1.3, -0.4, 2.1, 2.1, 0.6, -3.0, 1.0, 0.9])
@@ -145,7 +146,7 @@ def test_greedy_takes_the_first_of_the_largest_and_no_noise():
     ],
 )
 def test_values_that_mean_nothing_raise(options, words):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(LLMError) as caught:
         Sampler(**options)
     assert words in str(caught.value)
 
