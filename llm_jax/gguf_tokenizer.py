@@ -111,7 +111,7 @@ def _byte_level(tokens: list[str], get, path: Path):
     """Byte-level BPE (GPT-2's): merges are given, and `pre` names the way text is cut first."""
     t = _tokenizers()
     pre = get("pre", "default")
-    if pre not in SPLITS:
+    if str(pre) not in SPLITS:
         known = ", ".join(SPLITS)
         raise CheckpointError(f"{path}: pre-tokenizer {pre!r} is not supported; known are {known}")
     merges = [tuple(merge.split(" ", 1)) for merge in get("merges", [])]

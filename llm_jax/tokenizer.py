@@ -5,12 +5,14 @@ All have the methods encode, decode, chat, stream, `eos` (every id that ends a t
 
 import contextlib
 import dataclasses
+import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llm_jax import CheckpointError, chat_template, shown
+from llm_jax import CheckpointError, LLMError, chat_template, shown
 from llm_jax.extras import need
 from llm_jax.untrusted import inside, read_object, require_text_file
 
@@ -64,11 +66,13 @@ class Tokenizer(_Interface):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; the model's bos comes first where the model uses one."""
-        return list(self.hf.encode(text))
+        with named_errors(self.source, "encode this text"):
+            return list(self.hf.encode(valid(text)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens."""
-        return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
+        with named_errors(self.source, "decode these ids"):
+            return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         if self.chat_fallback:
@@ -82,7 +86,8 @@ class Tokenizer(_Interface):
                 "it to have messages joined as plain text"
             )
         text = chat_template.render(template, messages, self.hf.special_tokens_map, self.source)
-        return list(self.hf.encode(text, add_special_tokens=False))
+        with named_errors(self.source, "encode this text"):
+            return list(self.hf.encode(valid(text), add_special_tokens=False))
 
     @property
     def chat_fallback(self) -> str | None:
@@ -97,7 +102,7 @@ class ByteTokenizer(_Interface):
     vocab: int = 257
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+        return list(valid(text).encode("utf-8"))
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
@@ -134,6 +139,18 @@ class StreamDecoder:
         return text
 
 
+def valid(text: str) -> str:
+    """The text itself; raises `LLMError` where it holds half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LLMError(
+            f"character {error.start:,} of the text is half a surrogate pair, "
+            f"{text[error.start]!r}; expected Unicode text: remove it, or read the text as UTF-8"
+        ) from error
+    return text
+
+
 def plain_chat(messages: list[dict[str, str]]) -> str:
     """A conversation as "role: content" lines, for models without a chat template."""
     return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
@@ -153,6 +170,8 @@ def wrap(hf: Any, extra_eos: Iterable[int] = (), source: object = "a tokenizer")
     return tokenizer
 
 
+LARGEST_GROWTH = 1000
+"""A normalizer that makes a text more times longer is a memory bomb."""
 READ_BY_TRANSFORMERS = (
     *("*token*.*", "vocab.*", "merges.txt", "tekken.json", "*config.json"),
     *("chat_template.*", "additional_chat_templates/*"),
@@ -179,7 +198,7 @@ def from_folder(path: str | Path) -> Tokenizer:
     kind = library.PreTrainedTokenizerFast if fast else library.AutoTokenizer
     with named_errors(path):
         hf = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        len(hf), hf.special_tokens_map, hf.encode("Hi!")
+        _check_growth(hf)
     return wrap(hf, _generation_ends(path / "generation_config.json"), path)
 
 
@@ -195,17 +214,40 @@ def _generation_ends(path: Path) -> list[int]:
     return ends
 
 
+def _check_growth(hf: Any) -> None:
+    """Raises ValueError if the tokenizer makes long texts of short ones: "a" to "aa", forty times,
+    are a terabyte."""
+    backend = getattr(hf, "backend_tokenizer", None)
+    for part in (backend.normalizer, backend.decoder) if backend else ():
+        if part is not None and growth(json.loads(part.__getstate__())) > LARGEST_GROWTH:
+            raise ValueError(
+                f"{type(part).__name__} makes texts over {LARGEST_GROWTH} times longer"
+            )
+    if len(hf.encode("Hi!")) > LARGEST_GROWTH:
+        raise ValueError(f"three characters become more than {LARGEST_GROWTH} tokens")
+
+
+def growth(part: dict[str, Any]) -> float:
+    """How many times longer a normalizer or decoder of tokenizer.json can make a text."""
+    if part.get("type") == "Replace":
+        pattern = part["pattern"].get("String")  # or a regular expression, which may match nothing
+        new = len(part["content"])
+        return max(1, new / len(pattern)) if pattern else new + 1
+    steps = part.get("normalizers") or part.get("decoders") or ()
+    return math.prod(growth(step) for step in steps)
+
+
 @contextlib.contextmanager
-def named_errors(source: object) -> Iterator[None]:
+def named_errors(source: object, action: str = "be read") -> Iterator[None]:
     """Whatever the libraries raise for a tokenizer becomes a `CheckpointError` that names it."""
     try:
         yield
-    except (CheckpointError, KeyboardInterrupt, SystemExit, MemoryError):
+    except (LLMError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic in the tokenizers' Rust code is no Exception
         reason = shown(str(error) or type(error).__name__)
         raise CheckpointError(
-            f"the tokenizer in {source} cannot be read: {reason}; download it again"
+            f"the tokenizer in {source} cannot {action}: {reason}; download it again"
         ) from error
 
 

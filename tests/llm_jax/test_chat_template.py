@@ -32,7 +32,7 @@ REAL = {
     "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ dict(a=1).a }}",
     "blocks": "  {% if true %}\n  yes\n  {%- endif %}\n{# note #}\n  end\n",
     "controls": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
-    "{{ m.content }}{% endfor %}{{ documents is none }}{{ missing is defined }}{{ messages[0].none }}",
+    "{{ m.content }}{% endfor %}{{ documents is none }}{{ missing is defined }}",
     "generation": "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}",
     "today": "{{ strftime_now('%Y') }}",
     "macro": "{% macro row(m) %}[{{ m.role }}]{{ caller() if caller }}{% endmacro %}"
