@@ -19,7 +19,7 @@ from pathlib import Path
 from llm_jax import CheckpointError, shown
 from llm_jax.extras import MissingPackage, need
 
-SECONDS = 5.0
+SECONDS = 2.0
 """Time of the processor that a template may take; real ones take some thousandths of it."""
 CHARACTERS = 1_000_000
 """What a template may add to the messages; real ones add some thousands."""
