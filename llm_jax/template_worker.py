@@ -19,7 +19,9 @@ MEMORY = 1 << 30
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    granted = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MEMORY if granted == resource.RLIM_INFINITY else min(MEMORY, granted)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
     for line in sys.stdin:

@@ -1,7 +1,11 @@
 """Chat templates: the text of transformers, and named errors for what raises, hangs or swells."""
 
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -163,6 +167,56 @@ def test_threads_get_their_own_texts():
     for thread in threads:
         thread.join()
     assert found == {i: str(2 * i) for i in range(8)}
+
+
+FORKED = """
+import os, warnings
+from llm_jax.chat_template import _worker, render
+hello = [dict(role="user", content="Hi!")]
+ask = lambda: render("{{ messages[0].content }}", hello, {}, "x")
+assert ask() == "Hi!"
+first = _worker.process.pid
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0 and ask() == "Hi!" and _worker.process.pid == first
+else:
+    assert ask() == "Hi!" and _worker.process.pid != first
+"""
+
+
+def test_a_forked_process_starts_its_own():
+    """In a process of its own, because JAX warns of forks."""
+    ran = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_process_ends_with_ours():
+    """Even while it renders: the system's bound on its time needs nobody."""
+    program = f"""
+import os, signal, threading, time
+from llm_jax import chat_template
+chat_template.SECONDS = 0.1
+hello = [dict(role="user", content="Hi!")]
+chat_template.render("a", hello, {{}}, "x")
+print(chat_template._worker.process.pid, flush=True)
+work = lambda: chat_template.render({BOMBS["nested loops"]!r}, hello, {{}}, "x")
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    worker = int(ran.stdout)
+    deadline = time.monotonic() + 60
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(worker)
+
+
+def is_running(process):
+    """A process that has ended and that nobody has asked for is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_an_old_jinja_is_refused(monkeypatch):

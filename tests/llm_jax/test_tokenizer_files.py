@@ -238,3 +238,23 @@ def test_any_change_is_named_or_accepted(original, folder, count):
         except LLMError as error:
             assert str(folder) in str(error) and str(error).isprintable()
         (folder / name).write_text(original[name])
+
+
+@pytest.mark.parametrize("count", (20, 600))
+@pytest.mark.quick_cases("20")
+def test_any_change_of_the_metadata_is_named_or_accepted(count):
+    rng = random.Random(count)
+    right = metadata(bos_token_id=0, scores=[0.0] * 282, add_bos_token=True)
+    right |= {"tokenizer.chat_template": "{{ messages[0].content }}"}
+    for _ in range(count):
+        wrong = right | {"tokenizer.ggml.model": rng.choice(("gpt2", "llama"))}
+        key = rng.choice(list(wrong))
+        wrong[key] = mutated(wrong[key], rng)
+        try:
+            tokenizer = from_metadata(wrong, "x.gguf")
+            ids = tokenizer.encode("Hi! the ring") + tokenizer.chat(
+                [dict(role="user", content="a")]
+            )
+            assert isinstance("".join(tokenizer.stream(ids)), str)
+        except LLMError as error:
+            assert "x.gguf" in str(error) and str(error).isprintable()
