@@ -17,13 +17,12 @@ from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
 from llm_jax.config import Config, from_hf
 from llm_jax.extras import need
 from llm_jax.tokenizer import Tokenizer, from_folder
+from llm_jax.untrusted import inside, read_object, require_file, unique, unreadable
 from llm_jax.values import ConfigError, Values, short
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-_LARGEST_JSON = 2**26
-"""Bytes of a JSON file; an index of 100,000 tensors has a tenth of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class SafetensorsFolder(Checkpoint):
             raise CheckpointError(
                 f"{self.path} has no config.json; download it from the model's repository too"
             )
-        hf = self._json("config.json")
+        hf = read_object(self.path / "config.json")
         try:
             if (quantized := Values(hf).mapping("quantization_config")) is not None:
                 raise CheckpointError(
@@ -82,7 +81,7 @@ class SafetensorsFolder(Checkpoint):
         for name in ("generation_config.json", "config.json"):
             if not (self.path / name).exists():
                 continue
-            ends = self._json(name).get("eos_token_id")
+            ends = read_object(self.path / name).get("eos_token_id")
             ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
             try:
                 found = Values(dict(eos_token_id=ends)).list_of(int, "eos_token_id")
@@ -100,19 +99,24 @@ class SafetensorsFolder(Checkpoint):
     @functools.cached_property
     def contents(self) -> Contents:
         _safetensors()  # a missing package is no fault of a file
-        problems, tensors, unreadable = [], {}, set()
+        problems, tensors, lost = [], {}, set()
         files, places = self._weight_files(problems)
         for name in files:
+            file = inside(self.path, name, INDEX)
             try:
-                if not (self.path / name).exists():
+                if not file.exists():
                     problems.append(f"{name} is missing, though {INDEX} names it; download it")
-                    unreadable.add(name)
+                    lost.add(name)
                     continue
-                shard = self._handle(name)
-                _check_names(self.path / name)
-            except Exception as error:  # SafetensorError, OSError: one cause, one advice
+                shard = self._handle(file)
+                _check_names(file)
+            except CheckpointError as error:
+                problems.append(str(error))
+                lost.add(name)
+                continue
+            except Exception as error:  # SafetensorError, or a name that no file can have
                 problems.append(f"{name} is truncated or corrupt ({error}); download it again")
-                unreadable.add(name)
+                lost.add(name)
                 continue
             for key in shard.keys():  # noqa: SIM118 - a safe_open handle is not iterable
                 if key in tensors:
@@ -121,7 +125,7 @@ class SafetensorsFolder(Checkpoint):
                 header = shard.get_slice(key)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 tensors[key] = TensorInfo(self.path / name, key, shape, dtype)
-        return Contents(tensors, tuple(problems), places, frozenset(unreadable))
+        return Contents(tensors, tuple(problems), places, frozenset(lost))
 
     def _weight_files(self, problems: list[str]) -> tuple[list[str], dict[str, str]]:
         """The files that hold the model, and which of them should hold each tensor.
@@ -151,7 +155,7 @@ class SafetensorsFolder(Checkpoint):
 
     def _index(self) -> dict[str, str]:
         """The index: tensor -> file."""
-        places = self._json(INDEX).get("weight_map")
+        places = read_object(self.path / INDEX).get("weight_map")
         if not isinstance(places, dict) or not places:
             raise CheckpointError(
                 f"{self.path / INDEX}: weight_map is {short(places)}; expected an object that "
@@ -168,51 +172,29 @@ class SafetensorsFolder(Checkpoint):
     def reader(
         self, tensor: TensorInfo, field: str, cfg: Config
     ) -> Callable[[int, int], np.ndarray]:
-        rows = self._handle(tensor.file.name).get_slice(tensor.name)
+        rows = self._handle(tensor.file).get_slice(tensor.name)
         return lambda start, stop: rows[start:stop]
 
     @functools.cached_property
-    def _handles(self) -> dict[str, Any]:
+    def _handles(self) -> dict[Path, Any]:
         return {}
 
-    def _handle(self, name: str):
+    def _handle(self, file: Path):
         """The file's open (memory-mapped) safetensors handle."""
-        if name not in self._handles:
-            self._handles[name] = _safetensors().safe_open(str(self.path / name), framework="numpy")
-        return self._handles[name]
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        try:
-            if path.stat().st_size > _LARGEST_JSON:
-                raise ValueError(f"it is larger than {_LARGEST_JSON:,} bytes")
-            value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        except RecursionError as error:
-            raise CheckpointError(f"{path} is not valid JSON: it is nested too deep") from error
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{path} holds {type(value).__name__}, not an object")
-        return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs, where no name is there twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"{short(twice)} is there twice; keep the one that is meant")
-    return found
+        if file not in self._handles:
+            require_file(file)
+            try:
+                self._handles[file] = _safetensors().safe_open(str(file), framework="numpy")
+            except OSError as error:  # too many open files, no permission: no fault of the bytes
+                raise unreadable(file, error) from error
+        return self._handles[file]
 
 
 def _check_names(file: Path) -> None:
     """Raises ValueError where a safetensors header describes a tensor twice; the last would win."""
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
-        json.loads(opened.read(length), object_pairs_hook=_once)
+        json.loads(opened.read(length), object_pairs_hook=unique)
 
 
 def _safetensors() -> ModuleType:
