@@ -14,8 +14,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 
+def shown(text: object, most: int = 500) -> str:
+    """Text from somebody else's file as a message may print it: one line of `most` characters.
+
+    Control characters, line breaks and characters that turn the direction of writing come out as
+    escapes such as \\x1b, so that a name in a file cannot clear the screen or imitate a message.
+    """
+    text = str(text)
+    if len(text) > most:
+        text = f"{text[: most - 1]}…"
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
 class LLMError(ValueError):
-    """The base of this package's errors; their messages are for users."""
+    """The base of this package's errors; their messages are for users.
+
+    What a file puts into a message is escaped (`shown`) here, for every error.
+    """
+
+    def __init__(self, message: object = ""):
+        lines = str(message).split("\n")
+        super().__init__("\n".join(shown(line, len(line)) for line in lines))
 
 
 class CheckpointError(LLMError):
@@ -72,6 +93,7 @@ __all__ = [
     "init",
     "open_checkpoint",
     "prefill",
+    "shown",
 ]
 
 

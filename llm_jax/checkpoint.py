@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from llm_jax import CheckpointError
+from llm_jax import CheckpointError, shown
 from llm_jax.config import Config
 from llm_jax.digest import file_digest, files_digest, json_digest
 from llm_jax.params import MLP, Attention, Layer, Params, abstract
@@ -132,8 +132,8 @@ class Checkpoint(abc.ABC):
         if problems:
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             more = len(problems) - _LISTED
-            shown = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
-            lines = "".join(f"\n  {line}" for line in shown)
+            listed = problems[:_LISTED] + ([f"and {more} more"] if more > 0 else [])
+            lines = "".join(f"\n  {shown(line)}" for line in listed)
             raise CheckpointError(f"{self.path} cannot be loaded, {count}:{lines}")
 
     def model_shapes(self, cfg: Config) -> Params:

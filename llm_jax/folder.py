@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
 from llm_jax.config import Config, ConfigError, from_hf
 from llm_jax.extras import need
 from llm_jax.tokenizer import Tokenizer, from_folder
+from llm_jax.untrusted import inside, read_object, require_file, unreadable
 
 INDEX = "model.safetensors.index.json"
 
@@ -47,7 +47,7 @@ class SafetensorsFolder(Checkpoint):
             raise CheckpointError(
                 f"{self.path} has no config.json; download it from the model's repository too"
             )
-        hf = self._json("config.json")
+        hf = read_object(self.path / "config.json")
         if quantization := hf.get("quantization_config"):
             raise CheckpointError(
                 f"{self.path}: the weights are quantized ({quantization.get('quant_method')}); "
@@ -69,21 +69,29 @@ class SafetensorsFolder(Checkpoint):
     @functools.cached_property
     def contents(self) -> Contents:
         _safetensors()  # a missing package is no fault of a file
-        problems, tensors, unreadable = [], {}, set()
-        places = self._json(INDEX).get("weight_map", {}) if (self.path / INDEX).exists() else {}
+        problems, tensors, lost = [], {}, set()
+        places = (
+            read_object(self.path / INDEX).get("weight_map", {})
+            if (self.path / INDEX).exists()
+            else {}
+        )
         # Without an index: model.safetensors alone, because some repositories add a second copy.
         whole = [f for f in ("model.safetensors",) if (self.path / f).exists()]
         files = sorted(set(places.values())) or whole
         for name in files or sorted(file.name for file in self.path.glob("*.safetensors")):
-            if not (self.path / name).exists():
+            if not inside(self.path, name, INDEX).exists():
                 problems.append(f"{name} is missing, though {INDEX} names it; download it")
-                unreadable.add(name)
+                lost.add(name)
                 continue
             try:
-                shard = self._handle(name)
-            except Exception as error:  # SafetensorError, OSError: one cause, one advice
+                shard = self._handle(self.path / name)
+            except CheckpointError as error:
+                problems.append(str(error))
+                lost.add(name)
+                continue
+            except Exception as error:  # SafetensorError
                 problems.append(f"{name} is truncated or corrupt ({error}); download it again")
-                unreadable.add(name)
+                lost.add(name)
                 continue
             for key in shard.keys():  # noqa: SIM118 - a safe_open handle is not iterable
                 if key in tensors:
@@ -92,32 +100,27 @@ class SafetensorsFolder(Checkpoint):
                 header = shard.get_slice(key)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 tensors[key] = TensorInfo(self.path / name, key, shape, dtype)
-        return Contents(tensors, tuple(problems), places, frozenset(unreadable))
+        return Contents(tensors, tuple(problems), places, frozenset(lost))
 
     def reader(
         self, tensor: TensorInfo, field: str, cfg: Config
     ) -> Callable[[int, int], np.ndarray]:
-        rows = self._handle(tensor.file.name).get_slice(tensor.name)
+        rows = self._handle(tensor.file).get_slice(tensor.name)
         return lambda start, stop: rows[start:stop]
 
     @functools.cached_property
-    def _handles(self) -> dict[str, Any]:
+    def _handles(self) -> dict[Path, Any]:
         return {}
 
-    def _handle(self, name: str):
+    def _handle(self, file: Path):
         """The file's open (memory-mapped) safetensors handle."""
-        if name not in self._handles:
-            self._handles[name] = _safetensors().safe_open(str(self.path / name), framework="numpy")
-        return self._handles[name]
-
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            value = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{self.path / name} is not valid JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{self.path / name} holds {type(value).__name__}, not an object")
-        return value
+        if file not in self._handles:
+            require_file(file)
+            try:
+                self._handles[file] = _safetensors().safe_open(str(file), framework="numpy")
+            except OSError as error:  # too many open files, no permission: no fault of the bytes
+                raise unreadable(file, error) from error
+        return self._handles[file]
 
 
 def _safetensors() -> ModuleType:

@@ -2,20 +2,26 @@
 
 from pathlib import Path
 
-from llm_jax import CheckpointError
+from llm_jax import CheckpointError, shown
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.folder import INDEX, SafetensorsFolder
 from llm_jax.gguf import GGUF
+from llm_jax.untrusted import require_file, unreadable
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint at `path`: a folder with safetensors, a GGUF file or a folder with one."""
-    path = Path(path).expanduser()
-    if not path.exists():
+    try:
+        path = Path(path).expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such home folder
+        raise unreadable(Path(path), error) from error
+    if not found:
         raise CheckpointError(
             f"{path} does not exist; expected a folder with safetensors or a .gguf file"
         )
-    if path.is_file():
+    if not path.is_dir():
+        require_file(path)
         if path.suffix == ".gguf":
             return GGUF(path)
         hint = f"; pass its folder, {path.parent}" if path.suffix == ".safetensors" else ""
@@ -27,11 +33,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return GGUF(ggufs[0])
     if ggufs:
         names = ", ".join(file.name for file in ggufs)
-        raise CheckpointError(f"{path} holds several GGUF files; pass one of them: {names}")
-    inside = sorted(file.name for file in path.iterdir())
-    shown = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
+        raise CheckpointError(f"{path} holds several GGUF files; pass one of them: {shown(names)}")
+    try:
+        names = sorted(file.name for file in path.iterdir())
+    except OSError as error:
+        raise unreadable(path, error) from error
+    held = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise CheckpointError(
-        f"{path} is not a checkpoint: it holds {shown or 'nothing'}; "
+        f"{path} is not a checkpoint: it holds {shown(held) or 'nothing'}; "
         f"expected config.json and *.safetensors (with {INDEX} if there are several), "
         "or a .gguf file"
     )

