@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-import xxhash
 
+from llm_jax.extras import need
 from llm_jax.files import atomic_file, cache_folder
 
 PART = 2**24
@@ -28,12 +29,12 @@ file system's clock, so its digest is not kept."""
 def array_digest(array: Any) -> str:
     """XXH3-128 of an array's bytes in row order, in hexadecimal. Shape and dtype do not count."""
     flat = np.ascontiguousarray(np.asarray(array)).reshape(-1)
-    return xxhash.xxh3_128_hexdigest(flat.view(np.uint8).data)
+    return _hexdigest(flat.view(np.uint8).data)
 
 
 def json_digest(value: Any) -> str:
     """XXH3-128 of a JSON value, whatever the order of its keys and its spaces."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+    return _hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def file_digest(path: Path) -> str:
@@ -43,7 +44,7 @@ def file_digest(path: Path) -> str:
     """
     path = Path(path).resolve()
     before = _state(path)
-    kept = cache_folder() / "digests" / f"{xxhash.xxh3_128_hexdigest(str(path).encode())}.json"
+    kept = cache_folder() / "digests" / f"{_hexdigest(str(path).encode())}.json"
     try:
         known = json.loads(kept.read_text(encoding="utf-8"))
         if known["state"] == before:
@@ -86,10 +87,18 @@ def _hashed(path: Path, size: int) -> str:
         view, got = buffers.own[: min(PART, size - start)], 0
         while got < len(view) and (n := os.preadv(file.fileno(), [view[got:]], start + got)):
             got += n
-        return xxhash.xxh3_128_digest(view[:got])
+        return _xxhash().xxh3_128_digest(view[:got])
 
     with path.open("rb") as file, concurrent.futures.ThreadPoolExecutor(8) as pool:
-        whole = xxhash.xxh3_128()
+        whole = _xxhash().xxh3_128()
         for digest in pool.map(part, range(0, size, PART)):
             whole.update(digest)
         return whole.hexdigest()
+
+
+def _hexdigest(data: Any) -> str:
+    return _xxhash().xxh3_128_hexdigest(data)
+
+
+def _xxhash() -> ModuleType:
+    return need("xxhash", "models", "a checksum")

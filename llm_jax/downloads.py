@@ -1,13 +1,14 @@
 """Downloaded files hashed again: what is in a cache is what was published, or an error says so.
 
 The Hub's cache names each file after its content: the sha256 of large files, git's sha1 of others.
-A file is hashed once, and again when its size, time or place on the disk has changed.
+A file is hashed once, and again when its size, times or inode have changed.
 """
 
 import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,9 @@ from llm_jax.files import atomic_file
 from llm_jax.untrusted import read_object, require_file, unreadable
 
 BLOCK = 1 << 22
+SETTLED_NS = 2 * 10**9
+"""A file changed later than this before it was hashed may change again within the same tick of the
+file system's clock, so it is not marked."""
 ANNOUNCED = 1 << 28
 """Bytes from which on hashing takes long enough to be announced."""
 MARKS = "checked.json"
@@ -57,8 +61,7 @@ def check(
     """Raises `CheckpointError` unless each file has its digest; `cache` keeps what is known."""
     marks, new = _marks(cache), []
     for path, digest in files:
-        found = require_file(path)
-        state = [found.st_size, found.st_mtime_ns, found.st_ino, digest]
+        state = [*_state(path), digest]
         if marks.get(str(path)) != state:
             new.append((path, digest, state))
     if not new:
@@ -66,14 +69,15 @@ def check(
     if (size := sum(state[0] for _, _, state in new)) > ANNOUNCED:
         progress(f"checking {size / 1e9:.1f} GB of {new[0][0].parent} once")
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda file: file_digest(file[0], _algorithm(file[1])), new))
+        digests = list(pool.map(lambda file: hashed(file[0], _algorithm(file[1])), new))
     for (path, expected, state), digest in zip(new, digests, strict=True):
         if digest != expected:
             raise CheckpointError(
                 f"{path} has {_algorithm(expected)} {digest}; expected {expected}: it was damaged "
                 f"or changed after the download; delete it ({path.resolve()}) and try again"
             )
-        marks[str(path)] = state
+        if time.time_ns() - max(state[1:3]) > SETTLED_NS:
+            marks[str(path)] = state
     try:
         with atomic_file(cache / MARKS) as part:
             part.write_text(json.dumps(marks))
@@ -81,7 +85,12 @@ def check(
         return  # a cache that cannot be written only means that the files are hashed again
 
 
-def file_digest(path: Path, algorithm: str) -> str:
+def _state(path: Path) -> tuple[int, int, int, int]:
+    found = require_file(path)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def hashed(path: Path, algorithm: str) -> str:
     """The sha256 of a file, or the sha1 that git gives it."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     if algorithm == "sha1":

@@ -47,12 +47,12 @@ def run(
     words = list(sys.argv[1:] if words is None else words)
     debug = DEBUG in words
     words = [word for word in words if word != DEBUG]
-    about = f"{(doc or '').rstrip()}\n\n{DEBUG}, anywhere, shows the traceback of an error.\n"
-    flags = tyro.cli(command, args=words, description=about, prog=_program(main))
+    about = f"{(doc or '').rstrip()}\n\n{DEBUG}, anywhere, shows the traceback of an error."
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(width, console.width))
     try:
+        flags = tyro.cli(command, args=words, description=about, prog=_program(main))
         status = main(flags, console)
     except (Exception, KeyboardInterrupt) as error:
         if debug:

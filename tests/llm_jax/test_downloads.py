@@ -109,7 +109,8 @@ def test_a_changed_file_in_the_cache_is_named(snapshot, tmp_path, name, explicit
 
 def test_a_file_is_hashed_once(snapshot, tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr(downloads, "file_digest", hash_and_log(hashed))
+    monkeypatch.setattr(downloads, "SETTLED_NS", -1)
+    monkeypatch.setattr(downloads, "hashed", hash_and_log(hashed))
     find(tmp_path)
     assert sorted(hashed) == sorted(file.name for file in snapshot.iterdir())
     hashed.clear()
@@ -130,18 +131,26 @@ def test_a_file_is_hashed_once(snapshot, tmp_path, monkeypatch):
     assert len(hashed) == len(list(snapshot.iterdir()))
 
 
-def hash_and_log(log):
-    real = downloads.file_digest
+def test_a_file_that_changes_while_its_time_stands_still_is_hashed_again(snapshot, tmp_path):
+    find(tmp_path)
+    flip((snapshot / "model.safetensors").resolve())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256"):
+        find(tmp_path)
 
-    def file_digest(path, algorithm):
+
+def hash_and_log(log):
+    real = downloads.hashed
+
+    def hashed(path, algorithm):
         log.append(path.name)
         return real(path, algorithm)
 
-    return file_digest
+    return hashed
 
 
 def test_large_files_are_announced(tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "ANNOUNCED", 20_000_000)
+    monkeypatch.setattr(downloads, "SETTLED_NS", -1)
     (tmp_path / "x").write_bytes(bytes(25_000_000))
     said = []
     for _ in range(2):
