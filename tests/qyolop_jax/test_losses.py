@@ -15,6 +15,8 @@ from qyolop_jax.config import IGNORE, UNKNOWN, ModelConfig
 from qyolop_jax.losses import LossConfig
 from qyolop_jax.postprocess import to_predictions
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = (64, 96)
 CFG = ModelConfig(size=(256, 384))  # anchors of a size that fits 64 x 96 images
 LOSS = LossConfig()

@@ -10,6 +10,8 @@ from qyolop_jax.config import ModelConfig
 from qyolop_jax.graph import GraphError, Node, activate, build_graph, max_pool, upsample
 from qyolop_jax.model import EPSILON, MOMENTUM, BatchNorm, Conv, Panoptic, initial, logit_bias
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CFG = ModelConfig(width=0.125, size=(64, 96))
 
 
