@@ -14,7 +14,7 @@ class PaluError(ValueError):
 
 
 if TYPE_CHECKING:
-    from palu_jax.calibration import CalibrationError, Statistics, calibrate
+    from palu_jax.calibration import Statistics, calibrate
     from palu_jax.compression import Compression, Compressor, compress
     from palu_jax.convert import ConvertError, Recipe, to_palu
     from palu_jax.latent import FormatError, LatentFormat
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
         uniform_ranks,
     )
     from palu_jax.rival import KVFormat, kivi, to_quantized_cache
+    from palu_jax.saved_sums import CalibrationError
     from palu_jax.store import PaluCheckpoint, StoreError, describe, restore, save
 
 _HOMES = {  # name -> its module, imported when the name is first used; no module has such a name
     "CachePlan": "palu_jax.planner",
-    "CalibrationError": "palu_jax.calibration",
+    "CalibrationError": "palu_jax.saved_sums",
     "Compression": "palu_jax.compression",
     "Compressor": "palu_jax.compression",
     "ConvertError": "palu_jax.convert",
