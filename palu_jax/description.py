@@ -34,6 +34,8 @@ class StoredModel:
     """The tensors of the model that the conversion left as they are."""
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name of a file with factors -> its digest."""
+    checksum: str = ""
+    """That of the description and so, with its digests, of all files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def describe(folder: str | Path, verify: bool = True) -> StoredModel:
         raise StoreError(f"{path} is damaged ({error}); convert the model again") from error
     return StoredModel(
         folder, described.source, described.config, described.recipe, described.base,
-        described.files,
+        described.files, described.checksum,
     )  # fmt: skip
 
 

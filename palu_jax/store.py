@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from llm_jax.config import Config
-from llm_jax.digest import array_digest
+from llm_jax.digest import array_digest, json_digest
 from llm_jax.extras import need
 from llm_jax.files import atomic_folder
 from llm_jax.params import Attention, Layer, Params
@@ -292,6 +292,14 @@ class PaluCheckpoint:
     def path(self) -> Path:
         """Where the model's own checkpoint is."""
         return self.base.path
+
+    def digest(self) -> str:
+        """What identifies the weights: those of the base, and the conversion."""
+        return json_digest([self.base.digest(), self.stored.checksum])
+
+    def identity(self) -> str:
+        """What identifies all that is read."""
+        return json_digest([self.base.identity(), self.stored.checksum])
 
     def config(self, dtype: str | None = None) -> Config:
         """The model's `Config`."""

@@ -1,5 +1,7 @@
 """Plain decoding, against recomputing the whole text for every token."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -175,3 +177,29 @@ def test_decoding_ends_where_the_cache_ends(params):
         decode_loop(params, jnp.array([61]), filled(length + 4), at, key, CFG, 1)
     with pytest.raises(GenerationError, match="number of steps is -1"):
         generate(params, PROMPT, CFG, -1)
+
+
+def test_models_that_compute_no_numbers_are_named(params):
+    """The likeliest of logits that are all NaN would be token 0, for ever."""
+    one = params.layers[1]
+    bad = dataclasses.replace(one.mlp, down=one.mlp.down.at[0, 0].set(jnp.inf))
+    layers = (params.layers[0], dataclasses.replace(one, mlp=bad))
+    broken = dataclasses.replace(params, layers=layers)
+    with pytest.raises(GenerationError, match=r"NaN or infinity in layer 1: .* float32"):
+        generate(broken, PROMPT, CFG, 4)
+    head = dataclasses.replace(params, head_DV=params.head_DV.at[0, 0].set(jnp.nan))
+    with pytest.raises(GenerationError, match="behind the last layer"):
+        generate(head, PROMPT, CFG, 4)
+    table = dataclasses.replace(params, embed_VD=params.embed_VD.at[3].set(jnp.nan))
+    with pytest.raises(GenerationError, match="in the embedding table"):
+        generate(table, PROMPT, CFG, 4)
+    _, caches = prefill(params, PROMPT, empty_caches(CFG, 1, 32), CFG)
+    token, at, key = jnp.array([3]), jnp.int32(len(PROMPT)), jax.random.key(0)
+    with pytest.raises(GenerationError, match="logit at position 7 is NaN"):
+        decode_loop(table, token, caches, at, key, CFG, 4)
+
+
+def test_seeds_that_would_mean_another_are_refused(params):
+    for seed in (-1, 2**32, 10**20):
+        with pytest.raises(GenerationError, match=f"seed is {seed}; expected 0 to 4294967295"):
+            generate(params, PROMPT, CFG, 4, seed=seed)

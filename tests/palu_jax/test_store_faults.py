@@ -213,6 +213,21 @@ def test_a_base_that_differs_in_one_number_is_refused(whole, tmp_path, name):
         store.PaluCheckpoint(base, stored, verify=False).load(CFG)
 
 
+def test_a_converted_model_is_known_by_its_base_and_its_factors(whole, tmp_path):
+    """Runs that are resumed compare these."""
+    found = []
+    for n, params in enumerate((PARAMS, one_number("down"))):
+        base = open_checkpoint(write_safetensors(tmp_path / str(n), params, CFG))
+        other = dataclasses.replace(RECIPE, format=LatentFormat(8, 8))
+        store.save(tmp_path / f"{n}-8", to_palu(params, CFG, other), CFG, other, "tiny")
+        for folder in (whole, tmp_path / f"{n}-8"):
+            seen = store.PaluCheckpoint(base, store.describe(folder))
+            assert seen.digest() == store.PaluCheckpoint(base, store.describe(folder)).digest()
+            found += [seen.digest(), seen.identity()]
+        found += [base.digest(), base.identity()]
+    assert len(set(found)) == len(found)
+
+
 @pytest.mark.parametrize("made", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("used", ["float32", "bfloat16", "float16"])
 def test_a_base_in_another_dtype_is_the_same_base(tmp_path, made, used):
