@@ -174,7 +174,8 @@ def to_palu(
             found = layer_spectra(
                 layer.attn, cfg, recipe.groups, recipe.objective, own, recipe.mean_split
             )
-        made = convert_layer(layer, cfg, recipe, recipe.ranks[i], found)
+        with np.errstate(over="ignore"):  # what overflows is named below
+            made = convert_layer(layer, cfg, recipe, recipe.ranks[i], found)
         if bad := not_finite(made.attn):
             raise ConvertError(
                 f"layer {i}: the converted {bad} overflows {cfg.dtype}; convert the model in "
