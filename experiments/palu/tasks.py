@@ -232,10 +232,10 @@ def load_tasks(tasks: Sequence[str], data_dir: Path | None) -> Any:
     Raises TaskError.
     """
     datasets.disable_progress_bars()
+    configs = {name: None if data_dir is None else config_of(name, data_dir) for name in tasks}
     manager = TaskManager()
     wanted = []
-    for name in tasks:
-        config = None if data_dir is None else config_of(name, data_dir)
+    for name, config in configs.items():
         if config is None and name not in manager.all_tasks:
             known = ", ".join(TASK_FILES)
             raise TaskError(f"no task {name!r}; local ones are {known}; others are lm-eval's own")
