@@ -14,9 +14,10 @@ class PaluError(ValueError):
 
 
 if TYPE_CHECKING:
-    from palu_jax.calibration import CalibrationError, Statistics, calibrate
+    from palu_jax.calibration import Statistics, calibrate
     from palu_jax.compression import Compression, Compressor, compress
     from palu_jax.convert import ConvertError, Recipe, to_palu
+    from palu_jax.description import StoreError, describe
     from palu_jax.latent import FormatError, LatentFormat
     from palu_jax.planner import CachePlan, plan_cache
     from palu_jax.rank import (
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
         uniform_ranks,
     )
     from palu_jax.rival import KVFormat, kivi, to_quantized_cache
-    from palu_jax.store import PaluCheckpoint, StoreError, describe, restore, save
+    from palu_jax.saved_sums import CalibrationError
+    from palu_jax.store import PaluCheckpoint, restore, save
 
 _HOMES = {  # name -> its module, imported when the name is first used; no module has such a name
     "CachePlan": "palu_jax.planner",
-    "CalibrationError": "palu_jax.calibration",
+    "CalibrationError": "palu_jax.saved_sums",
     "Compression": "palu_jax.compression",
     "Compressor": "palu_jax.compression",
     "ConvertError": "palu_jax.convert",
@@ -43,11 +45,11 @@ _HOMES = {  # name -> its module, imported when the name is first used; no modul
     "RankError": "palu_jax.rank",
     "Recipe": "palu_jax.convert",
     "Statistics": "palu_jax.calibration",
-    "StoreError": "palu_jax.store",
+    "StoreError": "palu_jax.description",
     "bytes_per_token": "palu_jax.rank",
     "calibrate": "palu_jax.calibration",
     "compress": "palu_jax.compression",
-    "describe": "palu_jax.store",
+    "describe": "palu_jax.description",
     "error_ranks": "palu_jax.rank",
     "fisher_ranks": "palu_jax.rank",
     "group_sizes": "palu_jax.rank",

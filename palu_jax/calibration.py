@@ -10,9 +10,9 @@ import dataclasses
 import functools
 import hashlib
 import time
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +31,18 @@ from llm_jax.attention import (
     rotated,
 )
 from llm_jax.config import Config
-from llm_jax.files import atomic_file
+from llm_jax.generation import GenerationError, checked_tokens
 from llm_jax.linear import linear
 from llm_jax.model import block, embed, unembed
 from llm_jax.params import Attention, Params
 from llm_jax.stream import Stream, route
-from palu_jax import PaluError
+from palu_jax.identity import Identity, identity, not_finite
+from palu_jax.saved_sums import CalibrationError, SavedSums, Sums
+from palu_jax.signals import deferred
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_VERSION = 1
-
-
-class CalibrationError(PaluError):
-    """Statistics of another model or text, or no text; the message says what differs."""
+_SHARE = 20
+"""Sums are saved when computing has taken this many times as long as saving them does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +67,9 @@ class LayerStatistics:
     """The same for the value projection."""
 
 
+MOMENTS = tuple(field.name for field in dataclasses.fields(LayerStatistics))
+
+
 @dataclasses.dataclass(frozen=True)
 class Statistics:
     """The moments of all layers, over this many tokens of this many sequences."""
@@ -75,6 +77,8 @@ class Statistics:
     layers: tuple[LayerStatistics, ...]
     tokens: int
     sequences: int
+    model: Identity | None = None
+    """The model that they are of; conversion refuses another one. None: not known."""
 
     @property
     def gradients(self) -> bool:
@@ -162,61 +166,116 @@ def calibrate(
     *,
     gradients: bool = True,
     path: str | Path | None = None,
-    every_s: float = 60.0,
+    every_s: float = 5.0,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """`Statistics` over batches of token sequences, int [B, T].
 
     Layers may be in host memory. The loss of a sequence is the sum of -log p(next token). Labels
     are shifted by one position; the official code shifts twice, and so predicts the token after the
-    next one. With `path`, sums are saved there every `every_s` seconds and at the end. An
-    interrupted run continues after the batches that it has done; it must get the same text again.
-    `progress` gets the number of sequences done. Raises CalibrationError.
+    next one. With `path`, sums are saved there every `every_s` seconds (less often where saving
+    would take more than a twentieth of the time), at the end, and when an error, SIGINT or SIGTERM
+    stops the work. An interrupted run continues after the batches that it has done; it must get the
+    same model and text again. `progress` gets the number of sequences done. Raises
+    CalibrationError, also for NaN or infinity in weights or sums.
     """
-    path = None if path is None else Path(path).expanduser()
-    key = _key(params, cfg, gradients)
-    sums, done, text = _resume(path, key) if path is not None and path.exists() else (None, 0, "")
+    _check_weights(params)
+    model = identity(params, cfg.dtype)
+    store = None if path is None else SavedSums(path, model, cfg, gradients)
+    sums = (store and store.read()) or Sums()
+    done, text, whole = sums.batches, sums.text, True
     counted, sequences, tokens, digest = 0, 0, 0, hashlib.sha256()
-    saved = time.monotonic()
-    for batch in batches:
-        batch = np.asarray(batch, np.int32)
-        if batch.ndim != 2 or batch.shape[1] < 2:
-            raise CalibrationError(f"a batch has shape {batch.shape}; expected [sequences, tokens]")
-        digest.update(batch.tobytes())
-        counted, sequences, tokens = counted + 1, sequences + len(batch), tokens + batch.size
-        if counted == done and digest.hexdigest() != text:
+    saved, took = time.monotonic(), 0.0
+    try:
+        with deferred() as stop:
+            for batch in batches:
+                batch = _checked(batch, counted, cfg)
+                digest.update(repr(batch.shape).encode() + batch.tobytes())
+                counted, sequences, tokens = (
+                    counted + 1,
+                    sequences + len(batch),
+                    tokens + batch.size,
+                )
+                if counted == done and digest.hexdigest() != text:
+                    raise CalibrationError(
+                        f"{path} was made from other text; give the same corpus, or another file"
+                    )
+                if counted > done:
+                    new = _sums(params, batch, cfg, gradients, stop)
+                    _check_sums(new, counted, cfg)
+                    whole = False
+                    sums.add(new, digest.hexdigest())
+                    whole = True
+                if store and time.monotonic() - saved > max(every_s, _SHARE * took):
+                    began = time.monotonic()
+                    store.write(sums)
+                    saved = time.monotonic()
+                    took = saved - began
+                if progress:
+                    progress(sequences)
+                stop()
+        if not counted:
+            raise CalibrationError("there is no text to calibrate on; give at least one batch")
+        if counted < done:
             raise CalibrationError(
-                f"{path} was made from other text; give the same corpus, or another file"
+                f"{path} holds {done} batches; the text given has only {counted}"
             )
-        if counted > done:
-            new = _sums(params, batch, cfg, gradients)
-            if sums is None:
-                sums = [[np.asarray(a, np.float64) for a in layer] for layer in new]
-            else:
-                for old, layer in zip(sums, new, strict=True):
-                    for total, a in zip(old, layer, strict=True):
-                        total += np.asarray(a)
-            if path is not None and time.monotonic() - saved > every_s:
-                _save(path, key, sums, counted, digest.hexdigest())
-                saved = time.monotonic()
-        if progress:
-            progress(sequences)
-    if not counted:
-        raise CalibrationError("there is no text to calibrate on; give at least one batch")
-    if counted < done:
-        raise CalibrationError(f"{path} holds {done} batches; the text given has only {counted}")
-    if path is not None and counted > done:
-        _save(path, key, sums, counted, digest.hexdigest())
+    finally:
+        if store and whole:
+            store.write(sums)
     per = [tokens] * 3 + [tokens] * 2 + [sequences] * 2
     layers = tuple(
         LayerStatistics(*((a / n).astype(np.float32) for a, n in zip(layer, per, strict=False)))
-        for layer in sums
+        for layer in sums.layers
     )
-    return Statistics(layers, tokens, sequences)
+    return Statistics(layers, tokens, sequences, model)
 
 
-def _sums(params: Params, tokens_BT, cfg: Config, gradients: bool) -> list[tuple]:
-    """The sums of one batch for each layer: those of `_forward`, then those of `_backward`."""
+def _check_weights(params: Params) -> None:
+    """Raises CalibrationError for attention that cannot be measured, and for NaN or infinity."""
+    if odd := [type(l.attn).__name__ for l in params.layers if not isinstance(l.attn, Attention)]:
+        raise CalibrationError(f"only ordinary attention can be calibrated, not {odd[0]}")
+    top = dataclasses.replace(params, layers=())
+    for where, part in (("", top), *((f"layer {i}: ", l) for i, l in enumerate(params.layers))):
+        if bad := not_finite(part):
+            raise CalibrationError(
+                f"{where}the matrix {bad} holds NaN or infinity; the checkpoint is broken, or it "
+                "overflows this dtype"
+            )
+
+
+def _checked(batch: Any, number: int, cfg: Config) -> np.ndarray:
+    """The batch as int32 [B, T]; raises CalibrationError."""
+    try:
+        batch = checked_tokens(batch, cfg.vocab)
+    except GenerationError as error:
+        raise CalibrationError(f"batch {number + 1}: {error}") from error
+    if batch.ndim != 2 or len(batch) < 1 or batch.shape[1] < 2:
+        raise CalibrationError(
+            f"batch {number + 1} has shape {batch.shape}; expected [sequences, tokens], at least "
+            "one sequence of two tokens"
+        )
+    return batch
+
+
+def _check_sums(sums: list[tuple], number: int, cfg: Config) -> None:
+    """Raises CalibrationError where activations or gradients overflowed."""
+    for i, layer in enumerate(sums):
+        for name, found in zip(MOMENTS, layer, strict=False):
+            if not np.isfinite(found).all():
+                raise CalibrationError(
+                    f"layer {i}: {name} of batch {number} holds NaN or infinity, though all "
+                    f"weights are finite; {cfg.dtype} overflows: calibrate in bfloat16 or float32"
+                )
+
+
+def _sums(
+    params: Params, tokens_BT, cfg: Config, gradients: bool, stop: Callable[[], None]
+) -> list[tuple]:
+    """The sums of one batch for each layer: those of `_forward`, then those of `_backward`.
+
+    `stop` is called after each layer; it may raise.
+    """
     top = dataclasses.replace(params, layers=())
     if isinstance(params.embed_VD, np.ndarray):  # a table kept on the host
         x = jnp.asarray(params.embed_VD[tokens_BT]).astype(cfg.dtype)
@@ -230,6 +289,7 @@ def _sums(params: Params, tokens_BT, cfg: Config, gradients: bool) -> list[tuple
         x, found = _forward(next(stream), x, cfg)
         stream.used(x)
         sums.append(jax.device_get(found))
+        stop()
     if gradients:
         grad = _loss_gradient(top, x, jnp.asarray(tokens_BT), cfg)
         last = len(inputs) - 1
@@ -238,36 +298,5 @@ def _sums(params: Params, tokens_BT, cfg: Config, gradients: bool) -> list[tuple
             grad, found = _backward(next(stream), inputs.pop(), grad, cfg)
             stream.used(grad)
             sums[last - i] = (*sums[last - i], *jax.device_get(found))
+            stop()
     return sums
-
-
-def _key(params: Params, cfg: Config, gradients: bool) -> str:
-    """A hash of what saved sums depend on: sizes, some weights, and gradients or not."""
-    rows = [np.asarray(jax.device_get(l.attn.k[:1]), np.float32) for l in params.layers]
-    digest = hashlib.sha256(np.concatenate(rows).tobytes())
-    digest.update(repr((_VERSION, cfg, gradients)).encode())
-    return digest.hexdigest()
-
-
-def _save(path: Path, key: str, sums, batches: int, text: str) -> None:
-    arrays = {f"{i}/{j}": a for i, layer in enumerate(sums) for j, a in enumerate(layer)}
-    with atomic_file(path) as scratch, scratch.open("wb") as file:
-        np.savez(file, key=key, batches=batches, text=text, **arrays)
-
-
-def _resume(path: Path, key: str):
-    """(saved sums, number of batches done, hash of their text)."""
-    try:
-        with path.open("rb") as file, np.load(file) as found:
-            if str(found["key"]) != key:
-                raise CalibrationError(
-                    f"{path} holds statistics of another model, or of another kind (with or "
-                    "without gradients); give another file or remove it"
-                )
-            sums = {tuple(map(int, n.split("/"))): found[n] for n in found.files if "/" in n}
-            batches, text = int(found["batches"]), str(found["text"])
-    except (OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise CalibrationError(f"{path} is damaged ({error}); remove it and run again") from error
-    layers = max(i for i, _ in sums) + 1
-    per = max(j for _, j in sums) + 1
-    return [[sums[i, j] for j in range(per)] for i in range(layers)], batches, text

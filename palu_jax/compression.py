@@ -16,7 +16,16 @@ from llm_jax.config import Config
 from llm_jax.params import Params
 from llm_jax.progress import Reporter, default_reporter
 from palu_jax.calibration import Statistics, calibrate
-from palu_jax.convert import ConvertError, Objective, Recipe, Spectra, layer_spectra, to_palu
+from palu_jax.convert import (
+    ConvertError,
+    Objective,
+    Recipe,
+    Spectra,
+    check_finite,
+    check_model,
+    layer_spectra,
+    to_palu,
+)
 from palu_jax.latent import LatentFormat
 from palu_jax.planner import CachePlan, plan_cache
 from palu_jax.rank import Ranks, error_ranks, fisher_ranks, group_sizes, uniform_ranks
@@ -138,7 +147,11 @@ class Compressor:
         statistics: Statistics | None = None,
         reporter: Reporter | None = None,
     ):
-        """`statistics` of `calibrate` are needed where `Compression.needs_statistics` says so."""
+        """`statistics` of `calibrate` are needed where `Compression.needs_statistics` says so.
+
+        Raises ConvertError where they are of other parameters.
+        """
+        check_model(params, cfg, statistics)
         self._params, self._cfg, self._statistics = params, cfg, statistics
         self._reporter = reporter or default_reporter()
         self._kept: tuple[Any, list[Spectra]] | None = None
@@ -208,6 +221,7 @@ class Compressor:
         with self._reporter.bar(title, len(layers)) as step:
             for i, layer in enumerate(layers):
                 own = None if self._statistics is None else self._statistics.layers[i]
+                check_finite(i, layer.attn, own)
                 rest = groups, objective, own, mean_split
                 found.append(layer_spectra(layer.attn, self._cfg, *rest))
                 step(i + 1)

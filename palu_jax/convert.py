@@ -13,8 +13,9 @@ R rank, g groups.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,6 +27,7 @@ from palu_jax.attention import Factors, PaluAttention
 from palu_jax.calibration import LayerStatistics, Statistics
 from palu_jax.decompose import Spectrum, block_diagonal, key_metric, spectrum, value_metric
 from palu_jax.hadamard import rotation
+from palu_jax.identity import identity, not_finite
 from palu_jax.latent import LatentFormat
 from palu_jax.rank import Ranks
 
@@ -85,8 +87,7 @@ def layer_spectra(
     `mean` splits off the mean direction. Only the plain objective without a mean split needs no
     `statistics`. Raises ConvertError where something does not fit.
     """
-    if not isinstance(attn, Attention):
-        raise ConvertError(f"only ordinary attention can be converted, not {type(attn).__name__}")
+    _check_ordinary(attn)
     check_groups(cfg, groups)
     if objective not in get_args(Objective):
         known = ", ".join(get_args(Objective))
@@ -112,7 +113,7 @@ def layer_spectra(
     mu = None
     if mean:
         mu = np.asarray(statistics.mean_D, np.float64)
-        project = np.eye(len(mu)) - np.outer(mu, mu) / (mu @ mu)
+        project = np.eye(len(mu)) - np.outer(mu, mu) / _square(mu)
         gram = project @ gram @ project
     if objective == "plain":
         gram = None
@@ -126,6 +127,11 @@ def layer_spectra(
             block = None if metric is None else metric[rows, rows]
             parts.append(spectrum(w[:, rows], gram, block))
     return Spectra(tuple(out[0]), tuple(out[1]), mu, w_k, w_v)
+
+
+def _square(mean_D) -> float:
+    """The squared length of the mean input; 1 where there is none, so that nothing is split off."""
+    return float(mean_D @ mean_D) or 1.0
 
 
 def _metrics(attn, cfg, objective, statistics):
@@ -152,19 +158,30 @@ def to_palu(
 
     Only the plain objective needs no `statistics`. `progress` gets the number of layers done.
     `spectra` are those of all layers where they exist already (`palu_jax.Compressor` keeps them).
-    Raises ConvertError where the recipe does not fit.
+    Raises ConvertError where the recipe does not fit, where the statistics are of other parameters,
+    and where numbers are not finite.
     """
     check_recipe(cfg, recipe, statistics)
+    if spectra is None:
+        check_model(params, cfg, statistics)
     layers = []
     for i, layer in enumerate(params.layers):
         if spectra is not None:
             found = spectra[i]
         else:
             own = None if statistics is None else statistics.layers[i]
+            check_finite(i, layer.attn, own)
             found = layer_spectra(
                 layer.attn, cfg, recipe.groups, recipe.objective, own, recipe.mean_split
             )
-        layers.append(convert_layer(layer, cfg, recipe, recipe.ranks[i], found))
+        with np.errstate(over="ignore"):  # what overflows is named below
+            made = convert_layer(layer, cfg, recipe, recipe.ranks[i], found)
+        if bad := not_finite(made.attn):
+            raise ConvertError(
+                f"layer {i}: the converted {bad} overflows {cfg.dtype}; convert the model in "
+                "bfloat16 or float32"
+            )
+        layers.append(made)
         if progress:
             progress(i + 1)
     return dataclasses.replace(params, layers=tuple(layers))
@@ -188,14 +205,14 @@ def convert_layer(
         mean_F = None
         if found.mean_D is not None:
             mu = found.mean_D
-            down = down - np.outer(mu, mu @ down) / (mu @ mu)
+            down = down - np.outer(mu, mu @ down) / _square(mu)
             mean_F = jnp.asarray(mu @ w_DF, dtype)
         down, up = jnp.asarray(down, dtype), jnp.asarray(up, dtype)
         made.append(Factors(down, up, mean_F, tuple(ranks[which]), tuple(recipe.groups)))
     k, v = made
     mean_probe_D = None
     if found.mean_D is not None:
-        mean_probe_D = jnp.asarray(found.mean_D / (found.mean_D @ found.mean_D), dtype)
+        mean_probe_D = jnp.asarray(found.mean_D / _square(found.mean_D), dtype)
     o, o_bias = attn.o, None
     if recipe.fuse_values:
         o, o_bias = _fused_output(attn, v, cfg)
@@ -258,6 +275,43 @@ def _fused_output(attn, v: Factors, cfg):
     bias = np.asarray(attn.v_bias, np.float64).reshape(cfg.kv_heads, cfg.head_dim)
     spread = np.repeat(bias, shared, axis=0)
     return fused, jnp.asarray(np.einsum("nh,nhd->d", spread, o), cfg.dtype)
+
+
+def _check_ordinary(attn: Any) -> None:
+    if not isinstance(attn, Attention):
+        raise ConvertError(f"only ordinary attention can be converted, not {type(attn).__name__}")
+    for name in "kvo":
+        if not isinstance(w := getattr(attn, name), jax.Array | np.ndarray):
+            raise ConvertError(
+                f"the matrix {name} of an attention is {type(w).__name__}; only arrays can be "
+                "converted: convert the 16-bit model"
+            )
+
+
+def check_model(params: Params, cfg: Config, statistics: Statistics | None) -> None:
+    """Raises ConvertError where the statistics are known to be of other parameters."""
+    for layer in params.layers:
+        _check_ordinary(layer.attn)
+    if statistics is None or (theirs := statistics.model) is None:
+        return
+    if different := theirs.difference(identity(params, cfg.dtype, (theirs.dtype,))):
+        raise ConvertError(
+            f"the statistics are of another model (different: {different}); calibrate this one"
+        )
+
+
+def check_finite(index: int, attn: Any, statistics: LayerStatistics | None) -> None:
+    """Raises ConvertError where a layer's attention or its statistics hold NaN or infinity."""
+    if bad := not_finite(attn):
+        raise ConvertError(
+            f"layer {index}: the matrix {bad} of its attention holds NaN or infinity; the "
+            "checkpoint is broken, or it overflows this dtype"
+        )
+    if statistics is not None and (bad := not_finite(vars(statistics))):
+        raise ConvertError(
+            f"layer {index}: {bad} of the statistics holds NaN or infinity; calibrate again, in "
+            "bfloat16 or float32"
+        )
 
 
 def check_groups(cfg: Config, groups: Sequence[int]) -> None:

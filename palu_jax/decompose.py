@@ -42,23 +42,50 @@ def spectrum(
     Latent i is scaled to the fourth root of its eigenvalue, as in Palu. Rotated latents are
     quantized with equal noise, and this scale makes the noise in the output smallest. `floor` is
     the metric's lower bound as a part of its mean, so that no direction of the output is given up.
+
+    Where no error counts, all energies are zero and any factors are right: with a metric of zero
+    (an output projection of zero) they are those of the identity, and with inputs of zero, too.
     """
     w = np.asarray(w_DF, np.float64)
+    metric, size = _scaled(metric_FF)
+    if size == 0:
+        return _weightless(spectrum(w, gram_DD))
     middle = w.T @ w if gram_DD is None else w.T @ np.asarray(gram_DD, np.float64) @ w
-    root, inverse = _roots(metric_FF, w.shape[1], floor)
+    if gram_DD is not None and not middle.any():
+        return _weightless(spectrum(w))
+    root, inverse = _roots(metric, w.shape[1], floor)
     a, e = np.linalg.eigh(root @ middle @ root)
     a, e = np.maximum(a[::-1], 0), e[:, ::-1]
-    scale = np.maximum(a, a[0] * 1e-12 + 1e-300) ** 0.25
-    return Spectrum(w @ root @ e / scale, scale[:, None] * (e.T @ inverse), a)
+    scale = np.maximum(a, a[0] * 1e-12 or 1.0) ** 0.25
+    return Spectrum(w @ root @ e / scale, scale[:, None] * (e.T @ inverse), a * size)
+
+
+def _weightless(found: Spectrum) -> Spectrum:
+    return dataclasses.replace(found, energy_F=np.zeros_like(found.energy_F))
+
+
+def _scaled(metric_FF):
+    """(the metric over its size, its size): the mean of the diagonal as a power of 16, or 0.
+
+    So factors have the size of the weights, however small the metric is, and a power of 16, whose
+    fourth root is a power of 2, rounds nothing.
+    """
+    if metric_FF is None:
+        return None, 1.0
+    m = np.asarray(metric_FF, np.float64)
+    mean = np.trace(m) / len(m)
+    if mean <= 0:
+        return m, 0.0
+    size = 16.0 ** np.round(np.log2(mean) / 4)
+    return m / size, size
 
 
 def _roots(metric_FF, size, floor):
     """M^(1/2) and M^(-1/2)."""
     if metric_FF is None:
         return np.eye(size), np.eye(size)
-    m = np.asarray(metric_FF, np.float64)
-    s, u = np.linalg.eigh((m + m.T) / 2)
-    s = np.maximum(s, max(floor * np.trace(m) / size, 1e-300))
+    s, u = np.linalg.eigh((metric_FF + metric_FF.T) / 2)
+    s = np.maximum(s, floor * np.trace(metric_FF) / size)
     return (u * np.sqrt(s)) @ u.T, (u / np.sqrt(s)) @ u.T
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from llm_jax.cache import move_rows, write_rows
+from llm_jax.config import DTYPES
 from pallas_kernels.bit_fields import pack_codes
 from pallas_kernels.lowrank_attention.latents import LATENT_BITS, Latents, block_bytes, dense
 from palu_jax import PaluError
@@ -52,10 +53,12 @@ class LatentFormat:
                 known = ", ".join(map(str, LATENT_BITS))
                 raise FormatError(f"{name} is {getattr(self, name)}; possible are {known}")
         for name in ("block", "sinks", "window"):
-            if getattr(self, name) < 0:
-                raise FormatError(f"{name} is {getattr(self, name)}; expected 0 or more")
+            if not 0 <= getattr(self, name) < 2**31:
+                raise FormatError(f"{name} is {getattr(self, name)}; expected 0 to {2**31 - 1}")
         if self.clip is not None and not (self.clip and all(0 < c <= 1 for c in self.clip)):
             raise FormatError(f"clip is {self.clip}; expected shares above 0 and at most 1")
+        if self.dtype not in (None, *DTYPES):
+            raise FormatError(f"dtype is {self.dtype!r}; possible are {', '.join(DTYPES)}")
 
     def shares(self, bits: int) -> tuple[float, ...]:
         """The shares of a block's range that `quantize_latents` tries at this number of bits."""

@@ -16,7 +16,7 @@ from jax.tree_util import register_dataclass
 
 from llm_jax.attention import Step, attention, empty_cache, qkv_heads, rotated
 from llm_jax.cache import write_rows
-from llm_jax.config import Config
+from llm_jax.config import DTYPES, Config
 from llm_jax.linear import linear
 from llm_jax.params import Attention, Params
 from pallas_kernels.lowrank_attention.latents import LATENT_BITS, Latents, dense
@@ -52,6 +52,8 @@ class KVFormat:
             raise FormatError(f"bits is {self.bits}; possible are {known}")
         if self.group < 1:
             raise FormatError(f"group is {self.group}; expected 1 or more")
+        if self.dtype not in (None, *DTYPES):
+            raise FormatError(f"dtype is {self.dtype!r}; possible are {', '.join(DTYPES)}")
         if self.window < 0 or (self.per_channel and self.bits < 16 and self.window < self.group):
             raise FormatError(
                 f"window is {self.window}; keys per channel are quantized {self.group} tokens at a "

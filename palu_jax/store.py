@@ -7,45 +7,26 @@ Only the arrays that the conversion made are stored; all others come from the mo
 checkpoint.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from llm_jax.config import Config, Llama3Rope
+from llm_jax.config import Config
+from llm_jax.digest import array_digest, json_digest
 from llm_jax.extras import need
 from llm_jax.files import atomic_folder
-from llm_jax.params import Layer, Params
-from palu_jax import PaluError
+from llm_jax.params import Attention, Layer, Params
 from palu_jax.attention import Factors, PaluAttention
 from palu_jax.convert import Recipe, check_recipe
-from palu_jax.latent import LatentFormat
-
-_VERSION = 1
-NAME = "palu.json"
-"""The file with the description."""
-
-
-class StoreError(PaluError):
-    """A stored conversion that cannot be used or written; the message says why and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredModel:
-    """The description of a stored conversion; its arrays are not read yet."""
-
-    folder: Path
-    source: str
-    cfg: Config
-    recipe: Recipe
-    weights: list[list[float]]
-    """A few numbers of every layer, which identify the model's weights."""
+from palu_jax.description import NAME, StoredModel, StoreError, describe, write_description
+from palu_jax.identity import Identifier, Identity, not_finite, tensors
 
 
 def save(
@@ -59,18 +40,60 @@ def save(
     """Writes the converted parts of `params`; a reader never sees half of them.
 
     `source` says where the model's own weights come from: a registered name or a path. Raises
-    StoreError where the folder exists, unless `replace` is set and it holds a stored conversion,
-    and MissingPackage without orbax.
+    StoreError where the parameters were not made with this recipe or cannot be written, where the
+    folder exists, unless `replace` is set and it holds a stored conversion, and MissingPackage
+    without orbax.
     """
     folder = Path(folder).expanduser().absolute()
-    if folder.exists() and not (replace and (folder / NAME).exists()):
+    if folder.exists() and not (replace and (folder / NAME).is_file()):
         raise StoreError(f"{folder} exists; choose another folder or remove it")
-    fresh = folder.with_name(f".{folder.name}-{os.getpid()}") if folder.exists() else folder
-    with atomic_folder(fresh) as scratch:
-        _write(scratch, params, cfg, recipe, source)
-    if fresh != folder:
-        shutil.rmtree(folder)
-        os.replace(fresh, folder)
+    _check_made(params, cfg, recipe)
+    old = folder.with_name(f".{folder.name}-{os.getpid()}-old") if folder.exists() else None
+    fresh = folder.with_name(f".{folder.name}-{os.getpid()}") if old else folder
+    with _named(folder, "cannot be written"):
+        with atomic_folder(fresh) as scratch:
+            _write(scratch, params, cfg, recipe, source)
+        if old:
+            os.replace(folder, old)
+            os.replace(fresh, folder)
+            shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _named(path: Path, what: str) -> Iterator[None]:
+    """Turns what orbax and the system raise into a StoreError; they fail in many ways."""
+    try:
+        yield
+    except (StoreError, ImportError):
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise StoreError(f"{path} {what} ({type(error).__name__}: {first})") from error
+
+
+def _check_made(params: Params, cfg: Config, recipe: Recipe) -> None:
+    """Raises StoreError where the parameters were not made with this config and recipe."""
+    with _named(Path("the recipe"), "does not fit the model"):
+        check_recipe(cfg, recipe)
+    if len(params.layers) != cfg.layers:
+        raise StoreError(f"the model has {len(params.layers)} layers, its config {cfg.layers}")
+    for i, (layer, ranks) in enumerate(zip(params.layers, recipe.ranks, strict=True)):
+        p, made = layer.attn, _made(layer)
+        shapes = {n: (a.shape, str(a.dtype)) for n, a in made.items()}
+        wanted = {n: (a.shape, str(a.dtype)) for n, a in _shapes(cfg, recipe, ranks).items()}
+        for what, ours, theirs in (
+            ("format", p.format, recipe.format),
+            ("ranks", (p.k.ranks, p.v.ranks), tuple(map(tuple, ranks))),
+            ("groups", (p.k.heads, p.v.heads), (tuple(recipe.groups),) * 2),
+            ("arrays", shapes, wanted),
+        ):
+            if ours != theirs:
+                raise StoreError(
+                    f"layer {i} was made with another recipe: its {what} are {ours}, the recipe's "
+                    f"{theirs}; give the recipe that Compressor.compress returned with it"
+                )
+        if bad := not_finite(made):
+            raise StoreError(f"layer {i}: {bad} holds NaN or infinity; it is not stored")
 
 
 def _orbax() -> Any:
@@ -80,14 +103,27 @@ def _orbax() -> Any:
 def _write(folder: Path, params: Params, cfg: Config, recipe: Recipe, source: str) -> None:
     with _orbax().StandardCheckpointer() as writer:
         writer.save(folder / "factors", {str(i): _made(l) for i, l in enumerate(params.layers)})
-    described = dict(
-        version=_VERSION,
-        source=source,
-        config=dataclasses.asdict(cfg),
-        weights=[_sample(layer) for layer in params.layers],
-        recipe=dataclasses.asdict(recipe),
-    )
-    (folder / NAME).write_text(json.dumps(described, indent=1))
+    base = Identifier(cfg.dtype)
+    for name, tensor in tensors(params).items():
+        base.add(name, tensor)
+    for i, layer in enumerate(params.layers):
+        base.add_layer(i, _kept(layer, recipe))
+    files = _digests(folder / "factors")
+    write_description(StoredModel(folder, str(source), cfg, recipe, base.identity(), files))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The digest of every file in the folder, by its name there."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {p.relative_to(folder).as_posix(): array_digest(np.fromfile(p, np.uint8)) for p in found}
+
+
+def _kept(layer: Layer, recipe: Recipe) -> dict[str, Any]:
+    """What a conversion leaves of a layer, plain or converted: name -> tensor."""
+    made = {"k", "v"} | ({"o", "v_bias"} if recipe.fuse_values else set())
+    names = [f.name for f in dataclasses.fields(Attention) if f.name not in made]
+    own = {name: getattr(layer.attn, name) for name in names}
+    return tensors(layer, layer.mlp) | {n: w for n, w in own.items() if w is not None}
 
 
 def _made(layer: Layer) -> dict[str, Any]:
@@ -104,74 +140,27 @@ def _made(layer: Layer) -> dict[str, Any]:
     return {name: array for name, array in parts.items() if array is not None}
 
 
-def _sample(layer: Layer) -> list[float]:
-    """A few numbers of the query projection, which no conversion changes: they identify weights."""
-    return np.asarray(jax.device_get(layer.attn.q[:1, :8]), np.float32)[0].tolist()
-
-
-def _check_weights(stored: StoredModel, samples: list[list[float]], place: Any) -> None:
-    """Raises StoreError where these samples of all layers are not those of the stored model."""
-    ours, theirs = np.array(samples), np.array(stored.weights)
-    # A sample in another dtype has perhaps 8 bits.
-    if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=0.01, atol=1e-6):
+def _check_base(stored: StoredModel, base: Identity, place: Any) -> None:
+    """Raises StoreError where the base has other tensors than the one that was converted."""
+    if different := stored.base.difference(base):
         raise StoreError(
-            f"{stored.folder} was made from other weights than {place}; convert these with "
-            f"python -m experiments.palu --save, or load those it was made from ({stored.source})"
+            f"{stored.folder} was made from other weights than {place} (different: {different}); "
+            "convert these with python -m experiments.palu --save, or load those it was made from "
+            f"({stored.source})"
         )
-
-
-def describe(folder: str | Path) -> StoredModel:
-    """The description in a folder that `save` wrote; raises StoreError."""
-    folder = Path(folder).expanduser().absolute()
-    if not (folder / NAME).exists():
-        raise StoreError(
-            f"{folder} is not a stored conversion: it has no {NAME}; make one with "
-            "python -m experiments.palu --save FOLDER"
-        )
-    try:
-        found = json.loads((folder / NAME).read_text())
-        version = found["version"]
-        if version != _VERSION:
-            raise StoreError(
-                f"{folder} was written in format {version}; this program reads {_VERSION}: convert "
-                "the model again"
-            )
-        return StoredModel(
-            folder,
-            found["source"],
-            Config(**found["config"] | dict(rope_scaling=_rope(found["config"]))),
-            _recipe(found["recipe"]),
-            found["weights"],
-        )
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StoreError(
-            f"{folder / NAME} is damaged ({error}); convert the model again"
-        ) from error
-
-
-def _rope(config):
-    scaling = config["rope_scaling"]
-    return scaling and Llama3Rope(**scaling)
-
-
-def _recipe(found) -> Recipe:
-    tuples = lambda value: tuple(map(tuples, value)) if isinstance(value, list) else value
-    form = {name: tuples(value) for name, value in found["format"].items()}
-    rest = {name: tuples(value) for name, value in found.items() if name != "format"}
-    return Recipe(**rest, format=LatentFormat(**form))
 
 
 def abstract_layers(stored: StoredModel, model: Params, cfg: Config) -> Params:
     """The converted model as shapes and dtypes, from those of the plain model; reads no arrays."""
     recipe = stored.recipe
     layers = tuple(
-        _converted(layer, _shapes(layer, cfg, recipe, ranks), recipe, ranks)
+        _converted(layer, _shapes(cfg, recipe, ranks), recipe, ranks)
         for layer, ranks in zip(model.layers, recipe.ranks, strict=True)
     )
     return dataclasses.replace(model, layers=layers)
 
 
-def _shapes(layer: Layer, cfg: Config, recipe: Recipe, ranks) -> dict[str, Any]:
+def _shapes(cfg: Config, recipe: Recipe, ranks) -> dict[str, Any]:
     """What `_made` gives for a layer, as shapes and dtypes."""
     array = lambda *shape: jax.ShapeDtypeStruct(shape, cfg.dtype)
     parts = {}
@@ -185,28 +174,43 @@ def _shapes(layer: Layer, cfg: Config, recipe: Recipe, ranks) -> dict[str, Any]:
     if recipe.fuse_values:
         del parts["v_up"]
         parts["o"] = array(cfg.heads * ranks[1][0], cfg.d_model)
-        if layer.attn.v_bias is not None:
+        if cfg.qkv_bias:
             parts["o_bias"] = array(cfg.d_model)
     return parts
 
 
-def read_factors(stored: StoredModel, cfg: Config) -> list[dict[str, np.ndarray]]:
+def read_factors(
+    stored: StoredModel, cfg: Config, verify: bool = True
+) -> list[dict[str, np.ndarray]]:
     """The stored arrays of every layer by name, as NumPy arrays in `cfg.dtype`.
 
-    Raises StoreError where they are missing, and MissingPackage without orbax.
+    Every file is checked against its digest before orbax reads it; `verify` False leaves that out.
+    Raises StoreError where files are missing or damaged, and MissingPackage without orbax.
     """
     ocp = _orbax()
     folder = stored.folder / "factors"
-    with ocp.PyTreeCheckpointer() as reader:
-        held = reader.metadata(folder).item_metadata if folder.exists() else None
-        if held is None:
-            raise StoreError(f"{folder} is missing or damaged; convert the model again")
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), held.tree)
-        found = reader.restore(folder, restore_args=as_numpy)
-    return [
-        {name: np.asarray(a).astype(np.dtype(cfg.dtype)) for name, a in found[str(i)].items()}
-        for i in range(cfg.layers)
-    ]
+    again = "or damaged; convert the model again"
+    with _named(folder, f"is missing {again}"):
+        if verify:
+            found = _digests(folder)
+            for name, digest in stored.files.items() or {"factors": ""}.items():
+                if found.get(name) != digest:
+                    raise StoreError(f"{folder / name} is missing {again}")
+        with ocp.PyTreeCheckpointer() as reader:
+            held = reader.metadata(folder).item_metadata
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), held.tree)
+            found = reader.restore(folder, restore_args=as_numpy)
+        layers = [found[str(i)] for i in range(cfg.layers)]
+    for i, (parts, ranks) in enumerate(zip(layers, stored.recipe.ranks, strict=True)):
+        ours = {name: np.shape(a) for name, a in parts.items()}
+        theirs = {name: a.shape for name, a in _shapes(cfg, stored.recipe, ranks).items()}
+        if ours != theirs:
+            raise StoreError(
+                f"{folder}: layer {i} has the arrays {ours}; {NAME} says {theirs}: convert the "
+                "model again"
+            )
+    dtype = np.dtype(cfg.dtype)
+    return [{n: np.asarray(a).astype(dtype) for n, a in parts.items()} for parts in layers]
 
 
 def _converted(layer: Layer, parts: dict[str, Any], recipe: Recipe, ranks) -> Layer:
@@ -233,16 +237,22 @@ def _converted(layer: Layer, parts: dict[str, Any], recipe: Recipe, ranks) -> La
     return dataclasses.replace(layer, attn=attn)
 
 
-def restore(folder: str | Path, params: Params, cfg: Config) -> Params:
+def restore(folder: str | Path, params: Params, cfg: Config, *, verify: bool = True) -> Params:
     """The converted model, from a folder that `save` wrote and the model's own parameters.
 
     Raises StoreError where the folder is damaged or belongs to other weights, and MissingPackage
-    without orbax.
+    without orbax. `verify` False compares neither checksums nor weights.
     """
-    stored = describe(folder)
+    stored = describe(folder, verify)
     check_fits(stored, cfg)
-    _check_weights(stored, [_sample(layer) for layer in params.layers], "these")
-    parts = jax.device_put(read_factors(stored, cfg))
+    if verify:
+        base = Identifier(cfg.dtype, (stored.base.dtype,))
+        for name, tensor in tensors(params).items():
+            base.add(name, tensor)
+        for i, layer in enumerate(params.layers):
+            base.add_layer(i, _kept(layer, stored.recipe))
+        _check_base(stored, base.identity(), "these")
+    parts = jax.device_put(read_factors(stored, cfg, verify))
     layers = [
         _converted(layer, p, stored.recipe, r)
         for layer, p, r in zip(params.layers, parts, stored.recipe.ranks, strict=True)
@@ -261,7 +271,8 @@ def check_fits(stored: StoredModel, cfg: Config) -> None:
             f"{stored.folder} was made for another model ({stored.source}): its {name} is "
             f"{theirs[name]}, here it is {ours[name]}"
         )
-    check_recipe(cfg, stored.recipe)
+    with _named(stored.folder, "does not fit this model"):
+        check_recipe(cfg, stored.recipe)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,11 +285,21 @@ class PaluCheckpoint:
     base: Any
     """The model's own checkpoint."""
     stored: StoredModel
+    verify: bool = True
+    """Whether checksums and the base's weights are compared while loading."""
 
     @property
     def path(self) -> Path:
         """Where the model's own checkpoint is."""
         return self.base.path
+
+    def digest(self) -> str:
+        """What identifies the weights: those of the base, and the conversion."""
+        return json_digest([self.base.digest(), self.stored.checksum])
+
+    def identity(self) -> str:
+        """What identifies all that is read."""
+        return json_digest([self.base.identity(), self.stored.checksum])
 
     def config(self, dtype: str | None = None) -> Config:
         """The model's `Config`."""
@@ -306,15 +327,21 @@ class PaluCheckpoint:
     ) -> Params:
         """As `llm_jax.checkpoint.Checkpoint.load`, layer by layer, with converted attention."""
         place_layer = place_layer or (lambda index, layer: jax.device_put(layer))
-        parts, ranks = read_factors(self.stored, cfg), self.stored.recipe.ranks
-        seen = []
+        place = place or (lambda name, array: jax.device_put(array))
+        parts, recipe = read_factors(self.stored, cfg, self.verify), self.stored.recipe
+        seen = Identifier(cfg.dtype, (self.stored.base.dtype,))
+
+        def keep(name, array):
+            if self.verify:
+                seen.add(name, array)
+            return place(name, array)
 
         def convert(index, layer):
-            seen.append(_sample(layer))
-            return place_layer(
-                index, _converted(layer, parts[index], self.stored.recipe, ranks[index])
-            )
+            if self.verify:
+                seen.add_layer(index, _kept(layer, recipe))
+            return place_layer(index, _converted(layer, parts[index], recipe, recipe.ranks[index]))
 
-        params = self.base.load(cfg, convert, place, progress)
-        _check_weights(self.stored, seen, self.base.path)
+        params = self.base.load(cfg, convert, keep, progress)
+        if self.verify:
+            _check_base(self.stored, seen.identity(), self.base.path)
         return params

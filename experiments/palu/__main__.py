@@ -11,40 +11,33 @@ with some rivals. The last command stores a converted model, which
 """
 
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
-from experiments.common import records
 from experiments.common.cli import run
-from experiments.palu.flags import Palu
-from experiments.palu.run import PaluRun
-from palu_jax import StoreError
+from experiments.palu.flags import Palu, check
+from experiments.palu.run import PaluRun, output_folder
+from llm_jax.extras import need
+from llm_jax.files import check_writable, locked
 
 
 def main(args: Palu, console: Console) -> int:
     """Runs the command; returns its exit status, 0."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = args.output or Path("runs") / f"palu-{args.model}-{args.evaluation}-{stamp}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise records.RecordError(
-            f"the folder {folder} cannot be made: {error.strerror}"
-        ) from error
-    if args.save is not None and args.save.expanduser().exists():
-        raise StoreError(f"{args.save} exists; choose another folder or remove it")
-    if args.tokens < 0 or args.calibration_tokens < 2 or args.batch < 1:
-        raise records.RecordError("--tokens, --calibration-tokens and --batch cannot be negative")
-    session = PaluRun(args, console, folder)
-    console.print(f"Results go to {folder}", style="dim", highlight=False)
-    session.open()
-    session.measure()
-    session.report()
-    if args.generate is not None:
-        session.continue_text()
+    check(args)
+    folder = output_folder(args)
+    if args.save is not None:
+        need("orbax.checkpoint", "palu", "--save")
+        check_writable(args.save.expanduser().absolute().parent)
+    with locked(folder):
+        check_writable(folder)
+        session = PaluRun(args, console, folder)
+        console.print(f"Results go to {folder}", style="dim", highlight=False)
+        session.open()
+        session.measure()
+        session.report()
+        if args.generate is not None:
+            session.continue_text()
     return 0
 
 

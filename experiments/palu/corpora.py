@@ -9,7 +9,7 @@ import json
 import random
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,23 +42,27 @@ CORPUS_FILES: dict[tuple[str, str], tuple[str, ...]] = {
     ("book", "calibration"): ("text/gutenberg/war_and_peace_pg2600.txt.gz",),
     ("book", "evaluation"): ("text/gutenberg/war_and_peace_pg2600.txt.gz",),
 }
+_WIKITEXT = "b08601e04326c79dfdd32d625aee71d232d685c3"
+_C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 HUB: dict[tuple[str, str], tuple[str, str, str]] = {
-    # (corpus, part) -> (dataset repository, file, revision); parquet files need pyarrow
+    # (corpus, part) -> (dataset repository, file, commit); parquet files need pyarrow
     ("wikitext2", "evaluation"): (
         "Salesforce/wikitext",
         "wikitext-2-raw-v1/test-00000-of-00001.parquet",
-        "main",
+        _WIKITEXT,
     ),
     ("wikitext2", "calibration"): (
         "Salesforce/wikitext",
         "wikitext-2-raw-v1/train-00000-of-00001.parquet",
-        "main",
+        _WIKITEXT,
     ),
-    ("c4", "calibration"): ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", "main"),
-    ("c4", "evaluation"): ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz", "main"),
+    ("c4", "calibration"): ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", _C4),
+    ("c4", "evaluation"): ("allenai/c4", "en/c4-validation.00000-of-00008.json.gz", _C4),
 }
 DOCUMENTS = 1100
 """The most documents of C4 that are read."""
+LARGEST = 2**30
+"""The most bytes of text that are read from a file; a small gzip file may hold any number."""
 
 
 def text(name: str, part: Part, data_dir: Path | None = None) -> str:
@@ -68,6 +72,15 @@ def text(name: str, part: Part, data_dir: Path | None = None) -> str:
     the raw test split as it stands in its file, which equals the rows of the usual recipe joined by
     newlines. Raises `CorpusError`.
     """
+    found = _text(name, part, data_dir)
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"the text {name!r} has characters that UTF-8 lacks: {error}") from error
+    return found
+
+
+def _text(name: str, part: Part, data_dir: Path | None) -> str:
     if name == "python":
         return _python(part)
     if name not in CORPORA:
@@ -145,26 +158,66 @@ def _hub(name: str, part: Part, data_dir: Path | None) -> str:
 def _documents(path: Path) -> str:
     """The text of a file: the texts of JSON lines or of the rows of parquet, or all of the file."""
     if path.suffix == ".parquet":
-        parquet = need("pyarrow.parquet", "eval", f"reading {path.name}")
-        return "".join(parquet.read_table(path, columns=["text"])["text"].to_pylist())
-    whole = _decode(path)
+        return _parquet(path)
     if ".json" not in path.name:
-        return whole
-    rows = []
-    for number, line in enumerate(whole.splitlines()[:DOCUMENTS], 1):
+        return _decode(path)
+    found = []
+    for number, row in json_rows(path, DOCUMENTS):
+        try:
+            body = row.get("text") or row.get("prompt", "") + row.get("response", "")
+        except TypeError:
+            body = None
+        if not isinstance(body, str):
+            raise CorpusError(f"{path}, line {number}: not a JSON object with a text")
+        found.append(body)
+    return " ".join(found)
+
+
+def _parquet(path: Path) -> str:
+    parquet = need("pyarrow.parquet", "eval", f"reading {path.name}")
+    try:
+        rows = parquet.read_table(path, columns=["text"])["text"].to_pylist()
+    except Exception as error:  # damaged files and missing columns fail in many ways
+        first = (str(error).splitlines() or [""])[0]
+        raise CorpusError(
+            f"{path} cannot be read as parquet with a column text "
+            f"({type(error).__name__}: {first}); fetch it again"
+        ) from error
+    odd = next((n for n, row in enumerate(rows) if not isinstance(row, str)), None)
+    if odd is not None:
+        raise CorpusError(f"{path}, row {odd}: {type(rows[odd]).__name__} in place of a text")
+    return "".join(rows)
+
+
+def json_rows(path: Path, most: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of a line, its JSON object) for the first `most` lines; raises CorpusError."""
+    for number, line in enumerate(_decode(path).split("\n"), 1):
+        if most is not None and number > most:
+            return
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            rows.append(row.get("text") or row.get("prompt", "") + row.get("response", ""))
-        except (ValueError, AttributeError, TypeError) as error:
-            raise CorpusError(f"{path}, line {number}: not a JSON object with a text") from error
-    return " ".join(rows)
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise CorpusError(f"{path}, line {number}: not a JSON object with a text")
+        yield number, row
 
 
 def _decode(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            data = (gzip.GzipFile(fileobj=file) if packed else file).read(LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path} cannot be read as (gzipped) UTF-8 text: {error}") from error
+    if len(data) > LARGEST:
+        raise CorpusError(f"{path} holds more than {LARGEST} bytes of text; give a part of it")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise CorpusError(f"{path} cannot be read as (gzipped) UTF-8 text: {error}") from error
 
 
@@ -195,16 +248,16 @@ def kv_retrieval(
     of them and its `value`. They come from the data directory if it has them, else from the
     seed."""
     path = None if data_dir is None else Path(data_dir).expanduser() / "text/kv_retrieval"
-    found: list[dict[str, Any]] = []
+    found: list[tuple[list[list[str]], str]] = []
     if path is not None and path.is_dir():
         for file in sorted(path.glob("*.jsonl.gz")):
-            found += [json.loads(line) for line in _decode(file).splitlines()]
+            found += [_retrieval_row(file, *row) for row in json_rows(file)]
     rng = random.Random(seed)
     identifier = lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4))
     records = []
     for i in range(count):
         if i < len(found):
-            rows, key = found[i]["ordered_kv_records"], found[i]["key"]
+            rows, key = found[i]
             gold = next(row for row in rows if row[0] == key)
             rest = [row for row in rows if row[0] != key][: pairs - 1]
         else:
@@ -212,3 +265,15 @@ def kv_retrieval(
         rest.insert(rng.randrange(len(rest) + 1), gold)
         records.append(dict(pairs=[tuple(row) for row in rest], key=gold[0], value=gold[1]))
     return records
+
+
+def _retrieval_row(path: Path, number: int, row: dict[str, Any]) -> tuple[list[list[str]], str]:
+    """(the pairs, the key of one of them); raises CorpusError."""
+    pairs, key = row.get("ordered_kv_records"), row.get("key")
+    words = lambda pair: isinstance(pair, list) and [type(w) for w in pair] == [str, str]
+    if not (isinstance(pairs, list) and all(map(words, pairs)) and key in [k for k, _ in pairs]):
+        raise CorpusError(
+            f"{path}, line {number}: expected ordered_kv_records, a list of pairs of texts, and "
+            "the key of one of them"
+        )
+    return pairs, key

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.common.cli import UserError
 from llm_jax.attention import causal_step, empty_cache
 from llm_jax.config import Config
 from llm_jax.generation import generate
@@ -86,9 +87,11 @@ def perplexity(
 ) -> dict[str, float]:
     """Perplexity over windows, each scored on its own (the usual way), and cache bytes a token.
 
-    The bytes are those of the live arrays of a window's caches, divided by its tokens.
+    The bytes are those of the live arrays of a window's caches, divided by its tokens. Raises
+    UserError where the loss is not finite.
     """
     total, count, held = 0.0, 0, 0
+    batch = min(batch, len(windows_nT))
     for start in range(0, len(windows_nT), batch):
         part = windows_nT[start : start + batch]
         real = len(part)
@@ -100,6 +103,11 @@ def perplexity(
         if progress:
             progress(start + real)
     mean = total / count
+    if not math.isfinite(mean):
+        raise UserError(
+            f"the loss is {mean}: activations overflow {cfg.dtype}, or the model is broken; try "
+            "--dtype bfloat16 or float32"
+        )
     return dict(
         nll=mean,
         perplexity=math.exp(min(mean, 700)),

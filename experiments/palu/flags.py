@@ -1,9 +1,11 @@
 """The flags of `experiments.palu`, and the configurations that they ask for."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
+from experiments.common.cli import UserError
 from experiments.palu.methods import (
     PLANNED,
     RIVALS,
@@ -14,7 +16,6 @@ from experiments.palu.methods import (
     group_of,
 )
 from llm_jax.config import Config
-from palu_jax import RankError
 from palu_jax.compression import Search
 from palu_jax.convert import Objective
 
@@ -114,25 +115,78 @@ class Palu:
     """Folder for statistics, records, table and plot; the same folder resumes."""
 
 
+class FlagError(UserError):
+    """A flag's value that cannot be used; the message says what is possible."""
+
+
+WHOLE = {
+    # flag -> the least and the greatest value
+    "calibration_tokens": (2, 10**8),
+    "calibration_length": (2, 10**8),
+    "tokens": (0, 10**9),
+    "context": (2, 10**8),
+    "batch": (1, 10**4),
+    "group_size": (1, 10**4),
+    "slowest_at": (1, 2**31 - 1),
+    "rank_multiple": (1, 10**4),
+    "sinks": (0, 2**31 - 1),
+    "window": (0, 2**31 - 1),
+    "retrieval": (0, 10**5),
+    "retrieval_pairs": (1, 10**4),
+    "task_limit": (0, 10**9),
+    "task_batch": (1, 10**4),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def check(args: Palu) -> None:
+    """Raises FlagError for values that no model can use; `methods_of` does the rest."""
+    for name, (least, most) in WHOLE.items():
+        if not least <= (value := getattr(args, name)) <= most:
+            _refuse(name, value, f"a whole number from {least} to {most}")
+    for keep in args.keep:
+        if not 0 < keep <= 1:
+            _refuse("keep", keep, "shares above 0 and at most 1")
+    for part in args.split:
+        if not 0 < part < math.inf:
+            _refuse("split", part, "two numbers above 0")
+    for budget in args.budget:
+        if not 0 < budget < math.inf:
+            _refuse("budget", budget, "bytes a token, or a share below 1")
+    if args.slowest is not None and not 0 < args.slowest < math.inf:
+        _refuse("slowest", args.slowest, "microseconds above 0")
+    for name in ("bits", "granularity", "objective", "search"):
+        if not getattr(args, name):
+            _refuse(name, "empty", "one value or more")
+    if args.slowest is not None and not args.budget:
+        raise FlagError("--slowest limits what --budget chooses; give a budget")
+    if args.save is not None:
+        if args.save.expanduser().exists():
+            raise FlagError(f"--save: {args.save} exists; choose another folder or remove it")
+        rivals_alone = args.preset == "few" and args.rivals
+        if not (args.keep or args.budget) and (args.preset == "none" or rivals_alone):
+            raise FlagError("--save stores the first conversion, and no flag asks for one: --keep")
+
+
+def _refuse(name: str, value: object, expected: str) -> None:
+    raise FlagError(f"--{name.replace('_', '-')} is {value}; expected {expected}")
+
+
 def methods_of(args: Palu, cfg: Config) -> list[CacheMethod]:
     """The dense model first, then the configurations that the flags ask for.
 
-    Raises RankError and ConvertError for flags that contradict each other or the model.
+    Raises ConvertError for flags that contradict the model.
     """
     group = lambda g: group_of(g, cfg, args.group_size)
     named = lambda **k: CacheMethod(
         "palu", group=group(k["granularity"]), multiple=args.rank_multiple, **k
     )
     chosen = [CacheMethod("dense")]
-    if args.slowest is not None and not args.budget:
-        raise RankError("--slowest limits what --budget chooses; give a budget")
     planned = lambda budget: CacheMethod(
         "palu", objective=args.objective[0], search=PLANNED, rotate=args.rotate,
         budget=budget * dense_bytes(cfg) if budget < 1 else budget, multiple=args.rank_multiple,
         slowest=None if args.slowest is None else args.slowest * 1e-6, context=args.slowest_at,
     )  # fmt: skip
-    if bad := [budget for budget in args.budget if budget <= 0]:
-        raise RankError(f"--budget is {bad[0]:g}; expected bytes a token, or a share below 1")
     chosen += [planned(budget) for budget in args.budget]
     if args.keep:
         common = dict(rotate=args.rotate, mean_split=args.mean_split, fuse_values=args.fuse_values,

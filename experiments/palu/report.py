@@ -17,6 +17,50 @@ _SHOWN = ("acc", "acc_norm", "perplexity")
 """The metrics of a task that the table has; the records have all."""
 
 
+_FIELDS = {
+    # field of a record -> its types; what the table and the plot read
+    "method": str,
+    "sample": str,
+    "settings": str,
+    "kind": str,
+    "evaluation": str,
+    "granularity": str,
+    "objective": str,
+    "search": str,
+    "keep": (int, float),
+    "key_bits": int,
+    "value_bits": int,
+    "group": int,
+    "rotate": bool,
+    "mean_split": bool,
+    "rank_kept": (int, float, type(None)),
+    "bf16_bytes_per_token": int,
+    "result": dict,
+}
+_RESULTS = {
+    "perplexity": ("perplexity", "cache_bytes_per_token", "tokens", "context"),
+    "retrieval": ("accuracy", "answer_nll"),
+    "task": (),
+}
+"""The kinds of measurements, and which numbers the result of each has."""
+
+
+def problem(record: Record) -> str | None:
+    """What is wrong with a record that was read, if anything."""
+    for name, kinds in _FIELDS.items():
+        if not isinstance(record.get(name), kinds):
+            return f"not a record of this command: its {name} is {record.get(name)!r:.40}"
+    result, kind = record["result"], record["sample"].split("-")[0]
+    if kind not in _RESULTS:
+        return f"not a record of this command: its sample is {record['sample']!r:.40}"
+    for name in (*_RESULTS[kind], *result):
+        if type(result.get(name)) not in (int, float):
+            return f"the {name} of its result is {result.get(name)!r:.40}; expected a number"
+    if record["bf16_bytes_per_token"] < 1:
+        return f"its bf16_bytes_per_token is {record['bf16_bytes_per_token']}"
+    return None
+
+
 def result_rows(rows: Sequence[Record]) -> list[dict[str, Any]]:
     """One dict a configuration, in order: sizes, perplexity, and all other results."""
     found: dict[str, dict] = {}

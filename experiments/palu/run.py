@@ -25,10 +25,20 @@ from llm_jax.generation import generate
 from llm_jax.params import Params
 from llm_jax.progress import Bar, Reporter, bar
 from palu_jax import Recipe, Statistics, rank
+from palu_jax.identity import identity
 from subspec_jax import memory, precompile
 
 Measurement = Callable[[Params, str], dict[str, Any]]
 """A function of the parameters and the title of a progress bar; it gives the results."""
+
+
+def output_folder(args: Palu) -> Path:
+    """Where results go: --output, or a new folder below `runs`."""
+    if args.output is not None:
+        return args.output.expanduser()
+    parts = args.model, Path(args.evaluation).name, time.strftime("%Y%m%d-%H%M%S")
+    name = "-".join(("palu", *parts))
+    return Path("runs") / "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[-200:]
 
 
 class PaluRun(Reporter):
@@ -37,7 +47,7 @@ class PaluRun(Reporter):
     def __init__(self, args: Palu, console: Console, folder: Path):
         self.args, self.console, self.folder = args, console, folder
         self.path = folder / "records.jsonl"
-        self.records = records.read(self.path)
+        self.records = records.read(self.path, problem=report.problem)
 
     def bar(self, title: str, total: float) -> AbstractContextManager[Bar]:
         """A progress bar; where output is not a terminal, a line."""
@@ -60,6 +70,7 @@ class PaluRun(Reporter):
                 f"--context is {args.context}; this model was made for 2 to {cfg.max_length}"
             )
         self.methods = methods_of(args, cfg)  # impossible flags are refused before anything is read
+        self.asked = self.measurements()
         self.tokenizer = checkpoint.tokenizer()
         evaluation = corpora.text(args.evaluation, "evaluation", args.data_dir)
         count = -(-args.tokens // args.context)
@@ -67,28 +78,35 @@ class PaluRun(Reporter):
         self.windows = corpora.windows(tokens, args.context, count)
         if len(self.windows) < count:
             say(f"{args.evaluation} has only {len(self.windows)} windows of {args.context} tokens")
+        self.sequences = self._calibration_text()
         with self.bar("Loading layers", cfg.layers) as step:
             self.params = checkpoint.load(cfg, progress=lambda done, _: step(done))
+        self.weights = identity(self.params, cfg.dtype, ()).digests
         device = jax.devices()[0]
         if device.platform == "gpu":
             precompile.use_cache(registry.cache_folder() / "compiled")
         self.device = {"platform": device.platform, "kind": device.device_kind}
 
-    def calibrate(self) -> Statistics | None:
-        """The statistics that the methods need, from the folder if they are there."""
+    def _calibration_text(self) -> np.ndarray | None:
+        """Token ids [sequences, tokens] to calibrate on, where a method needs statistics."""
         args = self.args
-        needed = [m for m in self.methods if m.needs_statistics]
-        if not needed:
+        if not any(m.needs_statistics for m in self.methods):
             return None
-        gradients = any(m.needs_gradients for m in needed)
         text = corpora.text(args.calibration, "calibration", args.data_dir)
         length = min(args.calibration_length, self.cfg.max_length)
         count = max(1, args.calibration_tokens // length)
-        sequences = corpora.windows(self.tokenizer.encode(text), length, count, args.seed)
+        return corpora.windows(self.tokenizer.encode(text), length, count, args.seed)
+
+    def calibrate(self) -> Statistics | None:
+        """The statistics that the methods need, from the folder if they are there."""
+        sequences = self.sequences
+        if sequences is None:
+            return None
+        gradients, count = any(m.needs_gradients for m in self.methods), len(sequences)
         self.calibrated_on = fingerprint(sequences.tobytes(), gradients)
         path = self.folder / f"statistics-{self.calibrated_on}.npz"
         batches = [sequences[i : i + 2] for i in range(0, count, 2)]
-        title = f"Calibrating on {sequences.size} tokens of {args.calibration}"
+        title = f"Calibrating on {sequences.size} tokens of {self.args.calibration}"
         with self.bar(title, count) as step:
             return palu_jax.calibrate(
                 self.params, batches, self.cfg, gradients=gradients, path=path, progress=step
@@ -100,11 +118,11 @@ class PaluRun(Reporter):
 
     def measure(self) -> None:
         """Makes every method, takes its missing measurements, and stores the first conversion."""
-        asked, stored = self.measurements(), False
+        stored = False
         compressor = self.compressor()
         for n, method in enumerate(self.methods):
             saving = self.args.save is not None and method.kind == "palu" and not stored
-            missing = [(what, run) for what, run in asked if self.found(method, what) is None]
+            missing = [(what, run) for what, run in self.asked if self.found(method, what) is None]
             if not missing and not saving:
                 continue
             params, recipe = method.applied(self.params, self.cfg, compressor)
@@ -160,11 +178,10 @@ class PaluRun(Reporter):
         return run
 
     def settings(self, method: CacheMethod) -> str:
-        """A hash of the model, the texts and the method."""
+        """A hash of the model with all its weights, the texts and the method."""
         calibrated = self.calibrated_on if method.needs_statistics else None
-        weights = np.asarray(self.params.layers[0].attn.q[:1, :8], np.float32).tolist()
         return fingerprint(
-            self.cfg, weights, self.windows.tobytes(), calibrated, dataclasses.asdict(method)
+            self.cfg, self.weights, self.windows.tobytes(), calibrated, dataclasses.asdict(method)
         )
 
     def found(self, method: CacheMethod, what: str) -> records.Record | None:

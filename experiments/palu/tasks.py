@@ -18,6 +18,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from experiments.common.cli import UserError
+from experiments.palu.corpora import json_rows
 from experiments.palu.evaluate import token_scores
 from llm_jax.config import Config
 from llm_jax.generation import generate
@@ -55,6 +56,7 @@ def config_of(name: str, data_dir: Path) -> dict[str, Any] | None:
     path = Path(data_dir).expanduser() / "text/zeroshot" / file
     if not path.is_file():
         return None
+    _check_rows(name, path)
     mean = lambda metric: dict(metric=metric, aggregation="mean", higher_is_better=True)
     common = dict(
         task=name,
@@ -87,6 +89,29 @@ def config_of(name: str, data_dir: Path) -> dict[str, Any] | None:
         doc_to_choice="choices",
         metric_list=[mean("acc"), mean("acc_norm")],
     )
+
+
+def _check_rows(name: str, path: Path) -> None:
+    """Raises an error for the first line of a task's file that has not what the task needs."""
+    options = "context_options" if TASK_FILES[name][1] is None else "choices"
+    texts, chosen = ("query",), True
+    if name == "lambada_openai":
+        texts, chosen = ("context", "continuation"), False
+    elif options == "context_options":
+        texts = ("continuation",)
+    count = 0
+    for count, row in json_rows(path):
+        wrong = [field for field in texts if not isinstance(row.get(field), str)]
+        if chosen:
+            found, gold = row.get(options), row.get("gold")
+            listed = isinstance(found, list) and all(isinstance(text, str) for text in found)
+            wrong += [] if listed and found else [options]
+            inside = type(gold) is int and isinstance(found, list) and 0 <= gold < len(found)
+            wrong += [] if inside else ["gold"]
+        if wrong:
+            raise TaskError(f"{path}, line {count}: {wrong[0]} is missing or of a wrong type")
+    if not count:
+        raise TaskError(f"{path} is empty; the task {name} needs its documents")
 
 
 class CachedLM(LM):
@@ -207,19 +232,20 @@ def load_tasks(tasks: Sequence[str], data_dir: Path | None) -> Any:
     Raises TaskError.
     """
     datasets.disable_progress_bars()
+    configs = {name: None if data_dir is None else config_of(name, data_dir) for name in tasks}
     manager = TaskManager()
     wanted = []
-    for name in tasks:
-        config = None if data_dir is None else config_of(name, data_dir)
+    for name, config in configs.items():
         if config is None and name not in manager.all_tasks:
             known = ", ".join(TASK_FILES)
             raise TaskError(f"no task {name!r}; local ones are {known}; others are lm-eval's own")
         wanted.append(name if config is None else ConfigurableTask(config=config))
     try:
         return manager.load(wanted)
-    except (OSError, ConnectionError, ValueError) as error:
+    except Exception as error:  # no network, no such data set, damaged files
+        first = (str(error).splitlines() or [""])[0]
         where = "no --data-dir was given" if data_dir is None else f"{data_dir}/text/zeroshot"
         raise TaskError(
-            f"the tasks {', '.join(tasks)} cannot be loaded ({type(error).__name__}: {error}); "
+            f"the tasks {', '.join(tasks)} cannot be loaded ({type(error).__name__}: {first}); "
             f"local files: {where}, and lm-eval could not download them"
         ) from error

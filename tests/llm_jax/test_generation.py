@@ -1,5 +1,7 @@
 """Plain decoding, against recomputing the whole text for every token."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
-from llm_jax.generation import _prefill, chunks, decode_loop, generate, prefill
+from llm_jax.generation import GenerationError, _prefill, chunks, decode_loop, generate, prefill
 from llm_jax.model import forward
 from llm_jax.sample import Sampler, noise
 from llm_jax.testing import tiny_config, tiny_params
@@ -133,8 +135,71 @@ def test_a_few_programs_serve_every_prompt(params):
     assert _prefill._cache_size() == 2
 
 
-def test_prompts_that_cannot_be_prefilled(params):
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        prefill(params, [], empty_caches(CFG, 1, 4), CFG)
-    with pytest.raises(ValueError, match="5 tokens and the cache 4 slots"):
-        prefill(params, [1] * 5, empty_caches(CFG, 1, 4), CFG)
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([], "the prompt is empty"),
+        ([1] * 5, "5 tokens and the cache 4 slots"),
+        ([1, CFG.vocab], "token id 61 is outside the vocabulary; .* 0 to 60"),
+        ([-1, 2], "token id -1 is outside"),
+        (np.array([2**40]), "token id 1099511627776 is outside"),
+        ([10**30], "of type object; expected whole numbers from 0 to 60"),
+        ([0.5, 1.0], "of type float64"),
+        ([True, False], "of type bool"),
+        (["one"], "of type <U3"),
+        ([[1], [2, 3]], "differ in length"),
+        ([[1, 2]], r"has shape \(1, 2\)"),
+        (np.zeros((0, 3), int), r"has shape \(0, 3\)"),
+    ],
+)
+def test_prompts_that_cannot_be_used(params, prompt, words):
+    with pytest.raises(GenerationError, match=words):
+        prefill(params, prompt, empty_caches(CFG, 1, 4), CFG)
+    if "cache 4" not in words:  # generate makes the cache as long as it has to be
+        with pytest.raises(GenerationError, match=words):
+            generate(params, prompt, CFG, 2)
+
+
+def test_decoding_ends_where_the_cache_ends(params):
+    """A write behind the last slot would replace the last slot."""
+    key, length = jax.random.key(0), len(PROMPT)
+    want = generate(params, PROMPT, CFG, 6)
+    token, at = jnp.array(want[:1]), jnp.int32(length)
+    filled = lambda slots: prefill(params, PROMPT, empty_caches(CFG, 1, slots), CFG)[1]
+    exact, _, _ = decode_loop(params, token, filled(length + 5), at, key, CFG, 5)
+    assert exact.tolist() == want[1:]
+    with pytest.raises(GenerationError, match=r"5 steps from position 7 .* 11 slots; .* least 12"):
+        decode_loop(params, token, filled(length + 4), at, key, CFG, 5)
+    for steps, start in ((-1, 7), (1, -1), (0, 12), (2**40, 7)):
+        with pytest.raises(GenerationError, match=f"{steps} steps from position {start}"):
+            decode_loop(params, token, filled(length + 4), jnp.int32(start), key, CFG, steps)
+    with pytest.raises(GenerationError, match="token id 61"):
+        decode_loop(params, jnp.array([61]), filled(length + 4), at, key, CFG, 1)
+    with pytest.raises(GenerationError, match="number of steps is -1"):
+        generate(params, PROMPT, CFG, -1)
+
+
+def test_models_that_compute_no_numbers_are_named(params):
+    """The likeliest of logits that are all NaN would be token 0, for ever."""
+    one = params.layers[1]
+    bad = dataclasses.replace(one.mlp, down=one.mlp.down.at[0, 0].set(jnp.inf))
+    layers = (params.layers[0], dataclasses.replace(one, mlp=bad))
+    broken = dataclasses.replace(params, layers=layers)
+    with pytest.raises(GenerationError, match=r"NaN or infinity in layer 1: .* float32"):
+        generate(broken, PROMPT, CFG, 4)
+    head = dataclasses.replace(params, head_DV=params.head_DV.at[0, 0].set(jnp.nan))
+    with pytest.raises(GenerationError, match="behind the last layer"):
+        generate(head, PROMPT, CFG, 4)
+    table = dataclasses.replace(params, embed_VD=params.embed_VD.at[3].set(jnp.nan))
+    with pytest.raises(GenerationError, match="in the embedding table"):
+        generate(table, PROMPT, CFG, 4)
+    _, caches = prefill(params, PROMPT, empty_caches(CFG, 1, 32), CFG)
+    token, at, key = jnp.array([3]), jnp.int32(len(PROMPT)), jax.random.key(0)
+    with pytest.raises(GenerationError, match="logit at position 7 is NaN"):
+        decode_loop(table, token, caches, at, key, CFG, 4)
+
+
+def test_seeds_that_would_mean_another_are_refused(params):
+    for seed in (-1, 2**32, 10**20):
+        with pytest.raises(GenerationError, match=f"seed is {seed}; expected 0 to 4294967295"):
+            generate(params, PROMPT, CFG, 4, seed=seed)

@@ -1,6 +1,7 @@
 """Converted models: the same function at full rank, the same tokens however they are fed."""
 
 import dataclasses
+import textwrap
 
 import chex
 import jax
@@ -10,10 +11,12 @@ import pytest
 import scipy
 from feeding import one_by_one, text, whole
 
+import palu_jax
 from llm_jax.attention import caches_for, causal_step, rope_frequencies
-from llm_jax.generation import generate
+from llm_jax.generation import GenerationError, decode_loop, generate, prefill
 from llm_jax.model import forward
 from llm_jax.testing import TINY_FAMILIES, tiny_config, tiny_params
+from palu_jax import convert as module
 from palu_jax.attention import PaluAttention
 from palu_jax.convert import DISTANCES, ConvertError, Recipe, layer_spectra, to_palu
 from palu_jax.decompose import key_metric
@@ -174,6 +177,29 @@ def test_three_lines_in_other_code(tiny):
     step, caches = causal_step(0, 3, 8), caches_for(palu, tiny.cfg, 1, 8)
     logits = jax.jit(lambda p: forward(p, text, caches, step, tiny.cfg)[0])(palu)
     chex.assert_trees_all_close(forward(palu, text, caches, step, tiny.cfg)[0], logits, atol=1e-5)
+
+
+def test_decoding_ends_where_the_latent_cache_ends(tiny):
+    cfg, token = tiny.cfg, jnp.array([1])
+    for form in (LatentFormat(), LatentFormat(4, 4, sinks=1, window=2)):
+        palu = to_palu(tiny.params, cfg, recipe(cfg, 3, 0.5, format=form))
+        caches = caches_for(palu, cfg, 1, 8)
+        with pytest.raises(GenerationError, match=r"4 steps from position 5 .* 8 slots"):
+            decode_loop(palu, token, caches, jnp.int32(5), jax.random.key(0), cfg, 4)
+        with pytest.raises(GenerationError, match="9 tokens and the cache 8 slots"):
+            prefill(palu, [1] * 9, caches, cfg)
+        with pytest.raises(GenerationError, match="token id 96 is outside"):
+            generate(palu, [96], cfg, 2)
+
+
+def test_the_example_at_the_top_of_the_module_runs(tiny):
+    lines = module.__doc__.splitlines()
+    code = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ")))
+    tokens = np.random.default_rng(0).integers(0, tiny.cfg.vocab, (2, 12))
+    names = vars(palu_jax.rank) | vars(module) | dict(calibrate=palu_jax.calibrate)
+    names |= dict(params=tiny.params, cfg=tiny.cfg, batches=[tokens])
+    exec(code, names)
+    assert isinstance(names["palu"].layers[0].attn, PaluAttention)
 
 
 def test_whitened_beats_plain_on_the_text_it_was_made_from(tiny):

@@ -81,9 +81,9 @@ def test_refusals(made, tmp_path):
     (tmp_path / store.NAME).write_text("{")
     with pytest.raises(store.StoreError, match="damaged"):
         store.describe(tmp_path)
-    old = json.loads((folder / store.NAME).read_text()) | dict(version=0)
+    old = json.loads((folder / store.NAME).read_text()) | dict(version=1)
     (tmp_path / store.NAME).write_text(json.dumps(old))
-    with pytest.raises(store.StoreError, match="format 0"):
+    with pytest.raises(store.StoreError, match=r"format 1; .* reads 2: convert the model again"):
         store.describe(tmp_path)
 
 
@@ -116,8 +116,9 @@ def test_a_failure_leaves_what_was_there(made, tmp_path, monkeypatch, exists):
     def fail(*_, **__):
         raise OSError("no space left")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
-        patched.setattr(store, "_sample", fail)  # behind the arrays
+    failure = pytest.raises(store.StoreError, match=r"x cannot be written .*no space left")
+    with monkeypatch.context() as patched, failure:
+        patched.setattr(store, "write_description", fail)  # behind the arrays
         store.save(tmp_path / "x", palu, cfg, recipe, "second", replace=exists)
     assert [p.name for p in tmp_path.iterdir()] == (["x"] if exists else [])
     if exists:
@@ -127,7 +128,20 @@ def test_a_failure_leaves_what_was_there(made, tmp_path, monkeypatch, exists):
 
 @pytest.mark.parametrize(
     "content",
-    [b"\xff\xfe\x00", b"[]", b'{"version": 1}', b'{"version": 1, "source": "", "config": 3}'],
+    [
+        b"",
+        b"\xff\xfe\x00",
+        b"[]",
+        b"null",
+        b'{"version": 2}',
+        b'{"version": 2, "config": 3}',
+        b"1e999",
+        b'{"version": NaN}',
+        b'{"version": true}',
+        b'{"version": "2"}',
+        b"[" * 100_000,
+        b"9" * 5000,
+    ],
 )
 def test_damaged_descriptions(tmp_path, content):
     (tmp_path / store.NAME).write_bytes(content)
@@ -138,8 +152,9 @@ def test_damaged_descriptions(tmp_path, content):
 def test_missing_factors_are_named(made, tmp_path):
     folder, _, params, _, cfg = made
     (tmp_path / store.NAME).write_text((folder / store.NAME).read_text())
-    with pytest.raises(store.StoreError, match="factors is missing or damaged"):
-        store.restore(tmp_path, params, cfg)
+    for verify in (True, False):
+        with pytest.raises(store.StoreError, match=r"factors.* is missing or damaged"):
+            store.restore(tmp_path, params, cfg, verify=verify)
 
 
 @pytest.mark.parametrize("changes", [dict(mean_split=True), dict(fuse_values=True)], ids=str)

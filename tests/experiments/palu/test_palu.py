@@ -11,7 +11,7 @@ from rich.console import Console
 
 from experiments.palu import __main__ as palu
 from experiments.palu import corpora, evaluate
-from experiments.palu.flags import Palu, methods_of
+from experiments.palu.flags import FlagError, Palu, methods_of
 from experiments.palu.methods import RIVALS
 from experiments.palu.run import PaluRun
 from llm_jax.attention import caches_for, causal_step
@@ -129,7 +129,7 @@ def test_saving_retrieval_and_generation(folder, tmp_path):
     rows = [json.loads(l) for l in (tmp_path / "out/records.jsonl").read_text().splitlines()]
     retrieval = [r["result"] for r in rows if r["sample"].startswith("retrieval")]
     assert len(retrieval) == 2 and all(r["answer_nll"] > 0 for r in retrieval)
-    with pytest.raises(store.StoreError, match="exists"):
+    with pytest.raises(FlagError, match="stored exists"):
         palu.main(args, quiet())
 
 
@@ -153,13 +153,13 @@ def test_a_budget_is_planned_and_kept(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        (dict(keep=(), budget=(-1,)), rank.RankError, "--budget is -1"),
+        (dict(keep=(), budget=(-1,)), FlagError, "--budget is -1"),
         (dict(keep=(), budget=(5,)), rank.RankError, "no ranks fit 5 bytes a token"),
-        (dict(slowest=100.0), rank.RankError, "--slowest limits what --budget chooses"),
+        (dict(slowest=100.0), FlagError, "--slowest limits what --budget chooses"),
         (dict(context=4096), ConfigError, "--context is 4096"),
         (dict(granularity=("G",)), ConvertError, "G-LRD with 2 kv heads"),
         (dict(evaluation="nothing"), corpora.CorpusError, "neither a corpus"),
-        (dict(keep=(1.5,)), rank.RankError, "share of ranks"),
+        (dict(keep=(1.5,)), FlagError, "--keep is 1.5"),
     ],
 )
 def test_impossible_settings(folder, tmp_path, changes, error, words):

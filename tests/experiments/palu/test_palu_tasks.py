@@ -148,3 +148,29 @@ def test_tasks_score_what_they_say(folder, tokenizer, data, tmp_path, capsys):
 def test_an_unknown_task_is_named(data):
     with pytest.raises(tasks.TaskError, match="no task 'nonsense'; local ones are arc_easy"):
         tasks.load_tasks(["nonsense"], data)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("copa", dict(query=3, choices=["a"], gold=0)),
+        ("copa", dict(query="q", choices=[], gold=0)),
+        ("copa", dict(query="q", choices=["a", 2], gold=0)),
+        ("copa", dict(query="q", choices=["a"], gold=1)),
+        ("copa", dict(query="q", choices=["a"], gold="0")),
+        ("copa", dict(query="q", choices=["a"], gold=-1)),
+        ("wsc273", dict(context_options="ab", continuation="c", gold=0)),
+        ("wsc273", dict(context_options=["a", "b"], gold=0)),
+        ("lambada_openai", dict(context="a")),
+        ("copa", [1]),
+        ("copa", None),
+    ],
+)
+def test_damaged_documents_are_named(data, name, row):
+    path = data / "text/zeroshot" / tasks.TASK_FILES[name][0]
+    path.write_text(json.dumps(ROWS[path.name][0]) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(tasks.UserError, match=r"line 2: "):
+        tasks.load_tasks([name], data)
+    path.write_text("")
+    with pytest.raises(tasks.TaskError, match="is empty"):
+        tasks.load_tasks([name], data)
