@@ -57,5 +57,14 @@ def load_weights(path: Path) -> tuple[ModelConfig, dict]:
     return cfg, jax.tree_util.tree_map_with_path(lambda p, _: jnp.asarray(flat[_name(p)]), like)
 
 
+def not_finite(tree: Any) -> str | None:
+    """The name of the first array of a tree of dicts that holds NaN or infinity, None without."""
+    for path, a in jax.tree_util.tree_leaves_with_path(tree):
+        a = np.asarray(a)
+        if jnp.issubdtype(a.dtype, jnp.floating) and not np.isfinite(a).all():
+            return _name(path)
+    return None
+
+
 def _name(path) -> str:
     return "/".join(key.key for key in path)
