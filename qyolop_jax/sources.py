@@ -14,6 +14,7 @@ import numpy as np
 from llm_jax.extras import need
 from qyolop_jax import QyolopError
 from qyolop_jax.augment import GREY, AugmentConfig, augment, letterbox
+from qyolop_jax.config import LARGEST_SIDE
 from qyolop_jax.formats import ReadError
 from qyolop_jax.postprocess import Transform
 from qyolop_jax.samples import (
@@ -57,8 +58,13 @@ class Feed:
                 f"batch {self.batch}, threads {self.threads}, ahead {self.ahead}; expected at "
                 "least 1, 0 and 1"
             )
-        if any(n < 32 or n % 32 for n in self.size):
-            raise SourceError(f"size is {self.size}; expected multiples of 32 (height, width)")
+        if self.max_boxes < 1:
+            raise SourceError(f"max_boxes is {self.max_boxes}; expected 1 or more")
+        if any(n < 32 or n % 32 or n > LARGEST_SIDE for n in self.size):
+            raise SourceError(
+                f"size is {self.size}; expected multiples of 32 (height, width), {LARGEST_SIDE} "
+                "at most"
+            )
 
 
 def load_sample(dataset: Sequence[Sample], index: int, report: Report) -> Sample:
