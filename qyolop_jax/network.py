@@ -118,17 +118,18 @@ def _pixels(image: Image) -> np.ndarray:
     return pixels
 
 
-def load(path: str | Path) -> Network:
+def load(path: str | Path, check: bool = True) -> Network:
     """The network in a file of `train` or `quantize`, float or integers; or in a run's folder.
 
-    Raises WeightsError or IntegerError for anything else.
+    Every array is compared with its checksum, unless `check` is false. Raises WeightsError or
+    IntegerError for anything else, and for a damaged file.
     """
     path = Path(path).expanduser()
     file = path / MODEL_FILE if path.is_dir() else path
     if not is_integer(file):
-        cfg, variables = load_weights(file)
+        cfg, variables = load_weights(file, check)
         return Network(cfg, float_forward(cfg), variables)
-    model = load_integer_model(file)
+    model = load_integer_model(file, check)
     if model.config is None:
         raise WeightsError(f"{file} does not say its classes; make it again by `quantize`")
     return Network(model.config, run_integer, model)

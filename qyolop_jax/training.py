@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
+from qyolop_jax.arrays import not_finite
 from qyolop_jax.checkpoints import Checkpoints, TrainingLog
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.graph import Graph
@@ -39,7 +40,6 @@ from qyolop_jax.optimization import (
 from qyolop_jax.quantize import follow, qat_forward
 from qyolop_jax.scales import Settings
 from qyolop_jax.stages import Loss, Phase, TrainError, Variables
-from qyolop_jax.weights import not_finite
 
 
 @functools.cache
