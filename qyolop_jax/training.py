@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
+from llm_jax.files import LockedError, locked
 from qyolop_jax.arrays import not_finite
 from qyolop_jax.checkpoints import Checkpoints, TrainingLog
 from qyolop_jax.config import ModelConfig
@@ -95,9 +96,12 @@ def fit(
             f"save_every is {save_every}, log_every {log_every}; expected 1 step or more"
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    log, store = TrainingLog(folder / "log.jsonl"), Checkpoints(folder / "checkpoints")
-    with contextlib.closing(store) as checkpoints, interrupts_held() as interrupted:
+    log = TrainingLog(folder / "log.jsonl")
+    with (
+        _locked(folder),
+        contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints,
+        interrupts_held() as interrupted,
+    ):
         about = checkpoints.newest()
         if about is not None and about["identity"] != identity:
             raise TrainError(
@@ -170,6 +174,17 @@ def fit(
                 raise KeyboardInterrupt
             variables = unpacked(jax.device_get(state["average"]))
     return variables
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder for this run alone, which is made if needed. TrainError where it is not."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except (LockedError, OSError) as error:
+            raise TrainError(f"{folder} cannot be trained in: {error}") from error
+        yield
 
 
 _finite = jax.jit(

@@ -1,11 +1,11 @@
 """Checks of flags and outputs, made before any long work."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.common.cli import UserError
+from llm_jax.files import check_writable
 
 MOST_IMAGES, LARGEST_BATCH, LARGEST_SEED = 10**7, 4096, 2**31 - 1
 
@@ -57,8 +57,7 @@ def check_file(path: Path | None, *inputs: Path) -> None:
 def check_folder(path: Path) -> None:
     """FlagError unless files can be written in the folder `path`, which is made."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        check_writable(path)
     except OSError as error:
         raise FlagError(
             f"--output {path} cannot be written as a folder ({error}); take another"

@@ -20,7 +20,7 @@ from experiments.qyolop.flags import (
     check_range,
 )
 from llm_jax.extras import need
-from llm_jax.files import atomic_file
+from llm_jax.files import atomic_file, locked
 from llm_jax.progress import bar
 from qyolop_jax import draw
 from qyolop_jax.formats import Bdd100kWriter, ReadError, read_image
@@ -85,7 +85,8 @@ def predict_command(args: Predict, console: Console) -> int:
     if folder.resolve() == files[0].parent.resolve():
         raise FlagError(f"--output {folder} has the images, which would be replaced; take another")
     check_folder(folder)
-    return _images(args, files, folder, console)
+    with locked(folder):
+        return _images(args, files, folder, console)
 
 
 def _images(args: Predict, files: list[Path], folder: Path, console: Console) -> int:

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qyolop_jax import formats
 from qyolop_jax.config import DETECTION, IGNORE, UNKNOWN
-from qyolop_jax.formats import Bdd100kWriter, ReadError, lane_table
+from qyolop_jax.formats import Bdd100kWriter, ReadError
 from qyolop_jax.readers import ApolloScape, Bdd100k, CamVid, TuSimple, TypedLanes
 from qyolop_jax.samples import SampleError
 from qyolop_jax.scenes.generate import scene
@@ -57,47 +56,6 @@ def yolop(tmp_path):
         mask_at(tmp_path / f"da_seg_annotations/train/{name}.png", ramp)
         mask_at(tmp_path / f"ll_seg_annotations/train/{name}.png", ramp[:, ::-1])
     return tmp_path
-
-
-def test_lane_bits_as_documented():
-    """Bit by bit, from strings."""
-    table = lane_table()
-    for byte in range(256):
-        bits = format(byte, "08b")[::-1]
-        what = int(bits[:3][::-1], 2)
-        if byte in (248, 249):
-            want = {248: IGNORE, 249: UNKNOWN}[byte]
-        elif bits[3] == "1" or what in (0, 4):
-            want = 0
-        elif what in (1, 2, 3):
-            want = 2
-        else:
-            want = 3 if bits[4] == "1" else 1
-        assert table[byte] == want, byte
-
-
-def test_lanes_of_the_fixtures(shared_data):
-    """Their foreground is 0.27 % to 0.92 %, of which crosswalks and curbs are background here."""
-    files = sorted((shared_data / "driving/bdd100k_fixtures/lane/gts").glob("*.png"))
-    assert len(files) == 4
-    kinds = set()
-    for file in files:
-        raw = formats.read_mask(file, (720, 1280))
-        assert 0.0025 < (raw & 8 == 0).mean() < 0.0095
-        lane = lane_table()[raw]
-        assert (lane > 0).sum() == np.isin(raw, (1, 2, 3, 5, 6, 7)).sum()
-        kinds |= set(np.unique(lane).tolist())
-    assert kinds == {0, 1, 2}  # no dashed pixel in them
-
-
-def test_boxes_of_the_scalabel_fixture(shared_data):
-    content = formats.read_json(shared_data / "driving/bdd100k_fixtures/example_annotation.json")
-    found = [formats.objects_of(e, "fixture") for e in content]
-    listed = [l for e in content for l in e["labels"]]
-    assert sum(map(len, found)) == len(listed) > 0
-    first = np.array(listed[0]["poly2d"][0]["vertices"])
-    if len(listed[0]["poly2d"]) == 1:
-        np.testing.assert_allclose(found[0][0].box, [*first.min(0), *first.max(0)])
 
 
 def test_yolops_layout(yolop):

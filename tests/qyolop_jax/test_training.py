@@ -268,6 +268,23 @@ def test_an_interrupt_loses_no_step(where, tmp_path):
     assert lines(tmp_path / "whole") == lines(tmp_path / "part")
 
 
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    tried = []
+
+    def again(phase, step, steps, parts):
+        with pytest.raises(TrainError, match="another process writes to"):
+            fit(tmp_path / "run", phases())
+        tried.append(step)
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(tmp_path / "run", phases(), progress=again)
+    assert tried == [1]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TrainError, match="cannot be trained in"):
+        fit(tmp_path / "file", phases())
+
+
 def test_a_second_interrupt_comes_at_once(tmp_path):
     def interrupt(phase, step, steps, parts):
         os.kill(os.getpid(), signal.SIGINT)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from experiments.qyolop import __main__ as qyolop
 from experiments.qyolop import predict as qyolop_predict
+from llm_jax.files import locked
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.postprocess import Found
 
@@ -97,6 +98,12 @@ def test_exif_is_honoured(tmp_path):
     assert predicted(tmp_path / "phone.jpg", tmp_path / "out") == 0
     for name in ("phone.png", "labels/drivable/masks/val/phone.png"):
         assert cv2.imread(str(tmp_path / "out" / name)).shape[:2] == (72, 128)
+
+
+def test_two_at_once_are_refused(folder, tmp_path, capsys):
+    with locked(tmp_path / "out"):
+        assert predicted(folder, tmp_path / "out") == 2
+    assert "another process writes to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("labels", ["--labels", "--no-labels"])
