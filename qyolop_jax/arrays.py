@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llm_jax.digest import array_digest, json_digest
@@ -26,7 +26,10 @@ def write_arrays(path: str | Path, arrays: dict[str, np.ndarray], about: dict[st
     checksums = {name: array_digest(a) for name, a in arrays.items()}
     checksums[HEADER] = _header_digest(arrays, about)
     with atomic_file(path) as scratch:
-        save_file(arrays, scratch, about | {CHECKSUMS: json.dumps(checksums)})
+        try:
+            save_file(arrays, scratch, about | {CHECKSUMS: json.dumps(checksums)})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_arrays(

@@ -1,16 +1,14 @@
 """What a run of training leaves on disk, so that a killed run continues: states and a log."""
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from llm_jax.digest import array_digest, json_digest
-from llm_jax.extras import need
 from llm_jax.files import atomic_file
+from qyolop_jax.arrays import read_arrays, write_arrays
 from qyolop_jax.stages import TrainError
 
 
@@ -51,84 +49,69 @@ class TrainingLog:
 
 
 class Checkpoints:
-    """Training states on disk, through orbax: whole ones only, the two newest.
+    """Training states on disk: whole ones only, the two newest, each a file of `arrays`.
 
-    With each state its description is kept, and a checksum of every array. What is damaged, and
-    every error of orbax, is a TrainError.
+    What is damaged, and what cannot be written, is a TrainError.
     """
 
+    KEEP, KEY = 2, "training"
+
     def __init__(self, folder: Path):
-        self.ocp = need("orbax.checkpoint", "vision", "keeping checkpoints")
-        self.folder = Path(folder).absolute()
-        options = self.ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        with self._named("{folder} cannot be opened: {error}; take another folder"):
-            self.manager = self.ocp.CheckpointManager(self.folder, options=options)
+        self.folder = Path(folder)
 
     def newest(self) -> dict[str, Any] | None:
         """The description that was saved with the newest state; None where there is none."""
-        at = self.manager.latest_step()
-        if at is None:
-            return None
-        with self._named(DAMAGED, at):
-            args = self.ocp.args.Composite(about=self.ocp.args.JsonRestore())
-            kept = self.manager.restore(at, args=args)["about"]
-            if kept["checksum"] != json_digest(_without_checksum(kept)):
-                raise ValueError("its description does not have its checksum")
-        return kept
+        if others := [f for f in self.folder.glob("*") if f.name.isdecimal()]:
+            raise TrainError(f"{others[0]} is a state of another version; take another folder")
+        return self._read()[0] if self._numbers() else None
 
     def restore(self, like: Any) -> Any:
         """The newest state, with the shapes, types and devices of `like`."""
-        at, about = self.manager.latest_step(), self.newest()
-        like = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like
-        )
-        with self._named(DAMAGED, at):
-            args = self.ocp.args.Composite(state=self.ocp.args.StandardRestore(like))
-            state = self.manager.restore(at, args=args)["state"]
-            found, want = _checksums(state), (about or {})["arrays"]
-            wrong = [n for n in found.keys() | want.keys() if found.get(n) != want.get(n)]
-            if wrong:
-                raise ValueError(f"{min(wrong)} does not have its checksum")
-        return state
+        _, found, file = self._read()
+        leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+        want = {jax.tree_util.keystr(path): a for path, a in leaves}
+        kind = lambda a: (a.shape, a.dtype)
+        fits = lambda n: n in found and n in want and kind(found[n]) == kind(want[n])
+        if wrong := sorted(n for n in want.keys() | found.keys() if not fits(n)):
+            raise TrainError(
+                f"{file}: {len(wrong)} arrays are not those of this network, such as {wrong[0]}; "
+                "take another folder"
+            )
+        return tree.unflatten(jax.device_put(found[n], a.sharding) for n, a in want.items())
 
     def save(self, at: int, state: Any, about: dict[str, Any]) -> None:
         """Writes a state under the number `at`; returns when the disk has it."""
-        about = json.loads(json.dumps(about | dict(arrays=_checksums(state))))
-        about["checksum"] = json_digest(about)
-        args = self.ocp.args
-        with self._named("{folder}/{at} cannot be written: {error}; the same command resumes", at):
-            self.manager.save(
-                at, args=args.Composite(state=args.StandardSave(state), about=args.JsonSave(about))
-            )
-            self.manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Releases the folder."""
-        self.manager.close()
-
-    @contextlib.contextmanager
-    def _named(self, message: str, at: int | None = None) -> Iterator[None]:
+        leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+        flat = {jax.tree_util.keystr(path): a for path, a in leaves}
+        file = self._file(at)
         try:
-            yield
-        except Exception as error:  # orbax and tensorstore raise errors of any type
-            lines = str(error).strip().splitlines() or [""]
-            why = f"{type(error).__name__}: {lines[0][:200]}"
-            raise TrainError(message.format(folder=self.folder, at=at, error=why)) from error
+            write_arrays(file, flat, {self.KEY: json.dumps(about)})
+            for old in self._numbers()[: -self.KEEP]:
+                self._file(old).unlink()
+        except OSError as error:
+            raise TrainError(
+                f"{file} cannot be written ({error}); make room, and the same command resumes"
+            ) from error
 
+    def _file(self, at: int) -> Path:
+        return self.folder / f"{at}.safetensors"
 
-DAMAGED = (
-    "the checkpoint {folder}/{at} is damaged ({error}); remove that folder, and the same command "
-    "goes on at the checkpoint before, or from the start"
-)
+    def _numbers(self) -> list[int]:
+        """The numbers of all states, sorted."""
+        stems = [f.stem for f in self.folder.glob("*.safetensors")]
+        return sorted(int(stem) for stem in stems if stem.isdecimal())
 
-
-def _without_checksum(about: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in about.items() if k != "checksum"}
-
-
-def _checksums(state: Any) -> dict[str, str]:
-    """By array: its shape, type and checksum."""
-    return {
-        jax.tree_util.keystr(path): f"{a.dtype}{list(a.shape)} {array_digest(a)}"
-        for path, a in jax.tree_util.tree_leaves_with_path(state)
-    }
+    def _read(self) -> tuple[dict[str, Any], dict[str, np.ndarray], Path]:
+        """(description, arrays, file) of the newest state."""
+        file = self._file(self._numbers()[-1])
+        try:
+            header, flat = read_arrays(file, self.KEY, TrainError)
+            about = json.loads(header[self.KEY])
+            good = isinstance(about, dict) and about.keys() >= {"phase", "step", "identity"}
+            if not good:
+                raise TrainError(f"{file} has another description than those of training")
+        except (ValueError, RecursionError, OSError) as error:
+            raise TrainError(
+                f"{error}. Remove {file}, and the same command goes on at the state before"
+            ) from error
+        return about, flat, file

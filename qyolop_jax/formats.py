@@ -313,8 +313,7 @@ class Bdd100kWriter:
         for task, out, there in (("drivable", AREA_OUT, known[1]), ("lane", LANE_OUT, known[2])):
             if there:
                 values = found.area if task == "drivable" else found.lane
-                folder = self.root / "labels" / task / "masks" / self.split
-                write_png(folder / f"{stem}.png", value_table(out)[np.asarray(values)])
+                write_png(self._mask(task, stem), value_table(out)[np.asarray(values)])
         if image is not None:
             cv2 = need("cv2", "vision", "reading and writing images")
             path = self.root / "images" / "100k" / self.split / f"{stem}.jpg"
@@ -322,7 +321,20 @@ class Bdd100kWriter:
             _, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), quality)
             _write(path, data.tobytes())
 
+    def keep(self, stem: str, entry: dict) -> bool:
+        """Takes an entry that another writer made; False where its masks are not there."""
+        masks = [self._mask(task, stem) for task in ("drivable", "lane")]
+        there = all(mask.is_file() for mask in masks) and stem not in self.stems
+        if there:
+            self.stems.add(stem)
+            self.entries.append(entry)
+        return there
+
+    def _mask(self, task: str, stem: str) -> Path:
+        return self.root / "labels" / task / "masks" / self.split / f"{stem}.png"
+
     def close(self) -> None:
-        """Writes the JSON of all images."""
+        """Writes the JSON of all images, sorted by name."""
+        self.entries.sort(key=lambda entry: entry["name"])
         path = self.root / "labels" / "det_20" / f"det_{self.split}.json"
         _write(path, json.dumps(self.entries).encode())

@@ -1,6 +1,6 @@
 """Training in phases: what the losses are, and a loop that survives a kill.
 
-A run is a folder: `checkpoints` (orbax, the two newest) and `log.jsonl`. `fit` continues at the
+A run is a folder: `checkpoints` (the two newest states) and `log.jsonl`. `fit` continues at the
 newest checkpoint, with the batches that would have come next, so a killed run ends in the same
 numbers. Letters: B batch.
 """
@@ -96,12 +96,8 @@ def fit(
             f"save_every is {save_every}, log_every {log_every}; expected 1 step or more"
         )
     folder = Path(folder)
-    log = TrainingLog(folder / "log.jsonl")
-    with (
-        _locked(folder),
-        contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints,
-        interrupts_held() as interrupted,
-    ):
+    log, checkpoints = TrainingLog(folder / "log.jsonl"), Checkpoints(folder / "checkpoints")
+    with _locked(folder), interrupts_held() as interrupted:
         about = checkpoints.newest()
         if about is not None and about["identity"] != identity:
             raise TrainError(

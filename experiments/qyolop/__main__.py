@@ -51,7 +51,10 @@ Subcommand = (
 )
 
 
-AGAIN = "what is written stays; `train` resumes with the same --output, other commands begin anew"
+AGAIN = (
+    "what is written stays; `train`, and `predict` of images, resume with the same --output, the "
+    "other commands begin anew"
+)
 
 
 @dataclasses.dataclass(frozen=True)

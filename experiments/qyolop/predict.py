@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from experiments.common import records
 from experiments.common.cli import UserError, fail
 from experiments.qyolop.flags import (
     LARGEST_BATCH,
@@ -19,12 +20,13 @@ from experiments.qyolop.flags import (
     check_folder,
     check_range,
 )
+from llm_jax.digest import array_digest, file_digest, json_digest
 from llm_jax.extras import need
 from llm_jax.files import atomic_file, locked
 from llm_jax.progress import bar
 from qyolop_jax import draw
 from qyolop_jax.formats import Bdd100kWriter, ReadError, read_image
-from qyolop_jax.network import Network, load
+from qyolop_jax.network import MODEL_FILE, Network, load
 from qyolop_jax.postprocess import Found
 from qyolop_jax.readers import IMAGE_SUFFIXES
 from qyolop_jax.tidy import tidy
@@ -89,14 +91,51 @@ def predict_command(args: Predict, console: Console) -> int:
         return _images(args, files, folder, console)
 
 
+class Progress:
+    """What a run that was stopped has finished: its images, by name and content, and their labels.
+
+    A file in the output folder, until all images are done. Other settings or another network begin
+    anew.
+    """
+
+    def __init__(self, folder: Path, args: Predict):
+        source = (args.run or ROADS).expanduser()
+        network = file_digest(source / MODEL_FILE if source.is_dir() else source)
+        self.settings = json_digest([network, args.conf, args.tidy, args.labels])
+        self.path = folder / "predict.jsonl"
+        found = records.read(self.path, ("name", "image", "settings", "entry"))
+        known = [r for r in found if r["settings"] == self.settings]
+        self.done = {(str(r["name"]), str(r["image"])): r["entry"] for r in known}
+
+    def key(self, file: Path) -> tuple[str, str]:
+        """How an image is known: its name and the checksum of its file."""
+        return file.name, array_digest(np.fromfile(file, np.uint8))
+
+    def add(self, file: Path, entry: dict | None) -> None:
+        """Notes that the outputs of an image are on the disk."""
+        name, image = self.key(file)
+        records.append(self.path, dict(name=name, image=image, settings=self.settings, entry=entry))
+
+
 def _images(args: Predict, files: list[Path], folder: Path, console: Console) -> int:
-    network, bad = load(args.run or ROADS), []
+    network, bad, progress = load(args.run or ROADS), [], Progress(folder, args)
     writer = Bdd100kWriter(folder, "val", network.cfg.detection)
     unique = len({f.stem for f in files}) == len(files)
     stem = lambda file: file.stem if unique else file.name
+    kept: list[Path] = []
+
+    def is_done(file: Path) -> bool:
+        if (folder / f"{stem(file)}.png").is_file() and progress.key(file) in progress.done:
+            if not args.labels:
+                return True
+            return writer.keep(stem(file), progress.done[progress.key(file)])
+        return False
 
     def images() -> Iterator[tuple[Path, np.ndarray]]:
         for file in files:
+            if is_done(file):
+                kept.append(file)
+                continue
             try:
                 image = read_image(file)
             except ReadError as error:
@@ -113,9 +152,14 @@ def _images(args: Predict, files: list[Path], folder: Path, console: Console) ->
             draw.save_image(folder / f"{stem(file)}.png", _drawn(image, found, network, args))
             if args.labels:
                 writer.add(file.name, found, stem=stem(file))
-            step(done + len(bad))
-    console.print(f"Written: {done} images in {folder}", highlight=False, markup=False)
-    if not done:
+            progress.add(file, writer.entries[-1] if args.labels else None)
+            step(done + len(bad) + len(kept))
+    progress.path.unlink(missing_ok=True)
+    before = f", {len(kept)} of them before" if kept else ""
+    console.print(
+        f"Written: {done + len(kept)} images in {folder}{before}", highlight=False, markup=False
+    )
+    if not done and not kept:
         raise PredictError(f"none of {len(files)} images could be read; see above")
     if bad:
         fail(f"{len(bad)} of {len(files)} images are left out; see above")

@@ -56,7 +56,7 @@ class Train:
     """Pretrain, pretrain with mosaic, finetune on everything; continues an --output that exists."""
 
     data: tuple[DataName, ...] = ("scenes",)
-    """Data sets; those without boxes join in the last two stages."""
+    """Data sets; those without boxes join in the last two stages, unless all are without."""
     data_dir: Path | None = None
     scenes: int = 256
     """Number of generated scenes to train on."""

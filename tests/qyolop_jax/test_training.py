@@ -149,7 +149,7 @@ def test_a_killed_process_loses_nothing(tmp_path):
     here = pathlib.Path(__file__).parent
     command = [sys.executable, "-c", script, str(tmp_path / "run"), str(here), str(here.parents[1])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    saved = tmp_path / "run/checkpoints/4"
+    saved = tmp_path / "run/checkpoints/4.safetensors"
     while process.poll() is None and not saved.exists():
         pass
     process.send_signal(signal.SIGKILL)
@@ -211,9 +211,7 @@ def newest(folder):
     checkpoints = Checkpoints(folder / "checkpoints")
     about = checkpoints.newest()
     like = optimization.new_state(begin(None), optimization.optimizer(Optimization()))
-    state = checkpoints.restore(like)
-    checkpoints.close()
-    return about["step"], state
+    return about["step"], checkpoints.restore(like)
 
 
 @pytest.mark.quick_cases("3-0", "20-15")

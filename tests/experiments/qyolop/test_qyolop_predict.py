@@ -22,12 +22,13 @@ class Network:
     cfg = ModelConfig(0.125, "relu", size=(64, 96))
 
     def __init__(self, at=None):
-        self.at = at
+        self.at, self.seen = at, 0
 
     def stream(self, images, conf, batch):
         for n, image in enumerate(images):
             if n == self.at:
                 os.kill(os.getpid(), signal.SIGINT)
+            self.seen += 1
             mask = np.zeros(image.shape[:2], np.uint8)
             mask[:, :9] = 1
             box = np.array([[1, 2, 9, 12]], np.float32)
@@ -114,6 +115,25 @@ def test_an_interrupt_keeps_what_is_done(folder, tmp_path, network, labels, caps
     assert len(list((tmp_path / "out").glob("*.png"))) == 4
     if labels == "--labels":
         assert [e["name"][0] for e in entries(tmp_path / "out")] == list("0123")
+    (folder / "1.jpg").write_bytes((folder / "3.jpg").read_bytes())  # another image by now
+    (tmp_path / "out/2.png").unlink()
+    network.at = None
+    assert predicted(folder, tmp_path / "out", labels) == 0  # 1, 2 and those from 4 on
+    assert "9 images" in (told := capsys.readouterr().out) and "2 of them before" in told
+    assert network.seen == 4 + 7
+    assert predicted(folder, tmp_path / "whole", labels) == 0
+    of = lambda name: {f.relative_to(tmp_path / name): f.read_bytes()
+                       for f in (tmp_path / name).rglob("*") if f.is_file()}  # fmt: skip
+    assert of("out") == of("whole") and len(of("out")) == (28 if labels == "--labels" else 9)
+
+
+@pytest.mark.parametrize("more", [["--conf", "0.5"], ["--no-tidy"], ["--no-labels"]], ids=str)
+def test_other_settings_begin_anew(folder, tmp_path, network, more):
+    network.at = 4
+    assert predicted(folder, tmp_path / "out") == 130
+    network.at = None
+    assert predicted(folder, tmp_path / "out", *more) == 0
+    assert network.seen == 4 + 9
 
 
 def video(path, frames=5):
