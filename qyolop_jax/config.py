@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import numbers
 from typing import Any, Literal
 
 from qyolop_jax import QyolopError
@@ -33,7 +34,7 @@ class ModelConfigError(QyolopError):
 
 def check_image_size(size: tuple[int, int]) -> None:
     """ModelConfigError unless this is (height, width), multiples of 32 up to `LARGEST_SIDE`."""
-    if not _is_tuple(size, int) or len(size) != 2 or any(
+    if not _is_tuple(size, numbers.Integral) or len(size) != 2 or any(
         n < 32 or n % 32 or n > LARGEST_SIDE for n in size
     ):  # fmt: skip
         raise ModelConfigError(
@@ -48,7 +49,7 @@ def _is_tuple(value: Any, kind: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_anchors(levels: Any) -> bool:

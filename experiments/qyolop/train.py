@@ -155,7 +155,6 @@ def train_command(args: Train, console: Console) -> int:
     folder = args.output or Path("runs") / f"qyolop-{'-'.join(args.data)}-{stamp}"
     cfg = ModelConfig(args.width, args.activation, size=args.size)
     stages, report = stages_of(args), Report()
-    check_folder(folder)
     read = lambda name, split, *s: dataset(name, split, args.data_dir, Scenes(*s), report)
     drawn = args.scenes, args.size, args.seed
     training_data = {name: read(name, "train", *drawn) for name in args.data}
@@ -163,6 +162,7 @@ def train_command(args: Train, console: Console) -> int:
     for name in args.data:
         with contextlib.suppress(ReadError):  # TuSimple has no such split
             validation[name] = Cached(read(name, "val", args.held_out, args.size, HELD_OUT_SEED))
+    check_folder(folder)
     scorer = Scorer(validation, folder, report, console)
     training = Training(
         folder, training_data, cfg, stages, loss=args.loss, augment=args.augment,
