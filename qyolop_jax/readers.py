@@ -345,7 +345,7 @@ class TuSimple(ImageFolder):
                 if path.is_absolute() or ".." in path.parts:
                     raise ValueError(f"raw_file {path} lies outside of the data set")
                 yield self.root / path, (rows, lanes)
-            except (KeyError, ValueError, TypeError, RecursionError) as error:
+            except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
                 raise ReadError(f"{file}, line {number}: not a TuSimple entry ({error})") from error
 
     def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:

@@ -373,6 +373,7 @@ def test_tusimple_entries_out_of_place_are_named(tmp_path):
         (dict(raw_file=5), "line 1: not a TuSimple entry"),
         (dict(lanes=[[1, float("inf")]]), "no place in an image"),
         (dict(h_samples=[1, float("nan")]), "no place in an image"),
+        (dict(h_samples=[1, 10**400]), "line 1: not a TuSimple entry"),
         (dict(h_samples=[[1]], lanes=[[[1]]]), "differ in length"),
     ]:
         file.write_text(json.dumps(good | changed))
