@@ -107,6 +107,6 @@ def test_labels_are_not_written_over_others(tmp_path):
         writer.add("b.jpg", Found(), stem="b.jpg")
         writer.add("a.jpg", Found())
     names = [entry["name"] for entry in json.loads(file.read_text())]
-    assert names == ["a.png", "b.png", "b.jpg"]  # also after the error
+    assert names == ["a.png", "b.jpg", "b.png"]  # sorted, and also after the error
     masks = sorted(f.name for f in (tmp_path / "labels/lane/masks/val").iterdir())
     assert masks == ["a.png", "b.jpg.png", "b.png.png"]
