@@ -60,6 +60,9 @@ class AugmentConfig:
         ]
         wrong += [] if 0 <= self.scale < 1 else [f"scale {self.scale}"]
         wrong += [] if 0 <= self.perspective <= 0.002 else [f"perspective {self.perspective}"]
+        wrong += [] if 0 <= self.least_share < 1 else [f"least_share {self.least_share}"]
+        wrong += [] if 0 <= self.least_side < 1e4 else [f"least_side {self.least_side}"]
+        wrong += [] if self.most_aspect > 1 else [f"most_aspect {self.most_aspect}"]
         wrong += [
             f"{name} {getattr(self, name)}"
             for name in ("rotate", "shear")
@@ -68,7 +71,8 @@ class AugmentConfig:
         if wrong:
             raise AugmentError(
                 f"{', '.join(wrong)}; expected shares and probabilities in 0 to 1, scale below 1, "
-                "degrees below 80 and perspective up to 0.002"
+                "degrees below 80, perspective up to 0.002, a least side of 0 or more pixels and a "
+                "most aspect above 1"
             )
 
 

@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qyolop_jax.metrics import Boxes, Confusion, IoUProtocol, LaneF1, average_precision
+from qyolop_jax.metrics import (
+    Boxes,
+    Confusion,
+    IoUProtocol,
+    LaneF1,
+    MetricError,
+    average_precision,
+)
 from qyolop_jax.network import Network, predictor
 from qyolop_jax.postprocess import Predictions
 from qyolop_jax.samples import Batch, Report, Sample
@@ -29,9 +36,12 @@ def evaluate(
 
     The part of a name after the slash is a name of `metrics`; lane F1 is "lane/F1@1 any" and so on.
     A task that no sample has labels for is left out. `conf` is the least score of a box that counts
-    towards average precision. Broken samples are left out and counted in `report`. `look` gets each
-    letterboxed batch and what was found in it.
+    towards average precision. All true boxes count, and the 100 best boxes found in an image, as in
+    COCO. Broken samples are left out and counted in `report`; without one they are errors. `look`
+    gets each letterboxed batch and what was found in it. MetricError where no sample is left.
     """
+    if not 0 <= conf <= 1:
+        raise MetricError(f"conf is {conf}; expected a score from 0 to 1")
     cfg = network.cfg
     run = predictor(network.forward, cfg, conf)
     truths, found, done = [], [], 0
@@ -54,6 +64,9 @@ def evaluate(
             look(images, p)
         if progress:
             progress(done)
+    if not done:
+        why = "; ".join(str(report).splitlines()) if report else "there are none"
+        raise MetricError(f"none of {len(dataset)} samples could be scored: {why}")
     scores = {}
     if seen[0]:
         boxes = average_precision(truths, found, cfg.detection)

@@ -64,7 +64,7 @@ def flatten(tree: Any) -> FlatTree:
 
 def _join(arrays) -> jax.Array:
     if not arrays:
-        return jnp.zeros(1, jnp.float32)  # orbax stores nothing of size 0
+        return jnp.zeros(1, jnp.float32)  # an empty list cannot be joined
     return jnp.concatenate([a.reshape(-1) for a in arrays])
 
 

@@ -11,6 +11,7 @@ reads the backbone before the FPN, the one for lanes the end of the FPN. At 384x
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ import numpy as np
 
 from qyolop_jax import QyolopError
 from qyolop_jax.config import ModelConfig
+
+ACTS = ("silu", "relu", "hardswish", "none")
 
 
 class GraphError(QyolopError):
@@ -78,6 +81,48 @@ class Graph:
     def in_channels(self, node: Node) -> int:
         """Channels of the node's first input."""
         return self.node(node.inputs[0]).channels
+
+    def to_json(self) -> tuple[str, str]:
+        """The nodes and the outputs as JSON."""
+        nodes = [dataclasses.asdict(n) for n in self.nodes]
+        return json.dumps(nodes), json.dumps(self.outputs)
+
+    @classmethod
+    def from_json(cls, nodes: str, outputs: str) -> "Graph":
+        """The graph that `to_json` wrote. GraphError for anything else."""
+        try:
+            found = [Node(**(n | dict(inputs=tuple(n["inputs"])))) for n in json.loads(nodes)]
+            names = tuple(json.loads(outputs))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise GraphError(f"the description of the graph is damaged: {error}") from error
+        before: dict[str, Node] = {}
+        for n in found:
+            _check_node(n, before)
+            before[n.name] = n
+        if not names or not all(isinstance(n, str) and n in before for n in names):
+            raise GraphError(f"outputs {names}; expected names of nodes")
+        return cls(tuple(found), names)
+
+
+def _check_node(n: Node, before: dict[str, Node]) -> None:
+    """GraphError unless this is a node that can follow the nodes `before`."""
+    whole = lambda v, most: isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= most
+    good = isinstance(n.name, str) and n.name not in before and len(n.name.split("/")[0]) > 0
+    good = good and "/" not in n.name and whole(n.channels, 10**5)
+    good = good and whole(n.kernel, 99) and whole(n.stride, 99) and n.act in ACTS
+    good = good and all(isinstance(v, bool) for v in (n.norm, n.rep, n.implicit))
+    good = good and all(isinstance(i, str) and i in before for i in n.inputs)
+    if good:
+        read = [before[i].channels for i in n.inputs]
+        good = {
+            "input": not read and n.channels == 3 and not before,
+            "conv": len(read) == 1,
+            "maxpool": read == [n.channels],
+            "upsample": read == [n.channels],
+            "concat": sum(read) == n.channels,
+        }.get(n.op if isinstance(n.op, str) else "", False)
+    if not good:
+        raise GraphError(f"node {str(n.name)[:40]!r} is damaged, or does not fit those before it")
 
 
 class Builder:

@@ -11,7 +11,6 @@ Letters: B H W C, I channels in, O out.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from llm_jax.files import atomic_file
 from qyolop_jax import QyolopError
-from qyolop_jax.config import ModelConfig
-from qyolop_jax.graph import Graph, Node, activate, check_size, convolve, run_graph
+from qyolop_jax.arrays import not_finite, read_arrays, write_arrays
+from qyolop_jax.config import ModelConfig, ModelConfigError
+from qyolop_jax.graph import Graph, GraphError, Node, activate, check_size, convolve, run_graph
 from qyolop_jax.scales import (
     DEFAULT,
     PRE,
@@ -253,51 +251,102 @@ def _conv_numpy(node, p, x):
     return np.maximum(q, p["low"])
 
 
-FORMAT, CONFIG = "qyolop integer model 1", "config"
+FORMAT, FORMAT_KEY, CONFIG = "qyolop integer model 1", "format", "config"
 
 
 def save_integer_model(model: IntegerModel, path: str | Path) -> None:
-    """Writes a safetensors file, whole or not at all; about one byte per weight."""
+    """Writes a safetensors file, whole or not at all; about one byte per weight.
+
+    IntegerError for NaN.
+    """
     flat = {
         f"{kind}/{name}/{key}": np.asarray(a, order="C")  # scalars stay scalars
         for kind in ("layers", "outputs")
         for name, entry in getattr(model, kind).items()
         for key, a in entry.items()
     }
-    nodes = [dataclasses.asdict(n) for n in model.graph.nodes]
-    meta = dict(format=FORMAT, nodes=json.dumps(nodes), outputs=json.dumps(model.graph.outputs))
+    if (name := not_finite(flat)) is not None:
+        raise IntegerError(f"{name} holds NaN or infinity, so {path} is not written; train again")
+    nodes, outputs = model.graph.to_json()
+    about = {FORMAT_KEY: FORMAT, "nodes": nodes, "outputs": outputs}
     if model.config:
-        meta[CONFIG] = model.config.to_json()
-    with atomic_file(path) as scratch:
-        save_file(flat, scratch, meta)
+        about[CONFIG] = model.config.to_json()
+    write_arrays(path, flat, about)
 
 
-def load_integer_model(path: str | Path) -> IntegerModel:
-    """The model in a file of `save_integer_model`. IntegerError for any other file."""
+def load_integer_model(path: str | Path, check: bool = True) -> IntegerModel:
+    """The model in a file of `save_integer_model`. IntegerError for any other file.
+
+    Every array is compared with its checksum, unless `check` is false.
+    """
+    about, flat = read_arrays(path, FORMAT_KEY, IntegerError, check)
+    if about[FORMAT_KEY] != FORMAT:
+        raise IntegerError(f"{path} has format {about[FORMAT_KEY]!r}; expected {FORMAT!r}")
     try:
-        with safe_open(path, "numpy") as file:
-            meta = file.metadata() or {}
-            flat = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise IntegerError(f"{path} is not a safetensors file ({error}); save it again") from error
-    if meta.get("format") != FORMAT:
-        raise IntegerError(f"{path} has format {meta.get('format')!r}; expected {FORMAT!r}")
-    nodes = [Node(**(n | dict(inputs=tuple(n["inputs"])))) for n in json.loads(meta["nodes"])]
+        graph = Graph.from_json(about["nodes"], about["outputs"])
+        config = ModelConfig.from_json(about[CONFIG]) if CONFIG in about else None
+        _check_outputs(graph, config)
+    except KeyError as error:
+        raise IntegerError(f"{path} lacks {error} in its header; make it again") from error
+    except (GraphError, ModelConfigError) as error:
+        raise IntegerError(f"{path}: {error}") from error
+    want = _arrays_of(graph, flat)
+    fits = lambda n: n in flat and n in want and (flat[n].dtype, flat[n].shape) in want[n]
+    if wrong := sorted(n for n in want.keys() | flat.keys() if not fits(n)):
+        raise IntegerError(
+            f"{path}: {len(wrong)} arrays do not fit its graph, such as {wrong[0]}; make it again"
+        )
     parts = dict(layers={}, outputs={})
     for key, a in flat.items():
         kind, name, leaf = key.split("/")
         parts[kind].setdefault(name, {})[leaf] = jnp.asarray(a)
-    graph = Graph(tuple(nodes), tuple(json.loads(meta["outputs"])))
-    config = ModelConfig.from_json(meta[CONFIG]) if CONFIG in meta else None
     return IntegerModel(**parts, graph=graph, config=config)
+
+
+def _check_outputs(graph: Graph, config: ModelConfig | None) -> None:
+    """GraphError where the outputs are not those that the settings describe."""
+    if config is None:
+        return
+    want = {f"detect.{s}": 3 * (5 + len(config.detection)) for s in config.strides}
+    want |= dict(area=len(config.area), lane=len(config.lane))
+    found = {name: graph.node(name).channels for name in graph.outputs}
+    if found != want:
+        raise GraphError(f"the outputs are {found}; these classes expect {want}")
+
+
+def _arrays_of(graph: Graph, flat: dict[str, np.ndarray]) -> dict[str, list[tuple]]:
+    """The arrays that a graph needs: by name, the (dtype, shape) that each may have.
+
+    What is in `flat` tells only which convolutions stay in float.
+    """
+    real, small, whole = (np.dtype(t) for t in (np.float32, np.int8, np.int32))
+    found = {}
+    for node in graph.convs:
+        at = lambda key, node=node: f"layers/{node.name}/{key}"
+        k, I, O = node.kernel, graph.in_channels(node), node.channels
+        if at("factor") in flat:
+            layer = dict(kernel=(small, (k, k, I, O)), bias=(whole, (O,)), factor=(real, (O,)))
+            layer |= {key: (small, ()) for key in ("zero_in", "zero", "low")}
+            if has_table(node):
+                layer["table"] = small, (256,)
+        else:
+            layer = dict(kernel=(real, (k, k, I, O)), bias=(real, (O,)))
+            layer |= dict(step_in=(real, ()), zero_in=(small, ()))
+            if not is_unread(graph, node):
+                layer |= dict(step=(real, ()), zero=(small, ()))
+        found |= {at(key): [kind] for key, kind in layer.items()}
+    for name in graph.outputs:
+        if f"layers/{name}/factor" in flat or f"layers/{name}/step" in flat:
+            channels = graph.node(name).channels
+            found[f"outputs/{name}/step"] = [(real, (channels,)), (real, (1,))]
+            found[f"outputs/{name}/zero"] = [(small, ())]
+    return found
 
 
 def is_integer(path: str | Path) -> bool:
     """Whether `save_integer_model` wrote this file."""
     try:
         with safe_open(path, "numpy") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
+            return (file.metadata() or {}).get(FORMAT_KEY) == FORMAT
     except (OSError, SafetensorError):
         return False

@@ -46,6 +46,10 @@ class LossConfig:
     """Weights of the objectness of levels 8, 16 and 32, each a mean over its predictions."""
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            for one in value if isinstance(value, tuple) else (value,):
+                if not isinstance(one, str) and not abs(one) < 1e9:
+                    raise LossError(f"{name} is {value}; expected finite numbers below 1e9")
         for name, count in (("tasks", 3), ("detection", 3), ("area", 2), ("lane", 3),
                             ("balance", 3)):  # fmt: skip
             value = getattr(self, name)

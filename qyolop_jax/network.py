@@ -29,7 +29,13 @@ from qyolop_jax.integer import (
     save_integer_model,
 )
 from qyolop_jax.model import Panoptic
-from qyolop_jax.postprocess import Found, Predictions, to_original, to_predictions
+from qyolop_jax.postprocess import (
+    Found,
+    PostprocessError,
+    Predictions,
+    to_original,
+    to_predictions,
+)
 from qyolop_jax.quantize import simulated_forward
 from qyolop_jax.samples import SampleError
 from qyolop_jax.scales import Settings
@@ -60,7 +66,12 @@ def eight_bit_forward(graph: Graph, settings: Settings) -> Forward:
 def predictor(
     forward: Forward, cfg: ModelConfig, conf: float = 0.05
 ) -> Callable[[Any, Any], Predictions]:
-    """A jitted function of values and uint8 images [B, H, W, 3] to `Predictions` in NumPy."""
+    """A jitted function of values and uint8 images [B, H, W, 3] to `Predictions` in NumPy.
+
+    PostprocessError for a `conf` that is no score.
+    """
+    if not 0 <= conf <= 1:
+        raise PostprocessError(f"conf is {conf}; expected a score from 0 to 1")
     run = jax.jit(lambda values, images: to_predictions(forward(values, images), cfg, conf))
     return lambda values, images: jax.tree.map(np.asarray, run(values, images))
 
@@ -90,6 +101,8 @@ class Network:
 
     def stream(self, images: Iterable[Image], conf: float = 0.3, batch: int = 4) -> Iterator[Found]:
         """The same, one after the other, `batch` images read ahead: for videos and long lists."""
+        if batch < 1:
+            raise PostprocessError(f"batch is {batch}; expected 1 image or more")
         run, images = predictor(self.forward, self.cfg, conf), iter(images)
         while group := list(itertools.islice(images, batch)):
             boxed = [letterbox_image(_pixels(image), self.cfg.size) for image in group]
@@ -118,17 +131,18 @@ def _pixels(image: Image) -> np.ndarray:
     return pixels
 
 
-def load(path: str | Path) -> Network:
+def load(path: str | Path, check: bool = True) -> Network:
     """The network in a file of `train` or `quantize`, float or integers; or in a run's folder.
 
-    Raises WeightsError or IntegerError for anything else.
+    Every array is compared with its checksum, unless `check` is false. Raises WeightsError or
+    IntegerError for anything else, and for a damaged file.
     """
     path = Path(path).expanduser()
     file = path / MODEL_FILE if path.is_dir() else path
     if not is_integer(file):
-        cfg, variables = load_weights(file)
+        cfg, variables = load_weights(file, check)
         return Network(cfg, float_forward(cfg), variables)
-    model = load_integer_model(file)
+    model = load_integer_model(file, check)
     if model.config is None:
         raise WeightsError(f"{file} does not say its classes; make it again by `quantize`")
     return Network(model.config, run_integer, model)

@@ -33,6 +33,14 @@ class Optimization:
     average: float = 0.999
     """Decay of the moving average of the weights; it starts lower. The average is evaluated."""
 
+    def __post_init__(self):
+        shares = self.momentum, self.decay, self.average
+        if not all(0 <= share < 1 for share in shares) or not self.clip > 0:
+            raise TrainError(
+                f"momentum {self.momentum}, decay {self.decay}, average {self.average}, clip "
+                f"{self.clip}; expected the first three from 0 to below 1, and clip above 0"
+            )
+
 
 OPTIMIZATION = Optimization()
 TrainState = dict[str, Any]

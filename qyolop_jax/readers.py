@@ -14,7 +14,7 @@ import numpy as np
 from llm_jax.extras import need
 from qyolop_jax import formats
 from qyolop_jax.config import AREA, DETECTION, IGNORE, LANE, UNKNOWN
-from qyolop_jax.formats import ReadError
+from qyolop_jax.formats import MOST_PIXELS, ReadError
 from qyolop_jax.relabel import relabel
 from qyolop_jax.samples import TASKS, Report, Sample, check_sample, clip_boxes, make_sample
 
@@ -24,12 +24,19 @@ TYPED = dict(background=0, main=1, alternative=2, double=3, dashed=4, single=5)
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Images of a folder, sorted by name. ReadError if there are none."""
+    """Images of a folder, sorted by name. ReadError if there are none, or two share a stem."""
     if not folder.is_dir():
         raise ReadError(f"there is no folder {folder}")
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise ReadError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
+    by_stem: dict[str, Path] = {}
+    for path in found:
+        if (other := by_stem.setdefault(path.stem, path)) is not path:
+            raise ReadError(
+                f"{folder} has {other.name} and {path.name}, whose labels would be the same files; "
+                "rename one"
+            )
     return found
 
 
@@ -132,9 +139,7 @@ class Bdd100k(ImageFolder):
         if boxes is not None and not boxes.is_dir():
             content = formats.read_json(boxes)
             frames = content.get("frames") if isinstance(content, dict) else content
-            if not isinstance(frames, list) or any("name" not in f for f in frames):
-                raise ReadError(f"{boxes}: expected a list of images with name and labels")
-            self.entries = {Path(f["name"]).stem: f for f in frames}
+            self.entries = _by_stem(frames, boxes)
         present = dict(zip(TASKS, (boxes, self.area, self.lane), strict=True))
         missing = [t for t in tasks or () if present[t] is None]
         if missing or all(v is None for v in present.values()):
@@ -166,6 +171,23 @@ class Bdd100k(ImageFolder):
             tables = formats.AREA_TABLES if task == "area" else formats.LANE_TABLES
             found[task] = self._mask(task, file, size, tables.get(values), values == "color")
         return found
+
+
+def _by_stem(frames: Any, file: Path) -> dict[str, dict]:
+    """The entries of a JSON list by the names of their images without suffix. ReadError if odd."""
+    if not isinstance(frames, list):
+        raise ReadError(f"{file}: expected a list of images with name and labels")
+    entries: dict[str, dict] = {}
+    for number, entry in enumerate(frames):
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not name:
+            raise ReadError(
+                f"{file}, entry {number}: {str(entry)[:60]!r}; expected an object with name and "
+                "labels"
+            )
+        if entries.setdefault(Path(name).stem, entry) is not entry:
+            raise ReadError(f"{file} has two entries for {Path(name).stem}; remove one")
+    return entries
 
 
 class TypedLanes(ImageFolder):
@@ -299,22 +321,31 @@ class TuSimple(ImageFolder):
                     f"no lanes of {split!r} in {root}; expected gt_binary/, label_data*.json "
                     "(train) or test_label.json (test)"
                 )
-            self.lines = dict(entry for f in files for entry in self._entries(f))
+            self.lines = {}
+            for path, lanes in (entry for f in files for entry in self._entries(f)):
+                if path in self.lines:
+                    raise ReadError(f"{root} has two entries for {path}; remove one")
+                self.lines[path] = lanes
             images = sorted(self.lines)
         super().__init__(images, split, DETECTION, report)
 
     def _entries(self, file: Path):
-        for number, line in enumerate(file.read_text().splitlines(), 1):
+        for number, line in enumerate(formats.read_text(file).splitlines(), 1):
             if not line.strip():
                 continue
             try:
                 entry = formats.json.loads(line)
                 rows = np.asarray(entry["h_samples"], np.float64)
                 lanes = [np.asarray(l, np.float64) for l in entry["lanes"]]
-                if any(l.shape != rows.shape for l in lanes):
+                if rows.ndim != 1 or any(l.shape != rows.shape for l in lanes):
                     raise ValueError("lanes and h_samples differ in length")
-                yield self.root / entry["raw_file"], (rows, lanes)
-            except (KeyError, ValueError, TypeError) as error:
+                if not all((np.abs(a) < MOST_PIXELS).all() for a in (rows, *lanes)):
+                    raise ValueError("a point is no place in an image")
+                path = Path(entry["raw_file"])
+                if path.is_absolute() or ".." in path.parts:
+                    raise ValueError(f"raw_file {path} lies outside of the data set")
+                yield self.root / path, (rows, lanes)
+            except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
                 raise ReadError(f"{file}, line {number}: not a TuSimple entry ({error})") from error
 
     def labels(self, path: Path, size: tuple[int, int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from llm_jax.extras import need
 from qyolop_jax import QyolopError
 from qyolop_jax.augment import GREY, AugmentConfig, augment, letterbox
+from qyolop_jax.config import LARGEST_SIDE
 from qyolop_jax.formats import ReadError
 from qyolop_jax.postprocess import Transform
 from qyolop_jax.samples import (
@@ -27,6 +28,8 @@ from qyolop_jax.samples import (
 )
 
 TRIES = 20  # this many broken samples in a row are an error
+LEFT_OUT = "broken sample left out"
+"""Why `in_order` counts a sample in its report."""
 
 
 class SourceError(QyolopError):
@@ -43,6 +46,7 @@ class Feed:
     """None: images are letterboxed and not changed otherwise."""
     seed: int = 0
     max_boxes: int = 64
+    """Places for boxes in an image of `batches`; `in_order` has room for all."""
     threads: int = 4
     """Threads that load and warp; 0 means the thread of the caller."""
     ahead: int = 2
@@ -54,8 +58,13 @@ class Feed:
                 f"batch {self.batch}, threads {self.threads}, ahead {self.ahead}; expected at "
                 "least 1, 0 and 1"
             )
-        if any(n < 32 or n % 32 for n in self.size):
-            raise SourceError(f"size is {self.size}; expected multiples of 32 (height, width)")
+        if self.max_boxes < 1:
+            raise SourceError(f"max_boxes is {self.max_boxes}; expected 1 or more")
+        if any(n < 32 or n % 32 or n > LARGEST_SIDE for n in self.size):
+            raise SourceError(
+                f"size is {self.size}; expected multiples of 32 (height, width), {LARGEST_SIDE} "
+                "at most"
+            )
 
 
 def load_sample(dataset: Sequence[Sample], index: int, report: Report) -> Sample:
@@ -172,19 +181,23 @@ def in_order(
 ) -> Iterator[tuple[Batch, list[tuple[Sample, Transform]]]]:
     """Letterboxed batches of every sample once, with the original samples and their transforms.
 
-    The last batch is filled up with grey, unlabelled images that are not in the list. Broken
-    samples are left out and counted. Nothing is augmented, whatever `feed` says.
+    The last batch is filled up with grey, unlabelled images that are not in the list. Every batch
+    has places for all boxes of its images. Broken samples are left out and counted in `report`;
+    without one they are errors. Nothing is augmented, whatever `feed` says.
     """
-    report = Report() if report is None else report
     grain = need("grain", "vision", "making batches")
 
     def one(index):
         try:
             s = check_sample(dataset[int(index)])
         except (ReadError, SampleError) as error:
-            report.count("broken sample left out", f"{int(index)}: {error}")
+            if report is None:
+                raise
+            report.count(LEFT_OUT, f"{int(index)}: {error}")
             return None
         boxed, transform = letterbox(s, feed.size)
+        if report is not None:
+            report.count("box without an area on the grid", s.name, len(s.boxes) - len(boxed.boxes))
         return boxed, s, transform
 
     options = grain.ReadOptions(
@@ -197,15 +210,16 @@ def in_order(
     for (found,) in wrapped.to_iter_dataset(options):
         waiting += [] if found is None else [found]
         if len(waiting) == feed.batch:
-            yield _joined(waiting, blank, feed, report)
+            yield _joined(waiting, blank, feed)
             waiting = []
     if waiting:
-        yield _joined(waiting, blank, feed, report)
+        yield _joined(waiting, blank, feed)
 
 
-def _joined(found, blank, feed, report):
+def _joined(found, blank, feed):
     boxed = [b for b, _, _ in found] + [blank] * (feed.batch - len(found))
-    return collate(boxed, feed.max_boxes, report), [(s, t) for _, s, t in found]
+    most = max(1, *(len(b.boxes) for b in boxed))
+    return collate(boxed, most), [(s, t) for _, s, t in found]
 
 
 class Cached(Sequence):

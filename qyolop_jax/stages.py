@@ -1,6 +1,7 @@
 """What a run of training is made of: stages as people describe them, phases as `fit` runs them."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,8 @@ Arrays = dict[str, Any]
 """Arrays by name, as `samples.collate` makes them; on the host or on a device."""
 Loss = Callable[[Variables, Arrays], tuple[jax.Array, tuple[Variables, dict]]]
 """(variables, batch) -> (scalar, (changed variables other than "params", parts for the log))."""
+
+MOST_EPOCHS = 10**6
 
 
 class TrainError(QyolopError):
@@ -42,20 +45,23 @@ class Stage:
     kind: Literal["float", "qat"] = "float"
 
     def __post_init__(self):
-        if self.epochs <= 0 or self.batch < 1 or not 0 <= self.warmup < self.epochs:
+        if not 0 <= self.warmup < self.epochs < MOST_EPOCHS or self.batch < 1:
             raise TrainError(
                 f"stage {self.name}: epochs {self.epochs}, batch {self.batch}, warm-up "
-                f"{self.warmup}; expected epochs above the warm-up and a batch of 1 or more"
+                f"{self.warmup}; expected epochs above the warm-up, below {MOST_EPOCHS}, and a "
+                "batch of 1 or more"
             )
         if self.shares and len(self.shares) != len(self.data):
             raise TrainError(
                 f"stage {self.name}: {len(self.shares)} shares; expected one for each of "
                 f"{', '.join(self.data)}"
             )
-        if not 0 <= self.last_rate <= self.rate:
+        if not 0 <= self.calm < MOST_EPOCHS:
+            raise TrainError(f"stage {self.name}: {self.calm} calm epochs; expected 0 or more")
+        if not 0 <= self.last_rate <= self.rate < math.inf:
             raise TrainError(
                 f"stage {self.name}: the rate goes from {self.rate} to {self.last_rate}; expected "
-                "it to fall"
+                "it to fall, and finite rates"
             )
 
 

@@ -5,8 +5,8 @@
 
 Importing this module registers `panoptic_driving`, so `tfds.data_source("panoptic_driving/bdd100k")`
 works as well. The files lie in array_record, one file a shard, which makes random access fast on
-disks that dislike a hundred thousand small files. Images keep their bytes; masks have our
-values, riders are paired and lanes typed.
+disks that dislike a hundred thousand small files. Images keep their bytes, unless EXIF turns them;
+masks have our values, riders are paired and lanes typed.
 """  # noqa: E501
 
 import io
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.extras import need
-from qyolop_jax.formats import ReadError
+from qyolop_jax.formats import ReadError, is_turned
 from qyolop_jax.readers import Bdd100k, TypedLanes
 from qyolop_jax.samples import Report, Sample, SampleError, check_sample
 
@@ -87,7 +87,7 @@ class PanopticDriving(tfds.core.GeneratorBasedBuilder):
             yield (
                 path.name,
                 dict(
-                    image=str(path),
+                    image=s.image if is_turned(path) else str(path),
                     boxes=s.boxes,
                     classes=s.classes,
                     crowd=s.crowd,

@@ -1,20 +1,26 @@
 """Training in phases: what the losses are, and a loop that survives a kill.
 
-A run is a folder: `checkpoints` (orbax, the two newest) and `log.jsonl`. `fit` continues at the
+A run is a folder: `checkpoints` (the two newest states) and `log.jsonl`. `fit` continues at the
 newest checkpoint, with the batches that would have come next, so a killed run ends in the same
 numbers. Letters: B batch.
 """
 
+import contextlib
 import functools
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
+from llm_jax.files import LockedError, locked
+from qyolop_jax.arrays import not_finite
 from qyolop_jax.checkpoints import Checkpoints, TrainingLog
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.graph import Graph
@@ -23,6 +29,7 @@ from qyolop_jax.model import Panoptic
 from qyolop_jax.optimization import (
     OPTIMIZATION,
     Optimization,
+    TrainState,
     devices_for,
     learning_rate,
     make_step,
@@ -77,76 +84,143 @@ def fit(
 ) -> Variables:
     """The averaged variables at the end of the last phase; continues the run in `folder`.
 
-    A state is saved every `save_every` steps and at the end of every phase, with the place in the
-    stream of batches. `identity` describes the settings; a folder with other settings is refused
-    (TrainError), and so is a loss that is not finite. `progress(phase, step, steps, parts)` is
-    called after every step; `parts` is empty except every `log_every` steps.
+    A state is saved at the start, every `save_every` steps and at the end of every phase, with the
+    place in the stream of batches; no state is saved that is not finite. An interrupt (SIGINT) ends
+    the step, saves, and raises KeyboardInterrupt; a second one raises it at once. `identity`
+    describes the settings; a folder with other settings is refused (TrainError), and so is a loss
+    that is not finite. `progress(phase, step, steps, parts)` is called after every step; `parts` is
+    empty except every `log_every` steps.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    log, checkpoints = TrainingLog(folder / "log.jsonl"), Checkpoints(folder / "checkpoints")
-    about = checkpoints.newest()
-    if about is not None and about["identity"] != identity:
+    if save_every < 1 or log_every < 1:
         raise TrainError(
-            f"{folder} holds a run with other settings; take another folder, or remove it"
+            f"save_every is {save_every}, log_every {log_every}; expected 1 step or more"
         )
-    log.rewind(*((-1, 0) if about is None else (about["phase"], about["step"])))
-    total, variables = 0, None
-    for n, phase in enumerate(phases):
-        per = phase.per_epoch
-        rate = learning_rate(phase.stage, phase.steps, per)
-        first = total
-        total += phase.steps
-        if about is not None and n < about["phase"]:
-            continue
-        mesh = devices_for(phase.stage.batch)
-        resumed = about is not None and n == about["phase"]
-        variables = phase.begin(None if resumed else variables)
-        state = placed(new_state(variables, optimizer(config)), mesh)
-        at = 0
-        if resumed:
-            state, at = checkpoints.restore(state), about["step"]
-        mosaic = at < phase.calm_from
-        batches = phase.batches(mosaic)
-        if resumed and about["stream"] is not None:
-            batches.set_state(about["stream"])
-        step = make_step(phase.loss, config)
-        began, since = time.perf_counter(), at
-        while at < phase.steps:
-            if mosaic and at >= phase.calm_from:
-                mosaic, batches = False, phase.batches(False)
-            now = jnp.asarray(rate(at), jnp.float32)
-            state, parts = step(state, placed(next(batches), mesh, split=True), now)
-            at += 1
-            shown = {}
-            if at % log_every == 0 or at == phase.steps:
-                shown = {k: float(v) for k, v in parts.items()}
-                seconds = time.perf_counter() - began
-                images = (at - since) * phase.stage.batch / seconds
-                began, since = time.perf_counter(), at
-                log(stage=n, name=phase.stage.name, step=at, rate=float(now),
-                    images_per_second=images, **shown)  # fmt: skip
-                if not np.isfinite(shown["loss"]):
-                    raise TrainError(
-                        f"the loss is {shown['loss']} at step {at} of {phase.stage.name}; lower "
-                        f"its rate ({phase.stage.rate}); the newest checkpoint is from before"
-                    )
-            if phase.validate is not None and (at % per == 0 or at == phase.steps):
-                averaged = unpacked(state["average"])
-                found = phase.validate(averaged, at, at == phase.steps)
-                if found:
-                    log(stage=n, name=phase.stage.name, step=at, validation=found)
-                began, since = time.perf_counter(), at
-            if progress:
-                progress(n, at, phase.steps, shown)
-            if at % save_every == 0 or at == phase.steps:
-                turn = mosaic and at >= phase.calm_from  # the next stream begins anew
+    folder = Path(folder)
+    log, checkpoints = TrainingLog(folder / "log.jsonl"), Checkpoints(folder / "checkpoints")
+    with _locked(folder), interrupts_held() as interrupted:
+        about = checkpoints.newest()
+        if about is not None and about["identity"] != identity:
+            raise TrainError(
+                f"{folder} holds a run with other settings; take another folder, or remove it"
+            )
+        log.rewind(*((-1, 0) if about is None else (about["phase"], about["step"])))
+        total, variables = 0, None
+        for n, phase in enumerate(phases):
+            per = phase.per_epoch
+            rate = learning_rate(phase.stage, phase.steps, per)
+            first = total
+            total += phase.steps
+            if about is not None and n < about["phase"]:
+                continue
+            mesh = devices_for(phase.stage.batch)
+            resumed = about is not None and n == about["phase"]
+            variables = phase.begin(None if resumed else variables)
+            state = placed(new_state(variables, optimizer(config)), mesh)
+            at = 0
+            if resumed:
+                state, at = checkpoints.restore(state), about["step"]
+            check_state(state, f"the state before step {at + 1} of {phase.stage.name}")
+            mosaic = at < phase.calm_from
+            batches = phase.batches(mosaic)
+            if resumed and about["stream"] is not None:
+                batches.set_state(about["stream"])
+            if about is None and n == 0:  # a folder that cannot be written is named now
                 checkpoints.save(
-                    first + at,
-                    state,
-                    dict(phase=n, step=at, identity=identity,
-                         stream=None if turn else batches.get_state()),
-                )  # fmt: skip
-        variables = unpacked(jax.device_get(state["average"]))
-    checkpoints.close()
+                    0, state, dict(phase=0, step=0, identity=identity, stream=batches.get_state())
+                )
+            step = make_step(phase.loss, config)
+            began, since = time.perf_counter(), at
+            while at < phase.steps:
+                if mosaic and at >= phase.calm_from:
+                    mosaic, batches = False, phase.batches(False)
+                now = jnp.asarray(rate(at), jnp.float32)
+                state, parts = step(state, placed(next(batches), mesh, split=True), now)
+                at += 1
+                shown = {}
+                if at % log_every == 0 or at == phase.steps:
+                    shown = {k: float(v) for k, v in parts.items()}
+                    seconds = time.perf_counter() - began
+                    images = (at - since) * phase.stage.batch / seconds
+                    began, since = time.perf_counter(), at
+                    log(stage=n, name=phase.stage.name, step=at, rate=float(now),
+                        images_per_second=images, **shown)  # fmt: skip
+                stop = interrupted()
+                judged = phase.validate is not None and (at % per == 0 or at == phase.steps)
+                saved = stop or at % save_every == 0 or at == phase.steps
+                if shown or judged or saved:
+                    where = f"step {at} of {phase.stage.name} (rate {phase.stage.rate})"
+                    check_state(state, where, float(parts["loss"]))
+                if judged:
+                    averaged = unpacked(state["average"])
+                    found = phase.validate(averaged, at, at == phase.steps)
+                    if found:
+                        log(stage=n, name=phase.stage.name, step=at, validation=found)
+                    began, since = time.perf_counter(), at
+                if progress:
+                    progress(n, at, phase.steps, shown)
+                if saved:
+                    turn = mosaic and at >= phase.calm_from  # the next stream begins anew
+                    place = None if turn else batches.get_state()
+                    checkpoints.save(
+                        first + at, state, dict(phase=n, step=at, identity=identity, stream=place)
+                    )
+                if stop:
+                    raise KeyboardInterrupt
+            if interrupted():  # while the last state was judged or saved
+                raise KeyboardInterrupt
+            variables = unpacked(jax.device_get(state["average"]))
     return variables
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder for this run alone, which is made if needed. TrainError where it is not."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except (LockedError, OSError) as error:
+            raise TrainError(f"{folder} cannot be trained in: {error}") from error
+        yield
+
+
+_finite = jax.jit(
+    lambda state: jnp.all(jnp.stack([
+        jnp.isfinite(a).all() for a in jax.tree.leaves(state)
+        if jnp.issubdtype(a.dtype, jnp.floating)
+    ]))
+)  # fmt: skip
+
+
+def check_state(state: TrainState, where: str, loss: float = 0.0) -> None:
+    """TrainError, which names the array, where a state or its loss is not finite."""
+    if np.isfinite(loss) and _finite(state):
+        return
+    name = not_finite(jax.device_get(unpacked(state["variables"]))) or "the optimizer's state"
+    what = f"{name} holds NaN or infinity" if np.isfinite(loss) else f"the loss is {loss}"
+    raise TrainError(
+        f"{where}: {what}; the newest checkpoint is from before. Train again in another folder "
+        "with a lower rate, or look for wrong samples in the data"
+    )
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether SIGINT came since; a second one interrupts at once.
+
+    Python hands signals to the main thread alone; in other threads nothing is held.
+    """
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def note(*_: Any) -> None:
+        came.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

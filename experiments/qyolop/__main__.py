@@ -51,6 +51,12 @@ Subcommand = (
 )
 
 
+AGAIN = (
+    "what is written stays; `train`, and `predict` of images, resume with the same --output, the "
+    "other commands begin anew"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """The words of a command line; no words mean `train`."""
@@ -67,7 +73,8 @@ def main(args: Any, console: Console) -> int:
 
 def cli(words: Sequence[str] | None = None) -> int:
     """The exit status of a command line."""
-    return run(Command, lambda flags, console: main(flags.command, console), __doc__, words, 130)
+    command = lambda flags, console: main(flags.command, console)
+    return run(Command, command, __doc__, words, 130, AGAIN)
 
 
 if __name__ == "__main__":

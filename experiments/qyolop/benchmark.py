@@ -22,6 +22,7 @@ from rich.table import Table
 
 from experiments.common import records
 from experiments.qyolop.engines import DeployError, integer_model, onnx_session, pictures
+from experiments.qyolop.flags import LARGEST_BATCH, check_file, check_range
 from llm_jax.extras import MissingPackage
 from llm_jax.progress import Bar, bar
 from qyolop_jax import export, integer, optimization
@@ -38,6 +39,7 @@ from qyolop_jax.sources import Feed, batches
 from qyolop_jax.training import float_loss
 from qyolop_jax.weights import load_weights
 
+MOST_REPEATS = 10**5
 MATMUL_SIDE = dict(cpu=1536, gpu=8192)
 """Side of the square matrices whose product sets the limit."""
 WARM = 0.05
@@ -261,8 +263,11 @@ def speed_rows(ways: Sequence[Way], took: Sequence[Sequence[float]]) -> list[dic
 
 def benchmark_command(args: BenchmarkNetwork, console: Console) -> int:
     """Times every way, prints a table, appends records."""
-    if args.repeats < 1 or min((1, *args.batch, *args.train_batch)) < 1:
-        raise DeployError("repeats and batches are 1 or more")
+    check_range(args, 1, MOST_REPEATS, "repeats")
+    check_range(args, 1, LARGEST_BATCH, "batch", "train_batch")
+    if not args.batch and not args.train_batch:
+        raise DeployError("there is nothing to time; give --batch or --train-batch")
+    check_file(args.output)
     s = subject(args, console)
     device = jax.devices()[0].device_kind
     console.print(

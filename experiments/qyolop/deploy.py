@@ -12,7 +12,14 @@ from rich.console import Console
 from experiments.common import records
 from experiments.qyolop.datasets import HELD_OUT_SEED, dataset
 from experiments.qyolop.engines import DeployError, check_export, integer_model
-from experiments.qyolop.evaluate import latency, print_report, print_scores
+from experiments.qyolop.evaluate import latency, print_report, print_scores, save_scores
+from experiments.qyolop.flags import (
+    LARGEST_SEED,
+    MOST_IMAGES,
+    check_data,
+    check_file,
+    check_range,
+)
 from experiments.qyolop.sensitivity import Case, measure_sensitivity
 from llm_jax.files import atomic_file
 from llm_jax.progress import Bar, bar
@@ -82,15 +89,18 @@ class Export:
 
 def quantize_command(args: Quantize, console: Console) -> int:
     """Calibrates, writes the integer network, and measures what was asked for."""
-    run = args.run.expanduser()
-    source = run / MODEL_FILE if run.is_dir() else run
-    cfg, variables = load_weights(source)
-    if args.images < 1:
-        raise DeployError(f"{args.images} images to calibrate with; expected at least 1")
+    check_range(args, 1, MOST_IMAGES, "images", "scenes", "held_out")
+    check_range(args, 0, LARGEST_SEED, "seed")
+    check_data(args.data)
     settings = Settings(
         args.observer, args.percentile, not args.per_tensor, symmetric=args.symmetric,
         keep=args.keep,
     )  # fmt: skip
+    run = args.run.expanduser()
+    source = run / MODEL_FILE if run.is_dir() else run
+    cfg, variables = load_weights(source)
+    target = args.output or _free_name(source.parent / INTEGER_FILE, console)
+    check_file(target, source)
     graph, params = fold(cfg, variables)
     plan_quantization(graph, settings)  # a wrong name in `keep` is an error now, not in a minute
     report = Report()
@@ -99,7 +109,6 @@ def quantize_command(args: Quantize, console: Console) -> int:
     with bar(console, f"Calibrating with {total} images", total) as step:
         scales = calibrate_scales(graph, params, _counted(few, step), settings)
     model = integer.to_integer(graph, params, scales, settings, cfg)
-    target = args.output or _free_name(source.parent / INTEGER_FILE, console)
     network = Network(cfg, integer.run_integer, model)
     network.save(target)
     before, after = source.stat().st_size, target.stat().st_size
@@ -118,8 +127,10 @@ def quantize_command(args: Quantize, console: Console) -> int:
     if args.evaluate:
         floats = Network(cfg, float_forward(cfg), variables)
         ways = [("float32", floats, before), ("int8", network, after)]
-        for r in (rows := _scores(args, ways, report, console)):
-            records.append(target.with_suffix(".jsonl"), r | about)
+        rows = []
+        for r in _scores(args, ways, report, console):
+            rows.append(r)
+            save_scores(console, target.with_suffix(".jsonl"), r | about)
         print_scores(console, rows)
     print_report(console, report)
     return 0
@@ -161,9 +172,8 @@ def _counted(few: Sequence[dict], step: Bar) -> Iterator[dict]:
 
 def _scores(
     args: Quantize, ways: Sequence[tuple[str, Network, int]], report: Report, console: Console
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A row of scores for each of `ways` (name, network, bytes) and each data set."""
-    rows = []
     for data in args.data:
         drawn = Scenes(args.held_out, ways[0][1].cfg.size, HELD_OUT_SEED)
         held = Cached(dataset(data, "val", args.data_dir, drawn, report))
@@ -171,15 +181,16 @@ def _scores(
             with bar(console, f"{name}: {data} val", len(held)) as step:
                 found = evaluate(network, held, report=report, progress=step)
             seconds = latency(network)
-            rows.append(
-                dict(model=name, data=data, split="val", result=found, bytes=size, seconds=seconds)
+            yield dict(
+                model=name, data=data, split="val", result=found, bytes=size, seconds=seconds
             )
-    return rows
 
 
 def export_command(args: Export, console: Console) -> int:
     """Writes the file and runs it once; nothing is written where it differs from the model."""
     path, size = args.run.expanduser(), args.size
+    if size is not None:
+        ModelConfig(size=size)  # a size that cannot be is an error
     if args.precision == "int8":
         path = path / INTEGER_FILE if path.is_dir() else path
         model = integer_model(path)
@@ -187,6 +198,8 @@ def export_command(args: Export, console: Console) -> int:
         onnx = lambda: export.integer_onnx(model, size)
         steps = {n: np.asarray(p["step"]) for n, p in model.outputs.items()}
         mixed = any("factor" not in layer for layer in model.layers.values())
+        if size is None and model.config is not None:
+            size = model.config.size
         if size is None:
             beside = path.parent / MODEL_FILE
             if not beside.is_file():
@@ -203,6 +216,7 @@ def export_command(args: Export, console: Console) -> int:
     end = ".onnx" if args.format == "onnx" else ".stablehlo"
     stem = path.stem if args.precision == "int8" else f"{path.stem}-float32"
     target = args.output or path.parent / (stem + end)
+    check_file(target, path)
     with console.status(f"Exporting {path}"), atomic_file(target) as scratch:
         if args.format == "onnx":
             scratch.write_bytes(onnx().SerializeToString())

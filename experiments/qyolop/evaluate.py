@@ -15,11 +15,19 @@ from rich.table import Table
 
 from experiments.common import records
 from experiments.qyolop.datasets import HELD_OUT_SEED, DataName, dataset
+from experiments.qyolop.flags import (
+    LARGEST_BATCH,
+    MOST_IMAGES,
+    check_data,
+    check_file,
+    check_range,
+)
 from llm_jax.progress import bar
 from qyolop_jax.evaluation import evaluate
 from qyolop_jax.network import Network, load
 from qyolop_jax.samples import Report
 from qyolop_jax.scenes import Scenes
+from qyolop_jax.sources import LEFT_OUT
 
 SCORE_COLUMNS = {
     "mAP50": "detection/AP50", "mAP": "detection/AP", "recall50": "detection/recall50",
@@ -48,30 +56,47 @@ class Evaluate:
 
 
 def evaluate_command(args: Evaluate, console: Console) -> int:
-    """Evaluates, prints a table, appends records."""
+    """Evaluates, prints a table, appends records; 1 if samples are broken and were left out."""
+    check_range(args, 1, MOST_IMAGES, "scenes")
+    check_range(args, 1, LARGEST_BATCH, "batch")
+    check_data(args.data)
+    check_file(args.output, args.run)
     network, report, rows = load(args.run), Report(), []
-    for name in args.data:
-        scenes = Scenes(args.scenes, network.cfg.size, HELD_OUT_SEED * (args.split == "val"))
-        data = dataset(name, args.split, args.data_dir, scenes, report)
-        with bar(console, f"Evaluating on {name} {args.split}", len(data)) as step:
-            found = evaluate(
-                network, data, args.batch, protocol=args.protocol, report=report, progress=step
-            )
-        rows.append(dict(model=args.run.name, data=name, split=args.split, result=found))
-        if args.output:
-            records.append(args.output, dict(
-                rows[-1], protocol=args.protocol, environment=records.environment(),
-                device=jax.devices()[0].device_kind,
-            ))  # fmt: skip
-    print_scores(console, rows)
-    print_report(console, report)
-    return 0
+    scenes = Scenes(args.scenes, network.cfg.size, HELD_OUT_SEED * (args.split == "val"))
+    sets = {n: dataset(n, args.split, args.data_dir, scenes, report) for n in args.data}
+    try:
+        for name, data in sets.items():
+            before = report.counts[LEFT_OUT]
+            with bar(console, f"Evaluating on {name} {args.split}", len(data)) as step:
+                found = evaluate(
+                    network, data, args.batch, protocol=args.protocol, report=report, progress=step
+                )
+            rows.append(dict(model=args.run.name, data=name, split=args.split, result=found))
+            if args.output:
+                save_scores(console, args.output, dict(
+                    rows[-1], protocol=args.protocol, environment=records.environment(),
+                    device=jax.devices()[0].device_kind, left_out=report.counts[LEFT_OUT] - before,
+                ))  # fmt: skip
+    finally:  # also what was scored before an interrupt
+        if rows:
+            print_scores(console, rows)
+        print_report(console, report)
+    return 1 if report.counts[LEFT_OUT] else 0
+
+
+def save_scores(console: Console, path: Path, record: dict[str, Any]) -> None:
+    """Appends a record; prints its scores where that fails, because they took long."""
+    try:
+        records.append(path, record)
+    except OSError:
+        console.print(str(record["result"]), markup=False, highlight=False, soft_wrap=True)
+        raise
 
 
 def print_report(console: Console, report: Report) -> None:
     """Prints what was skipped in the data, if anything was."""
     if report:
-        console.print(str(report), style="dim", highlight=False)
+        console.print(str(report), style="dim", highlight=False, markup=False)
 
 
 def print_scores(console: Console, rows: Sequence[dict[str, Any]]) -> None:

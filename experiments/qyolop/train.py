@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -15,6 +15,14 @@ from rich.console import Console
 from experiments.common import records
 from experiments.qyolop.datasets import HAS_BOXES, HELD_OUT_SEED, DataName, dataset
 from experiments.qyolop.evaluate import latency, print_report, print_scores
+from experiments.qyolop.flags import (
+    LARGEST_BATCH,
+    LARGEST_SEED,
+    MOST_IMAGES,
+    check_data,
+    check_folder,
+    check_range,
+)
 from llm_jax.progress import bar
 from qyolop_jax import draw
 from qyolop_jax.augment import AugmentConfig
@@ -38,7 +46,7 @@ from qyolop_jax.samples import Batch, Report, Sample
 from qyolop_jax.scales import DEFAULT, NAIVE
 from qyolop_jax.scenes import Scenes
 from qyolop_jax.sources import Cached
-from qyolop_jax.stages import Stage, TrainError, Variables
+from qyolop_jax.stages import Stage, Variables
 
 PANEL_ROWS = 6
 
@@ -48,7 +56,7 @@ class Train:
     """Pretrain, pretrain with mosaic, finetune on everything; continues an --output that exists."""
 
     data: tuple[DataName, ...] = ("scenes",)
-    """Data sets; those without boxes join in the last two stages."""
+    """Data sets; those without boxes join in the last two stages, unless all are without."""
     data_dir: Path | None = None
     scenes: int = 256
     """Number of generated scenes to train on."""
@@ -81,12 +89,8 @@ class Train:
 
 
 def stages_of(args: Train) -> list[Stage]:
-    """The four stages that the flags ask for. TrainError where no data set has boxes."""
-    first = tuple(name for name in args.data if name in HAS_BOXES)
-    if not first:
-        raise TrainError(
-            f"none of {', '.join(args.data)} has boxes; add one of {', '.join(HAS_BOXES)}"
-        )
+    """The four stages that the flags ask for; without boxes, all of them learn masks alone."""
+    first = tuple(name for name in args.data if name in HAS_BOXES) or args.data
     return four_stages(args.epochs, args.batch, args.rate, args.data, first, args.mix)
 
 
@@ -140,10 +144,17 @@ def pair(batch: Batch, p: Predictions, b: int, cfg: ModelConfig) -> list[np.ndar
 
 def train_command(args: Train, console: Console) -> int:
     """Trains, compares precisions on the validation data, appends records."""
+    check_range(args, 1, MOST_IMAGES, "scenes", "held_out", "save_every")
+    check_range(args, 1, LARGEST_BATCH, "batch")
+    check_range(args, 0, LARGEST_SEED, "seed")
+    check_range(args, 1e-6, 1e6, "epochs")
+    check_range(args, 1e-12, 1e3, "rate")
+    check_range(args, 0, 1e6, "mix")
+    check_data(args.data)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = args.output or Path("runs") / f"qyolop-{'-'.join(args.data)}-{stamp}"
-    report = Report()
     cfg = ModelConfig(args.width, args.activation, size=args.size)
+    stages, report = stages_of(args), Report()
     read = lambda name, split, *s: dataset(name, split, args.data_dir, Scenes(*s), report)
     drawn = args.scenes, args.size, args.seed
     training_data = {name: read(name, "train", *drawn) for name in args.data}
@@ -151,13 +162,19 @@ def train_command(args: Train, console: Console) -> int:
     for name in args.data:
         with contextlib.suppress(ReadError):  # TuSimple has no such split
             validation[name] = Cached(read(name, "val", args.held_out, args.size, HELD_OUT_SEED))
+    check_folder(folder)
     scorer = Scorer(validation, folder, report, console)
     training = Training(
-        folder, training_data, cfg, stages_of(args), loss=args.loss, augment=args.augment,
+        folder, training_data, cfg, stages, loss=args.loss, augment=args.augment,
         optimization=args.optimization, dtype=None if args.dtype == "auto" else args.dtype,
         seed=args.seed, validate=lambda stage, network: scorer(network, stage.name), report=report,
     )  # fmt: skip
-    console.print(f"Results go to {folder}", style="dim", highlight=False)
+    console.print(f"Results go to {folder}", style="dim", highlight=False, markup=False)
+    if not set(args.data) & set(HAS_BOXES):
+        console.print(
+            f"None of {', '.join(args.data)} has boxes: only areas and lines are learned",
+            style="dim",
+        )
     parameters, macs = count(build_graph(cfg), cfg.size).total()
     console.print(
         f"{parameters / 1e6:.2f} M parameters, {macs / 1e9:.2f} G multiply-adds an image of "
@@ -166,8 +183,9 @@ def train_command(args: Train, console: Console) -> int:
     )
     identity = repr(dataclasses.replace(args, output=None, save_every=0))
     variables = _train(training, args.save_every, identity, console)
-    rows = compare_precisions(training, variables, scorer)
-    for r in rows:
+    rows = []
+    for r in compare_precisions(training, variables, scorer):
+        rows.append(r)
         records.append(folder / "records.jsonl", dict(
             r, settings=identity, parameters=parameters, macs=macs,
             environment=records.environment(), device=jax.devices()[0].device_kind,
@@ -198,7 +216,7 @@ def _train(training: Training, save_every: int, identity: str, console: Console)
 
 def compare_precisions(
     training: Training, variables: Variables, scorer: Scorer
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Rows of scores: in float, quantized after training in two ways, trained in 8 bits, integers.
 
     Files have a size, and their networks are timed.
@@ -212,11 +230,9 @@ def compare_precisions(
         ways.append((name, Network(cfg, eight_bit_forward(graph, settings), values), None))
     ways.append(("QAT", Network(cfg, eight_bit_forward(graph, DEFAULT), variables), None))
     ways.append(("int8", integers, (folder / INTEGER_FILE).stat().st_size))
-    rows = []
     for name, network, size in ways:
         seconds = None if size is None else latency(network)
         for data, found in scorer(network, name.replace(" ", "-")).items():
-            rows.append(dict(
+            yield dict(
                 model=name, data=data, split="val", result=found, bytes=size, seconds=seconds
-            ))  # fmt: skip
-    return rows
+            )

@@ -14,6 +14,7 @@ from qyolop_jax.config import ModelConfig
 from qyolop_jax.graph import build_graph
 from qyolop_jax.model import initial
 from qyolop_jax.optimization import Optimization
+from qyolop_jax.postprocess import PostprocessError
 from qyolop_jax.samples import SampleError
 from qyolop_jax.scenes import Scenes, scene
 from qyolop_jax.scenes.generate import Scenes as GeneratedScenes
@@ -92,6 +93,15 @@ def test_what_is_found_is_in_the_images_own_pixels(floats, tmp_path):
     assert floats.predict([]) == []
     with pytest.raises(SampleError, match=r"float32\[64, 96, 3\]; expected uint8"):
         floats.predict(images[1].astype(np.float32))
+
+
+def test_numbers_that_would_find_nothing_are_named(floats):
+    image = np.zeros((64, 96, 3), np.uint8)
+    for conf in (float("nan"), -0.1, 1.5):
+        with pytest.raises(PostprocessError, match="expected a score from 0 to 1"):
+            floats.predict(image, conf)
+    with pytest.raises(PostprocessError, match="batch is 0; expected 1 image or more"):
+        next(floats.stream([image], batch=0))
 
 
 def test_stages_and_data_that_do_not_fit(tmp_path):

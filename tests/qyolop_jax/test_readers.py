@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qyolop_jax import formats, readers
 from qyolop_jax.config import DETECTION, IGNORE, UNKNOWN
-from qyolop_jax.formats import Bdd100kWriter, ReadError, lane_table
+from qyolop_jax.formats import Bdd100kWriter, ReadError
 from qyolop_jax.readers import ApolloScape, Bdd100k, CamVid, TuSimple, TypedLanes
 from qyolop_jax.samples import SampleError
 from qyolop_jax.scenes.generate import scene
@@ -57,47 +56,6 @@ def yolop(tmp_path):
         mask_at(tmp_path / f"da_seg_annotations/train/{name}.png", ramp)
         mask_at(tmp_path / f"ll_seg_annotations/train/{name}.png", ramp[:, ::-1])
     return tmp_path
-
-
-def test_lane_bits_as_documented():
-    """Bit by bit, from strings."""
-    table = lane_table()
-    for byte in range(256):
-        bits = format(byte, "08b")[::-1]
-        what = int(bits[:3][::-1], 2)
-        if byte in (248, 249):
-            want = {248: IGNORE, 249: UNKNOWN}[byte]
-        elif bits[3] == "1" or what in (0, 4):
-            want = 0
-        elif what in (1, 2, 3):
-            want = 2
-        else:
-            want = 3 if bits[4] == "1" else 1
-        assert table[byte] == want, byte
-
-
-def test_lanes_of_the_fixtures(shared_data):
-    """Their foreground is 0.27 % to 0.92 %, of which crosswalks and curbs are background here."""
-    files = sorted((shared_data / "driving/bdd100k_fixtures/lane/gts").glob("*.png"))
-    assert len(files) == 4
-    kinds = set()
-    for file in files:
-        raw = formats.read_mask(file, (720, 1280))
-        assert 0.0025 < (raw & 8 == 0).mean() < 0.0095
-        lane = lane_table()[raw]
-        assert (lane > 0).sum() == np.isin(raw, (1, 2, 3, 5, 6, 7)).sum()
-        kinds |= set(np.unique(lane).tolist())
-    assert kinds == {0, 1, 2}  # no dashed pixel in them
-
-
-def test_boxes_of_the_scalabel_fixture(shared_data):
-    content = formats.read_json(shared_data / "driving/bdd100k_fixtures/example_annotation.json")
-    found = [formats.objects_of(e, "fixture") for e in content]
-    listed = [l for e in content for l in e["labels"]]
-    assert sum(map(len, found)) == len(listed) > 0
-    first = np.array(listed[0]["poly2d"][0]["vertices"])
-    if len(listed[0]["poly2d"]) == 1:
-        np.testing.assert_allclose(found[0][0].box, [*first.min(0), *first.max(0)])
 
 
 def test_yolops_layout(yolop):
@@ -231,7 +189,7 @@ def whole(path):
             lambda r: (r / "images/train/a.jpg").write_bytes(
                 whole(r / "images/train/a.jpg")[:400]
             ),
-            "a.jpg ends early; the image is truncated",
+            "a.jpg is corrupt, or no image: Truncated",
         ),
         (lambda r: (r / "images/train/a.jpg").unlink(), "a.jpg does not exist"),
         (lambda r: mask_at(r / "da_seg_annotations/train/a.png", np.zeros((60, 96))),
@@ -405,10 +363,53 @@ def test_tusimple_of_both_kinds(shared_data):
         assert s.labelled == (False, False, True) and 0.002 < (s.lane == UNKNOWN).mean() < 0.1
 
 
-def test_an_image_keeps_the_pixel_order_of_its_labels(tmp_path):
-    """An EXIF turn is ignored, as masks have none."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
-    assert formats.read_image(tmp_path / "a.jpg").shape == (40, 80, 3)
-    assert readers.images_in(tmp_path) == [tmp_path / "a.jpg"]
+def test_tusimple_entries_out_of_place_are_named(tmp_path):
+    image_at(tmp_path / "a.jpg")
+    file = tmp_path / "label_data.json"
+    good = dict(h_samples=[1, 2], lanes=[[1, 3]], raw_file="a.jpg")
+    for changed, words in [
+        (dict(raw_file="../a.jpg"), "outside of the data set"),
+        (dict(raw_file="/etc/a.jpg"), "outside of the data set"),
+        (dict(raw_file=5), "line 1: not a TuSimple entry"),
+        (dict(lanes=[[1, float("inf")]]), "no place in an image"),
+        (dict(h_samples=[1, float("nan")]), "no place in an image"),
+        (dict(h_samples=[1, 10**400]), "line 1: not a TuSimple entry"),
+        (dict(h_samples=[[1]], lanes=[[[1]]]), "differ in length"),
+    ]:
+        file.write_text(json.dumps(good | changed))
+        with pytest.raises(ReadError, match=words):
+            TuSimple(tmp_path)
+    file.write_text("\n".join([json.dumps(good)] * 2))
+    with pytest.raises(ReadError, match=r"two entries for .*a\.jpg"):
+        TuSimple(tmp_path)
+    file.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ReadError, match="is no text"):
+        TuSimple(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2], [None], [{"name": None, "labels": []}], [{"labels": []}], [{"name": 3}],
+        [{"name": ""}], ["a.jpg"], [[]], 3, "text", {}, {"frames": 1}, {"frames": [1]}, None,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lists_of_wrong_types_are_named(tmp_path, content):
+    image_at(tmp_path / "images/100k/train/a.jpg")
+    json_at(tmp_path / "labels/det_20/det_train.json", content)
+    with pytest.raises(ReadError, match=r"det_train\.json.*(expected a list|expected an object)"):
+        Bdd100k(tmp_path)
+
+
+def test_one_image_has_one_entry_and_one_stem_one_image(tmp_path):
+    image_at(tmp_path / "images/100k/train/a.jpg")
+    entry = dict(name="a.jpg", labels=[])
+    json_at(tmp_path / "labels/det_20/det_train.json", [entry, dict(name="clip/a.png", labels=[])])
+    with pytest.raises(ReadError, match="two entries for a; remove one"):
+        Bdd100k(tmp_path)
+    json_at(tmp_path / "labels/det_20/det_train.json", [entry])
+    assert len(Bdd100k(tmp_path)) == 1
+    image_at(tmp_path / "images/100k/train/a.PNG")
+    with pytest.raises(ReadError, match=r"a\.PNG and a\.jpg, whose labels would be the same"):
+        Bdd100k(tmp_path)

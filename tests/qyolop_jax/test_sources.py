@@ -183,6 +183,26 @@ def test_in_order_is_everything_once():
     last = found[1][0]
     assert not last["labelled"][2:].any() and not last["valid"][2:].any()
     assert list(in_order([], feed)) == []
+    with pytest.raises(ReadError, match="number 2 is corrupt"):  # no report that could name it
+        list(in_order(data, feed))
+
+
+def test_in_order_keeps_every_box():
+    """More than a batch to train on has places for; a box too small for float32 is counted."""
+    corners = np.stack(np.meshgrid(np.arange(0, 96, 4), np.arange(0, 64, 4)), -1).reshape(-1, 2)
+    boxes = np.concatenate([corners, corners + 3], 1).astype(np.float32)
+    image, kinds = np.zeros((*SIZE, 3), np.uint8), np.zeros(len(boxes), np.int32)
+    data = [make_sample(image, boxes[:n], kinds[:n]) for n in (300, 0, 65)]
+    report, feed = Report(), Feed(SIZE, 2, threads=0)
+    first, second = (batch for batch, _ in in_order(data, feed, report))
+    assert first["valid"].sum(1).tolist() == [300, 0] and second["valid"].sum(1).tolist() == [65, 0]
+    np.testing.assert_allclose(first["boxes"][0], boxes[:300], atol=1e-4)
+    assert not report
+    small = make_sample(image, [[90, 2, np.nextafter(np.float32(90), np.float32(91)), 8]], [0])
+    wide = [dataclasses.replace(small, image=np.zeros((64, 1000, 3), np.uint8), area=np.full(
+        (64, 1000), IGNORE, np.uint8), lane=np.full((64, 1000), IGNORE, np.uint8))]  # fmt: skip
+    ((batch, _),) = in_order(wide, feed, report)
+    assert batch["valid"].sum() == 0 and report.counts == {"box without an area on the grid": 1}
 
 
 def test_memory_keeps_what_was_loaded():

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from qyolop_jax import optimization
+from qyolop_jax.checkpoints import Checkpoints
 from qyolop_jax.flat import flatten
 from qyolop_jax.optimization import Optimization
 from qyolop_jax.stages import Phase, Stage, TrainError
@@ -148,7 +149,7 @@ def test_a_killed_process_loses_nothing(tmp_path):
     here = pathlib.Path(__file__).parent
     command = [sys.executable, "-c", script, str(tmp_path / "run"), str(here), str(here.parents[1])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    saved = tmp_path / "run/checkpoints/4"
+    saved = tmp_path / "run/checkpoints/4.safetensors"
     while process.poll() is None and not saved.exists():
         pass
     process.send_signal(signal.SIGKILL)
@@ -185,9 +186,111 @@ def test_what_cannot_be_is_said(tmp_path):
     with pytest.raises(TrainError, match="other settings"):
         fit(tmp_path / "a", phases()[:1], identity="two")
     stage = Stage("far", 1, 4, 1e30, 1e30)
-    with pytest.raises(TrainError, match="lower its rate"):
+    with pytest.raises(TrainError, match="with a lower rate"):
         fit(tmp_path / "b", [Phase(stage, loss, begin, lambda m: Numbers(0), 60)])
     assert os.path.exists(tmp_path / "b/log.jsonl")
+    for wrong in (dict(save_every=0), dict(log_every=-1)):
+        with pytest.raises(TrainError, match="expected 1 step or more"):
+            fit(tmp_path / "c", phases(), **wrong)
+
+
+class Spoiled(Numbers):
+    """Batches of which one is NaN."""
+
+    def __init__(self, at):
+        super().__init__(0)
+        self.spoiled = at
+
+    def __next__(self):
+        batch = super().__next__()
+        return batch if self.at != self.spoiled else dict(batch, x=batch["x"] * np.nan)
+
+
+def newest(folder):
+    """(step, state) of the newest checkpoint."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    about = checkpoints.newest()
+    like = optimization.new_state(begin(None), optimization.optimizer(Optimization()))
+    return about["step"], checkpoints.restore(like)
+
+
+@pytest.mark.quick_cases("3-0", "20-15")
+@pytest.mark.parametrize(("spoiled", "good"), [(3, 0), (8, 5), (20, 15), (10, 5)])
+def test_what_is_not_finite_is_never_saved_or_judged(spoiled, good, tmp_path):
+    """A NaN between two lines of the log, before a checkpoint, and in the last step of a stage."""
+    judged = []
+    validate = lambda variables, step, last: judged.append(step) or {}
+    stage = Stage("one", 2, 4, 1e-3, 1e-4)
+    run = lambda: fit(
+        tmp_path, [Phase(stage, loss, begin, lambda m: Spoiled(spoiled), 10, validate)],
+        save_every=5, log_every=20,
+    )  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(TrainError, match="the newest checkpoint is from before"):
+            run()
+        step, state = newest(tmp_path)
+        assert step == good
+        assert all(np.isfinite(a).all() for a in jax.tree.leaves(state))
+    assert all(step < spoiled for step in judged)
+
+
+def test_a_finite_loss_with_weights_that_are_not_is_named(tmp_path):
+    """The gradient of a root is infinite where the loss is zero."""
+
+    def root(variables, batch):
+        total = jnp.sqrt(jnp.sum((variables["params"]["w"] - 1) ** 2)) + jnp.mean(batch["x"]) * 0
+        return total, (dict(seen=variables["seen"]), dict(parts=total))
+
+    stage = Stage("one", 1, 4, 1e-3, 1e-4)
+    with pytest.raises(TrainError, match=r"step 1 of one .*: params/\w holds NaN"):
+        fit(tmp_path, [Phase(stage, root, begin, lambda m: Numbers(0), 1)])
+    assert newest(tmp_path)[0] == 0
+    wrong = lambda variables: dict(begin(None), params=dict(w=jnp.ones((3, 1)), b=jnp.inf))
+    with pytest.raises(TrainError, match="before step 1 of one: params/b holds"):
+        fit(tmp_path / "b", [Phase(stage, loss, wrong, lambda m: Numbers(0), 1)])
+
+
+@pytest.mark.parametrize("where", [(0, 7), pytest.param((1, 8), marks=pytest.mark.slow)])
+def test_an_interrupt_loses_no_step(where, tmp_path):
+    def interrupt(phase, step, steps, parts):
+        if (phase, step) == where:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "part", phases(), save_every=100, log_every=2, progress=interrupt)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert newest(tmp_path / "part")[0] in (where[1], where[1] + 1)
+    again = fit(tmp_path / "part", phases(), save_every=100, log_every=2)
+    same(fit(tmp_path / "whole", phases(), save_every=100, log_every=2), again)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "part")
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    tried = []
+
+    def again(phase, step, steps, parts):
+        with pytest.raises(TrainError, match="another process writes to"):
+            fit(tmp_path / "run", phases())
+        tried.append(step)
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(tmp_path / "run", phases(), progress=again)
+    assert tried == [1]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TrainError, match="cannot be trained in"):
+        fit(tmp_path / "file", phases())
+
+
+def test_a_second_interrupt_comes_at_once(tmp_path):
+    def interrupt(phase, step, steps, parts):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, phases(), progress=interrupt)
+    assert newest(tmp_path)[0] == 0
 
 
 def test_batches_are_split_among_all_devices():
@@ -197,6 +300,7 @@ import sys
 sys.path[:0] = sys.argv[1:]
 import jax, numpy as np, test_training as t
 from qyolop_jax import optimization
+from qyolop_jax.checkpoints import Checkpoints
 config = optimization.Optimization()
 mesh = optimization.devices_for(4)
 assert mesh.size == 2, mesh

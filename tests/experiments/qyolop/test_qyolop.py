@@ -1,7 +1,9 @@
 """experiments.qyolop on a tiny network: what it writes, that it resumes, what it says."""
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +14,16 @@ import pytest
 from rich.console import Console
 
 from experiments.qyolop import __main__ as qyolop
+from experiments.qyolop import evaluate as qyolop_evaluate
 from experiments.qyolop import predict as qyolop_predict
 from experiments.qyolop import train as qyolop_train
 from qyolop_jax import recipe, weights
 from qyolop_jax.config import ModelConfig
+from qyolop_jax.formats import ReadError
 from qyolop_jax.model import initial
 from qyolop_jax.network import load
 from qyolop_jax.readers import Bdd100k
-from qyolop_jax.scenes import scene
+from qyolop_jax.scenes import Scenes, scene
 from qyolop_jax.sources import Feed, in_order
 from qyolop_jax.stages import TrainError
 
@@ -144,6 +148,87 @@ def test_evaluate(run, tmp_path, capsys):
     assert (found["data"], found["split"], found["protocol"]) == ("scenes", "val", "pooled")
     assert {"detection/AP50", "area/mIoU", "lane/F1@2 any"} <= set(found["result"])
     assert "scenes val" in capsys.readouterr().out
+
+
+@pytest.fixture
+def scored(run, monkeypatch):
+    """Evaluation whose scores are made up; `calls` are the data sets that were scored."""
+    calls = []
+
+    def scores(network, data, batch, protocol, report, progress):
+        calls.append(len(data))
+        return {"detection/AP50": 0.625, "area/mIoU": 0.5}
+
+    monkeypatch.setattr(qyolop_evaluate, "evaluate", scores)
+    return calls
+
+
+def test_scores_are_printed_where_they_cannot_be_written(
+    run, scored, tmp_path, monkeypatch, capsys
+):
+    """A disk that was full only after the scoring."""
+
+    def full(path, record):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(qyolop_evaluate.records, "append", full)
+    words = ["evaluate", "--run", str(run), "--output", str(tmp_path / "scores.jsonl")]
+    assert qyolop.cli(words) == 2
+    told = capsys.readouterr()
+    assert "0.625" in told.out and "'area/mIoU': 0.5" in told.out and "No space left" in told.err
+    assert scored == [64] and not list(tmp_path.iterdir())
+
+
+def test_outputs_are_tried_before_the_scoring(run, scored, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, tmp_path / "file/scores.jsonl", tmp_path / "pipe"):
+        assert qyolop.cli(["evaluate", "--run", str(run), "--output", str(place)]) == 2
+        assert f"--output {place}" in capsys.readouterr().err
+    assert not scored
+
+
+def test_an_interrupt_keeps_what_was_scored(run, scored, tmp_path, monkeypatch, capsys):
+    def second(name, *rest):
+        return [None] * 3 if name == "scenes" else Interrupted()
+
+    class Interrupted(list):
+        def __len__(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(qyolop_evaluate, "dataset", second)
+    out = tmp_path / "scores.jsonl"
+    words = ["evaluate", "--run", str(run), "--data", "scenes", "camvid", "--output", str(out)]
+    assert qyolop.cli(words) == 130
+    told = capsys.readouterr()
+    assert "interrupted; what is written stays" in told.err and "0.625" in told.out
+    assert [r["data"] for r in lines(out)] == ["scenes"]
+
+
+def test_broken_samples_are_named_and_change_the_status(run, tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        class Some(Scenes):
+            def __getitem__(self, index):
+                if index == 1:
+                    raise ReadError("one.jpg is corrupt")
+                return super().__getitem__(index)
+
+        return Some(3, (64, 96))
+
+    monkeypatch.setattr(qyolop_evaluate, "dataset", broken)
+    out = tmp_path / "scores.jsonl"
+    args = qyolop.Evaluate(run, batch=2, output=out)
+    assert qyolop.main(args, Console(width=140)) == 1
+    assert "1: one.jpg is corrupt" in capsys.readouterr().out
+    assert lines(out)[0]["left_out"] == 1
+
+
+def test_lanes_alone_can_be_trained():
+    """YOLOP#107 asks for it: data without boxes is used in all four stages."""
+    stages = qyolop_train.stages_of(qyolop.Train(data=("apollo", "tusimple")))
+    assert [s.data for s in stages] == [("apollo", "tusimple")] * 4
+    stages = qyolop_train.stages_of(qyolop.Train(data=("apollo", "camvid")))
+    assert [s.data for s in stages] == [("camvid",)] * 2 + [("apollo", "camvid")] * 2
 
 
 def test_predict_images_and_labels(run, tmp_path):

@@ -168,6 +168,17 @@ def test_exports_give_what_the_model_gives(folder, tmp_path, form, precision, ca
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
+def test_a_file_that_says_its_size_is_exported_alone(folder, tmp_path, monkeypatch):
+    """As the network for roads is, which has no model.safetensors beside it."""
+    alone, sizes = tmp_path / "alone.safetensors", []
+    alone.write_bytes((folder / INTEGER_FILE).read_bytes())
+    made = lambda forward, size: sizes.append(size) or b"made"
+    monkeypatch.setattr(qyolop_deploy.export, "serialize", made)
+    monkeypatch.setattr(qyolop_deploy, "check_export", lambda *a: "")
+    assert qyolop.main(qyolop_deploy.Export(alone, "stablehlo"), QUIET) == 0
+    assert sizes == [CFG.size] and (tmp_path / "alone.stablehlo").read_bytes() == b"made"
+
+
 def test_an_export_that_differs_is_not_written(folder, tmp_path, monkeypatch):
     real = qyolop_deploy.export.integer_onnx
 
@@ -191,26 +202,30 @@ def test_an_export_that_differs_is_not_written(folder, tmp_path, monkeypatch):
         (["quantize", "--run", "RUN", "--keep", "stem.9"], "no convolution 'stem.9'"),
         (["quantize", "--run", "RUN", "--data", "cityscapes"], "no data set 'cityscapes'; there"),
         (["quantize", "--run", "RUN", "--data", "camvid"], "needs --data-dir"),
-        (["quantize", "--run", "RUN", "--images", "0"], "expected at least 1"),
+        (["quantize", "--run", "RUN", "--images", "0"], "--images is 0; expected 1 to"),
+        (["quantize", "--run", "RUN", "--output", "RUN/model.safetensors"], "replace the input"),
+        (["export", "--run", "RUN", "--format", "onnx", "--output", "RUN"], "there and is no file"),
         (["quantize", "--run", "RUN", "--percentile", "7"], "percentile 7"),
         (["export", "--run", "EMPTY", "--format", "onnx"], "`quantize --run` makes one"),
         (["export", "--run", "TORN", "--format", "onnx"], "make it again with `quantize --run`"),
         (["export", "--run", "TORN", "--format", "onnx", "--precision", "float32"], "not a whole"),
         (["export", "--run", "RUN/model.safetensors", "--format", "onnx"], "make it again"),
-        (["export", "--run", "ALONE", "--format", "onnx"], "give --size"),
+        (["export", "--run", "BARE", "--format", "onnx"], "give --size"),
         (["export", "--run", "RUN", "--format", "onnx", "--size", "50", "64"], "multiples of 32"),
         (["benchmark", "--run", "nowhere"], "train a model first"),
         (["benchmark", "--size", "50", "64"], "multiples of 32"),
-        (["benchmark", "--repeats", "0"], "1 or more"),
+        (["benchmark", "--repeats", "0"], "--repeats is 0; expected 1 to"),
     ],
 )
 def test_bad_input_is_named(words, said, folder, tmp_path, capsys):
     data = (folder / INTEGER_FILE).read_bytes()
     (tmp_path / "torn.safetensors").write_bytes(data[: len(data) // 2])
-    (tmp_path / "alone.safetensors").write_bytes(data)
+    model = integer.load_integer_model(folder / INTEGER_FILE)
+    bare = dataclasses.replace(model, config=None)
+    integer.save_integer_model(bare, tmp_path / "bare.safetensors")
     places = dict(
         RUN=folder, EMPTY=tmp_path, TORN=tmp_path / "torn.safetensors",
-        ALONE=tmp_path / "alone.safetensors",
+        BARE=tmp_path / "bare.safetensors",
     )  # fmt: skip
     for name, path in places.items():
         words = [w.replace(name, str(path)) for w in words]
