@@ -42,6 +42,25 @@ def checked_tokens(tokens: Any, vocab: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
+def checked_prompt(prompt: Any, vocab: int) -> np.ndarray:
+    """One row of token ids, int32 [T], not empty. Raises GenerationError for anything else."""
+    prompt = checked_tokens(prompt, vocab)
+    if prompt.ndim != 1:
+        raise GenerationError(f"a prompt has shape {prompt.shape}; expected one row of token ids")
+    if not len(prompt):
+        raise GenerationError("the prompt is empty; at least one token is needed")
+    return prompt
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed. Raises GenerationError for one that JAX's 32-bit keys would take for another."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise GenerationError(
+            f"the seed is {seed!r}; expected a whole number from 0 to {2**32 - 1}"
+        )
+    return seed
+
+
 def chunk_sizes(chunk: int) -> list[int]:
     """Lengths of the programs that prefill takes: 16, 64, 256, … and `chunk`, ascending."""
     return [4**n for n in range(2, 16) if 4**n < chunk] + [chunk]
@@ -77,22 +96,13 @@ def prefill(
 
     Raises GenerationError for a prompt that is empty, has unknown ids or does not fit.
     """
-    prompt = _checked_prompt(prompt, cfg)
+    prompt = checked_prompt(prompt, cfg.vocab)
     slots = caches[0].slots
     if len(prompt) > slots:
         raise GenerationError(f"the prompt has {len(prompt)} tokens and the cache {slots} slots")
     for tokens, at, real in chunks(prompt, slots, chunk):
         logits, caches = _prefill(params, tokens, caches, jnp.int32(at), jnp.int32(real), cfg)
     return logits, caches
-
-
-def _checked_prompt(prompt: Any, cfg: Config) -> np.ndarray:
-    prompt = checked_tokens(prompt, cfg.vocab)
-    if prompt.ndim != 1:
-        raise GenerationError(f"a prompt has shape {prompt.shape}; expected one row of token ids")
-    if not len(prompt):
-        raise GenerationError("the prompt is empty; at least one token is needed")
-    return prompt
 
 
 def decode_loop(
@@ -111,8 +121,11 @@ def decode_loop(
     `token` [1] stands at position `at` and is not in the caches yet. Returns (tokens [steps], how
     many are valid, caches) and stops after the first token that is in `eos`. Caches are donated.
     Raises GenerationError where the caches have no slots for all steps, where the token is unknown,
-    and where a logit is NaN or infinite: the likeliest token would be 0 for ever.
+    and where a logit is NaN or infinite: the likeliest token would be 0 for ever. Inside `jax.jit`
+    values are not known, so nothing is checked.
     """
+    if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves((token, at, caches, params))):
+        return _decode(params, token, caches, at, key, cfg, steps, sampler, eos)[:3]
     first, slots = int(at), caches[0].slots
     if steps < 0 or not 0 <= first <= slots - steps:
         raise GenerationError(
@@ -170,10 +183,8 @@ def generate(
     """
     if steps < 0:
         raise GenerationError(f"the number of steps is {steps}; expected 0 or more")
-    if not 0 <= seed < 2**32:
-        raise GenerationError(f"the seed is {seed}; expected 0 to {2**32 - 1}")
-    prompt = _checked_prompt(prompt, cfg)
-    key = jax.random.key(seed)
+    prompt = checked_prompt(prompt, cfg.vocab)
+    key = jax.random.key(checked_seed(seed))
     caches = caches_for(params, cfg, 1, len(prompt) + steps)
     logits, caches = prefill(params, prompt, caches, cfg)
     if not np.isfinite(logits).all():

@@ -1,4 +1,4 @@
-"""Checks of what is decoded: prompts, seeds, numbers that are not finite, and losslessness."""
+"""Checks of what is decoded: losslessness, and where numbers are not finite."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,10 +13,6 @@ from llm_jax.generation import chunks
 from llm_jax.stream import to_device
 from subspec_jax import SubspecError
 from subspec_jax.verify import Target, embedded, jit_block, last_logits, row, streamed_prefill
-
-
-class TokenError(SubspecError):
-    """Token ids or a seed that a model cannot have."""
 
 
 class NotFiniteError(SubspecError):
@@ -75,31 +71,6 @@ def compare_with_plain(
             moved = float(jnp.abs(again - logits).max())
             result["tolerance"] = max(result["tolerance"], moved)
     return result
-
-
-def check_tokens(tokens: Sequence[int], vocab: int, what: str = "the prompt") -> list[int]:
-    """The token ids as a list. Raises TokenError for what is no id below `vocab`.
-
-    A gather would take another row of the table for such an id, without a word.
-    """
-    ids = np.asarray(tokens)
-    if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
-        raise TokenError(
-            f"{what} is an array of {ids.dtype} of shape {list(ids.shape)}; expected a sequence of "
-            "token ids, which are whole numbers"
-        )
-    if wrong := [int(i) for i in ids if not 0 <= i < vocab]:
-        raise TokenError(
-            f"{what} holds the token id {wrong[0]}; this model has ids from 0 to {vocab - 1}"
-        )
-    return ids.tolist()
-
-
-def check_seed(seed: int) -> int:
-    """The seed. Raises TokenError for one that JAX's 32-bit keys would take for another one."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise TokenError(f"the seed is {seed!r}; expected a whole number from 0 to {2**32 - 1}")
-    return seed
 
 
 def not_finite(target: Target, tokens: Sequence[int], caches: list[Any], chunk: int) -> str:

@@ -14,11 +14,12 @@ import numpy as np
 
 from llm_jax.attention import caches_for
 from llm_jax.cache import KV
+from llm_jax.generation import checked_prompt, checked_seed
 from llm_jax.sample import Sampler
 from llm_jax.stream import to_device
 from subspec_jax import SubspecError
 from subspec_jax.accept import Gate
-from subspec_jax.check import NotFiniteError, check_seed, check_tokens, not_finite
+from subspec_jax.check import NotFiniteError, not_finite
 from subspec_jax.propose import Proposer, Round, State
 from subspec_jax.tree import cache_slots, live_sizes, path_to, seedling, step_gains
 from subspec_jax.verify import Target, Verified, finish_round, lay_out, run_pass, streamed_prefill
@@ -72,12 +73,10 @@ class Decoder:
         `replay` gives the number of draft tokens to accept in each round, right or wrong. This is
         for timing; the text then has no meaning. `progress` is called with the number of prompt
         tokens in the cache. Raises LengthError before the first pass if the text cannot fit,
-        TokenError for ids or a seed that cannot be, and NotFiniteError where the target computes
-        NaN or infinity.
+        GenerationError for a prompt or a seed that cannot be, and NotFiniteError where the target
+        computes NaN or infinity.
         """
-        if not len(prompt):
-            raise LengthError("the prompt is empty; give at least one token")
-        prompt = check_tokens(prompt, self.target.cfg.vocab)
+        prompt = checked_prompt(prompt, self.target.cfg.vocab).tolist()
         if new_tokens < 1:
             raise LengthError(f"{new_tokens} new tokens were asked for; give at least 1")
         if len(prompt) + new_tokens > self.max_length:
@@ -87,7 +86,7 @@ class Decoder:
             )
         spec, cfg = self.proposer.spec, self.target.cfg
         lengths = None if replay is None else iter(replay)
-        key = jax.random.key(check_seed(seed))
+        key = jax.random.key(checked_seed(seed))
 
         began = time.perf_counter()
         logits, streamed = streamed_prefill(self.target, prompt, self.caches, self.chunk, progress)

@@ -17,12 +17,12 @@ import jax
 
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.files import cache_folder
+from llm_jax.generation import checked_seed, checked_tokens
 from llm_jax.params import Attention
 from llm_jax.progress import Reporter, default_reporter
 from llm_jax.tokenizer import StreamDecoder
 from subspec_jax import SubspecError, precompile, probe
 from subspec_jax.accept import Gate
-from subspec_jax.check import check_seed, check_tokens
 from subspec_jax.decoder import Decoder, LengthError
 from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.limits import chosen_limit, plan_for
@@ -74,7 +74,7 @@ def open(
     checkpoint that cannot be used.
     """
     options = dataclasses.replace(options, **changes)
-    check_seed(options.seed)
+    checked_seed(options.seed)
     reporter = default_reporter() if reporter is None else reporter
     residual = options.stream == "residual"
     random = options.weights == "random"
@@ -335,7 +335,7 @@ class Engine:
         if decoder is None:  # on a GPU with a trial, because the plan may be a little too tight
             decoder = self.warm_up(prompt, new_tokens) if self._on_gpu() else self.use(self.method)
         seed = self.options.seed if seed is None else seed
-        ends = self.eos if eos is None else check_tokens(eos, self.cfg.vocab, "eos")
+        ends = self.eos if eos is None else checked_tokens(eos, self.cfg.vocab).tolist()
         for result in decoder.rounds(prompt, new_tokens, seed, ends, replay):
             self._totals["tokens"] += len(result.tokens)
             self._totals["passes"] += 1

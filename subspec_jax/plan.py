@@ -289,6 +289,10 @@ class _Layout:
         return items
 
 
+MOST_AHEAD = 1000
+"""Most layers on their way; a stream that has fewer sends fewer."""
+
+
 def make_plan(
     cfg: Config,
     limit: int,
@@ -312,10 +316,9 @@ def make_plan(
     allocator's rounding. Raises PlanError, with the least limit that works, if the model does not
     fit even when all layers are streamed.
     """
-    if not 1 <= ahead <= max(1, cfg.layers):
+    if not 1 <= ahead <= MOST_AHEAD:
         raise PlanError(
-            f"ahead is {ahead}; at least one layer must be on its way, and at most the model's "
-            f"{cfg.layers}"
+            f"ahead is {ahead}; at least one layer must be on its way, and at most {MOST_AHEAD}"
         )
     if max_length < 1 or chunk < 1:
         raise PlanError(f"max_length {max_length} and chunk {chunk} must be at least 1")

@@ -102,6 +102,7 @@ CASES = {
 QUICK = "window, sampled"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, form, tree, options",
     [
@@ -170,6 +171,7 @@ def test_nothing_large_is_compiled_again(tmp_path):
         reset_cache()
 
 
+@pytest.mark.quick_cases("4 bits")
 @pytest.mark.parametrize(
     "name", [pytest.param("16 bits", marks=pytest.mark.slow), *list(FORMATS)[1:]]
 )

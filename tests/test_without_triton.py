@@ -106,6 +106,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_why_not_says_so_and_xla_computes():
     assert run(WHY_NOT) == "done\n"
 

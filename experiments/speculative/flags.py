@@ -48,7 +48,8 @@ class Speculative:
     """Folder of the converted model for --stream residual (see experiments.convert); made there if
     it is missing."""
     check_files: bool = True
-    """Compare the converted model's files with their checksums when they are loaded."""
+    """Compare the files of a converted model or of --palu with their checksums when they are
+    loaded."""
     verify_weights: bool = False
     """Also decode the converted model's weights and compare them with those it was made of."""
     memory_limit: str = "auto"
@@ -172,10 +173,11 @@ def check(args: Speculative) -> None:
             raise MethodError(
                 "residuals are of 16-bit weights; drop --dtype float32 or take --stream raw"
             )
-    elif args.converted is not None or args.verify_weights or not args.check_files:
-        raise MethodError(
-            "--converted, --verify-weights and --no-check-files need --stream residual"
-        )
+    else:
+        if args.converted is not None or args.verify_weights:
+            raise MethodError("--converted and --verify-weights need --stream residual")
+        if not args.check_files and args.palu is None:
+            raise MethodError("--no-check-files needs --stream residual or --palu")
     if args.weights == "random":
         if args.checkpoint is not None:
             raise MethodError("--weights random needs no --checkpoint; drop one of them")
@@ -256,7 +258,8 @@ def opened(args: Speculative, reporter: Reporter) -> engine.Engine:
     model = args.model if args.checkpoint is None else args.checkpoint
     if args.palu is not None:
         path = find_checkpoint(args.model, args.checkpoint, progress=reporter.say)
-        model = store.PaluCheckpoint(open_checkpoint(path), store.describe(args.palu))
+        stored = store.describe(args.palu, args.check_files)
+        model = store.PaluCheckpoint(open_checkpoint(path), stored, args.check_files)
     if args.stream == "residual" and args.checkpoint is not None and args.converted is None:
         raise MethodError(
             "--stream residual with --checkpoint needs --converted FOLDER: where the converted "

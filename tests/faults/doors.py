@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from mutations import mutated_bytes, mutated_json, mutated_lines
+from PIL import Image
 
 from experiments.common import records
 from experiments.common.cli import USER_ERRORS
@@ -18,6 +21,16 @@ from experiments.speculative.replay import acceptance_trace
 from llm_jax.digest import array_digest, json_digest
 from llm_jax.formats import open_checkpoint
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
+from palu_jax import store
+from palu_jax.calibration import calibrate
+from palu_jax.convert import Recipe, to_palu
+from palu_jax.latent import LatentFormat
+from palu_jax.rank import group_sizes, uniform_ranks
+from qyolop_jax.config import ModelConfig
+from qyolop_jax.formats import read_image
+from qyolop_jax.model import initial
+from qyolop_jax.readers import Bdd100k
+from qyolop_jax.weights import load_weights, save_weights
 from subspec_jax.methods import Method
 from subspec_jax.residual.convert import convert
 from subspec_jax.residual.files import Converted
@@ -169,6 +182,95 @@ def benchmark(suffix: str) -> Callable[[Path], Path]:
     return make
 
 
+TEXT = [np.random.default_rng(0).integers(0, CFG.vocab, (2, 12)) for _ in range(2)]
+
+
+@functools.cache
+def low_rank():
+    """(parameters, statistics, recipe) of the tiny model."""
+    params, sizes = tiny_params(CFG), group_sizes(CFG.kv_heads, 2)
+    ranks = uniform_ranks(CFG.layers, sizes, CFG.head_dim, 0.5)
+    recipe = Recipe(sizes, ranks, "gradient", LatentFormat(4, 4))
+    return params, calibrate(params, TEXT, CFG), recipe
+
+
+def palu_store(name: str) -> Callable[[Path], Path]:
+    """One of the files of a store: the description, or the largest one of the factors."""
+
+    def make(folder: Path) -> Path:
+        params, found, recipe = low_rank()
+        store.save(folder / "palu", to_palu(params, CFG, recipe, found), CFG, recipe, "tiny")
+        files = (folder / "palu").rglob(name)
+        return max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
+
+    return make
+
+
+def restored(path: Path) -> str:
+    folder = next(above for above in path.parents if (above / store.NAME).exists())
+    return digest(store.restore(folder, low_rank()[0], CFG))
+
+
+def statistics(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    calibrate(low_rank()[0], TEXT, CFG, path=folder / "statistics.npz")
+    return folder / "statistics.npz"
+
+
+def continued(path: Path) -> str:
+    found = calibrate(low_rank()[0], TEXT, CFG, path=path)
+    return digest([list(vars(layer).values()) for layer in found.layers])
+
+
+NETWORK = ModelConfig(0.125, "relu", size=(64, 96))
+
+
+def network(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / "network.safetensors", NETWORK, initial(NETWORK))
+    return folder / "network.safetensors"
+
+
+def picture(suffix: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"a{suffix}")
+        return folder / f"a{suffix}"
+
+    return make
+
+
+OBJECT = {"category": "car", "box2d": {"x1": 1.0, "y1": 2.0, "x2": 9.0, "y2": 8.0}}
+FRAMES = [{"name": "a.jpg", "labels": [OBJECT]}, {"name": "b.jpg", "labels": [OBJECT, OBJECT]}]
+
+
+def labels(folder: Path) -> Path:
+    """Images, masks and labels as BDD100K has them."""
+    root = folder / "bdd100k"
+    for name in ("a", "b"):
+        for place, suffix, mode in LAYOUT:
+            path = root / place / f"{name}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new(mode, (32, 20)).save(path)
+    file = root / "labels" / "det_20" / "det_val.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(FRAMES))
+    return file
+
+
+LAYOUT = (
+    ("images/100k/val", ".jpg", "RGB"),
+    ("labels/drivable/masks/val", ".png", "L"),
+    ("labels/lane/masks/val", ".png", "L"),
+)
+
+
+def samples(path: Path) -> str:
+    data = Bdd100k(path.parents[2], "val")
+    return digest([dataclasses.asdict(data[i]) for i in range(len(data))])
+
+
 DOORS = {
     "safetensors": Door(checkpoint("model.safetensors"), weights, "bytes"),
     "config": Door(checkpoint("config.json"), weights, "json"),
@@ -190,4 +292,11 @@ DOORS = {
     "trace": Door(jsonl(TURN), trace, "lines"),
     "benchmark": Door(benchmark(".jsonl"), questions, "lines"),
     "benchmark parquet": Door(benchmark(".parquet"), questions, "bytes"),
+    "Palu store": Door(palu_store(store.NAME), restored, "json", checked=True),
+    "Palu factors": Door(palu_store("*"), restored, "bytes", checked=True),
+    "Palu statistics": Door(statistics, continued, "bytes", checked=True),
+    "Q-YOLOP network": Door(network, lambda path: digest(load_weights(path)[1]), "bytes", True),
+    "image PNG": Door(picture(".png"), lambda path: array_digest(read_image(path)), "bytes"),
+    "image JPEG": Door(picture(".jpg"), lambda path: array_digest(read_image(path)), "bytes"),
+    "labels": Door(labels, samples, "json"),
 }

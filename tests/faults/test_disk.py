@@ -28,11 +28,19 @@ COMMANDS = {
     ),
     "palu": (
         palu.cli,
-        "--checkpoint {model} --output {out}/new --save {out}/store --text {text}",
+        "--checkpoint {model} --output {out}/new --save {out}/store --calibration {text}"
+        " --evaluation {text} --calibration-tokens 512 --calibration-length 128 --tokens 256"
+        " --context 128 --preset none --keep 0.5",
     ),
     "qyolop predict": (qyolop.cli, "predict --input {image} --output {out}/new"),
-    "qyolop evaluate": (qyolop.cli, "evaluate --limit 1 --output {out}/new"),
-    "qyolop train": (qyolop.cli, "train --output {out}/new"),
+    "qyolop evaluate": (
+        qyolop.cli,
+        "evaluate --run {network} --scenes 2 --batch 2 --output {out}/new.jsonl",
+    ),
+    "qyolop train": (
+        qyolop.cli,
+        "train --scenes 8 --output {out}/new",
+    ),
 }
 
 
@@ -57,17 +65,33 @@ def given(tmp_path_factory):
     Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(image)
     (root / "text.txt").write_text("A thimble holds little. " * 400)
     model = write_safetensors(root / "model", tiny_params(CFG), CFG)
-    return dict(model=model, image=image, text=root / "text.txt")
+    network = Path(__file__).parents[2] / "experiments" / "checkpoints" / "roads-int8.safetensors"
+    return dict(model=model, image=image, text=root / "text.txt", network=network)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options, words", [("size=12k", "No space left"), ("ro", "Read-only")])
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_disk_that_takes_no_more_is_named(given, tmp_path, capfd, name, options, words):
+def named(name: str, disk: Path, given, capfd, words: str) -> None:
     command, flags = COMMANDS[name]
-    with mounted(tmp_path / "disk", options) as disk:
-        status = command(flags.format(out=disk, **given).split())
+    status = command(flags.format(out=disk, **given).split())
     err = capfd.readouterr().err
     assert status == 2, err
     assert words in err and "Traceback" not in err, err
     assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_that_takes_no_file_is_named_before_the_work(given, tmp_path, capfd, name):
+    with mounted(tmp_path / "disk", "size=12k") as disk:
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        named(name, disk, given, capfd, "No space left")
+    with mounted(tmp_path / "read-only", "ro") as disk:
+        named(name, disk, given, capfd, "Read-only")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["convert", "speculative", "palu", "qyolop predict"])
+def test_a_disk_that_fills_during_the_work_is_named(given, tmp_path, capfd, name):
+    with mounted(tmp_path / "disk", "size=12k") as disk:
+        named(name, disk, given, capfd, "No space left")

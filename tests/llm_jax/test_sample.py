@@ -82,6 +82,7 @@ def test_draws_over_seeds_follow_the_law():
     assert stats.chisquare(count, n * law(sampler, LOGITS)).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_a_draw_depends_on_seed_and_position_alone():
     """The same in any order, any batch shape, and compiled into any program."""
     sampler, key = Sampler(1.3, top_p=0.95), jax.random.key(3)

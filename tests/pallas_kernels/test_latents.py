@@ -47,6 +47,7 @@ def test_layout_of_the_docstring():
     assert pack_codes(six, 3).tolist() == [0 | 2 << 2 | 0 << 4, 1 | 3 << 2 | 3 << 4, 0b100101]
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(PACKED), st.integers(1, 70), st.integers(0, 2**32 - 1))
 def test_packing_round_trips(bits, size, seed):
@@ -56,6 +57,7 @@ def test_packing_round_trips(bits, size, seed):
     np.testing.assert_array_equal(unpack_codes(packed, bits, size), codes)
 
 
+@pytest.mark.quick_cases("2-(5,)", "3-(7, 7, 3)", "4-(1, 12, 12, 9)", "8-(8, 8, 8)")
 @pytest.mark.parametrize("blocks", [(5,), (8, 8, 8), (7, 7, 3), (1, 12, 12, 9)], ids=str)
 @pytest.mark.parametrize("bits", PACKED)
 def test_dense_is_code_times_step_plus_offset(bits, blocks):

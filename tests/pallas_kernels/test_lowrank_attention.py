@@ -170,6 +170,7 @@ def test_reference_is_the_formula(settings):
     assert error(got, in_float64(*positional, **options)) < 2e-6
 
 
+@pytest.mark.slow
 def test_unequal_ranks_and_a_smaller_last_group():
     """3 kv heads in groups of 2 and 1, of ranks 16 and 8."""
     rng = np.random.default_rng(1)
@@ -210,6 +211,7 @@ def poisoned(z: Latents, lengths):
     return Latents(bad(z.codes_BSP, 255), *scale, z.bits, z.blocks)
 
 
+@pytest.mark.quick_cases("4-reference")
 @WAYS
 @pytest.mark.parametrize("bits", [slow(16), 4])
 def test_slots_beyond_the_length_are_not_looked_at(bits, way):
@@ -220,6 +222,7 @@ def test_slots_beyond_the_length_are_not_looked_at(bits, way):
     np.testing.assert_array_equal(f64(dirty), f64(clean))
 
 
+@pytest.mark.quick_cases("1-reference")
 @WAYS
 @pytest.mark.parametrize("shared", [1, slow(2)])
 def test_rows_that_see_nothing_are_finite(shared, way):
@@ -247,6 +250,7 @@ CASES = {
 MORE = ("absorbed 8 bits, long", "rebuilt, three heads", "many rows", "latents out")
 
 
+@pytest.mark.quick_cases("rebuilt 4 bits, everything")
 @pytest.mark.parametrize("case", [slow(case) if case in MORE else case for case in CASES])
 def test_kernels_are_the_reference(case):
     """bfloat16 rounds to 1 part in 256 in a few places; 0.8 % covers all of them."""

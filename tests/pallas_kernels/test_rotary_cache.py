@@ -36,6 +36,14 @@ def expected(y, bias, cos, sin, k, v, at):
     return turned[:, :N], k, v
 
 
+@pytest.mark.quick_cases(
+    "kernel-shape0-bfloat16-True",
+    "kernel-shape1-float16-False",
+    "kernel-shape2-bfloat16-False",
+    "reference-shape0-float16-True",
+    "reference-shape1-bfloat16-False",
+    "reference-shape2-bfloat16-True",
+)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("shape", SHAPES)

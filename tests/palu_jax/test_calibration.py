@@ -33,6 +33,7 @@ def loss(params, tokens_BT, cfg, dk, dv):
     return -jnp.take_along_axis(logp, tokens_BT[:, 1:, None], -1).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_statistics(family):
     cfg = tiny_config(family)
@@ -95,6 +96,7 @@ def test_query_moments():
     np.testing.assert_allclose(found.layers[0].query_KHH, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_and_table_may_be_on_the_host():
     cfg = tiny_config("qwen2")
     params = tiny_params(cfg)

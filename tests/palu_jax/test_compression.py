@@ -69,6 +69,7 @@ def test_searches_and_options_are_respected(tiny, search):
     chex.assert_trees_all_equal(params, to_palu(tiny.params, tiny.cfg, recipe, tiny.statistics))
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept(tiny):
     """By the live arrays; with the best plan and the rest of the format."""
     how = Compression(format=LatentFormat(16, 16, window=2), budget=60.0, multiple=2, keep=1.0)

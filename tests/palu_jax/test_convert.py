@@ -30,6 +30,7 @@ def recipe(cfg, group, keep, objective="plain", **changes):
     return Recipe(groups, ranks, objective, **changes)
 
 
+@pytest.mark.quick_cases("llama3", "qwen2")
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_full_rank_equals_dense(family):
     cfg = tiny_config(family)
@@ -110,7 +111,7 @@ def test_the_cache_gives_what_one_pass_gives(tiny, name, mean):
         assert same.mean() > 0.99  # the first layer's inputs are exact
 
 
-@pytest.mark.quick_cases("sinks and window")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param("4 and 3", marks=pytest.mark.slow), "sinks and window"]
 )

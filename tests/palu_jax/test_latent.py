@@ -22,6 +22,7 @@ jit_encode = jax.jit(quantize_latents, static_argnums=(1, 2, 3))
 jit_write = jax.jit(PaluCache.write, donate_argnums=0)
 
 
+@pytest.mark.quick_cases("blocks0-2", "blocks1-3", "blocks2-4", "blocks2-8")
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("blocks", [(12,), (8, 8), (7, 5, 5)])
 def test_quantization_covers_the_range_and_is_off_by_half_a_step(bits, blocks):
@@ -47,6 +48,7 @@ def test_constant_blocks_survive(value):
     np.testing.assert_allclose(dense(quantize_latents(z, 2, (8,))), z, rtol=2.0**-7, atol=1e-25)
 
 
+@pytest.mark.slow
 def test_more_bits_and_a_shorter_range_lower_the_error():
     z = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 128)), jnp.float32)
     error = lambda *a: float(jnp.mean((dense(quantize_latents(z, *a)) - z) ** 2))

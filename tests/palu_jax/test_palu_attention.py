@@ -40,7 +40,7 @@ def converted(family, recipe_changes=(), seed=0):
     moments = dict(gram_DD=x.T @ x / 200, mean_D=x.mean(0), grad_k_FF=None)
     query = np.stack([np.eye(cfg.head_dim)] * cfg.kv_heads)
     layer = type("Moments", (), dict(moments, query_KHH=query))
-    statistics = type("Statistics", (), dict(layers=(layer,)))
+    statistics = type("Statistics", (), dict(layers=(layer,), model=None))
     H = cfg.head_dim
     defaults = dict(groups=(2, 1), ranks=(((H + 4, H - 4), (H + 8, H)),))
     recipe = Recipe(**(defaults | dict(recipe_changes)))

@@ -112,6 +112,7 @@ def test_the_budget_is_that_of_the_live_arrays():
     assert held == 10 * best.bytes_per_token <= 400
 
 
+@pytest.mark.slow
 def test_time_limits_choose_among_what_the_kernels_run():
     rng = np.random.default_rng(5)
     cfg = model(layers=1, kv_heads=4, head_dim=64)

@@ -21,6 +21,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.quick_cases("int4, window")
 @pytest.mark.parametrize("name", ["int4, window", "per channel, odd"])
 def test_the_cache_gives_what_one_pass_gives(tiny, name):
     params = to_quantized_cache(tiny.params, tiny.cfg, FORMATS[name])
@@ -75,6 +76,7 @@ def by_hand(d, form, x_TD, cfg):
     return y.reshape(T, -1) @ f64(d.o)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_attention_is_what_the_papers_say(tiny, name):
     """Chunks longer and shorter than a group, and a padded one, against loops in float64."""
@@ -121,6 +123,7 @@ def test_sixteen_bits_are_the_plain_cache(tiny):
     chex.assert_trees_all_close(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_keys_are_quantized_per_channel_over_full_groups():
     """Written in uneven pieces; every full group equals what encoding it at once gives."""
     form, width = KVFormat(3, True, 4, 5), 8

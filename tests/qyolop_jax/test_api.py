@@ -20,6 +20,8 @@ from qyolop_jax.scenes import Scenes, scene
 from qyolop_jax.scenes.generate import Scenes as GeneratedScenes
 from qyolop_jax.stages import Stage, TrainError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ModelConfig(0.125, "relu", size=(64, 96))
 
@@ -70,6 +72,7 @@ def floats():
     return network.Network(TINY, network.float_forward(TINY), initial(TINY))
 
 
+@pytest.mark.slow
 def test_what_is_found_is_in_the_images_own_pixels(floats, tmp_path):
     images = [scene(i, size).image for i, size in enumerate([(90, 170), (64, 96), (128, 96)])]
     found = floats.predict(images, conf=0.0, batch=2)

@@ -13,6 +13,8 @@ from qyolop_jax import assign
 from qyolop_jax.boxes import Decoded, anchors, cells
 from qyolop_jax.config import ModelConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = (64, 96)
 CFG = ModelConfig(size=(256, 384))  # anchors large enough for 64 x 96 images
 FIXED = cells(CFG, SIZE)
@@ -166,6 +168,7 @@ def test_predictions_inside_a_crowd_are_left_alone():
     assert (got.box_BP != 0).all() and (got.box_BP > 0).any()
 
 
+@pytest.mark.slow
 def test_carries_no_gradient():
     decoded, batch = scene(6)
 

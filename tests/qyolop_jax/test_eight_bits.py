@@ -30,6 +30,8 @@ from qyolop_jax.scales import (
     weight_scale,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def case():
@@ -156,6 +158,7 @@ def test_gradients_of_a_linear_network_are_those_of_its_rounded_weights():
         assert np.abs(ours[name]["kernel"] - kernel).max() < 0.1 * np.abs(kernel).max()
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_kernel_and_bias(case):
     graph, params, scales = case
     loss = lambda p: sum((a**2).mean() for a in qat_forward(graph, p, scales, images())[0].values())
@@ -205,6 +208,7 @@ def test_calibration_sees_all_members_and_fields(case):
         np.testing.assert_allclose(found["detect.8"][k], [part.min(), part.max()], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_seen_ranges_and_their_average(case):
     graph, params, scales = case
     x = images(4)
@@ -244,6 +248,7 @@ def test_naive_is_worse(case):
     assert found["ours"] > 20 > 10 > found["naive"]
 
 
+@pytest.mark.slow
 def test_sensitivity_finds_the_layer_that_is_hurt(case):
     graph, params, scales = case
     hurt = dict(scales, down=scales["down"] * 0.02)
@@ -256,6 +261,7 @@ def test_sensitivity_finds_the_layer_that_is_hurt(case):
     assert max(grown, key=lambda k: abs(grown[k])) == "down" and grown["detect.8"] == 0
 
 
+@pytest.mark.slow
 def test_kept_layers_are_float(case):
     graph, params, scales = case
     every = Settings(keep=tuple(n.name for n in graph.convs))

@@ -35,6 +35,7 @@ def ort(model, x):
     return dict(zip(names, session.run(names, {"images": np.asarray(x)}), strict=True))
 
 
+@pytest.mark.quick_cases("relu")
 @pytest.mark.parametrize("act", ["relu", "silu"])
 def test_stablehlo_round_trip_is_bit_equal_for_any_batch(act):
     _, _, model = prepared(act)
@@ -48,6 +49,7 @@ def test_stablehlo_round_trip_is_bit_equal_for_any_batch(act):
             np.testing.assert_array_equal(found[name], a)
 
 
+@pytest.mark.slow
 def test_stablehlo_of_floats():
     graph, params, _ = prepared("hardswish")
     forward = lambda x: run_float(graph, params, x)
@@ -56,6 +58,7 @@ def test_stablehlo_of_floats():
         np.testing.assert_allclose(found[name], a, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick_cases("naive relu", "silu")
 @pytest.mark.parametrize(
     ("act", "settings"),
     [
@@ -80,6 +83,7 @@ def test_integer_onnx_by_onnxruntime(act, settings):
         assert (off > 0.01).mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_integer_onnx_with_layers_in_float():
     pytest.importorskip("onnx", reason="onnx is not installed")
     _, _, model = prepared("silu", Settings(keep=("area", "mid", "detect.8")))

@@ -10,6 +10,8 @@ from qyolop_jax.fold import fold, run_folded
 from qyolop_jax.graph import GraphError
 from qyolop_jax.model import Panoptic, initial
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def images():

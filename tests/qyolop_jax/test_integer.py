@@ -24,6 +24,8 @@ from qyolop_jax.model import initial
 from qyolop_jax.quantize import calibrate_scales, float_tensors, simulated_forward, sqnr
 from qyolop_jax.scales import NAIVE, QuantizeError, Settings, plan_quantization
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CASES = {
     "default": Settings(),
     "symmetric": Settings(symmetric=True),
@@ -38,6 +40,7 @@ def prepared(act, settings, seed=0):
     return graph, params, calibrate_scales(graph, params, [images(seed)], settings)
 
 
+@pytest.mark.quick_cases("relu-default")
 @pytest.mark.parametrize(
     ("act", "case"),
     [("relu", "default"), ("silu", "default"), ("hardswish", "mse")]
@@ -110,6 +113,7 @@ def test_a_single_convolution_by_hand():
     )
 
 
+@pytest.mark.slow
 def test_kept_in_float():
     """A kept output has no step; a kept one inside passes on 8 bits."""
     settings = Settings(keep=("area", "mid"))

@@ -104,6 +104,7 @@ def contents(path):
         return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_a_damaged_array_is_named_and_the_check_can_be_left_out(files, tmp_path):
     path, _, (_, variables) = files["float"]
     data = path.read_bytes()
@@ -215,6 +216,7 @@ def test_arrays_that_do_not_fit_the_graph_are_named(files, change, tmp_path):
         load_integer_model(path)
 
 
+@pytest.mark.slow
 def test_floats_of_other_types_are_named(files, tmp_path):
     path = files["float"][0]
     name = "params/stem.1/kernel"

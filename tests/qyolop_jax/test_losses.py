@@ -152,6 +152,7 @@ def reference_masks(mask, labelled, classes, fixed, name):
     return value
 
 
+@pytest.mark.quick_cases("area-tversky", "lane-focal", "lane-jaccard")
 @pytest.mark.parametrize("name", ["tversky", "focal", "jaccard"])
 @pytest.mark.parametrize("head", ["area", "lane"])
 def test_masks(name, head):
@@ -274,6 +275,7 @@ def test_detection(name):
         check_directions(gradient[key], along, detect[key])
 
 
+@pytest.mark.slow
 def test_total_is_the_weighted_sum():
     raw, batch = example()
     total, parts = total_loss(raw, batch)
@@ -290,6 +292,7 @@ def test_total_is_the_weighted_sum():
     np.testing.assert_allclose(total, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_unlabelled_samples_change_nothing():
     raw, batch = example()
     for at, task in enumerate(("detection", "area", "lane")):
@@ -302,7 +305,7 @@ def test_unlabelled_samples_change_nothing():
         assert whole > 0
 
 
-@pytest.mark.quick_cases("unlabelled-ciou", "labelled-smooth_l1")
+@pytest.mark.slow
 @pytest.mark.parametrize("box", ["smooth_l1", "ciou"])
 @pytest.mark.parametrize("what", ["unlabelled", "no boxes", "labelled"])
 def test_gradients_are_finite_and_zero_where_nothing_is_labelled(box, what):

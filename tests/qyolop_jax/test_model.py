@@ -168,6 +168,7 @@ def test_initial_variables_are_those_of_init():
                 assert np.std(a) == pytest.approx(np.std(b), rel=0.5)
 
 
+@pytest.mark.slow
 def test_the_first_guess_and_one_trace():
     model = Panoptic(CFG)
     images = jax.random.randint(jax.random.key(2), (1, 64, 96, 3), 0, 256).astype(jnp.uint8)

@@ -14,6 +14,8 @@ from qyolop_jax import postprocess
 from qyolop_jax.boxes import decode_boxes
 from qyolop_jax.config import ModelConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = (64, 96)
 CFG = ModelConfig(size=(256, 384))
 
@@ -73,6 +75,7 @@ def predict(raw, conf, iou, limit):
     return postprocess.to_predictions(raw, CFG, conf, iou, limit)
 
 
+@pytest.mark.quick_cases("0.3-7", "0.999-100")
 @pytest.mark.parametrize(("conf", "limit"), [(0.3, 100), (0.3, 7), (0.999, 100)])
 def test_predictions(conf, limit):
     raw = outputs(0)
@@ -120,6 +123,7 @@ def test_nothing_found():
     assert found.boxes.shape == (0, 4) and found.scores.shape == found.classes.shape == (0,)
 
 
+@pytest.mark.slow
 def test_more_boxes_asked_for_than_there_are_predictions():
     small = ModelConfig(size=(32, 32))
     raw = {f"detect.{s}": jnp.ones((1, 32 // s, 32 // s, 27)) for s in small.strides}

@@ -60,6 +60,7 @@ MIXED = dict(scenes=Scenes(7, (64, 128)), lanes=Numbered(5, boxes=False))
 STRONG = AugmentConfig(mosaic=0.5, rotate=5)
 
 
+@pytest.mark.slow
 def test_threads_change_nothing():
     streams = [
         batches(MIXED, Feed(SIZE, 3, STRONG, seed=2, threads=t)) for t in (0, 1, 4)

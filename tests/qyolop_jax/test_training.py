@@ -293,6 +293,7 @@ def test_a_second_interrupt_comes_at_once(tmp_path):
     assert newest(tmp_path)[0] == 0
 
 
+@pytest.mark.slow
 def test_batches_are_split_among_all_devices():
     """On two host devices a step is that of one, and a batch of three is refused."""
     script = """

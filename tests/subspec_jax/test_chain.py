@@ -135,6 +135,9 @@ def chained(table_DVV, token_SM, spec, steps):
     return tree, spared
 
 
+@pytest.mark.quick_cases(
+    "(4, 4)-beam 6 0.2", "(2, 0)-best-first 7 0.2", "(0, 3)-chain 5 0.2", "(0, 3)-beam 2 0.2"
+)
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 @pytest.mark.parametrize("agreed", [(4, 4), (2, 0), (0, 3)], ids=str)
 def test_kept_tokens_scores_and_pool_are_those_of_brute_force(spec, agreed):
@@ -201,6 +204,7 @@ def test_a_chain_ends_where_the_tree_is_deepest_or_full():
     assert int(tree.size) == 2
 
 
+@pytest.mark.slow
 def test_masks_and_positions_of_a_chain():
     """Below node 1, of which 3 is the sibling's: what is forwarded sees its own path alone."""
     tree = commit(seedling(jnp.int32(ROOT), BEAM), BEAM)
@@ -326,7 +330,7 @@ def test_a_tree_is_what_forwarding_every_path_gives(
     assert max(copied) > 0
 
 
-@pytest.mark.quick_cases("beam 6 0.2")
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [BEAM, BEST, LINE], ids=name)
 def test_without_a_match_the_tree_is_the_ordinary_one(looping, filled, spec):
     text = [*range(90, 97), 3]  # nothing occurs twice
@@ -342,6 +346,7 @@ def test_without_a_match_the_tree_is_the_ordinary_one(looping, filled, spec):
     np.testing.assert_allclose(tree.score_E[: spec.nodes], want.score_E, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_growing_stops_where_it_does_not_pay(looping, filled, text):
     spec, sizes = dataclasses.replace(BEAM, sharpen=1.0), []
     for gain in (-jnp.inf, -9.0, -6.0, -3.0, jnp.inf):

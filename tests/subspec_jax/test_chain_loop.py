@@ -60,7 +60,7 @@ LOOP = {
 }
 
 
-@pytest.mark.quick_cases("beam-greedy", "own cache-sampling", "best-first-sampling")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "which, how",
     [(which, "greedy") for which in LOOP if which != "uncoupled"]
@@ -84,6 +84,7 @@ def check(rounds, spec):
         assert 1 <= r.steps <= max(spec.steps, 1)
 
 
+@pytest.mark.slow
 def test_a_shut_gate_is_exact(looping, target, plain):
     proposer, gate = LOOP["beam"](looping), Gate("entropy", 0.0, 1)
     decoder = Decoder(target, proposer, Sampler(), gate, LENGTH)
@@ -115,6 +116,7 @@ def test_the_same_run_gives_the_same_rounds(looping, target):
     assert seen(decoder.rounds(START, STEPS)) == seen(fresh.rounds(START, STEPS)) == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["beam", "own cache", "long", "best-first"])
 def test_caches_hold_what_a_fresh_prefill_gives(looping, target, plain, which):
     proposer, prompt = LOOP[which](looping), [*START, *plain(START)]
@@ -130,6 +132,7 @@ def test_caches_hold_what_a_fresh_prefill_gives(looping, target, plain, which):
         chex.assert_trees_all_close(head(proposer._caches), head(want), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["beam", "own cache"])
 def test_both_ways_to_grow_are_compiled_before_the_first_round(looping, target, monkeypatch, which):
     """Whichever way is taken first, later ones must not compile within a round."""
@@ -156,6 +159,7 @@ def test_what_is_looked_up_is_sent_before_the_layers(looping, target, monkeypatc
     assert seen == ["stream"] + ["prepare", "stream", "propose"] * (len(rounds) - 1)
 
 
+@pytest.mark.slow
 def test_lookups_that_fail_are_made_less_often(tiny, monkeypatch):
     """A model whose text does not repeat itself, and a draft of which little is accepted."""
     proposer = ModelDraft(tiny.draft(2), tiny.cfg, TreeSpec("beam", 2, 1, sharpen=1.0, lookup=2))

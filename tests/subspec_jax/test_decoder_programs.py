@@ -62,7 +62,7 @@ def test_nothing_is_compiled_after_a_warm_up(tiny, target, monkeypatch, name):
     assert [f._cache_size() for f in jitted] == programs and decoder.sizes == sizes
 
 
-@pytest.mark.quick_cases("beam")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vanilla", "beam", "own cache", "post best-first"])
 def test_only_the_live_slots_are_looked_at(tiny, target, plain, monkeypatch, name):
     """NaN behind them is never read; 0 x NaN of a slot that is only masked would be seen."""

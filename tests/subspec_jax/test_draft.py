@@ -75,6 +75,7 @@ def drafting(tiny, spec, caches, sampler=Sampler(), least_L=NEVER) -> Drafting:
     )
 
 
+@pytest.mark.quick_cases("beam-T0.0", "beam-T0.8_0", "beam-T0.8_1")
 @pytest.mark.parametrize(
     "spec, sampler",
     [
@@ -119,6 +120,7 @@ def test_a_tree_is_what_forwarding_every_path_gives(tiny, filled, logits_behind,
     chex.assert_trees_all_equal(head(caches), head(before))
 
 
+@pytest.mark.slow
 def test_growing_stops_where_it_does_not_pay(tiny, filled):
     """The step that does not pay is proposed, its nodes being known, and not forwarded."""
     spec = TreeSpec("beam", 5, 2, sharpen=1.0)
@@ -139,6 +141,7 @@ def test_growing_stops_where_it_does_not_pay(tiny, filled):
     assert int(whole.forwarded) == 9
 
 
+@pytest.mark.slow
 def test_drafting_goes_on_below_the_tree(tiny, filled):
     """Growing and then extending is growing a taller tree, and everything is forwarded."""
     spec, tall = TreeSpec("beam", 2, 3, extra=2), TreeSpec("beam", 4, 3)

@@ -56,6 +56,7 @@ def same_buffer(a, b):
     return a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer()
 
 
+@pytest.mark.slow
 def test_everything_that_is_not_a_chosen_matrix_is_the_very_same_buffer(params, draft):
     assert same_buffer(draft.embed_VD, params.embed_VD)
     assert same_buffer(draft.head_DV, params.head_DV)
@@ -109,6 +110,7 @@ def test_only_the_chosen_layers_change(params, layers, chosen):
     assert heard == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_iterations_are_passed_on(params):
     layer = params.layers[0]
     nearest, better = (substitute_layer(layer, 2, 16, n) for n in (0, 20))
@@ -116,6 +118,7 @@ def test_iterations_are_passed_on(params):
     assert error(better) < 0.99 * error(nearest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits, budget", [(8, 0.01), (4, 0.13), (3, 0.27), (2, 0.6)])
 def test_a_substitute_computes_nearly_what_its_layer_does(params, bits, budget):
     layer = params.layers[0]
@@ -146,6 +149,7 @@ def test_tables_are_made_in_blocks_of_rows(rows):
     chex.assert_trees_all_equal(got.rows_DV, quantize(jnp.asarray(table.T), 4, 8, 0))
 
 
+@pytest.mark.quick_cases("True")
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_low_bit_head_of_its_own(params, tied):
     if tied:

@@ -258,6 +258,7 @@ def test_a_converted_model_is_put_together_where_the_plan_has_plain_layers(conve
     chex.assert_trees_all_equal(all_on_device(target.params), source.load(model.cfg))
 
 
+@pytest.mark.slow
 def test_a_plan_of_residuals_needs_a_converted_model(converted):
     source, model = converted
     plan = make_plan(model.cfg, 2**30, SPEC, Draft(4, 32), max_length=64, model=model.model)

@@ -79,6 +79,7 @@ def test_items_of_the_target_are_the_bytes_of_what_is_placed(resident, table_on_
     assert all(count > 0 for count in (*plan.device.values(), *plan.host.values()))
 
 
+@pytest.mark.quick_cases("2-False-False", "3-False-True", "4-True-False", "8-True-True")
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("table_on_host", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -95,7 +96,7 @@ def test_items_of_the_draft_are_the_bytes_of_the_substitutes(bits, table_on_host
     assert plan.device.get("substitute embedding") == expected
 
 
-@pytest.mark.quick_cases("0-None", "2-4")
+@pytest.mark.quick_cases("2-4")
 @pytest.mark.parametrize("head_bits", [None, 3, 4, 8])
 @pytest.mark.parametrize("resident", [0, 2, 4])
 def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits):

@@ -85,7 +85,7 @@ def plan_for(cfg, spec, **changes):
     return make_plan(cfg, 2**30, spec, **(fixed | changes))
 
 
-@pytest.mark.quick_cases("residual head", "lookup")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_decoding_compiles_no_large_program_again(compiled, name, monkeypatch):
     monkeypatch.setattr(tree, "SHORTEST", 64)  # the texts below end before and behind it
@@ -116,6 +116,7 @@ def test_decoding_compiles_no_large_program_again(compiled, name, monkeypatch):
     assert not LARGE & compiled()
 
 
+@pytest.mark.quick_cases("vanilla")
 @pytest.mark.parametrize("name", ["vanilla", "ngram"])
 def test_without_a_draft_the_targets_programs_are_compiled(compiled, name):
     cfg = model(50 + (name == "ngram"))
@@ -128,6 +129,7 @@ def test_without_a_draft_the_targets_programs_are_compiled(compiled, name):
     assert not LARGE & compiled()
 
 
+@pytest.mark.slow
 def test_another_plan_needs_other_programs(compiled):
     """That the tests above see what is compiled at all."""
     plan = plan_for(model(60), Vanilla.spec, draft=NO_DRAFT)

@@ -164,6 +164,7 @@ def test_times_are_medians_behind_the_first(monkeypatch):
     assert predict._seconds(lambda: 0, 1) == 2
 
 
+@pytest.mark.slow
 def test_another_model_is_not_predicted():
     plan = plan_for(draft=Draft(None, own_cache=True, model=CFG))
     with pytest.raises(ValueError, match="another model is not predicted"):

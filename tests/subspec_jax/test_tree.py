@@ -91,6 +91,7 @@ def same_nodes(got, want, rtol=1e-5):
     np.testing.assert_allclose([s for _, s in got], [s for _, s in want], rtol=rtol, atol=1e-4)
 
 
+@pytest.mark.quick_cases("4-3-11-0.2", "2-5-5-1.0")
 @pytest.mark.parametrize("sharpen", [1.0, 0.2])
 @pytest.mark.parametrize("depth, width, vocab", [(4, 3, 11), (5, 1, 7), (2, 5, 5)])
 def test_beam_is_the_best_of_all_children(sharpen, depth, width, vocab):
@@ -157,6 +158,7 @@ def best_first_by_hand(spec, logits, steps):
     return nodes
 
 
+@pytest.mark.quick_cases("6-2-12-0.2-0.3", "3-3-14-1.0-1.0", "9-4-20-1.0-0.1")
 @pytest.mark.parametrize("sharpen, scale", [(1.0, 1.0), (0.2, 0.3), (1.0, 0.1)])
 @pytest.mark.parametrize("depth, width, budget", [(6, 2, 12), (3, 3, 14), (9, 4, 20), (7, 1, 9)])
 def test_best_first_takes_the_most_probable_candidates(sharpen, scale, depth, width, budget):
@@ -183,6 +185,7 @@ def test_best_first_goes_deep_where_it_is_sure_and_wide_where_not():
     assert depth(sure) == 4 and depth(np.zeros((9, 5, 5))) == 2  # 5 on level 1, 3 on level 2
 
 
+@pytest.mark.slow
 def test_a_tree_that_runs_out_of_candidates_stops():
     """Best-first trees have a depth; behind it, places are filled with nodes that match nothing."""
     spec = TreeSpec("best-first", 1, 2, budget=8, sharpen=1.0)
@@ -291,7 +294,7 @@ def random_tree(rng, spec, verified):
     return tree
 
 
-@pytest.mark.quick_cases("beam")
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", REPLANTED, ids=lambda s: s.kind)
 @settings(max_examples=120, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))

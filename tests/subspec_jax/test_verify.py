@@ -93,6 +93,7 @@ def node_logits(tiny, logits_behind):
     )
 
 
+@pytest.mark.slow
 def test_prefill_streams_what_prefill_computes(target, tiny):
     caches, heard = list(empty_caches(tiny.cfg, 1, SLOTS)), []
     logits, streamed = streamed_prefill(target, PROMPT, caches, 4, heard.append)
@@ -125,6 +126,7 @@ def test_layout_cuts_the_places_that_are_not_verified(target):
         assert set(np.flatnonzero(step.mask_BTS[0, i]).tolist()) == seen
 
 
+@pytest.mark.quick_cases("sampling-3", "greedy-4")
 @pytest.mark.parametrize("rows", [1, 3, 4, 64])
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, top_k=30)], ids=["greedy", "sampling"])
 def test_judgement_in_blocks_of_any_size(
@@ -243,6 +245,7 @@ def test_between_is_called_behind_every_layer(target, tiny):
     assert seen == list(range(tiny.cfg.layers))
 
 
+@pytest.mark.quick_cases("8")
 @pytest.mark.parametrize("parts", [1, 2, 8])
 def test_the_likeliest_token_by_parts_of_a_head_is_that_of_whole_rows(monkeypatch, parts):
     """Equal columns, in one part and in two: the first counts. Padding, whose logits are 0, never

@@ -36,6 +36,7 @@ def small(monkeypatch, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_way_has_a_record_and_one_that_fails_says_why(small):
     with jax.numpy_dtype_promotion("standard"):  # which JAX's own attention needs
         main(small, Console(quiet=True))

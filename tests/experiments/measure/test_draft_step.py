@@ -13,6 +13,7 @@ from llm_jax.testing import tiny_config
 from pallas_kernels.quantized_matmul import Packed
 
 
+@pytest.mark.quick_cases("4")
 @pytest.mark.parametrize("head_bits", [None, 4])
 def test_a_step_and_its_floor(tmp_path, monkeypatch, head_bits):
     cfg = tiny_config("qwen2", layers=2, d_model=128)

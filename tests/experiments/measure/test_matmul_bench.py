@@ -34,6 +34,7 @@ def small(monkeypatch, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_failures_are_recorded_and_runs_go_on(small):
     log = bench.main(small, Console(quiet=True))
     failed = [r for r in log.select(kind="tiling") if "failed" in r]

@@ -175,6 +175,7 @@ def test_layers_that_fit_beside_the_rest(name):
     assert resident_layers(cfg, 2**30) == 0 and resident_layers(cfg, 2**40) == cfg.layers
 
 
+@pytest.mark.slow
 @pytest.mark.reference
 def test_transformers_on_a_cpu(tmp_path):
     pytest.importorskip("torch")

@@ -15,6 +15,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_normal_numbers(tmp_path, capsys):
     args = ResidualBits("gaussian:512x512", output=tmp_path / "out.jsonl", time_decoder=True)
     main(args, Console())
@@ -27,6 +28,7 @@ def test_normal_numbers(tmp_path, capsys):
     assert "full-precision weights" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_on_a_grid_says_so(tmp_path):
     cfg = tiny_config("qwen2", layers=2, d_ff=128)
     path = write_gguf(tmp_path / "model.gguf", tiny_params(cfg), cfg, "Q4_1")

@@ -77,6 +77,7 @@ def test_bandwidths_are_bytes_over_time(monkeypatch):
     assert bandwidth(clock) == {"read": 0.002, "copy": 0.008}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
 def test_random_matrices_lie_around_zero(bits):
     like = MatmulShape(128, 512).packed(bits)

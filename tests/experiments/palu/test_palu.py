@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.quick_cases("2")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_perplexity(batch):
     """Against log-probabilities of one plain pass in float64."""
@@ -47,6 +48,7 @@ def test_perplexity(batch):
     assert found["tokens"] == 3 * 23 and found["cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_arrays():
     form = LatentFormat(4, 2)
     recipe = Recipe((2,), (((8,), (12,)), ((6,), (16,))), "plain", form)

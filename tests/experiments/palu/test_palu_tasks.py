@@ -48,6 +48,7 @@ def asked(*args):
     return [types.SimpleNamespace(args=a) for a in args]
 
 
+@pytest.mark.slow
 def test_likelihoods(tokenizer):
     model = tasks.CachedLM(PARAMS, CFG, tokenizer, batch=2)
     pairs = [("one two", " three"), ("a much longer beginning of a text ", "b"), ("", "end")]
@@ -66,6 +67,7 @@ def test_likelihoods(tokenizer):
     assert not model._scored([(start, follow[:2] + [follow[2] ^ 1])])[0][1]
 
 
+@pytest.mark.slow
 def test_rolling_scores_every_token_once(tokenizer):
     model = tasks.CachedLM(PARAMS, CFG, tokenizer)
     text = "some words to be scored"
@@ -145,6 +147,7 @@ def test_tasks_score_what_they_say(folder, tokenizer, data, tmp_path, capsys):
     assert "copa" in shown and "acc" in shown
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_named(data):
     with pytest.raises(tasks.TaskError, match="no task 'nonsense'; local ones are arc_easy"):
         tasks.load_tasks(["nonsense"], data)

@@ -140,6 +140,7 @@ def test_evaluate_gives_the_scores_of_the_run(trained, tmp_path):
         assert found["result"][key] == value or value is None or np.isnan(value), key
 
 
+@pytest.mark.slow
 def test_evaluate(run, tmp_path, capsys):
     out = tmp_path / "scores.jsonl"
     args = qyolop.Evaluate(run, scenes=2, batch=2, output=out)

@@ -70,6 +70,7 @@ def test_what_is_written_is_what_was_computed(made):
     assert run._cache_size() == 1  # the same shapes too
 
 
+@pytest.mark.slow
 def test_calibration_takes_as_many_images_as_are_asked_for_or_there(folder):
     for images, want in ((3, [3]), (12, [8, 4]), (99, [8, 8])):
         args = quantize_args(folder, images=images, scenes=16)
@@ -106,6 +107,7 @@ def test_kept_convolutions_are_float_and_can_be_exported(folder, tmp_path, capsy
     assert "Checked: onnxruntime on 2 scenes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sensitivity_ranks_the_convolution_that_is_hurt_first(tmp_path, capsys):
     """A kernel whose output channels differ a thousandfold, and one scale for it, in one place."""
     conv = lambda name, x, channels: Node(name, "conv", (x,), channels, norm=False)
@@ -179,6 +181,7 @@ def test_a_file_that_says_its_size_is_exported_alone(folder, tmp_path, monkeypat
     assert sizes == [CFG.size] and (tmp_path / "alone.stablehlo").read_bytes() == b"made"
 
 
+@pytest.mark.slow
 def test_an_export_that_differs_is_not_written(folder, tmp_path, monkeypatch):
     real = qyolop_deploy.export.integer_onnx
 
@@ -293,6 +296,7 @@ def test_benchmark_writes_every_way_once(folder, tmp_path, monkeypatch, capsys):
     assert "onnxruntime int8" in shown and "Best matrix products: float32" in shown
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_left_out_and_said(tmp_path, monkeypatch, capsys):
     def missing(*args):
         raise MissingPackage("running ONNX needs onnxruntime")
@@ -326,6 +330,7 @@ def test_all_take_turns_and_ratios_are_within_an_engine():
     assert [round(r.get("share_of_limit", 0), 6) for r in rows] == [0, 0.033333, 0.1]
 
 
+@pytest.mark.slow
 def test_training_steps_are_timed(monkeypatch):
     made = iter(range(9))
     monkeypatch.setattr(

@@ -75,6 +75,7 @@ ERRORS = {
     "residuals where": ("{} --stream residual", "needs --converted FOLDER"),
     "converted for nothing": ("{} --converted {empty}", "need --stream residual"),
     "verified for nothing": ("{} --verify-weights", "need --stream residual"),
+    "unchecked for nothing": ("{} --no-check-files", "needs --stream residual or --palu"),
     "wide residuals": (
         "{} --stream residual --converted x --dtype float32",
         "residuals are of 16-bit weights",
@@ -146,6 +147,7 @@ def test_flags_that_cannot_be_read_are_explained(models, flags):
     assert flags.split()[0] in found.err and "Traceback" not in found.err
 
 
+@pytest.mark.slow
 def test_the_least_memory_that_is_named_is_enough(run, models, tmp_path):
     small = f"{BASE} --checkpoint {models['target']} --memory-limit 100KB"
     least = call(small).err.split("the least that works is ")[1].split()[0]

@@ -293,6 +293,7 @@ def test_a_tree_is_chosen_from_the_first_rounds(run, everything, tmp_path):
     assert fixed.records[0]["tree"]["depth"] == 3
 
 
+@pytest.mark.slow
 def test_random_weights_are_timed_with_the_published_acceptance(run, monkeypatch, tmp_path):
     known = registry.RegisteredModel("tiny-random", "nobody/tiny", CFG)
     monkeypatch.setitem(registry.MODELS, "tiny-random", known)

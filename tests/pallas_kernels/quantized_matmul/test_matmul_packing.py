@@ -24,6 +24,7 @@ def test_round_trip(bits, columns):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.quick_cases("3", "4")
 @pytest.mark.parametrize("bits", BITS)
 def test_dense_values_are_those_of_the_quantizer(bits):
     rng = np.random.default_rng(0)

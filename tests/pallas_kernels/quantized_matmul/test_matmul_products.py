@@ -60,6 +60,12 @@ def test_reference(bits, count):
     assert error(quantized_matmul(wide, w), wide, dense) < 1e-5
 
 
+@pytest.mark.quick_cases(
+    "4-64-1-Tiling(rows=8, splits=1, warps=2, stages=3)",
+    "4-64-17-Tiling(rows=16, splits=4, warps=2, stages=3)",
+    "8-64-2-Tiling(rows=8, splits=2, warps=2, stages=3)",
+    "3-64-5-Tiling(rows=8, splits=2, warps=2, stages=3)",
+)
 @pytest.mark.parametrize(
     "bits, group, count, cfg",
     [
@@ -86,6 +92,7 @@ def test_kernel(bits, group, count, cfg):
     assert error(kernel(x, w, cfg), x, dense) < BUDGET["kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits, outputs", [slow(4, 300), (4, 1200), slow(3, 1100)])
 def test_parts(monkeypatch, bits, outputs):
     """One block at a time, and two where the last part has one."""
@@ -108,6 +115,7 @@ def test_many_rows_go_by_parts_on_a_gpu(monkeypatch):
     assert error(quantized_matmul(x, w), x, dense) < BUDGET["xla"] and seen == [(65, 256)]
 
 
+@pytest.mark.slow
 def test_splits_change_rounding_only():
     w, _ = matrix(4, 32)
     x = rows(2)
@@ -116,6 +124,7 @@ def test_splits_change_rounding_only():
     assert (steps <= 2**-7 * np.abs(np.asarray(whole, np.float32)) + 1e-4).all()
 
 
+@pytest.mark.slow
 def test_terms_are_what_is_added_up():
     w, dense = matrix(4)
     x = rows(3)
@@ -126,6 +135,7 @@ def test_terms_are_what_is_added_up():
     np.testing.assert_allclose(np.asarray(terms).sum(0), exact, atol=1e-5 * np.abs(exact).max())
 
 
+@pytest.mark.slow
 def test_nan_stays_in_its_row_and_its_column_of_words():
     w, _ = matrix(4, 64, outputs=300)
     x = rows(3)

@@ -39,6 +39,7 @@ def bits_of(r, q, count=1):
     return np.concatenate([np.asarray(part) for part in parts], axis=1).view(np.uint16)
 
 
+@pytest.mark.quick_cases("128-512-4-64-bfloat16")
 @pytest.mark.parametrize(
     "D, F, bits, group, dtype",
     [
@@ -58,6 +59,7 @@ def test_bits_are_those_of_the_weights(D, F, bits, group, dtype):
     np.testing.assert_array_equal(bits_of(wider, q), w.view(np.uint16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, slow(4), 8])
 def test_a_product_takes_a_part_of_the_matrix_at_a_time(monkeypatch, parts):
     w = np.random.default_rng(1).standard_normal((128, 1024), np.float32).astype(jnp.bfloat16)
@@ -77,6 +79,7 @@ def test_a_product_takes_a_part_of_the_matrix_at_a_time(monkeypatch, parts):
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_pattern():
     """Against substitutes whose scales are every pattern too: NaN, infinite, subnormal."""
     rng = np.random.default_rng(1)
@@ -112,6 +115,7 @@ def test_layers_of_the_models_lower_to_four_kernels(name):
         assert program.count("__gpu$xla.gpu.triton") == 1 and "residual_decode" in program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, reason",
     [

@@ -99,6 +99,7 @@ def test_a_converted_model_is_the_model(source, tmp_path, code, dtype):
         model.verify_head(head[:, 1 : cfg.vocab + 1])
 
 
+@pytest.mark.slow
 def test_gguf_and_scaled_ropes(tmp_path):
     """GGUF keeps q and k of Llama in another order; a tied model has no head."""
     cfg = tiny_config("llama3", layers=1, dtype="bfloat16", tied=True)
@@ -111,6 +112,7 @@ def test_gguf_and_scaled_ropes(tmp_path):
     assert model.model_with_split_head.head_DV is None
 
 
+@pytest.mark.slow
 def test_layers_stream_from_pinned_memory(source, original):
     """What is loaded is what `subspec_jax.offload` keeps; layers of a kind share their shapes."""
     want = source.load(CFG)
@@ -369,6 +371,7 @@ def test_partition_costs_least(kinds):
     assert cost(got) == min(map(cost, groups))
 
 
+@pytest.mark.slow
 def test_substitutes_are_those_of_the_draft(source, original):
     """What the draft computes with is what the residuals were made against."""
     want = substitute_layer(source.load(CFG).layers[0], 4, GROUP, 20)

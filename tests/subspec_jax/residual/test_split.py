@@ -54,6 +54,13 @@ def decoded(r, q):
     return jax.jit(lambda r, q: residual_decode(r, q))(r, q)
 
 
+@pytest.mark.quick_cases(
+    "plain-shape0-float16-planes",
+    "plain-shape1-bfloat16-levels",
+    "optimized-shape1-bfloat16-levels",
+    "optimized-shape0-float16-planes",
+    "plain-shape2-bfloat16-planes",
+)
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(128, 64), (192, 130), (64, 1)])
@@ -64,6 +71,7 @@ def test_bits_are_those_of_the_weights(code, dtype, shape, compiler):
     np.testing.assert_array_equal(bits(got), bits(w))
 
 
+@pytest.mark.quick_cases("levels-16640", "planes-1")
 @pytest.mark.parametrize("slab", [1, 64 * 130 * 2, 64 * 130 * 6])
 @pytest.mark.parametrize("code", CODES)
 def test_slabs_one_after_another(code, slab, monkeypatch):
@@ -137,6 +145,7 @@ def split_layer():
     return layer(lambda w, r, q: Split(q, r)), layer(lambda w, r, q: jnp.asarray(w))
 
 
+@pytest.mark.slow
 def test_a_layer_streams_as_its_residuals():
     """`offload` and `fetch` keep it like any layer; substitutes and vectors stay on the device."""
     split, want = split_layer()
