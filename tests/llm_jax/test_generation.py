@@ -48,6 +48,7 @@ def recomputed(params, sampler, seed):
     return tokens[len(PROMPT) :]
 
 
+@pytest.mark.quick_cases("Sampler(temperature=0.9, top_k=0, top_p=0.95, min_p=0.0)")
 @pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.9, top_p=0.95)], ids=repr)
 def test_tokens_are_those_of_recomputing_everything(params, sampler):
     want = recomputed(params, sampler, seed=5)
@@ -91,6 +92,7 @@ def test_prefill_in_any_chunks(params, chunk):
     chex.assert_trees_all_close(head(caches), head(want), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_decode_goes_on_from_its_caches(params):
     """Decoding 4 tokens and then 5 is decoding 9; the count says how many are valid."""
     key, whole = jax.random.key(0), generate(params, PROMPT, CFG, 10)

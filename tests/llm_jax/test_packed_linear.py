@@ -16,7 +16,7 @@ def matrices(sizes, bits=4, group=32):
     ]
 
 
-@pytest.mark.quick_cases("4")
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
 def test_one_product_gives_what_three_gave(bits):
     q, k, v = matrices((48, 16, 16), bits)

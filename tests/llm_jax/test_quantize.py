@@ -120,6 +120,7 @@ def group_errors(w_DF, quantized):
     return e.reshape(-1, quantized.group, w_DF.shape[1]).mean(1)
 
 
+@pytest.mark.quick_cases("3", "4", "8")
 @pytest.mark.parametrize("bits", BITS)
 def test_errors_are_within_budget(sample, both, bits):
     errors = [group_errors(sample, w).mean() / np.abs(sample).mean() for w in both[bits]]

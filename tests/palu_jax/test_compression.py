@@ -89,6 +89,7 @@ def test_a_budget_is_kept(tiny):
         compress(tiny.params, tiny.cfg, budget=3.0, statistics=tiny.statistics)
 
 
+@pytest.mark.slow
 def test_decompositions_are_kept(tiny, monkeypatch):
     """Formats and ranks share them; energies of all group sizes serve every budget."""
     made, real = [], compression.layer_spectra

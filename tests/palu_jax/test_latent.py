@@ -169,6 +169,7 @@ def test_exact_rows_are_those_of_the_first_and_newest_slots(sinks):
     np.testing.assert_array_equal(view[:sinks], written[:sinks])
 
 
+@pytest.mark.slow
 def test_writing_leaves_older_codes_alone():
     form = LatentFormat(3, 2, sinks=1, window=2)
     cache = PaluCache.empty(form, ((7, 5), (8, 8)), True, 1, 12, 4, "float32")

@@ -144,6 +144,7 @@ def cases(table):
     ]
 
 
+@pytest.mark.quick_cases("sinks and window", "biases, 4 and 3 bits")
 @pytest.mark.parametrize("family, changes", cases(CASES))
 def test_attention_is_the_float64_formula(family, changes):
     """A prefill that rebuilds, then a few tokens or one through the kernel."""
@@ -189,6 +190,7 @@ TREE_CASES = {
 }
 
 
+@pytest.mark.quick_cases("4 bits")
 @pytest.mark.parametrize("family, form", cases(TREE_CASES))
 def test_trees_and_what_is_kept_of_them(family, form):
     """Text, a draft's rows, the tree itself, rows moved, then text again: rounds, one by one."""
@@ -233,6 +235,7 @@ def test_fused_values_change_nothing(count):
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, form",
     [

@@ -21,7 +21,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.quick_cases("int4, window")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4, window", "per channel, odd"])
 def test_the_cache_gives_what_one_pass_gives(tiny, name):
     params = to_quantized_cache(tiny.params, tiny.cfg, FORMATS[name])

@@ -92,6 +92,7 @@ def test_integer_onnx_with_layers_in_float():
         assert sqnr(a, found[name]) > 35, name
 
 
+@pytest.mark.quick_cases("relu", "silu")
 @pytest.mark.parametrize("act", ["relu", "silu", "hardswish"])
 def test_float_onnx_by_onnxruntime(act):
     pytest.importorskip("onnx", reason="onnx is not installed")

@@ -183,6 +183,7 @@ def test_a_right_mask_costs_nothing():
         assert 0 <= value < 1e-4
 
 
+@pytest.mark.slow
 def test_unknown_pixels_take_any_foreground_class():
     mask = jnp.full((1, *SIZE), UNKNOWN, jnp.uint8).at[:, :20].set(0)
     for shares in ([0.0, 9, 9, 9], [0.0, 20, 0, 0], [0.0, 8, 9, 10]):

@@ -135,9 +135,7 @@ def chained(table_DVV, token_SM, spec, steps):
     return tree, spared
 
 
-@pytest.mark.quick_cases(
-    "(4, 4)-beam 6 0.2", "(2, 0)-best-first 7 0.2", "(0, 3)-chain 5 0.2", "(0, 3)-beam 2 0.2"
-)
+@pytest.mark.quick_cases("(4, 4)-beam 6 0.2", "(0, 3)-beam 2 0.2", "(0, 3)-chain 5 0.2")
 @pytest.mark.parametrize("spec", SPECS, ids=name)
 @pytest.mark.parametrize("agreed", [(4, 4), (2, 0), (0, 3)], ids=str)
 def test_kept_tokens_scores_and_pool_are_those_of_brute_force(spec, agreed):

@@ -91,6 +91,7 @@ def test_a_shut_gate_is_exact(looping, target, plain):
     assert decoder.generate(START, STEPS) == plain(START)
 
 
+@pytest.mark.slow
 def test_a_text_that_repeats_takes_fewer_steps(looping, target, plain):
     """The draft is the target itself, so trees are as deep, and accepted as far, either way."""
     spec = TreeSpec("beam", 8, 2, sharpen=0.01, lookup=6)

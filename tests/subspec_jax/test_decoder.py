@@ -32,7 +32,7 @@ SAMPLED_TOO = ("beam", "best-first", "own cache", "lookup", "post beam", "post b
 SAMPLED_TOO += ("auto", "stop", "post and stop")
 
 
-@pytest.mark.quick_cases("vanilla-greedy", "beam-sampling", "own cache-sampling")
+@pytest.mark.quick_cases("beam-sampling", "vanilla-greedy")
 @pytest.mark.parametrize(
     "name, how",
     [(name, "greedy") for name in PROPOSERS]
@@ -216,6 +216,7 @@ def test_caches_hold_what_a_fresh_prefill_gives(tiny, target, name):
 # --------------------------------------------------------------------------------- gates, replays
 
 
+@pytest.mark.slow
 def test_replay_accepts_what_the_trace_says(tiny, target):
     lengths = [3, 0, 2, 1, 3, 3, 0, 1]
     decoder = Decoder(target, ModelDraft(tiny.draft(2), tiny.cfg, BEAM), max_length=LENGTH)

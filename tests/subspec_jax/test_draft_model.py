@@ -77,6 +77,7 @@ def test_everything_that_is_not_a_chosen_matrix_is_the_very_same_buffer(params, 
                 assert same_buffer(ours[name], theirs[name]), name
 
 
+@pytest.mark.slow
 def test_chosen_layers_are_quantized_on_the_device(params, draft):
     layer = draft.layers[RESIDENT]
     assert is_offloaded(params.layers[RESIDENT]) and not is_offloaded(layer)
@@ -173,6 +174,7 @@ def test_logits_of_a_low_bit_head_are_not_rounded_to_16_bits(params):
     assert (logits != logits.astype(jnp.bfloat16).astype(np.float32)).any()
 
 
+@pytest.mark.quick_cases("2", "3", "1")
 @pytest.mark.parametrize("layer", range(CFG.layers))
 def test_shapes_are_those_of_the_substitutes(params, layer):
     exact = params.layers[layer]

@@ -102,6 +102,7 @@ def test_every_method_of_one_engine_writes_the_models_own_tokens(model, plain, p
         assert model.generate(prompt, NEW, eos=()) == plain[Sampler()]
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_seed_and_position_alone(folder, plain, prompt):
     sampler = Sampler(0.8, top_k=40)
     with subspec_jax.open(folder, "16MB", sampler=sampler, **SMALL) as model:
@@ -219,6 +220,7 @@ def test_the_classic_method_loads_its_small_model(folder, tmp_path, prompt, plai
         assert model.generate(prompt, NEW, eos=()) == plain[Sampler()]
 
 
+@pytest.mark.slow
 def test_random_weights_need_no_checkpoint(monkeypatch):
     from types import SimpleNamespace
 

@@ -266,6 +266,7 @@ def test_a_plan_of_residuals_needs_a_converted_model(converted):
         load_target(source, plan)
 
 
+@pytest.mark.quick_cases("model")
 @pytest.mark.parametrize("name", ["layer-00002", "model"])
 def test_damage_is_found_unless_nothing_is_checked(converted, tmp_path, name):
     """In the bytes of the files, or, where that was left out, in the decoded weights."""
@@ -284,6 +285,7 @@ def test_damage_is_found_unless_nothing_is_checked(converted, tmp_path, name):
         load_target(damaged, plan, verify=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_random_head_in_two_parts():
     cfg = dataclasses.replace(CFG, dtype="bfloat16", d_model=128)
     room = gaussian_room(cfg, 4, 32)

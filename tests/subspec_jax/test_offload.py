@@ -201,7 +201,7 @@ def test_blocks_wait_until_those_before_have_returned_their_work_space(params, m
     assert running == [0, 1, 1, 1, 1] and verify.QUEUED == 2
 
 
-@pytest.mark.quick_cases("2")
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_a_decoder_stays_within_the_ring(params, ahead):
     """Watched between the layers of every pass, prefill aside."""

@@ -96,7 +96,7 @@ def test_items_of_the_draft_are_the_bytes_of_the_substitutes(bits, table_on_host
     assert plan.device.get("substitute embedding") == expected
 
 
-@pytest.mark.quick_cases("2-4")
+@pytest.mark.slow
 @pytest.mark.parametrize("head_bits", [None, 3, 4, 8])
 @pytest.mark.parametrize("resident", [0, 2, 4])
 def test_items_of_residuals_are_the_bytes_of_what_is_placed(resident, head_bits):

@@ -92,6 +92,7 @@ def test_lookup_fills_a_tree():
     np.testing.assert_array_equal(tree.ancestor_EE, want)
 
 
+@pytest.mark.slow
 def test_lookup_accepts_a_text_that_repeats(tiny):
     """A model whose text goes in circles: whole spans are copied, and the text is the same."""
     target = Target(tiny.placed, tiny.cfg)
@@ -112,6 +113,7 @@ def test_vanilla_proposes_the_root_alone():
     assert state.tree.token_E.tolist() == [6] and int(state.tree.size) == 1
 
 
+@pytest.mark.slow
 def test_a_draft_learns_from_rounds_where_to_stop(tiny):
     """Steps of low gain that are never accepted are not worth it; only "auto" needs the times."""
     spec = TreeSpec("beam", 4, 2)

@@ -194,6 +194,7 @@ def test_a_tree_that_runs_out_of_candidates_stops():
     assert float(gain(tree, spec)) == -np.inf
 
 
+@pytest.mark.slow
 def test_gain_is_the_sum_of_path_probabilities():
     spec = TreeSpec("beam", 3, 3, sharpen=1.0)
     logits = table(spec, 8, 9)

@@ -245,7 +245,7 @@ def test_between_is_called_behind_every_layer(target, tiny):
     assert seen == list(range(tiny.cfg.layers))
 
 
-@pytest.mark.quick_cases("8")
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2, 8])
 def test_the_likeliest_token_by_parts_of_a_head_is_that_of_whole_rows(monkeypatch, parts):
     """Equal columns, in one part and in two: the first counts. Padding, whose logits are 0, never

@@ -60,6 +60,7 @@ def test_budget_and_merging_without_a_gpu(small, monkeypatch):
         bench.main(dataclasses.replace(short, table=None), Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_entries_that_were_tried_in_a_step_stay(small):
     """And records of tilings with other fields, or of too many rows, are left out."""
     log = bench.main(small, Console(quiet=True))

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.quick_cases("2")
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_perplexity(batch):
     """Against log-probabilities of one plain pass in float64."""

@@ -206,6 +206,7 @@ def test_an_interrupt_keeps_what_was_scored(run, scored, tmp_path, monkeypatch, 
     assert [r["data"] for r in lines(out)] == ["scenes"]
 
 
+@pytest.mark.slow
 def test_broken_samples_are_named_and_change_the_status(run, tmp_path, monkeypatch, capsys):
     def broken(*args):
         class Some(Scenes):

@@ -149,6 +149,7 @@ def test_sensitivity_tells_how_far_it_is():
     assert told == [1, 2] and math.isfinite(found["area"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "precision"),
     [

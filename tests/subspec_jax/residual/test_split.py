@@ -164,6 +164,7 @@ def test_a_layer_streams_as_its_residuals():
         np.testing.assert_array_equal(bits(a), bits(b))
 
 
+@pytest.mark.quick_cases("float32")
 @pytest.mark.parametrize("out_dtype", [None, jnp.float32])
 def test_a_product_is_that_of_the_exact_matrix(out_dtype):
     split, want = split_layer()
@@ -194,6 +195,7 @@ def test_normal_weights_fit_into_the_room_planned_for_them(bits):
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, made)
 
 
+@pytest.mark.slow
 def test_codes_unpack_alike_in_numpy():
     for n_bits, group in ((2, 8), (3, 16), (4, 64), (8, 32)):
         q = quantize(jnp.asarray(pair(128, 24, "levels")[0][:, :24]), n_bits, group, 0)
