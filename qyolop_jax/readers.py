@@ -134,9 +134,10 @@ class Bdd100k(ImageFolder):
         self.area, self.lane = first(self.AREAS), first(self.LANES)
         self.root = root
         boxes = next((at(p) for p in self.BOXES if at(p).exists()), None)
-        self.json_folder = boxes if boxes is not None and boxes.is_dir() else None
+        whole = boxes is not None and (boxes.suffix == ".json" or not boxes.is_dir())
+        self.json_folder = None if whole else boxes
         self.entries = None
-        if boxes is not None and not boxes.is_dir():
+        if whole:
             content = formats.read_json(boxes)
             frames = content.get("frames") if isinstance(content, dict) else content
             self.entries = _by_stem(frames, boxes)

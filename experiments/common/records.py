@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from experiments.common.cli import UserError
 from llm_jax.files import atomic_file, parse_json
+from llm_jax.untrusted import require_file
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def read(
     path = Path(path)
     if not path.exists():
         return []
+    require_file(path)
     *lines, tail = path.read_bytes().split(b"\n")
     found = [*enumerate(lines, 1), (len(lines) + 1, tail)]
     records = []

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from llm_jax.files import parse_json
+from llm_jax.untrusted import read_text
 from subspec_jax.methods import Method, MethodError
 
 BLOCK = 48
@@ -43,7 +44,7 @@ def acceptance_trace(source: str, method: Method, seed: int = 0) -> Callable[[],
 
         return draws
     try:
-        lines = Path(source).read_text().splitlines()
+        lines = read_text(Path(source)).splitlines()
         records = [parse_json(line) for line in lines if line.strip()]
         rounds = [r["rounds"] for r in records if r["method"] == method.name]
         found = [

@@ -110,6 +110,8 @@ class TensorFile:
 def _mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(views of a safetensors file's tensors, its metadata). Only the header is read."""
     types = dict(U8=np.uint8, U16=np.uint16, U32=np.uint32, BF16="bfloat16", F16=np.float16)
+    if not file.is_file() and file.exists():
+        raise ValueError("it is no ordinary file")  # a pipe would be waited for without an end
     whole = np.memmap(file, np.uint8, "r")
     begin = 8 + int(whole[:8].view(np.uint64)[0])
     header = parse_json(bytes(whole[8:begin]))
@@ -132,6 +134,8 @@ def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(file: Path) -> dict[str, Any]:
     """The manifest. Raises ResidualError if it is missing, damaged or of another version."""
     try:
+        if not file.is_file() and file.exists():
+            raise ValueError("it is no ordinary file")
         manifest = parse_json(file.read_text(encoding="utf-8"))
         version = manifest.get("version")
         digest = manifest.pop("digest", None)

@@ -4,6 +4,8 @@
 """
 
 import collections
+import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -34,6 +36,42 @@ def outcomes(name: str, folder: Path, seeds) -> collections.Counter:
 def test_a_malformed_file_is_named_or_rightly_accepted(tmp_path, name):
     found = outcomes(name, tmp_path / "door", range(CASES))
     assert not found["silent"] and sum(found.values()) == CASES
+
+
+def socket_at(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+
+
+PLACES = {
+    "nothing": lambda path: None,
+    "folder": Path.mkdir,
+    "named pipe": os.mkfifo,
+    "socket": socket_at,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "link to itself": lambda path: path.symlink_to(path),
+}
+OPTIONAL = ("index", "generation_config", "tokenizer_config", "template", "records", "labels")
+OPTIONAL += ("Palu statistics",)
+"""What may be missing. A link to itself is missing, too."""
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_what_is_no_file_is_named(tmp_path, monkeypatch, name):
+    """Nothing waits for a pipe, or reads a device without an end."""
+    door = DOORS[name]
+    (tmp_path / "door").mkdir()
+    file = door.make(tmp_path / "door")
+    monkeypatch.chdir(file.parent)  # the name of a socket must be short
+    file.unlink()
+    for what, place in PLACES.items():
+        place(file)
+        if what not in ("nothing", "link to itself") or name not in OPTIONAL:
+            assert door.read_outcome(file) == "named", what
+        if file.is_dir():
+            file.rmdir()
+        else:
+            file.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
