@@ -190,7 +190,7 @@ TREE_CASES = {
 }
 
 
-@pytest.mark.quick_cases("4 bits")
+@pytest.mark.slow
 @pytest.mark.parametrize("family, form", cases(TREE_CASES))
 def test_trees_and_what_is_kept_of_them(family, form):
     """Text, a draft's rows, the tree itself, rows moved, then text again: rounds, one by one."""

@@ -56,6 +56,7 @@ def test_the_best_plan_is_that_of_brute_force(seed):
     assert best.error <= min(every) * 1.25 + 1e-12
 
 
+@pytest.mark.slow
 def test_plans_are_sorted_fit_and_have_predicted_what_they_say():
     rng = np.random.default_rng(7)
     cfg = model(layers=2, kv_heads=2, head_dim=16)

@@ -107,6 +107,7 @@ def test_a_text_that_repeats_takes_fewer_steps(looping, target, plain):
     assert sum(r.steps for r in looked[1:]) <= 8 * len(looked[1:]) / 2
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_rounds(looping, target):
     decoder = Decoder(target, LOOP["beam"](looping), max_length=LENGTH)
     fresh = Decoder(target, LOOP["beam"](looping), max_length=LENGTH)

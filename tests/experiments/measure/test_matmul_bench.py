@@ -74,6 +74,7 @@ def test_entries_that_were_tried_in_a_step_stay(small):
     assert json.loads(small.table.read_text()) == chosen
 
 
+@pytest.mark.slow
 def test_more_rows_than_the_kernel_takes_are_only_compared(small):
     log = bench.main(dataclasses.replace(small, rows=(2,), large=(65,)), Console(quiet=True))
     assert {r["rows"] for r in log.select(kind="tiling")} == {2}

@@ -171,6 +171,7 @@ def test_exports_give_what_the_model_gives(folder, tmp_path, form, precision, ca
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
+@pytest.mark.slow
 def test_a_file_that_says_its_size_is_exported_alone(folder, tmp_path, monkeypatch):
     """As the network for roads is, which has no model.safetensors beside it."""
     alone, sizes = tmp_path / "alone.safetensors", []
