@@ -9,20 +9,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import jax.numpy as jnp
 import numpy as np
-from lm_eval.api.model import LM
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.evaluator import evaluate
-from lm_eval.tasks import TaskManager
 
 from experiments.common.cli import UserError
 from experiments.palu.corpora import json_rows
 from experiments.palu.evaluate import token_scores
 from llm_jax.config import Config
+from llm_jax.extras import need
 from llm_jax.generation import generate
 from llm_jax.params import Params
+
+need("lm_eval.api", "eval", "a zero-shot task")  # a named error where it is missing
+
+import datasets  # noqa: E402
+from lm_eval.api.model import LM  # noqa: E402
+from lm_eval.api.task import ConfigurableTask  # noqa: E402
+from lm_eval.evaluator import evaluate  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 
 class TaskError(UserError):

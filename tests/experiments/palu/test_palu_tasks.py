@@ -17,7 +17,7 @@ from llm_jax.model import forward
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 
 pytest.importorskip("lm_eval", reason="zero-shot tasks need pip install -e '.[eval]'")
-tasks = pytest.importorskip("experiments.palu.tasks")
+tasks = pytest.importorskip("experiments.palu.tasks", exc_type=ImportError)
 
 CFG = tiny_config("qwen2", kv_heads=2)
 PARAMS = tiny_params(CFG)
