@@ -66,33 +66,38 @@ def _decode_head(head: Split, vocab: int):
 
 
 def _load_converted(source, plan, place_layer, place_table, progress, verify, check) -> Target:
-    if check:
-        source.check()
-    if verify:
-        source.verify_tables()
-    tables = {name: place_table(name, array) for name, array in source.tables.items()}
-    if source.head is not None:
-        head = to_device(source.head)
-        whole = None
-        if verify or not plan.split_head:
-            whole = _decode_head(head, plan.cfg.vocab)
-        if verify:
-            source.verify_head(whole)
-        tables["head_DV"] = head if plan.split_head else whole
     layers = []
-    for i in range(plan.cfg.layers):
-        if check:
-            source.check(i)
-        split = source.layer(i)
-        if verify or not plan.streams_residuals:
-            whole = _decode_layer(to_device(split))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # the next file, while one is placed
+        begin = (lambda i: pool.submit(source.check, i)) if check else (lambda i: None)
+        checked = begin(None)
+        if checked:
+            checked.result()
+        checked = begin(0)
+        if verify:
+            source.verify_tables()
+        tables = {name: place_table(name, array) for name, array in source.tables.items()}
+        if source.head is not None:
+            head = to_device(source.head)
+            whole = None
+            if verify or not plan.split_head:
+                whole = _decode_head(head, plan.cfg.vocab)
             if verify:
-                source.verify(i, whole)
-        layers.append(
-            place_layer(i, split if plan.streams_residuals else unjoined(whole, plan.cfg))
-        )
-        if progress:
-            progress(i + 1)
+                source.verify_head(whole)
+            tables["head_DV"] = head if plan.split_head else whole
+        for i in range(plan.cfg.layers):
+            if checked:
+                checked.result()
+                checked = begin(i + 1) if i + 1 < plan.cfg.layers else None
+            split = source.layer(i)
+            if verify or not plan.streams_residuals:
+                whole = _decode_layer(to_device(split))
+                if verify:
+                    source.verify(i, whole)
+            layers.append(
+                place_layer(i, split if plan.streams_residuals else unjoined(whole, plan.cfg))
+            )
+            if progress:
+                progress(i + 1)
     return Target(Params(layers=tuple(layers), **tables), plan.cfg, plan.ahead)
 
 
