@@ -12,11 +12,12 @@ from pathlib import Path
 from types import ModuleType
 
 from llm_jax import CheckpointError
-from llm_jax.config import Config, Llama3Rope
+from llm_jax.config import Config
 from llm_jax.downloads import check, check_snapshot, commit
 from llm_jax.extras import MissingPackage, need
 from llm_jax.files import atomic_file, cache_folder
 from llm_jax.formats import open_checkpoint
+from llm_jax.rope import Llama3Rope
 
 
 @dataclasses.dataclass(frozen=True)

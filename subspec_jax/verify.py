@@ -19,7 +19,7 @@ from llm_jax.attention import Step, causal_step
 from llm_jax.cache import move
 from llm_jax.config import Config
 from llm_jax.generation import chunks
-from llm_jax.model import block, embed, rms_norm, unembed
+from llm_jax.model import block, embed, final_logits, rms_norm, scaled, unembed
 from llm_jax.params import Layer, Params
 from llm_jax.sample import Sampler
 from llm_jax.stream import Stream, StreamedLayer, route, to_device
@@ -88,7 +88,8 @@ jit_embed = jax.jit(embed, static_argnames="cfg")
 def embedded(target: Target, tokens_1T: jax.Array) -> jax.Array:
     """x_1TD before the first layer."""
     if isinstance(target.params.embed_VD, np.ndarray):
-        return to_device(rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype))
+        rows = rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype)
+        return scaled(to_device(rows), target.cfg.embed_scale)
     return jit_embed(target.top, tokens_1T, target.cfg)
 
 
@@ -189,6 +190,7 @@ def likeliest(top: Params, x_ED: jax.Array, cfg: Config) -> jax.Array:
 
     def better(best, logits_EV, first):
         most_E, token_E = best
+        logits_EV = final_logits(logits_EV, cfg)
         column_V = first + jnp.arange(logits_EV.shape[1], dtype=jnp.int32)
         logits_EV = jnp.where(column_V[None] < cfg.vocab, logits_EV, -jnp.inf)  # it may be padded
         own_E = jnp.max(logits_EV, axis=-1)

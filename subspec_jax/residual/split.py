@@ -54,12 +54,17 @@ def has_split(tree: Any) -> bool:
 
 
 def split_shapes(
-    cfg: Config, bits: int, group: int, room: dict[str, tuple[int, int]], code: str = "levels"
+    cfg: Config,
+    bits: int,
+    group: int,
+    room: dict[str, tuple[int, int]],
+    code: str = "levels",
+    index: int = 0,
 ) -> Layer:
-    """A layer of `Split` matrices, as shapes. `room`: (rows of words, patches) of each matrix."""
+    """Layer `index` of `Split` matrices, as shapes. `room`: (rows of words, patches) of each."""
     names = iter(cfg.joined_matrices)
     split = lambda *matrices: _split(matrices, bits, group, room[next(names)], code)
-    plain = abstract(dataclasses.replace(cfg, layers=1)).layers[0]
+    plain = abstract(cfg).layers[index]
     return jax.eval_shape(lambda layer: joined(layer, split), plain)
 
 
