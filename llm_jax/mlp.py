@@ -3,7 +3,10 @@
 Letters: M tokens in a row, E experts, P pairs of a token and an expert that it is routed to.
 """
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 
 from llm_jax.config import Config
 from llm_jax.linear import linear
-from llm_jax.params import MLP, Experts, JoinedMLP
+from llm_jax.params import MLP, Experts, JoinedMLP, SeparateExperts
 from pallas_kernels.precision import precision
 
 FEW_PAIRS = 64
@@ -69,7 +72,23 @@ def routing(p: Experts, x_MD: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Ar
         if cfg.experts.normalize:
             weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
         order = jnp.argsort(expert, axis=-1)
-        return tuple(jnp.take_along_axis(a, order, axis=-1) for a in (expert, weight))
+        expert, weight = (jnp.take_along_axis(a, order, axis=-1) for a in (expert, weight))
+    if (routed := _ROUTED.get()) is not None:
+        routed.append(expert)
+    return expert, weight
+
+
+_ROUTED: contextvars.ContextVar[list | None] = contextvars.ContextVar("routed", default=None)
+
+
+@contextlib.contextmanager
+def recorded_routing() -> Iterator[list[jax.Array]]:
+    """A list that gets the experts of every layer that is traced inside, int32 [M, chosen]."""
+    token = _ROUTED.set(routed := [])
+    try:
+        yield routed
+    finally:
+        _ROUTED.reset(token)
 
 
 def expert_output(gate_up, down, biases, x_MD: jax.Array, cfg: Config) -> jax.Array:
@@ -102,7 +121,11 @@ def _(p: Experts, x_BTD, cfg: Config):
     expert_Mc, weight_Mc = routing(p, x_MD, cfg)
     with jax.named_scope("experts"):
         few = expert_Mc.size <= min(FEW_PAIRS, cfg.experts.count)
-        y_MD = (_by_pairs if few else _one_by_one)(p, x_MD, expert_Mc, weight_Mc, cfg)
+        if isinstance(p.expert_down, SeparateExperts):
+            apply = _each_alone
+        else:
+            apply = _by_pairs if few else _one_by_one
+        y_MD = apply(p, x_MD, expert_Mc, weight_Mc, cfg)
         if (shared := shared_output(p, x_MD, cfg)) is not None:
             y_MD = y_MD + shared
     return y_MD.astype(x_BTD.dtype).reshape(x_BTD.shape)
@@ -114,17 +137,29 @@ def _stacks(p: Experts):
 
 def _by_pairs(p: Experts, x_MD, expert_Mc, weight_Mc, cfg):
     """Each pair's expert is read from the stack, and no other."""
-
-    def one(pair):
-        row, expert = pair
-        mine = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, expert, 0, False), _stacks(p))
-        return expert_output(*mine, x_MD[row][None], cfg)[0]
-
     M, c = expert_Mc.shape
-    pairs = jnp.repeat(jnp.arange(M), c), expert_Mc.reshape(-1)
-    y_PD = jax.lax.map(one, pairs)
+    take = lambda a: jnp.take(a, expert_Mc.reshape(-1), axis=0)
+    one = lambda stacks, x_D: expert_output(*stacks, x_D[None], cfg)[0]
+    y_PD = jax.vmap(one)(jax.tree.map(take, _stacks(p)), jnp.repeat(x_MD, c, axis=0))
     y_McD = y_PD.reshape(M, c, -1) * weight_Mc[..., None]
     return functools.reduce(jnp.add, [y_McD[:, i] for i in range(c)])
+
+
+def weight_of(expert, expert_Mc: jax.Array, weight_Mc: jax.Array) -> jax.Array:
+    """The weight that each token gives to an expert, [M, 1]; 0 where it is not routed to it."""
+    return jnp.sum(jnp.where(expert_Mc == expert, weight_Mc, 0.0), axis=-1)[:, None]
+
+
+def _each_alone(p: Experts, x_MD, expert_Mc, weight_Mc, cfg):
+    """`_one_by_one` for experts that are arrays of their own."""
+    y_MD = jnp.zeros(x_MD.shape, jnp.float32)
+    gate_up, down, biases = _stacks(p)
+    for expert, parts in enumerate(zip(gate_up.each, down.each, strict=True)):
+        own = tuple(None if b is None else b[expert] for b in biases)
+        weight_M1 = weight_of(expert, expert_Mc, weight_Mc)
+        y = expert_output(*parts, own, x_MD, cfg)
+        y_MD = y_MD + jnp.where(weight_M1 > 0, y * weight_M1, 0.0)
+    return y_MD
 
 
 def _one_by_one(p: Experts, x_MD, expert_Mc, weight_Mc, cfg):
@@ -132,9 +167,9 @@ def _one_by_one(p: Experts, x_MD, expert_Mc, weight_Mc, cfg):
 
     def turn(y_MD, given):
         stacks, expert = given
-        weight_M = jnp.sum(jnp.where(expert_Mc == expert, weight_Mc, 0.0), axis=-1)
+        weight_M1 = weight_of(expert, expert_Mc, weight_Mc)
         y = expert_output(*stacks, x_MD, cfg)
-        return y_MD + jnp.where(weight_M[:, None] > 0, y * weight_M[:, None], 0.0), None
+        return y_MD + jnp.where(weight_M1 > 0, y * weight_M1, 0.0), None
 
     start = jnp.zeros(x_MD.shape, jnp.float32)
     return jax.lax.scan(turn, start, (_stacks(p), jnp.arange(cfg.experts.count)))[0]

@@ -30,8 +30,10 @@ def attention_branch(
 ) -> tuple[jax.Array, Any]:
     """(x with what the attention adds, the layer's cache with the new tokens written)."""
     with jax.named_scope("attention"):
-        y, cache = attention(layer.attn, _normed(x_BTD, layer.attn_norm, cfg), cache, step, cfg)
-        return _added(x_BTD, y, layer.attn_out_norm, cfg), cache
+        y, cache = attention(
+            layer.attn, normed_input(x_BTD, layer.attn_norm, cfg), cache, step, cfg
+        )
+        return added(x_BTD, y, layer.attn_out_norm, cfg), cache
 
 
 def mlp_branch(
@@ -39,8 +41,8 @@ def mlp_branch(
 ) -> jax.Array:
     """x with what the MLP or the experts add."""
     with jax.named_scope("mlp"):
-        y = mlp(layer.mlp, _normed(x_BTD, layer.mlp_norm, cfg), cfg)
-        return _added(x_BTD, y, layer.mlp_out_norm, cfg)
+        y = mlp(layer.mlp, normed_input(x_BTD, layer.mlp_norm, cfg), cfg)
+        return added(x_BTD, y, layer.mlp_out_norm, cfg)
 
 
 def block(
@@ -51,14 +53,14 @@ def block(
     return mlp_branch(layer, x_BTD, cfg), cache
 
 
-def _normed(x_BTD, gain, cfg):
+def normed_input(x_BTD: jax.Array, gain: jax.Array | None, cfg: Config) -> jax.Array:
     """A branch's input: normed where the family norms before its branches."""
     return x_BTD if gain is None else rms_norm(x_BTD, gain, cfg.norm_eps)
 
 
-def _added(x_BTD, y_BTD, gain, cfg):
+def added(x_BTD: jax.Array, y_BTD: jax.Array, gain: jax.Array | None, cfg: Config) -> jax.Array:
     """x + y, y normed where the family norms after its branches."""
-    return x_BTD + scaled(_normed(y_BTD, gain, cfg), cfg.residual_scale)
+    return x_BTD + scaled(normed_input(y_BTD, gain, cfg), cfg.residual_scale)
 
 
 def unembed(params: Params, x_BTD: jax.Array, cfg: Config) -> jax.Array:

@@ -105,6 +105,14 @@ class Experts:
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
+class SeparateExperts:
+    """A stack whose experts are arrays of their own, so that each can be moved alone."""
+
+    each: tuple[Weight, ...]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """One decoder layer. A norm that is None is not there."""
 
