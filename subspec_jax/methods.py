@@ -64,6 +64,11 @@ class Method:
                     f"a draft of {self.draft.experts} experts a token was asked for, and "
                     f"{draft_cfg.family} models have no experts"
                 )
+            if not 1 <= self.draft.experts <= draft_cfg.experts.count:
+                raise MethodError(
+                    f"a draft of {self.draft.experts} experts a token was asked for; the model has "
+                    f"{draft_cfg.experts.count}"
+                )
             fewer = dataclasses.replace(draft_cfg.experts, chosen=self.draft.experts)
             draft_cfg = dataclasses.replace(draft_cfg, experts=fewer)
         own = self.draft.own_cache
