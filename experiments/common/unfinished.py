@@ -4,11 +4,12 @@
         for name in names:
             found = work.found(name) or [measured(name)]
 
-A folder `OUTPUT.unfinished` has one record for each result. It is gone when the block ends without
-an error; after an interrupt, a kill or an error the same command goes on with what it has.
+A folder `OUTPUT.unfinished` has one record for each result. They are gone when the block ends
+without an error; after an interrupt, a kill or an error the same command goes on with them.
 """
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import Any
 
 from experiments.common import records
 from llm_jax.digest import json_digest
-from llm_jax.files import locked
+from llm_jax.files import atomic_file, locked
 
 FIELDS = ("work", "what", "value", "checksum")
 
@@ -58,9 +59,15 @@ class Unfinished:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        if self.folder is not None and (kind is None or not self.path.exists()):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._stack.close()
+        with self._stack:  # the lock is the last to go
+            if self.folder is None:
+                return
+            others = [r for r in self._read() if r["work"] != self.work] if kind is None else []
+            if others:  # such as another network's scores in the same output
+                with atomic_file(self.path) as scratch:
+                    scratch.write_text("".join(json.dumps(r) + "\n" for r in others))
+            elif kind is None or not self.path.exists():
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def found(self, what: str) -> list[Any]:
         """The results of this name, in the order in which they were added."""

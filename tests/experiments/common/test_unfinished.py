@@ -45,6 +45,18 @@ def test_other_work_begins_anew(tmp_path):
         assert work.found("part") == [1]
 
 
+def test_work_that_ends_leaves_other_work_alone(tmp_path):
+    """As a loop over networks with one output does, in which the second was interrupted."""
+    output = tmp_path / "scores.jsonl"
+    interrupted(output, ("part", 1), ("part", {"found": [0.1, None]}))
+    with Unfinished(output, "another") as work:
+        work.add("part", 7)
+    assert Unfinished(output, IDENTITY).is_begun() and not Unfinished(output, "another").is_begun()
+    with Unfinished(output, IDENTITY) as work:
+        assert work.found("part") == [1, {"found": [0.1, None]}]
+    assert not list(tmp_path.iterdir())
+
+
 def test_work_that_found_nothing_and_work_without_an_output_leave_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     interrupted(tmp_path / "scores.jsonl")

@@ -86,6 +86,7 @@ def evaluated(run, tmp_path, monkeypatch):
 
     stops = [None]
     monkeypatch.setattr(evaluation, "predictor", predictor)
+    monkeypatch.setattr(qyolop_evaluate, "load", lambda path: network.Network(CFG, None, None))
     monkeypatch.setattr(qyolop_evaluate, "dataset", lambda *args: Broken(11, CFG.size))
 
     def evaluate(output, stop=None, *more):
