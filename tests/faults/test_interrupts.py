@@ -14,13 +14,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
-from qyolop_jax.arrays import read_arrays
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.model import initial
 from qyolop_jax.scenes import scene
-from qyolop_jax.stages import TrainError
 from qyolop_jax.weights import save_weights
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +51,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def arrays(path: Path) -> dict[str, bytes]:
-    return {name: a.tobytes() for name, a in read_arrays(path, "format", TrainError)[1].items()}
+    return {name: a.tobytes() for name, a in load_file(path).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,10 @@ COMMANDS = {
         "qyolop quantize --run {network} --scenes 4 --images 3 --sensitivity --evaluate"
         " --held-out 8 --output {out}/int8.safetensors",
         "*.unfinished/records.jsonl",
-        lambda out: (lines(out / "int8.jsonl"), lines(out / "sensitivity.jsonl")),
+        lambda out: (
+            arrays(out / "int8.safetensors"),
+            *(lines(out / name) for name in ("int8.jsonl", "sensitivity.jsonl")),
+        ),
         "was done before",
     ),
     "benchmark": Long(

@@ -148,6 +148,11 @@ def test_sensitivity_tells_how_far_it_is():
     scales = quantize.calibrate_scales(graph, params, [batch])
     found = quantize.sensitivity(graph, params, scales, [batch, batch], progress=told.append)
     assert told == [1, 2] and math.isfinite(found["area"])
+    again = []
+    known = {(0, "area"): found["area"] + 6.0}  # another number: it is taken as it is
+    keep = lambda *measured: again.append(measured)
+    changed = quantize.sensitivity(graph, params, scales, [batch, batch], known=known, keep=keep)
+    assert again == [(1, "area", found["area"])] and changed["area"] == found["area"] + 3.0
 
 
 @pytest.mark.slow
