@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 
 from llm_jax.config import Config
 from llm_jax.digest import json_digest
+from llm_jax.values import from_json
 from palu_jax import PaluError
 from palu_jax.convert import Recipe, check_recipe
 from palu_jax.identity import Identity
-from palu_jax.typed_json import from_json
 
 NAME = "palu.json"
 """The file with the description."""
