@@ -42,7 +42,7 @@ def file_digest(path: Path) -> str:
 
     It is kept (`kept_digest`).
     """
-    return kept_digest(path, "xxh3", _hashed)
+    return kept_digest(path, "xxh3", hash_file)
 
 
 def kept_digest(
@@ -97,7 +97,8 @@ def _state(path: Path) -> dict[str, int]:
     }
 
 
-def _hashed(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """The digest of `file_digest`, always by reading the file."""
     buffers, size = threading.local(), Path(path).stat().st_size
 
     def part(start: int) -> bytes:

@@ -22,9 +22,9 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def hashed(monkeypatch):
     """The sizes of the files that are read."""
-    seen, exact = [], digest._hashed
+    seen, exact = [], digest.hash_file
     monkeypatch.setattr(
-        digest, "_hashed", lambda path: seen.append(path.stat().st_size) or exact(path)
+        digest, "hash_file", lambda path: seen.append(path.stat().st_size) or exact(path)
     )
     return seen
 
