@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.extras import need
-from llm_jax.files import atomic_file, cache_folder
+from llm_jax.files import atomic_file, cache_folder, parse_json
 
 PART = 2**24
 """Bytes that one thread reads and hashes at a time."""
@@ -69,7 +69,7 @@ def kept_digest(
 def known_digest(path: Path, kind: str, cache: Path | None = None) -> str | None:
     """The digest that `kept_digest` would give without reading the file; None where it must."""
     try:
-        known = json.loads(_kept(path, kind, cache).read_text(encoding="utf-8"))
+        known = parse_json(_kept(path, kind, cache).read_text(encoding="utf-8"))
         return str(known["digest"]) if known["state"] == _state(path) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, or damaged: hashed again

@@ -74,7 +74,9 @@ def test_a_file_that_has_just_changed_is_read_again(tmp_path, hashed, cache):
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"state": 3}', b"\xff", b'{"state": {}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"state": 3}', b"\xff", b'{"state": {}}', b"[" * 10**5]
+)
 def test_a_damaged_cache_is_passed_over(tmp_path, cache, monkeypatch, content):
     monkeypatch.setattr(digest, "SETTLED_NS", 0)
     path = write(tmp_path / "a", b"1")
