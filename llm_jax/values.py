@@ -114,8 +114,8 @@ class Values:
 def from_json(kind: Any, found: Any, where: str) -> Any:
     """A value of this type: a dataclass, a tuple or dict, a Literal, a union, or a plain type.
 
-    A tuple is a list in JSON. An object has all fields of its dataclass and no others. `where`
-    names the value in the ConfigError for one of another type.
+    A tuple is a list in JSON. An object has all fields of its dataclass, or of a direct subclass,
+    and no others. `where` names the value in the ConfigError for one of another type.
     """
     origin, args = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -145,7 +145,9 @@ def from_json(kind: Any, found: Any, where: str) -> Any:
 def _dataclass(kind: Any, found: Any, where: str) -> Any:
     if not isinstance(found, dict):
         _refuse(where, found, "an object")
-    wanted = get_type_hints(kind)
+    kinds = (kind, *kind.__subclasses__())
+    kind = next((one for one in kinds if _fields(one).keys() == found.keys()), kind)
+    wanted = _fields(kind)
     for name in (*wanted, *found):
         if (name in wanted) != (name in found):
             word = "missing" if name in wanted else "not known"
@@ -155,6 +157,12 @@ def _dataclass(kind: Any, found: Any, where: str) -> Any:
         return kind(**values)
     except ValueError as error:  # from its own checks
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Name -> type of a dataclass's fields."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def is_plain(kind: Any, value: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from llm_jax.rope import LinearRope, Llama3Rope, RopeScaling
 from llm_jax.values import ConfigError, from_json, is_plain
 
 
@@ -44,6 +45,13 @@ WHOLE = Outer("x", 4, Inner(0.5, (1, 2, 3)), (7, True), {"a": 1, "b": 2})
 def test_what_was_written_comes_back(value):
     found = json.loads(json.dumps(dataclasses.asdict(value)))
     assert from_json(Outer, found, "it") == value
+
+
+@pytest.mark.parametrize("value", [LinearRope(2.0), Llama3Rope(8.0, 1.0, 4.0, 8192)])
+def test_a_subclass_is_known_by_its_fields(value):
+    assert from_json(RopeScaling, dataclasses.asdict(value), "it") == value
+    with pytest.raises(ConfigError, match="it is wrong: 'half' is not known"):
+        from_json(RopeScaling, {"half": 1.0}, "it")
 
 
 @pytest.mark.parametrize(
