@@ -8,7 +8,7 @@ A load is timed with the check, then without it, then the other way round, and s
 opens the folder anew, so that its pages are mapped anew. The least of all times counts, because
 other work on the machine only adds to it; medians are in the record. So are the least seconds of
 processor time: what a check costs where no processor is free to hash beside the loading. The files
-are in the page cache: from a disk, both loads take longer, and the difference is the same or less.
+are in the page cache, or, with --cold, dropped from it before each load.
 """
 
 import dataclasses
