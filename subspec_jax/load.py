@@ -79,13 +79,9 @@ def _decode_head(head: Split, vocab: int):
 
 
 def _load_converted(source, plan, place_layer, place_table, progress, verify, check) -> Target:
-    layers = []
+    layers, split_layers = [], plan.streams_residuals  # which looks at every layer of the plan
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # the next file, while one is placed
-        begin = (lambda i: pool.submit(source.check, i)) if check else (lambda i: None)
-        checked = begin(None)
-        if checked:
-            checked.result()
-        checked = begin(0)
+        checked = [pool.submit(source.check, i) for i in (None, 0)] if check else []
         if verify:
             source.verify_tables()
         tables = {name: place_table(name, array) for name, array in source.tables.items()}
@@ -98,17 +94,16 @@ def _load_converted(source, plan, place_layer, place_table, progress, verify, ch
                 source.verify_head(whole)
             tables["head_DV"] = head if plan.split_head else whole
         for i in range(plan.cfg.layers):
-            if checked:
-                checked.result()
-                checked = begin(i + 1) if i + 1 < plan.cfg.layers else None
+            for file in checked:
+                file.result()
+            last = i + 1 == plan.cfg.layers
+            checked = [pool.submit(source.check, i + 1)] if check and not last else []
             split = source.layer(i)
-            if verify or not plan.streams_residuals:
+            if verify or not split_layers:
                 whole = _decode_layer(to_device(split))
                 if verify:
                     source.verify(i, whole)
-            layers.append(
-                place_layer(i, split if plan.streams_residuals else unjoined(whole, plan.cfg))
-            )
+            layers.append(place_layer(i, split if split_layers else unjoined(whole, plan.cfg)))
             if progress:
                 progress(i + 1)
     return Target(Params(layers=tuple(layers), **tables), plan.cfg, plan.ahead)
