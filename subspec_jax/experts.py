@@ -27,9 +27,10 @@ from llm_jax.stream import to_device
 from subspec_jax.residual.split import SplitExperts
 
 AT_ONCE = 8
-"""Experts that one program applies."""
-RING = 32
-"""Experts that may be on their way, or in use, beside those that are kept."""
+"""Most experts that one program applies."""
+RING_BYTES = 2**28
+"""Bytes of experts that may be on their way or in use, beside those that are kept; but room for two
+programs' experts at least."""
 FORGET = 0.98
 """What an expert's count of tokens is multiplied by after each pass."""
 
@@ -58,11 +59,11 @@ class ExpertCache:
     Kept are those with the highest counts of tokens, counted with forgetting.
     """
 
-    def __init__(self, layers: Sequence[Layer], capacity: int, ring: int = RING):
+    def __init__(self, layers: Sequence[Layer], capacity: int, ring: int, at_once: int = AT_ONCE):
         experts = map(apart, layers)
         self.host: list[tuple[jax.Array, ...]] = [e.each if e is not None else () for e in experts]
         count = max(map(len, self.host), default=0)
-        self.capacity, self.ring = capacity, ring
+        self.capacity, self.ring, self.at_once = capacity, ring, at_once
         self.score_LE = np.zeros((len(layers), count))
         """Tokens of each expert."""
         self.bytes = 0
@@ -131,7 +132,7 @@ class ExpertCache:
         while here or rest:
             if not here:
                 here, rest = self._bring_some(layer, rest)
-            some, here = here[:AT_ONCE], here[AT_ONCE:]
+            some, here = here[: self.at_once], here[self.at_once :]
             if not here:  # the next ones come while these are in use
                 here, rest = self._bring_some(layer, rest)
             if not rest:
@@ -142,11 +143,17 @@ class ExpertCache:
 
     def _bring_some(self, layer: int, experts: list[int]) -> tuple[list[int], list[int]]:
         """Starts the copies of the first experts: (those, the others)."""
-        some, others = experts[:AT_ONCE], experts[AT_ONCE:]
+        some, others = experts[: self.at_once], experts[self.at_once :]
         self._room(len(some))
         for e in some:
             self._bring((layer, e))
         return some, others
+
+
+def room_for(cfg: Config, size: int) -> tuple[int, int]:
+    """(experts of the ring, experts that one program applies) for experts of `size` bytes."""
+    at_once = min(AT_ONCE, cfg.experts.chosen)
+    return max(2 * at_once, RING_BYTES // size), at_once
 
 
 def apart(layer: Layer) -> SeparateExperts | SplitExperts | None:
@@ -223,10 +230,10 @@ def routed_block(
     stacks = dataclasses.replace(layer.mlp, shared=None, router=None, shared_scale=None)
     tokens_E = np.asarray(tokens_E)
     for some in experts.take(index, tokens_E):
-        number = np.full(AT_ONCE, -1, np.int32)  # those that only fill the program's shape
+        number = np.full(experts.at_once, -1, np.int32)  # those that only fill the program's shape
         number[: len(some)] = [e for e, _ in some]
         arrays = [array for _, array in some]
-        arrays += arrays[:1] * (AT_ONCE - len(arrays))
+        arrays += arrays[:1] * (experts.at_once - len(arrays))
         y_MD = _add_experts(stacks, tuple(arrays), number, routed, y_MD, cfg)
     x, done = _finish(layer.mlp_out_norm, x, y_MD, cfg)
     return x, cache, done

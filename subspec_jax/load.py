@@ -23,9 +23,9 @@ from llm_jax.progress import Progress
 from llm_jax.quantize import quantize
 from llm_jax.stream import to_device
 from pallas_kernels.residual_decode.code import pad
-from subspec_jax.experts import ExpertCache
+from subspec_jax.experts import ExpertCache, room_for
 from subspec_jax.offload import offload, place
-from subspec_jax.plan import Plan
+from subspec_jax.plan import Plan, expert_bytes
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import Split, SplitExperts, decode_layer, is_split, split_experts
@@ -67,7 +67,9 @@ def load_target(
 
 def expert_cache(params: Params, plan: Plan) -> ExpertCache | None:
     """The cache of the plan's experts; None where layers stay or are streamed whole."""
-    return None if plan.hot is None else ExpertCache(params.layers, plan.hot)
+    if plan.hot is None:
+        return None
+    return ExpertCache(params.layers, plan.hot, *room_for(plan.cfg, expert_bytes(plan)))
 
 
 _decode_layer = jax.jit(decode_layer)
@@ -156,6 +158,8 @@ def random_target(
         if progress:
             progress(i + 1)
     table = normal(table_key, (cfg.vocab, cfg.d_model), cfg.dtype)
+    if cfg.experts is not None:  # as large as what layers add, or all tokens are routed alike
+        table = table * jnp.asarray(cfg.d_model**0.5, table.dtype)
     table = np.asarray(table) if plan.table_on_host else to_device(table)
     if not cfg.tied and head is None:
         head = normal(head_key, (cfg.d_model, cfg.vocab), cfg.dtype)

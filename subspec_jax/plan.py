@@ -26,7 +26,7 @@ from subspec_jax.draft_model import (
     substitute_table,
     substitutes,
 )
-from subspec_jax.experts import RING
+from subspec_jax.experts import room_for
 from subspec_jax.memory import show_bytes
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual.split import Split, SplitExperts, has_split, is_split
@@ -282,9 +282,9 @@ class _Layout:
         """(experts that fit, bytes on the device, bytes on the host), where passes bring experts
         one by one."""
         device, host = self.items(0, table_on_host)
-        total, size = expert_count(self.cfg), expert_bytes(self.model, self.cfg)
+        total, size = expert_count(self.cfg), expert_bytes(self)
         device |= {"norms and biases": 0, "attention and routers": self.vectors}
-        device["streaming ring"] = min(RING, total) * size
+        device["streaming ring"] = min(room_for(self.cfg, size)[0], total) * size
         room = usable - sum(device.values())
         hot = min(max(room // size, 0), total)
         return hot, device | {"experts kept": hot * size}, host
@@ -331,10 +331,10 @@ def expert_count(cfg: Config) -> int:
     return cfg.experts.count * sum(map(cfg.has_experts, range(cfg.layers)))
 
 
-def expert_bytes(model: Params, cfg: Config) -> int:
+def expert_bytes(plan: "Plan | _Layout") -> int:
     """Bytes that move when an expert is brought."""
-    first = next(i for i in range(cfg.layers) if cfg.has_experts(i))
-    return -(-streamed_bytes(model.layers[first]) // cfg.experts.count)
+    first = next(i for i in range(plan.cfg.layers) if plan.cfg.has_experts(i))
+    return -(-streamed_bytes(plan.model.layers[first]) // plan.cfg.experts.count)
 
 
 def expected_experts(cfg: Config, tokens: int) -> float:
@@ -386,7 +386,8 @@ def make_plan(
     if draft.bits is not None and not has_split(model):
         try:
             for path, leaf in jax.tree.leaves_with_path((model or abstract(cfg)).layers):
-                if leaf.ndim > 1 and "bias" not in path[-1].name:
+                stack = path[-1].name in ("expert_gate_up", "expert_down")
+                if leaf.ndim == 2 + stack:
                     check_grouping(path[-1].name, leaf.shape[-2], draft.bits, draft.group)
         except ValueError as e:
             raise PlanError(

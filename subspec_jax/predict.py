@@ -78,6 +78,20 @@ def pass_seconds(
     return now
 
 
+def expected_experts(tokens_LE: np.ndarray, tokens: int, chosen: int, kept: int) -> float:
+    """Experts that a pass over `tokens` tokens is expected to fetch, if they are routed alone by
+    how popular experts are.
+
+    `tokens_LE` counts the tokens of each expert, of which each has `chosen`; the `kept` most
+    popular of all layers are on the device.
+    """
+    total_L1 = np.maximum(tokens_LE.sum(1, keepdims=True), 1e-9)
+    chance_LE = np.clip(tokens_LE / total_L1 * chosen, 0, 1)
+    needed_LE = 1 - (1 - chance_LE) ** tokens
+    away = np.argsort(-tokens_LE, axis=None, kind="stable")[kept:]
+    return float(needed_LE.reshape(-1)[away].sum())
+
+
 def round_seconds(plan: Plan, costs: RoundCosts, link: float) -> float:
     """Seconds of one round of the plan: draft, pass and end. `link` is in bytes per second."""
     layers = enumerate(plan.model.layers)

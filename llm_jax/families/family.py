@@ -126,7 +126,7 @@ def windows(values: Values, when_absent: str = FULL) -> dict[str, Any]:
     if named and len(named) != layers:
         values.refuse("layer_types", f"{layers} entries, one a layer")
     found = tuple(kinds[name] for name in named) or (when_absent,) * layers
-    window = values.integer("sliding_window", 0, SIZES["max_length"], None)
+    window = values.integer("sliding_window", 1, SIZES["max_length"], None)
     if SLIDING not in found or not window or window >= longest:
         return {}
     return dict(layer_kinds=found, window=window)

@@ -339,7 +339,7 @@ def test_broken_json_names_the_file(folder, sharded, cfg):
         (dict(model_type="mamba"), "model_type is 'mamba'; supported are llama"),
         (dict(hidden_size=None), "config.json lacks hidden_size"),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
-        (dict(rope_scaling=dict(rope_type="yarn")), "rope type 'yarn' is not supported"),
+        (dict(rope_scaling=dict(rope_type="ntk")), "rope type 'ntk' is not supported"),
         (dict(rope_scaling=dict(rope_type="llama3")), "factor"),
         (dict(num_hidden_layers="two"), "expected a whole number"),
         (dict(quantization_config=dict(quant_method="awq")), "the weights are quantized (awq)"),

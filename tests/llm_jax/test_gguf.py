@@ -196,8 +196,8 @@ def new(key, value, kind):
     ("metadata", "expected"),
     (
         (
-            {"general.architecture": "gemma3"},
-            "architecture is 'gemma3'; supported are llama, qwen2",
+            {"general.architecture": "mamba"},
+            "architecture is 'mamba'; supported are llama, qwen2",
         ),
         (
             {"llama.block_count": None, "llama.embedding_length": None},
@@ -205,16 +205,28 @@ def new(key, value, kind):
         ),
         ({"llama.attention.head_count_kv": [2, 1]}, "kv_heads differs from layer to layer"),
         ({"llama.attention.head_count_kv": 3}, "4 query heads cannot share 3 kv heads"),
-        ({"llama.rope.dimension_count": 8}, "only 8 of 16 head dimensions rotate"),
-        (new("llama.rope.scaling.type", "yarn", STRING), "rope scaling 'yarn' is not"),
-        (new("llama.rope.scaling.factor", 4.0, FLOAT), "rope.scaling.factor is 4.0; expected 1"),
-        (new("llama.rope.scale_linear", 4.0, FLOAT), "rope.scale_linear is 4.0; expected 1"),
+        ({"llama.rope.dimension_count": 7}, "rotary_dim is 7; rotary positions need an even one"),
+        ({"llama.rope.dimension_count": 18}, "rotary_dim is 18; expected a whole number from 2"),
+        (new("llama.rope.scaling.type", "ntk", STRING), "rope scaling 'ntk' is not supported"),
+        (new("llama.rope.scaling.type", "linear", STRING), "scaling.factor is None; expected a"),
+        (new("llama.rope.scaling.factor", 0.5, FLOAT), "scaling.factor is 0.5; expected a number"),
         (new("llama.rope.scale_linear", np.nan, FLOAT), "scale_linear is nan; expected a number"),
-        (new("llama.rope.scaling.attn_factor", 2.0, FLOAT), "attn_factor is 2.0; expected 1"),
-        (new("llama.expert_count", 8, UINT), "mixture of experts; this is not supported"),
+        (
+            {
+                "new": {
+                    "llama.rope.scaling.attn_factor": (2.0, FLOAT),
+                    "llama.rope.scaling.factor": (4.0, FLOAT),
+                }
+            },
+            "attn_factor is 2.0; expected 1",
+        ),
+        (new("llama.expert_count", 8, UINT), "llama.expert_used_count is missing"),
         (new("llama.attention.causal", False, BOOL), "causal is False; expected true"),
         (new("llama.attention.scale", 0.5, FLOAT), "attention.scale is 0.5; expected none"),
-        (new("llama.vocab_size", 300, UINT), "vocab_size is 300; expected 288, the rows of token_"),
+        (
+            new("llama.vocab_size", 300, UINT),
+            "vocab_size is 300; expected 288, the rows of the emb",
+        ),
         ({"llama.attention.value_length": 8}, "value_length is 8; expected 16, the length of a"),
         ({"llama.block_count": 10**9}, "block_count is 1000000000; expected a whole number from 1"),
         ({"llama.block_count": 0}, "block_count is 0; expected a whole number from 1"),

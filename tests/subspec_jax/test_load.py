@@ -165,7 +165,8 @@ def test_a_draft_shares_all_but_the_layers_it_replaces(on_host, share):
             assert getattr(own, name) is getattr(exact, name)
         biases = (exact.attn.q_bias, exact.attn.k_bias, exact.attn.v_bias)
         np.testing.assert_array_equal(own.attn.qkv_bias, np.concatenate(biases))
-        matrices = (own.attn.qkv, own.attn.o, *vars(own.mlp).values())
+        matrices = (own.attn.qkv, own.attn.o, own.mlp.gate_up, own.mlp.down)
+        assert own.mlp.gate_up_bias is None and own.mlp.down_bias is None
         assert all(type(w) is Packed and (w.bits, w.group) == (4, 32) for w in matrices)
     assert draft.norm is target.params.norm and draft.head_DV is target.params.head_DV
     if on_host:

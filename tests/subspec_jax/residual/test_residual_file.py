@@ -291,7 +291,7 @@ def test_broken_folders(converted, tmp_path):
     manifest = converted.path / "manifest.json"
     old = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "digest"}
     manifest.write_text(json.dumps(old | {"version": 4}))
-    with pytest.raises(ResidualError, match="is of version 4, this program reads 5; convert again"):
+    with pytest.raises(ResidualError, match="is of version 4, this program reads 6; convert again"):
         Converted(converted.path)
     (converted.path / "manifest.json").write_text("{")
     with pytest.raises(ResidualError, match=r"manifest.json is damaged"):
