@@ -46,11 +46,12 @@ class Convert:
 
 
 def main(args: Convert, console: Console) -> None:
-    path = registry.find_checkpoint(
-        args.model, args.checkpoint, progress=lambda m: console.print(m, style="dim")
-    )
+    say = lambda line: console.print(line, style="dim", highlight=False, soft_wrap=True)
+    path = registry.find_checkpoint(args.model, args.checkpoint, progress=say)
     checkpoint = open_checkpoint(path)
     cfg = checkpoint.config(args.dtype)
+    for line in checkpoint.notices(cfg):
+        say(line)
     try:
         for name, shape in cfg.layer_matrices.items():
             check_grouping(name, shape[0], args.draft_bits, args.draft_group)

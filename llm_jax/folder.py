@@ -15,7 +15,11 @@ import numpy as np
 from llm_jax import CheckpointError
 from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
 from llm_jax.config import Config, from_hf
+from llm_jax.digest import json_digest
 from llm_jax.extras import need
+from llm_jax.leftovers import plain_name
+from llm_jax.lowbit import LowBit, Part, Scheme
+from llm_jax.lowbit_scaled import scheme_of
 from llm_jax.tokenizer import Tokenizer, from_folder
 from llm_jax.untrusted import inside, read_object, require_file, unique, unreadable
 from llm_jax.values import ConfigError, Values, short
@@ -57,17 +61,12 @@ class SafetensorsFolder(Checkpoint):
             raise CheckpointError(
                 f"{self.path} has no config.json; download it from the model's repository too"
             )
-        hf = read_object(self.path / "config.json")
+        hf = _of_text(read_object(self.path / "config.json"))
         try:
-            if (quantized := Values(hf).mapping("quantization_config")) is not None:
-                raise CheckpointError(
-                    f"{self.path}: the weights are quantized "
-                    f"({quantized.text('quant_method', None)}); "
-                    "use the unquantized repository or a GGUF file"
-                )
             cfg = from_hf(hf, dtype)
         except ConfigError as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
+        _ = self._scheme  # named here where it is not known
         # A head that differs from the table is used, whatever the config says, as in transformers.
         return dataclasses.replace(cfg, tied=cfg.tied and not self.own_head(cfg))
 
@@ -98,8 +97,79 @@ class SafetensorsFolder(Checkpoint):
 
     @functools.cached_property
     def contents(self) -> Contents:
+        stored, (weights, wrong) = self._stored, self._low_bit
+        found = {name: stored.tensors[name] for name in stored.tensors}
+        for weight in weights.values():
+            for part in weight.parts:
+                found.pop(part.name, None)
+        for name in wrong:  # what is wrong with it is said once, not for each of its parts
+            stem, last = name.rpartition(".")[0], (f"{name}", f"{name}_", f"{name}.")
+            for part in [*found]:
+                own = part.rpartition(".")[0] == stem and not part.endswith((".weight", ".bias"))
+                if part == name or part.startswith(last) or own:
+                    del found[part]
+        for name, weight in weights.items():
+            file = weight.parts[0].file
+            found[name] = TensorInfo(file, name, weight.shape, weight.form, weight.bits)
+        problems = (*stored.problems, *wrong.values())
+        return dataclasses.replace(
+            stored, tensors=found, problems=problems, broken=frozenset(wrong)
+        )
+
+    def left_out(self, cfg: Config) -> dict[str, str]:
+        needed, low = self.needed(cfg), self._low_bit[0]
+        zero = {}
+        for name, tensor in self.contents.tensors.items():
+            stem = name.removesuffix("bias")
+            extra = name not in needed and stem != name and f"{stem}weight" in low
+            if extra and not self.reader(tensor, "", cfg)(0, tensor.shape[0]).any():
+                zero[name] = "biases of zero"  # GPTQ's tools write them for every matrix
+        return super().left_out(cfg) | zero
+
+    @property
+    def weight_files(self) -> set[Path]:
+        return {tensor.file for tensor in self._stored.tensors.values()}
+
+    def digest(self) -> str:
+        quantization = self._quantization
+        if quantization is None:
+            return super().digest()
+        return json_digest([super().digest(), quantization])  # it says what the bytes mean
+
+    @functools.cached_property
+    def _quantization(self) -> dict[str, Any] | None:
+        """How config.json says that the weights are quantized."""
+        if not (self.path / "config.json").exists():
+            return None
+        return _of_text(read_object(self.path / "config.json")).get("quantization_config") or None
+
+    @functools.cached_property
+    def _scheme(self) -> Scheme | None:
+        """How the weights are quantized, if they are."""
+        try:
+            given = Values(dict(quantization_config=self._quantization))
+            config = given.mapping("quantization_config")
+            return None if config is None else scheme_of(config)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
+
+    @functools.cached_property
+    def _low_bit(self) -> tuple[dict[str, LowBit], dict[str, str]]:
+        """(the weights in a low-bit form by name, what is wrong with others by name)."""
+        if self._scheme is None:
+            return {}, {}
+        headers = {file: _header(file) for file in self.weight_files}
+        parts = {
+            name: Part(t.file, name, t.shape, t.dtype, headers[t.file][self._stored.raw[name]])
+            for name, t in self._stored.tensors.items()
+        }
+        return self._scheme.weights(parts)
+
+    @functools.cached_property
+    def _stored(self) -> Contents:
+        """What the headers of the files say; names are without the prefixes of wrappers."""
         _safetensors()  # a missing package is no fault of a file
-        problems, tensors, lost = [], {}, set()
+        problems, tensors, raw_names, lost = [], {}, {}, set()
         files, places = self._weight_files(problems)
         for name in files:
             file = inside(self.path, name, INDEX)
@@ -109,7 +179,7 @@ class SafetensorsFolder(Checkpoint):
                     lost.add(name)
                     continue
                 shard = self._handle(file)
-                _check_names(file)
+                _header(file)
             except CheckpointError as error:
                 problems.append(str(error))
                 lost.add(name)
@@ -118,14 +188,17 @@ class SafetensorsFolder(Checkpoint):
                 problems.append(f"{name} is truncated or corrupt ({error}); download it again")
                 lost.add(name)
                 continue
-            for key in shard.keys():  # noqa: SIM118 - a safe_open handle is not iterable
+            for raw in shard.keys():  # noqa: SIM118 - a safe_open handle is not iterable
+                key = plain_name(raw)
                 if key in tensors:
-                    problems.append(f"{name}: {key} is also in {tensors[key].file.name}")
+                    problems.append(f"{name}: {raw} is also in {tensors[key].file.name}")
                     continue
-                header = shard.get_slice(key)
+                header = shard.get_slice(raw)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 tensors[key] = TensorInfo(self.path / name, key, shape, dtype)
-        return Contents(tensors, tuple(problems), places, frozenset(lost))
+                raw_names[key] = raw
+        places = {plain_name(raw): file for raw, file in places.items()}
+        return Contents(tensors, tuple(problems), places, frozenset(lost), raw=raw_names)
 
     def _weight_files(self, problems: list[str]) -> tuple[list[str], dict[str, str]]:
         """The files that hold the model, and which of them should hold each tensor.
@@ -172,7 +245,9 @@ class SafetensorsFolder(Checkpoint):
     def reader(
         self, tensor: TensorInfo, field: str, cfg: Config
     ) -> Callable[[int, int], np.ndarray]:
-        rows = self._handle(tensor.file).get_slice(tensor.name)
+        if (weight := self._low_bit[0].get(tensor.name)) is not None:
+            return weight.open()
+        rows = self._handle(tensor.file).get_slice(self._stored.raw[tensor.name])
         return lambda start, stop: rows[start:stop]
 
     @functools.cached_property
@@ -190,11 +265,25 @@ class SafetensorsFolder(Checkpoint):
         return self._handles[file]
 
 
-def _check_names(file: Path) -> None:
-    """Raises ValueError where a safetensors header describes a tensor twice; the last would win."""
+def _header(file: Path) -> dict[str, int]:
+    """Where the tensors of a safetensors file begin, in bytes from its start.
+
+    Raises ValueError where its header describes a tensor twice; the last would win.
+    """
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
-        json.loads(opened.read(length), object_pairs_hook=unique)
+        header = json.loads(opened.read(length), object_pairs_hook=unique)
+    header.pop("__metadata__", None)
+    return {name: 8 + length + about["data_offsets"][0] for name, about in header.items()}
+
+
+def _of_text(hf: dict[str, Any]) -> dict[str, Any]:
+    """The description of the language model, where config.json has one of several models."""
+    text = hf.get("text_config")
+    if not isinstance(text, dict) or "num_hidden_layers" in hf:
+        return hf
+    outer = ("torch_dtype", "dtype", "tie_word_embeddings", "quantization_config", "eos_token_id")
+    return {name: hf[name] for name in outer if name in hf} | text
 
 
 def _safetensors() -> ModuleType:

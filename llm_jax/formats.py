@@ -1,6 +1,7 @@
 """Which checkpoint a path holds: a folder of safetensors files, or a GGUF file."""
 
 import re
+import shlex
 from pathlib import Path
 
 from llm_jax import CheckpointError, shown
@@ -43,6 +44,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         names = sorted(file.name for file in path.iterdir())
     except OSError as error:
         raise unreadable(path, error) from error
+    if any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
+        code = f"M.from_pretrained({str(path)!r}, dtype='auto').save_pretrained({str(path)!r})"
+        code = f"from transformers import AutoModelForCausalLM as M; {code}"
+        code = shlex.quote(code) if re.search(r'["$`\\!]', code) else f'"{code}"'
+        raise CheckpointError(
+            f"{path} has its weights in pytorch_model.bin, a kind of file that can run any code "
+            f"when it is read; where you trust it, convert it once with torch: python -c {code}"
+        )
     held = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise CheckpointError(
         f"{path} is not a checkpoint: it holds {shown(held) or 'nothing'}; "

@@ -5,7 +5,7 @@ that nothing is allocated for a size that cannot be meant.
 """
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -30,6 +30,9 @@ class Values:
 
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def is_list(self, name: str) -> bool:
         """Whether the value is a list."""

@@ -157,6 +157,8 @@ def find_source(
         checkpoint = open_checkpoint(model_path)
     cfg = checkpoint.config(wanted)
     checkpoint.check(cfg)
+    for line in checkpoint.notices(cfg):
+        reporter.say(line)
     name = str(model) if isinstance(model, str) else Path(checkpoint.path).name
     return Source(name, cfg, checkpoint, residual=residual, seed=seed)
 

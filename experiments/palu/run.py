@@ -65,6 +65,8 @@ class PaluRun(Reporter):
         checkpoint = open_checkpoint(path)
         self.cfg = cfg = checkpoint.config(wanted)
         checkpoint.check(cfg)
+        for line in checkpoint.notices(cfg):
+            say(line)
         if not 2 <= args.context <= cfg.max_length:
             raise ConfigError(
                 f"--context is {args.context}; this model was made for 2 to {cfg.max_length}"

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from mutations import mutated_bytes, mutated_json, mutated_lines
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from experiments.common import records
 from experiments.common.cli import USER_ERRORS
@@ -97,6 +98,28 @@ def digest(tree: Any) -> str:
 def checkpoint(name: str, shards: int = 1, tokenizer: bool = False) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         return write_safetensors(folder, tiny_params(CFG), CFG, shards, tokenizer) / name
+
+    return make
+
+
+def quantized(name: str) -> Callable[[Path], Path]:
+    """A GPTQ checkpoint: random codes, zero points and scales in the place of each matrix."""
+
+    def make(folder: Path) -> Path:
+        file = checkpoint("model.safetensors")(folder)
+        named, rng = load_file(file), np.random.default_rng(0)
+        codes = lambda *shape: rng.integers(-(2**31), 2**31, shape).astype(np.int32)
+        for weight in [name for name in named if name.endswith("_proj.weight")]:
+            (out, inputs), stem = named.pop(weight).shape, weight.removesuffix("weight")
+            named[f"{stem}qweight"] = codes(inputs // 8, out)
+            named[f"{stem}qzeros"] = codes(inputs // 16, out // 8)
+            named[f"{stem}scales"] = rng.random((inputs // 16, out)).astype(np.float16)
+            named[f"{stem}g_idx"] = (np.arange(inputs) // 16).astype(np.int32)
+        save_file(named, file)
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = dict(quant_method="gptq", bits=4, group_size=16)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder / name
 
     return make
 
@@ -284,6 +307,8 @@ DOORS = {
     "tokenizer": Door(checkpoint("tokenizer.json", tokenizer=True), text, "json"),
     "tokenizer_config": Door(checkpoint("tokenizer_config.json", tokenizer=True), text, "json"),
     "template": Door(checkpoint("chat_template.jinja", tokenizer=True), text, "bytes"),
+    "quantized": Door(quantized("model.safetensors"), weights, "bytes"),
+    "quantized config": Door(quantized("config.json"), weights, "json"),
     "GGUF weights": Door(gguf, weights, "bytes"),
     "GGUF text": Door(gguf, text, "bytes"),
     "converted layer": Door(

@@ -1,0 +1,122 @@
+"""Quantized safetensors against the libraries that write them, on torch."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llm_jax.folder import WHOLE
+from llm_jax.formats import open_checkpoint
+from llm_jax.testing import tiny_config, tiny_params, write_safetensors
+
+torch = pytest.importorskip("torch", reason="the reference runs on torch")
+save_file = pytest.importorskip("safetensors.torch").save_file
+CFG = tiny_config("llama", layers=1)
+pytestmark = pytest.mark.reference
+
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def dequantized(folder, config, parts, name=f"{NAME}.weight"):
+    """What the checkpoint reads, in float32, of parts given as torch tensors."""
+    write_safetensors(folder, tiny_params(CFG), CFG, tokenizer=False)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | dict(quantization_config=config)))
+    save_file({f"{NAME}.{key}": value for key, value in parts.items()}, folder / WHOLE)
+    found = open_checkpoint(folder)
+    assert not found.contents.problems
+    tensor = found.contents.tensors[name]
+    return found.reader(tensor, "", CFG)(0, tensor.shape[0]), tensor
+
+
+def test_fp8_blocks_as_transformers_dequantizes_them(tmp_path):
+    reference = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    torch.manual_seed(0)
+    weight = torch.randn(256, 384).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 3) / 50
+    config = dict(quant_method="fp8", weight_block_size=[128, 128], activation_scheme="dynamic")
+    got, _ = dequantized(tmp_path, config, dict(weight=weight, weight_scale_inv=scale))
+    want = reference.Fp8Dequantize(None)._dequantize_one(weight, scale)
+    np.testing.assert_array_equal(got, want.numpy(), strict=True)
+
+
+def test_mxfp4_as_transformers_dequantizes_it(tmp_path):
+    reference = pytest.importorskip("transformers.integrations.mxfp4")
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 10, 4, 16), dtype=torch.uint8)
+    scales = torch.randint(110, 140, (3, 10, 4), dtype=torch.uint8)
+    parts = dict(gate_up_proj_blocks=blocks, gate_up_proj_scales=scales)
+    got, _ = dequantized(tmp_path, dict(quant_method="mxfp4"), parts, name=f"{NAME}.gate_up_proj")
+    want = reference.convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    np.testing.assert_array_equal(got, want.numpy(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "weights"),
+    (
+        ("float-quantized", dict(num_bits=8, type="float", strategy="tensor")),
+        ("float-quantized", dict(num_bits=8, type="float", strategy="channel")),
+        ("float-quantized", dict(type="float", strategy="block", block_structure=[128, 128])),
+        ("int-quantized", dict(num_bits=8, type="int", strategy="channel")),
+        ("int-quantized", dict(num_bits=8, type="int", strategy="tensor", symmetric=False)),
+        ("pack-quantized", dict(num_bits=4, type="int", strategy="group", group_size=64)),
+        ("pack-quantized", dict(num_bits=4, strategy="group", group_size=64, symmetric=False)),
+        ("pack-quantized", dict(num_bits=8, type="int", strategy="channel", symmetric=False)),
+        ("pack-quantized", dict(num_bits=2, type="int", strategy="group", group_size=128)),
+    ),
+)
+def test_compressed_tensors_as_their_library_decompresses_them(tmp_path, form, weights):
+    pytest.importorskip("compressed_tensors", reason="it compresses the weights under test")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    torch.manual_seed(0)
+    weight, bits = torch.randn(256, 384), scheme.weights.num_bits
+    rows, columns = dict(
+        tensor=(256, 384), channel=(1, 384), group=(1, scheme.weights.group_size), block=(128, 128)
+    )[scheme.weights.strategy]
+    shape = (1,) if scheme.weights.strategy == "tensor" else (256 // rows, 384 // columns)
+    state = dict(weight=weight, weight_scale=torch.rand(shape) / 2**bits * 4 + 0.01)
+    if not scheme.weights.symmetric:
+        span = 2 ** (bits - 1)
+        state["weight_zero_point"] = torch.randint(-span, span, shape, dtype=torch.int8)
+    compressor = BaseCompressor.get_value_from_registry(form)
+    parts = compressor.compress(state, scheme)
+    config = dict(quant_method="compressed-tensors", format=form)
+    config |= dict(config_groups=dict(a=json.loads(scheme.model_dump_json())))
+    got, _ = dequantized(tmp_path, config, parts)
+    want = compressor.decompress(parts, scheme)["weight"]
+    np.testing.assert_array_equal(got, want.numpy(), strict=True)
+    assert np.unique(got).size > 3
+
+
+@pytest.mark.parametrize("kind", ("nf4", "fp4"))
+@pytest.mark.parametrize("nested", (False, True))
+@pytest.mark.parametrize("storage", ("uint8", "bfloat16"))
+def test_bitsandbytes_as_it_dequantizes(tmp_path, kind, nested, storage):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    packed, state = functional.quantize_4bit(
+        torch.randn(64, 640),
+        quant_type=kind,
+        compress_statistics=nested,
+        blocksize=64,
+        quant_storage=getattr(torch, storage),
+    )
+    parts = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    config = dict(quant_method="bitsandbytes", load_in_4bit=True)
+    got, tensor = dequantized(tmp_path, config, dict(weight=packed) | parts)
+    assert tensor.dtype == kind.upper()
+    want = functional.dequantize_4bit(packed, state)
+    np.testing.assert_array_equal(got, want.numpy(), strict=True)
+
+
+def test_int8_as_bitsandbytes_dequantizes_it(tmp_path):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    weight, scale, _ = functional.int8_vectorwise_quant(torch.randn(48, 96).half())
+    config = dict(quant_method="bitsandbytes", load_in_8bit=True)
+    got, _ = dequantized(tmp_path, config, dict(weight=weight, SCB=scale))
+    want = functional.int8_vectorwise_dequant(weight, scale)
+    np.testing.assert_array_equal(got, want.float().numpy(), strict=True)
