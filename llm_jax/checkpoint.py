@@ -143,7 +143,7 @@ class Checkpoint(abc.ABC):
             bits = sum(math.prod(t.shape) * t.bits for t in low) / count
             forms = ", ".join(sorted({t.dtype for t in low}))
             lines.append(
-                f"{len(low)} weights are stored as {forms}, {bits:.2f} bits a weight; the target "
+                f"stored as {forms}, {bits:.2f} bits a weight ({len(low)} matrices): the target "
                 f"is the model that they dequantize to, in {cfg.dtype}"
             )
         if left_out := self.left_out(cfg):

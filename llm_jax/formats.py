@@ -7,12 +7,16 @@ from pathlib import Path
 from llm_jax import CheckpointError, shown
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.folder import INDEX, SafetensorsFolder
-from llm_jax.gguf import GGUF, MERGE
+from llm_jax.gguf import GGUF
+from llm_jax.gguf_parts import first_part, same_model
 from llm_jax.untrusted import require_file, unreadable
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`: a folder with safetensors, a GGUF file or a folder with one."""
+    """The checkpoint at `path`: a folder with safetensors, a GGUF file or a folder with one.
+
+    Of a GGUF model in several parts, any part may be given.
+    """
     try:
         path = Path(path).expanduser()
         found = path.exists()
@@ -25,20 +29,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_dir():
         require_file(path)
         if path.suffix == ".gguf":
-            return GGUF(path)
+            return GGUF(first_part(path))
         hint = f"; pass its folder, {path.parent}" if path.suffix == ".safetensors" else ""
         raise CheckpointError(f"{path} is neither a folder with safetensors nor a .gguf file{hint}")
     if any(path.glob("*.safetensors")) or (path / INDEX).exists():
         return SafetensorsFolder(path)
     ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return GGUF(ggufs[0])
+    if len(ggufs) == 1 or same_model(ggufs):
+        return GGUF(first_part(ggufs[0]))
     if ggufs:
         names = ", ".join(file.name for file in ggufs)
-        if all(re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) for file in ggufs):
-            raise CheckpointError(
-                f"{path} holds the parts of a split file, {shown(names)}; {MERGE}"
-            )
         raise CheckpointError(f"{path} holds several GGUF files; pass one of them: {shown(names)}")
     try:
         names = sorted(file.name for file in path.iterdir())

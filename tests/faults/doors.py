@@ -129,6 +129,12 @@ def gguf(folder: Path) -> Path:
     return write_gguf(folder / "m.gguf", tiny_params(CFG), CFG)
 
 
+def gguf_part(folder: Path) -> Path:
+    """The second of the parts of a split file."""
+    first = write_gguf(folder / "m.gguf", tiny_params(CFG), CFG, split=5)
+    return min(first.parent.glob("m-00002-of-*.gguf"))
+
+
 def weights(path: Path) -> str:
     found = open_checkpoint(path if path.suffix == ".gguf" else path.parent)
     cfg = found.config("float32")
@@ -310,6 +316,7 @@ DOORS = {
     "quantized": Door(quantized("model.safetensors"), weights, "bytes"),
     "quantized config": Door(quantized("config.json"), weights, "json"),
     "GGUF weights": Door(gguf, weights, "bytes"),
+    "GGUF part": Door(gguf_part, weights, "bytes"),
     "GGUF text": Door(gguf, text, "bytes"),
     "converted layer": Door(
         converted("layer-00000.safetensors"), converted_weights, "bytes", checked=True

@@ -96,24 +96,58 @@ def test_quantized_weights_are_close(tmp_path, quant):
     assert quant == "F32" or np.any(loaded.layers[0].attn.q != params.layers[0].attn.q)
 
 
-K_QUANTS = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-"""Bytes of a block of 256 weights."""
+def finite_blocks(kind, rows, rng):
+    """Random blocks, one a row, that dequantize to finite numbers; and those numbers."""
+    kind = gguf.GGMLQuantizationType[kind]
+    size, count = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (rows, count), np.uint8)
+    with np.errstate(all="ignore"):
+        while (bad := ~np.isfinite(want := gguf.dequantize(blocks, kind)).all(axis=1)).any():
+            blocks[bad] = rng.integers(0, 256, (bad.sum(), count), np.uint8)
+    assert want.shape == (rows, size)
+    return blocks, want
 
 
-@pytest.mark.parametrize("kind", K_QUANTS)
-def test_k_quants_are_read(tmp_path, kind):
-    """No writer for these is at hand: random blocks, against one dequantization of the whole."""
-    cfg = tiny_config("qwen3", layers=1, d_model=256, vocab=600)
-    blocks = np.random.default_rng(0).integers(0, 256, (600, K_QUANTS[kind]), np.uint8)
-    half = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-    where = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-    for at in where[kind]:  # the scales must be finite
-        blocks[:, at : at + 2] = half
-    path = write_with(tmp_path, cfg, {"token_embd.weight": (blocks, kind)})
-    got = open_checkpoint(path).load(cfg).embed_VD
-    want = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
-    np.testing.assert_array_equal(got, want)
-    assert np.std(want) > 1e-3
+@pytest.mark.parametrize("kind", sorted(GGUF.low_bit))
+def test_every_type_that_gguf_dequantizes_is_read(tmp_path, kind):
+    """No writer for most of these is at hand: random blocks, against one dequantization of all."""
+    size, count = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    cfg = tiny_config("qwen3", layers=1, d_model=max(size, 64), vocab=600)
+    blocks, want = finite_blocks(kind, 600 * cfg.d_model // size, np.random.default_rng(0))
+    table = blocks.reshape(600, -1)
+    found = open_checkpoint(write_with(tmp_path, cfg, {"token_embd.weight": (table, kind)}))
+    np.testing.assert_array_equal(found.load(cfg).embed_VD, want.reshape(600, -1))
+    (line,) = found.notices(cfg)
+    assert line.startswith(f"stored as {kind}, {8 * count / size:.2f} bits a weight (1 matrices):")
+
+
+def test_no_type_that_gguf_dequantizes_is_forgotten():
+    known = {kind.name for kind in gguf.quants._type_traits} - {"BF16"}
+    assert GGUF.low_bit >= known
+
+
+@pytest.mark.parametrize(
+    ("kind", "levels", "width"),
+    (
+        ("MXFP4", (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), 1),
+        ("IQ4_NL", (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), 2),
+    ),
+)
+def test_four_bit_tables_are_those_of_ggml(tmp_path, kind, levels, width):
+    """A scale, then 16 bytes: the first half of a block low, the second half high."""
+    cfg = tiny_config("qwen3", layers=1)
+    blocks, _ = finite_blocks(kind, 576, np.random.default_rng(1))
+    if kind == "MXFP4":
+        blocks[:, 0] = 100 + blocks[:, 0] % 50
+    path = write_with(tmp_path, cfg, {"token_embd.weight": (blocks.reshape(288, -1), kind)})
+    got = open_checkpoint(path).load(cfg).embed_VD.reshape(-1, 32)
+    for b, i in ((0, 0), (0, 17), (575, 31), (300, 15), (301, 16)):
+        byte = int(blocks[b, width + i % 16])
+        level = levels[byte & 15 if i < 16 else byte >> 4]
+        scale = 2.0 ** (int(blocks[b, 0]) - 128)
+        if kind == "IQ4_NL":
+            scale = float(blocks[b, :2].copy().view(np.float16)[0])
+        assert got[b, i] == np.float32(level * scale)
 
 
 def write_with(folder, cfg, tensors, metadata=None) -> Path:
@@ -222,7 +256,7 @@ def new(key, value, kind):
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon is nan; expected"),
         (new("general.type", "adapter", STRING), "holds no model: its general.type is 'adapter'"),
         (new("general.type", 1, UINT), "general.type is 1; expected a string"),
-        (new("split.count", 2, UINT), "is one of 2 parts of a split file; put them together with"),
+        (new("split.count", 2, UINT), "is one of 2 parts of a split file, and is not called so"),
     ),
 )
 def test_models_that_cannot_be_run_are_refused(tmp_path, cfg, metadata, expected):
@@ -245,13 +279,6 @@ def test_models_that_cannot_be_run_are_refused(tmp_path, cfg, metadata, expected
 )
 def test_values_that_change_nothing(tmp_path, cfg, metadata):
     assert open_checkpoint(write_with(tmp_path, cfg, {}, metadata)).config("float32") == cfg
-
-
-def test_a_folder_with_the_parts_of_a_split_file(tmp_path):
-    for part in (1, 2):
-        (tmp_path / f"x-{part:05}-of-00002.gguf").touch()
-    with pytest.raises(CheckpointError, match=r"split file, x-00001-of-00002.gguf, x-00002.*merge"):
-        open_checkpoint(tmp_path)
 
 
 ggml = "tokenizer.ggml."
@@ -387,3 +414,73 @@ def test_both_formats_hold_the_same_model(tmp_path):
     assert_same(one.load(cfg), two.load(cfg))
     messages = [dict(role="user", content="the cat")]
     assert one.tokenizer().chat(messages) == two.tokenizer().chat(messages)
+
+
+@pytest.fixture
+def split(tmp_path, cfg):
+    """The first of the parts of a tiny model."""
+    return write_gguf(tmp_path / "parts" / "tiny.gguf", tiny_params(cfg), cfg, split=5)
+
+
+def test_a_split_file_is_the_model(split, cfg):
+    parts = sorted(split.parent.iterdir())
+    assert len(parts) == 3 and split == parts[0]
+    for given in (*parts, split.parent):
+        found = open_checkpoint(given)
+        assert found == GGUF(split)
+        assert found.config("float32") == cfg
+        assert_same(found.load(cfg), tiny_params(cfg))
+    assert found.tokenizer().encode("the cat") == GGUF(split).tokenizer().encode("the cat")
+
+
+def test_the_digest_is_of_all_parts(split):
+    before = open_checkpoint(split).digest()
+    last = max(split.parent.iterdir())
+    data = bytearray(last.read_bytes())
+    data[-70] ^= 1
+    last.write_bytes(data)
+    assert open_checkpoint(split).digest() != before
+
+
+def test_parts_that_are_missing_are_named(split):
+    parts = sorted(split.parent.iterdir())
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"one of 3 parts, of which tiny-00002-of-00003.gguf"):
+        open_checkpoint(split.parent).config()
+    parts[0].unlink()
+    with pytest.raises(CheckpointError, match=r"tiny-00001-of-00003.gguf cannot be read: No such"):
+        open_checkpoint(parts[2]).config()
+
+
+def test_parts_in_another_order(split):
+    parts = sorted(split.parent.iterdir())
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(CheckpointError, match=r"00002-of-00003.gguf says that it is part 2 of 3"):
+        open_checkpoint(split).config()
+
+
+def test_parts_that_hold_fewer_tensors_than_there_are(split):
+    data = bytearray(split.read_bytes())
+    key = b"split.tensors.count"
+    at = data.index(key) + len(key) + 4  # behind the type
+    (count,) = struct.unpack_from("<i", data, at)
+    struct.pack_into("<i", data, at, count + 1)
+    split.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"hold {count} tensors; expected {count + 1}: they"):
+        open_checkpoint(split).config()
+
+
+def test_a_tensor_in_two_parts(split, cfg):
+    parts = sorted(split.parent.iterdir())
+    held = [[t.name for t in gguf.GGUFReader(part).tensors] for part in parts]
+    one, two = next((a, b) for a in held[0] for b in held[1] if len(a) == len(b))
+    parts[1].write_bytes(parts[1].read_bytes().replace(two.encode(), one.encode()))
+    with pytest.raises(CheckpointError, match=f"00002-of-00003.gguf: {one} is also in .*00001-of"):
+        open_checkpoint(split).check(cfg)
+
+
+def test_folders_with_parts_of_several_models(split):
+    for file in sorted(split.parent.iterdir()):
+        (split.parent / file.name.replace("tiny", "tall")).write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match="holds several GGUF files; pass one of them"):
+        open_checkpoint(split.parent)

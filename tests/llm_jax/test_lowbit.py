@@ -288,8 +288,10 @@ def test_each_weight_is_what_its_layout_says(tmp_path, monkeypatch, form):
         layer.mlp.down.T, dense["model.layers.0.mlp.down_proj.weight"].astype(np.float32)
     )
     (line,) = found.notices(CFG)
-    assert line.startswith(f"7 weights are stored as {told}")
-    assert line.endswith("the target is the model that they dequantize to, in float32")
+    assert line.startswith(f"stored as {told}")
+    assert line.endswith(
+        "(7 matrices): the target is the model that they dequantize to, in float32"
+    )
 
 
 def test_a_weight_is_rounded_once(tmp_path):
