@@ -53,8 +53,6 @@ class Contents:
     unreadable: frozenset[str] = frozenset()
     broken: frozenset[str] = frozenset()
     """Tensors that are there, and that `problems` say something about."""
-    raw: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What the files call a tensor, where a format has its own names for them."""
 
 
 def shapes(cfg: Config) -> tuple[dict[str, tuple], dict[str, tuple]]:

@@ -2,12 +2,9 @@
 
 import dataclasses
 import functools
-import json
 import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,17 +13,29 @@ from llm_jax import CheckpointError
 from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
 from llm_jax.config import Config, from_hf
 from llm_jax.digest import json_digest
-from llm_jax.extras import need
 from llm_jax.leftovers import plain_name
-from llm_jax.lowbit import LowBit, Part, Scheme
+from llm_jax.lowbit import LowBit, Scheme
 from llm_jax.lowbit_scaled import scheme_of
+from llm_jax.safetensors_file import Part, parts_of, safetensors
 from llm_jax.tokenizer import Tokenizer, from_folder
-from llm_jax.untrusted import inside, read_object, require_file, unique, unreadable
+from llm_jax.untrusted import inside, read_object
 from llm_jax.values import ConfigError, Values, short
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """What the headers of a folder's files say, and what is wrong with the files."""
+
+    parts: dict[str, Part]
+    """The tensors; names are without the prefixes of wrappers."""
+    problems: tuple[str, ...]
+    places: dict[str, str]
+    """The file that should hold each tensor, where there is an index."""
+    unreadable: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,24 +106,24 @@ class SafetensorsFolder(Checkpoint):
 
     @functools.cached_property
     def contents(self) -> Contents:
-        stored, (weights, wrong) = self._stored, self._low_bit
-        found = {name: stored.tensors[name] for name in stored.tensors}
-        for weight in weights.values():
-            for part in weight.parts:
-                found.pop(part.name, None)
+        files, (weights, wrong) = self._files, self._low_bit
+        hidden = {part.name for weight in weights.values() for part in weight.parts}
         for name in wrong:  # what is wrong with it is said once, not for each of its parts
-            stem, last = name.rpartition(".")[0], (f"{name}", f"{name}_", f"{name}.")
-            for part in [*found]:
+            stem = name.rpartition(".")[0]
+            for part in files.parts:
                 own = part.rpartition(".")[0] == stem and not part.endswith((".weight", ".bias"))
-                if part == name or part.startswith(last) or own:
-                    del found[part]
+                if own or part == name or part.startswith((f"{name}_", f"{name}.")):
+                    hidden.add(part)
+        found = {
+            name: TensorInfo(part.file, name, part.shape, part.dtype)
+            for name, part in files.parts.items()
+            if name not in hidden
+        }
         for name, weight in weights.items():
             file = weight.parts[0].file
             found[name] = TensorInfo(file, name, weight.shape, weight.form, weight.bits)
-        problems = (*stored.problems, *wrong.values())
-        return dataclasses.replace(
-            stored, tensors=found, problems=problems, broken=frozenset(wrong)
-        )
+        problems = (*files.problems, *wrong.values())
+        return Contents(found, problems, files.places, files.unreadable, frozenset(wrong))
 
     def left_out(self, cfg: Config) -> dict[str, str]:
         needed, low = self.needed(cfg), self._low_bit[0]
@@ -128,7 +137,7 @@ class SafetensorsFolder(Checkpoint):
 
     @property
     def weight_files(self) -> set[Path]:
-        return {tensor.file for tensor in self._stored.tensors.values()}
+        return {part.file for part in self._files.parts.values()}
 
     def digest(self) -> str:
         quantization = self._quantization
@@ -156,20 +165,13 @@ class SafetensorsFolder(Checkpoint):
     @functools.cached_property
     def _low_bit(self) -> tuple[dict[str, LowBit], dict[str, str]]:
         """(the weights in a low-bit form by name, what is wrong with others by name)."""
-        if self._scheme is None:
-            return {}, {}
-        headers = {file: _header(file) for file in self.weight_files}
-        parts = {
-            name: Part(t.file, name, t.shape, t.dtype, headers[t.file][self._stored.raw[name]])
-            for name, t in self._stored.tensors.items()
-        }
-        return self._scheme.weights(parts)
+        return ({}, {}) if self._scheme is None else self._scheme.weights(self._files.parts)
 
     @functools.cached_property
-    def _stored(self) -> Contents:
-        """What the headers of the files say; names are without the prefixes of wrappers."""
-        _safetensors()  # a missing package is no fault of a file
-        problems, tensors, raw_names, lost = [], {}, {}, set()
+    def _files(self) -> _Files:
+        """What the headers of the files say."""
+        safetensors()  # a missing package is no fault of a file
+        problems, parts, lost = [], {}, set()
         files, places = self._weight_files(problems)
         for name in files:
             file = inside(self.path, name, INDEX)
@@ -178,27 +180,19 @@ class SafetensorsFolder(Checkpoint):
                     problems.append(f"{name} is missing, though {INDEX} names it; download it")
                     lost.add(name)
                     continue
-                shard = self._handle(file)
-                _header(file)
-            except CheckpointError as error:
+                found = parts_of(file)
+            except (CheckpointError, OSError, ValueError) as error:  # or a name no file can have
                 problems.append(str(error))
                 lost.add(name)
                 continue
-            except Exception as error:  # SafetensorError, or a name that no file can have
-                problems.append(f"{name} is truncated or corrupt ({error}); download it again")
-                lost.add(name)
-                continue
-            for raw in shard.keys():  # noqa: SIM118 - a safe_open handle is not iterable
+            for raw, part in found.items():
                 key = plain_name(raw)
-                if key in tensors:
-                    problems.append(f"{name}: {raw} is also in {tensors[key].file.name}")
+                if key in parts:
+                    problems.append(f"{name}: {raw} is also in {parts[key].file.name}")
                     continue
-                header = shard.get_slice(raw)
-                shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                tensors[key] = TensorInfo(self.path / name, key, shape, dtype)
-                raw_names[key] = raw
+                parts[key] = dataclasses.replace(part, name=key)
         places = {plain_name(raw): file for raw, file in places.items()}
-        return Contents(tensors, tuple(problems), places, frozenset(lost), raw=raw_names)
+        return _Files(parts, tuple(problems), places, frozenset(lost))
 
     def _weight_files(self, problems: list[str]) -> tuple[list[str], dict[str, str]]:
         """The files that hold the model, and which of them should hold each tensor.
@@ -247,34 +241,8 @@ class SafetensorsFolder(Checkpoint):
     ) -> Callable[[int, int], np.ndarray]:
         if (weight := self._low_bit[0].get(tensor.name)) is not None:
             return weight.open()
-        rows = self._handle(tensor.file).get_slice(self._stored.raw[tensor.name])
+        rows = self._files.parts[tensor.name].array()
         return lambda start, stop: rows[start:stop]
-
-    @functools.cached_property
-    def _handles(self) -> dict[Path, Any]:
-        return {}
-
-    def _handle(self, file: Path):
-        """The file's open (memory-mapped) safetensors handle."""
-        if file not in self._handles:
-            require_file(file)
-            try:
-                self._handles[file] = _safetensors().safe_open(str(file), framework="numpy")
-            except OSError as error:  # too many open files, no permission: no fault of the bytes
-                raise unreadable(file, error) from error
-        return self._handles[file]
-
-
-def _header(file: Path) -> dict[str, int]:
-    """Where the tensors of a safetensors file begin, in bytes from its start.
-
-    Raises ValueError where its header describes a tensor twice; the last would win.
-    """
-    with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(length), object_pairs_hook=unique)
-    header.pop("__metadata__", None)
-    return {name: 8 + length + about["data_offsets"][0] for name, about in header.items()}
 
 
 def _of_text(hf: dict[str, Any]) -> dict[str, Any]:
@@ -284,7 +252,3 @@ def _of_text(hf: dict[str, Any]) -> dict[str, Any]:
         return hf
     outer = ("torch_dtype", "dtype", "tie_word_embeddings", "quantization_config", "eos_token_id")
     return {name: hf[name] for name in outer if name in hf} | text
-
-
-def _safetensors() -> ModuleType:
-    return need("safetensors", "models", "reading safetensors files")

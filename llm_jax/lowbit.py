@@ -8,58 +8,16 @@ calls its parts and how it packs them is in `llm_jax.lowbit_methods` and `llm_ja
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import CheckpointError
+from llm_jax.safetensors_file import Part
 
-DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(jnp.bfloat16),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "F8_E5M2": np.dtype(jnp.float8_e5m2),
-    "F8_E8M0": np.dtype(jnp.float8_e8m0fnu),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-}
-"""What a safetensors header calls the dtypes that parts of a weight have."""
 FLOATS = ("F32", "F16", "BF16")
 
 Rows = Callable[[int, int], np.ndarray]
 """(start, stop) -> those rows of a weight, in float32."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One tensor of a safetensors file, as its header describes it."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    start: int
-    """The byte of the file where it begins."""
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-    def array(self) -> np.ndarray:
-        """The tensor, mapped from the file."""
-        if not self.bytes:  # nothing can be mapped
-            return np.zeros(self.shape, DTYPES[self.dtype])
-        data = np.memmap(self.file, np.uint8, "r")
-        return np.ndarray(self.shape, DTYPES[self.dtype], data, self.start)
-
-    def floats(self) -> np.ndarray:
-        """A fresh copy in float32; E8M0 is powers of two."""
-        return self.array().astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from llm_jax import CheckpointError, checkpoint
 from llm_jax.folder import WHOLE
 from llm_jax.formats import open_checkpoint
-from llm_jax.lowbit import DTYPES
+from llm_jax.safetensors_file import DTYPES
 from llm_jax.testing import tensors, tiny_config, tiny_params, write_safetensors
 
 CFG = tiny_config("llama", layers=1)
