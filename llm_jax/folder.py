@@ -62,11 +62,6 @@ class SafetensorsFolder(Checkpoint):
 
     def config(self, dtype: str | None = None) -> Config:
         if not (self.path / "config.json").exists():
-            if (self.path / "adapter_config.json").exists():
-                raise CheckpointError(
-                    f"{self.path} is an adapter, not a model; merge it into its base model first "
-                    "(merge_and_unload in peft)"
-                )
             raise CheckpointError(
                 f"{self.path} has no config.json; download it from the model's repository too"
             )
@@ -215,8 +210,8 @@ class SafetensorsFolder(Checkpoint):
                 )
         for file in sorted(self.path.glob("adapter_*")):
             problems.append(
-                f"{file.name} is an adapter and would not be used; merge it into the model "
-                "(merge_and_unload in peft), or move it away"
+                f"{file.name} is an adapter and would not be used; move it to a folder of its "
+                "own, and pass that as the adapter (--adapter) if it is meant"
             )
         return sorted(files), places
 

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from llm_jax import CheckpointError, shown
+from llm_jax.adapter import is_adapter
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.folder import INDEX, SafetensorsFolder
 from llm_jax.gguf import GGUF
@@ -32,6 +33,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             return GGUF(first_part(path))
         hint = f"; pass its folder, {path.parent}" if path.suffix == ".safetensors" else ""
         raise CheckpointError(f"{path} is neither a folder with safetensors nor a .gguf file{hint}")
+    if is_adapter(path):
+        raise CheckpointError(
+            f"{path} is an adapter, not a model: pass its base model, and this folder as the "
+            "adapter (--adapter)"
+        )
     if any(path.glob("*.safetensors")) or (path / INDEX).exists():
         return SafetensorsFolder(path)
     ggufs = sorted(path.glob("*.gguf"))

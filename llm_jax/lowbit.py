@@ -14,8 +14,6 @@ import numpy as np
 from llm_jax import CheckpointError
 from llm_jax.safetensors_file import Part
 
-FLOATS = ("F32", "F16", "BF16")
-
 Rows = Callable[[int, int], np.ndarray]
 """(start, stop) -> those rows of a weight, in float32."""
 

@@ -6,8 +6,8 @@ import json
 import numpy as np
 
 from llm_jax import CheckpointError
-from llm_jax.lowbit import FLOATS, LowBit, Parts, Rows, Scheme, groups_of, unpack
-from llm_jax.safetensors_file import Part
+from llm_jax.lowbit import LowBit, Parts, Rows, Scheme, groups_of, unpack
+from llm_jax.safetensors_file import FLOATS, Part
 from llm_jax.values import ConfigError, Values
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 
 from llm_jax import CheckpointError
-from llm_jax.lowbit import FLOATS, Grid, LowBit, Parts, Rows, Scheme, groups_of, unpack
+from llm_jax.lowbit import Grid, LowBit, Parts, Rows, Scheme, groups_of, unpack
 from llm_jax.lowbit_methods import awq, bitsandbytes, gptq, mxfp4
-from llm_jax.safetensors_file import Part
+from llm_jax.safetensors_file import FLOATS, Part
 from llm_jax.values import Values
 
 FP8 = ("F8_E4M3", "F8_E5M2")

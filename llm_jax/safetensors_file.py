@@ -30,6 +30,7 @@ DTYPES = {
     "U8": np.dtype("u1"),
 }
 """What a safetensors header calls the dtypes that parts of a weight have."""
+FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from experiments.speculative import benchmarks, report
 from experiments.speculative.replay import acceptance_trace
 from llm_jax.digest import array_digest, json_digest
 from llm_jax.formats import open_checkpoint
+from llm_jax.registry import open_model
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 from palu_jax import store
 from palu_jax.calibration import calibrate
@@ -122,6 +123,30 @@ def quantized(name: str) -> Callable[[Path], Path]:
         return folder / name
 
     return make
+
+
+def adapter(name: str) -> Callable[[Path], Path]:
+    """A LoRA adapter of a checkpoint in a folder beside it."""
+
+    def make(folder: Path) -> Path:
+        checkpoint("model.safetensors")(folder / "base")
+        rng, stem = np.random.default_rng(0), "base_model.model.model.layers.0.mlp.up_proj.lora_"
+        draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+        (folder / "adapter").mkdir(parents=True)
+        named = {f"{stem}A.weight": draw(4, 32), f"{stem}B.weight": draw(64, 4)}
+        save_file(named, folder / "adapter" / "adapter_model.safetensors")
+        settings = dict(peft_type="LORA", r=4, lora_alpha=8, use_dora=False, bias="none")
+        settings |= dict(alpha_pattern={"up_proj": 3}, rank_pattern={"q_proj": 2})
+        (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+        return folder / "adapter" / name
+
+    return make
+
+
+def adapted(path: Path) -> str:
+    found = open_model(path.parents[1] / "base", path.parent)
+    cfg = found.config("float32")
+    return digest(found.load(cfg)) + repr(cfg)
 
 
 def gguf(folder: Path) -> Path:
@@ -315,6 +340,8 @@ DOORS = {
     "template": Door(checkpoint("chat_template.jinja", tokenizer=True), text, "bytes"),
     "quantized": Door(quantized("model.safetensors"), weights, "bytes"),
     "quantized config": Door(quantized("config.json"), weights, "json"),
+    "adapter": Door(adapter("adapter_model.safetensors"), adapted, "bytes"),
+    "adapter config": Door(adapter("adapter_config.json"), adapted, "json"),
     "GGUF weights": Door(gguf, weights, "bytes"),
     "GGUF part": Door(gguf_part, weights, "bytes"),
     "GGUF text": Door(gguf, text, "bytes"),
