@@ -17,7 +17,8 @@ from llm_jax.leftovers import plain_name
 from llm_jax.lowbit import LowBit, Scheme
 from llm_jax.lowbit_scaled import scheme_of
 from llm_jax.safetensors_file import Part, parts_of, safetensors
-from llm_jax.tokenizer import Tokenizer, from_folder
+from llm_jax.tokenizer import Tokenizer
+from llm_jax.tokenizer_files import tokenizer_of
 from llm_jax.untrusted import inside, read_object
 from llm_jax.values import ConfigError, Values, short
 
@@ -75,7 +76,7 @@ class SafetensorsFolder(Checkpoint):
         return dataclasses.replace(cfg, tied=cfg.tied and not self.own_head(cfg))
 
     def tokenizer(self) -> Tokenizer:
-        tokenizer = from_folder(self.path)
+        tokenizer = tokenizer_of(self.path)
         eos = tuple(dict.fromkeys((*tokenizer.eos, *self._turn_ends())))
         return self.with_rows(dataclasses.replace(tokenizer, eos=eos))
 

@@ -1,5 +1,6 @@
 """The doors through which files come in: a valid file each, and how it is read."""
 
+import base64
 import contextlib
 import dataclasses
 import functools
@@ -330,6 +331,28 @@ def samples(path: Path) -> str:
     return digest([dataclasses.asdict(data[i]) for i in range(len(data))])
 
 
+def tokenizer_model(name: str) -> Callable[[Path], Path]:
+    """One of the tokenizer's files of a folder without tokenizer.json."""
+
+    def make(folder: Path) -> Path:
+        checkpoint("config.json")(folder)
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁A"]
+        if name == "tokenizer.model":
+            sized = lambda tag, data: bytes((tag, len(data))) + data
+            piece = lambda text: sized(10, text.encode()) + b"\x15" + np.float32(-1).tobytes()
+            data = b"".join(sized(10, piece(token)) for token in [*tokens, "A"])
+            (folder / name).write_bytes(data + sized(18, b"\x18\x02") + sized(26, b"\x20\x00"))
+        else:
+            entry = lambda i: dict(rank=i, token_bytes=base64.b64encode(bytes([i])).decode())
+            config = dict(pattern="\\s+|\\S+", version="v3")
+            config |= dict(default_vocab_size=276, default_num_special_tokens=20)
+            vocab = [entry(i) for i in range(256)]
+            (folder / name).write_text(json.dumps(dict(config=config, vocab=vocab)))
+        return folder / name
+
+    return make
+
+
 DOORS = {
     "safetensors": Door(checkpoint("model.safetensors"), weights, "bytes"),
     "config": Door(checkpoint("config.json"), weights, "json"),
@@ -342,6 +365,8 @@ DOORS = {
     "quantized config": Door(quantized("config.json"), weights, "json"),
     "adapter": Door(adapter("adapter_model.safetensors"), adapted, "bytes"),
     "adapter config": Door(adapter("adapter_config.json"), adapted, "json"),
+    "tokenizer.model": Door(tokenizer_model("tokenizer.model"), text, "bytes"),
+    "tekken": Door(tokenizer_model("tekken.json"), text, "json"),
     "GGUF weights": Door(gguf, weights, "bytes"),
     "GGUF part": Door(gguf_part, weights, "bytes"),
     "GGUF text": Door(gguf, text, "bytes"),
