@@ -204,6 +204,7 @@ METHODS: dict[str, Callable[[Values], Scheme]] = {
     "awq": awq,
     "bitsandbytes": bitsandbytes,
     "compressed-tensors": compressed_tensors,
+    "fbgemm_fp8": fp8,
     "fp8": fp8,
     "gptq": gptq,
     "mxfp4": mxfp4,

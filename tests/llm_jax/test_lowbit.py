@@ -107,12 +107,12 @@ def awq():
     return config, make, "AWQ, 4.6"
 
 
-def fp8(block=None, name="weight_scale_inv", dtype=np.float32):
-    """block None: a scale for the matrix; 1: one a row; (a, b): one for each of such blocks."""
+def fp8(block=None, name="weight_scale_inv", dtype=np.float32, method="fp8"):
+    """block None: a scale for the matrix; "rows": one a row; (a, b): one for each such block."""
 
     def make(rng, out, inputs):
         stored = rng.normal(0, 8, (out, inputs)).astype(ml_dtypes.float8_e4m3fn)
-        rows, columns = block or (out, inputs)
+        rows, columns = (1, inputs) if block == "rows" else block or (out, inputs)
         shape = -(-out // rows), -(-inputs // columns)
         scale = scales(rng, *shape, dtype=np.float32).astype(dtype)
         dense = [
@@ -122,7 +122,8 @@ def fp8(block=None, name="weight_scale_inv", dtype=np.float32):
         scale = scale if block else scale.reshape(())
         return {"weight": stored, name: scale}, np.array(dense)
 
-    config = dict(quant_method="fp8", weight_block_size=block and list(block))
+    config = dict(quant_method=method)
+    config |= dict(weight_block_size=list(block)) if type(block) is tuple else {}
     return config, make, "FP8, 8."
 
 
@@ -239,6 +240,7 @@ FORMS = {
     "fp8 blocks of powers of two": fp8((24, 40), dtype=ml_dtypes.float8_e8m0fnu),
     "fp8 whole": fp8(),
     "fp8 whole, another name": fp8(name="weight_scale"),
+    "fp8 rows": fp8("rows", "weight_scale", method="fbgemm_fp8"),
     "compressed fp8 whole": compressed("float", 8, "tensor"),
     "compressed fp8 rows": compressed("float", 8, "channel"),
     "compressed fp8 blocks": compressed("float", 8, "block"),

@@ -91,6 +91,36 @@ def test_compressed_tensors_as_their_library_decompresses_them(tmp_path, form, w
     assert np.unique(got).size > 3
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", (4, 8))
+def test_a_folder_that_transformers_writes(tmp_path, bits):
+    """Names, configuration and weights as `save_pretrained` of a quantized model leaves them."""
+    transformers = pytest.importorskip("transformers")
+    functional = pytest.importorskip("bitsandbytes.functional")
+    # Rows of whole blocks: for others, bitsandbytes 0.50 dequantizes wrongly on a CPU.
+    cfg = tiny_config("qwen2", d_model=128, d_ff=192, dtype="bfloat16")
+    base = write_safetensors(tmp_path / "base", tiny_params(cfg), cfg, tokenizer=False)
+    how = dict(load_in_8bit=True)
+    if bits == 4:
+        how = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    made = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=transformers.BitsAndBytesConfig(**how)
+    )
+    made.save_pretrained(tmp_path / "quantized")
+    found = open_checkpoint(tmp_path / "quantized")
+    assert found.config() == cfg
+    for got, layer in zip(found.load(cfg).layers, made.model.layers, strict=True):
+        for name in ("gate", "up", "down"):
+            weight = getattr(layer.mlp, f"{name}_proj").weight
+            if bits == 4:
+                want = functional.dequantize_4bit(weight.data, weight.quant_state)
+            else:
+                want = functional.int8_vectorwise_dequant(weight.data, weight.SCB).bfloat16()
+            np.testing.assert_array_equal(
+                np.asarray(getattr(got.mlp, name)).T.astype(np.float32), want.float().numpy()
+            )
+
+
 @pytest.mark.parametrize("kind", ("nf4", "fp4"))
 @pytest.mark.parametrize("nested", (False, True))
 @pytest.mark.parametrize("storage", ("uint8", "bfloat16"))
