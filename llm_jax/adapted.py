@@ -10,10 +10,12 @@ import numpy as np
 
 from llm_jax import CheckpointError
 from llm_jax.adapter import WEIGHTS, Adapter
-from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
+from llm_jax.checkpoint import Checkpoint, Contents, Piece, TensorInfo
 from llm_jax.config import Config
 from llm_jax.digest import json_digest
-from llm_jax.folder import SafetensorsFolder
+from llm_jax.families import FAMILIES
+from llm_jax.families.family import HF_NAMES
+from llm_jax.params import GAINS
 from llm_jax.tokenizer import Tokenizer
 
 
@@ -43,8 +45,11 @@ class Adapted(Checkpoint):
     def digest(self) -> str:
         return json_digest([self.base.digest(), self.adapter.digest()])
 
-    def needed(self, cfg: Config) -> dict[str, tuple[int, ...]]:
-        return self.base.needed(cfg)
+    def pieces(self, field: str, cfg: Config, layer: int | None = None) -> list[Piece]:
+        return self.base.pieces(field, cfg, layer)
+
+    def gain_offset(self, cfg: Config) -> float:
+        return self.base.gain_offset(cfg)
 
     def left_out(self, cfg: Config) -> dict[str, str]:
         return self.base.left_out(cfg) | super().left_out(cfg)
@@ -95,7 +100,7 @@ class Adapted(Checkpoint):
         ]
 
     def _module(self, field: str) -> str:
-        return SafetensorsFolder.names[field].removesuffix(".weight")
+        return HF_NAMES[field].removesuffix(".weight")
 
     @functools.cached_property
     def _tied(self) -> frozenset[str]:
@@ -104,11 +109,16 @@ class Adapted(Checkpoint):
 
     @functools.cached_property
     def _own_names(self) -> dict[str, str]:
-        """The adapter's names of matrices -> those of the base model's file."""
-        names = SafetensorsFolder.names
+        """The adapter's names of tensors -> those of a GGUF file."""
+        family = FAMILIES[self.base.config().family]
+        own_names = self.names | dict(family.gguf_names)
+        pairs = [(name, own_names.get(field)) for field, name in family.hf_names.items()]
+        joined = {fields: name for name, fields in family.gguf_fused.items()}
+        pairs += [(name, joined.get(fields)) for name, fields in family.fused.items()]
         patterns = [
-            (re.compile(re.escape(theirs).replace(r"\{\}", r"(\d{1,9})")), self.names[field])
-            for field, theirs in names.items()
+            (re.compile(re.escape(theirs).replace(r"\{\}", r"(\d{1,9})")), own)
+            for theirs, own in pairs
+            if own is not None and theirs.count("{}") == own.count("{}")  # experts are stacked
         ]
         found = {}
         for name in (*self.adapter.saved, *self.adapter.deltas):
@@ -140,8 +150,12 @@ class Adapted(Checkpoint):
                 for name, part in self.adapter.saved.items()
                 if self._own_name(name) == tensor.name
             )
-            array = part.array()
+            array, offset = part.array(), 0.0
+            if field in GAINS:  # an adapter has Hugging Face's gains, GGUF files have them added to
+                offset = FAMILIES[cfg.family].gain_offset - self.gain_offset(cfg)
             rows = lambda start, stop: array[start:stop]
+            if offset:
+                rows = lambda start, stop: array[start:stop].astype(np.float32) + np.float32(offset)
         else:
             rows = self.base.reader(tensor, field, cfg)
         if (name := self._changes.get(tensor.name)) is None:

@@ -6,7 +6,6 @@ H head size.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,9 +14,10 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from llm_jax.cache import KV, write_rows
-from llm_jax.config import Config
+from llm_jax.config import FULL, SLIDING, UNROTATED, Config
 from llm_jax.linear import linear, terms
 from llm_jax.params import Attention, JoinedAttention, Params, Weight
+from llm_jax.rope import frequencies
 from pallas_kernels.rotary_cache import rotary_cache
 from pallas_kernels.tree_attention import tree_attention
 
@@ -62,50 +62,79 @@ def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """x divided by its root mean square (in float32), times the gain; same dtype as x."""
+    """x divided by its root mean square (in float32), times the gain; same dtype as x.
+
+    Rounded before the gain, or after it where the gain is float32, as its family does it.
+    """
     x32 = x.astype(jnp.float32)
     scaled = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
-    return scaled.astype(x.dtype) * along_last(gain, x)
+    return (scaled.astype(gain.dtype) * along_last(gain, x)).astype(x.dtype)
 
 
-def rope_frequencies(cfg: Config) -> np.ndarray:
-    """Radians per position of each of the H/2 pairs, float32, with Llama 3.1's scaling if set.
-
-    That scaling keeps wavelengths shorter than original/high_freq_factor, divides those longer
-    than original/low_freq_factor by `factor`, and blends linearly (in 1/wavelength) between.
-    """
-    half = cfg.head_dim // 2
-    freq = cfg.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
-    if (scaling := cfg.rope_scaling) is not None:
-        turns = scaling.original_max_length * freq / (2 * math.pi)
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        keep = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
-        freq = freq * keep + freq / scaling.factor * (1 - keep)
-    return freq.astype(np.float32)
+def rope_frequencies(cfg: Config, kind: str = FULL) -> np.ndarray:
+    """Radians per position of each rotated pair of a head, float32, in attention of that kind."""
+    if kind == UNROTATED:
+        return np.zeros(0, np.float32)
+    rotated = cfg.rotary_dim or cfg.head_dim
+    if kind == SLIDING and cfg.sliding_theta is not None:
+        return frequencies(rotated, cfg.sliding_theta, None)
+    return frequencies(rotated, cfg.rope_theta, cfg.rope_scaling)
 
 
-def rope_angles(position_BT: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
-    """(cosine, sine) of position x frequency, float32 [B, T, H/2]."""
-    freq = jnp.asarray(rope_frequencies(cfg))[None, None]
+def rope_angles(
+    position_BT: jax.Array, cfg: Config, kind: str = FULL
+) -> tuple[jax.Array, jax.Array]:
+    """(cosine, sine) of position x frequency, float32 [B, T, pairs], magnitude included."""
+    freq = jnp.asarray(rope_frequencies(cfg, kind))[None, None]
     angle_BTh = position_BT.astype(jnp.float32)[:, :, None] * freq
-    return jnp.cos(angle_BTh), jnp.sin(angle_BTh)
+    cos, sin = jnp.cos(angle_BTh), jnp.sin(angle_BTh)
+    own_base = kind == SLIDING and cfg.sliding_theta is not None
+    if cfg.rope_scaling is None or own_base or cfg.rope_scaling.magnitude == 1:
+        return cos, sin
+    magnitude = jnp.float32(cfg.rope_scaling.magnitude)
+    return cos * magnitude, sin * magnitude
 
 
-def rope(x_BTNH: jax.Array, position_BT: jax.Array, cfg: Config) -> jax.Array:
-    """x with pairs (i, i + H/2) rotated by position x frequency (the half-split layout)."""
+def rope(x_BTNH: jax.Array, position_BT: jax.Array, cfg: Config, kind: str = FULL) -> jax.Array:
+    """x with pairs (i, i + R/2) of each head's first R dimensions rotated by position x frequency
+    (the half-split layout); R is `cfg.rotary_dim`, or all of the head."""
+    if kind == UNROTATED:
+        return x_BTNH
     with jax.named_scope("rope"):
-        cos, sin = (part[:, :, None] for part in rope_angles(position_BT, cfg))
-        a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+        cos, sin = (part[:, :, None] for part in rope_angles(position_BT, cfg, kind))
+        width = 2 * cos.shape[-1]
+        rotated, rest = x_BTNH[..., :width], x_BTNH[..., width:]
+        a, b = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
+        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTNH.dtype)
+        return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], -1)
+
+
+def windowed(step: Step, cfg: Config, kind: str) -> jax.Array:
+    """`step.mask_BTS`, and in SLIDING attention only slots less than a window behind the query."""
+    if kind != SLIDING:
+        return step.mask_BTS
+    slots = step.mask_BTS.shape[-1]
+    slot_BS = step.slot_BS
+    if slot_BS is None:
+        slot_BS = jnp.arange(slots, dtype=jnp.int32)[None]
+    behind_BTS = step.position_BT[:, :, None] - slot_BS[:, None, :slots]
+    return step.mask_BTS & (behind_BTS < cfg.window)
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    cfg: Config | None = None,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, width of v]; softmax in
-    float32. The mask may cover the first slots only; then nothing behind them is read."""
+    float32. The mask may cover the first slots only; then nothing behind them is read. A `cfg` may
+    give scores another scale and a cap; `sinks_N` are logits without values, one a query head."""
+    more = {} if cfg is None else dict(scale=cfg.query_scale, softcap=cfg.attn_softcap)
     with jax.named_scope("attend"):
-        return tree_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+        return tree_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N=sinks_N, **more)
 
 
 def caches_for(params: Params, cfg: Config, batch: int, slots: int, scratch: int = 0) -> tuple:
@@ -158,15 +187,25 @@ def qkv_heads(
 
 
 def normed(x_BTNH: jax.Array, gain: jax.Array | None, cfg: Config) -> jax.Array:
-    """The heads with their RMS norm (Qwen3), or as they are where `gain` is None."""
-    return x_BTNH if gain is None else rms_norm(x_BTNH, gain, cfg.norm_eps)
+    """The heads with their RMS norm, or as they are where `gain` is None. A gain as long as all
+    heads together norms them together (OLMo 2)."""
+    if gain is None:
+        return x_BTNH
+    if cfg.qk_norm_whole:
+        flat = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
+        return rms_norm(flat, gain, cfg.norm_eps).reshape(x_BTNH.shape)
+    return rms_norm(x_BTNH, gain, cfg.norm_eps)
 
 
 def rotated(
-    x_BTNH: jax.Array, gain: jax.Array | None, position_BT: jax.Array, cfg: Config
+    x_BTNH: jax.Array,
+    gain: jax.Array | None,
+    position_BT: jax.Array,
+    cfg: Config,
+    kind: str = FULL,
 ) -> jax.Array:
     """Queries or keys ready for attention: normed where there is a gain, then rotated."""
-    return rope(normed(x_BTNH, gain, cfg), position_BT, cfg)
+    return rope(normed(x_BTNH, gain, cfg), position_BT, cfg, kind)
 
 
 @attention.register
@@ -177,7 +216,8 @@ def _(p: Attention, x_BTD, cache: KV, step: Step, cfg: Config):
 @attention.register
 def _(p: JoinedAttention, x_BTD, cache: KV, step: Step, cfg: Config):
     y_XBTF = terms(p.qkv, x_BTD)
-    if len(y_XBTF) > 1 and len(x_BTD) == 1 and p.q_norm is None:
+    one_kernel = p.q_norm is None and p.kind != UNROTATED and cfg.rotary_dim is None
+    if len(y_XBTF) > 1 and len(x_BTD) == 1 and one_kernel:
         return _in_one_go(p, y_XBTF, cache, step, cfg)
     return _over_cache(p, *_joined_heads(p, y_XBTF, x_BTD.dtype, cfg), cache, step, cfg)
 
@@ -189,20 +229,22 @@ def _joined_heads(p: JoinedAttention, y_XBTF, dtype, cfg: Config):
 
 
 def _over_cache(p, q, k, v, cache: KV, step: Step, cfg: Config):
-    q = rotated(q, p.q_norm, step.position_BT, cfg)
-    k = rotated(k, p.k_norm, step.position_BT, cfg)
+    q = rotated(q, p.q_norm, step.position_BT, cfg, p.kind)
+    k = rotated(k, p.k_norm, step.position_BT, cfg, p.kind)
     cache = KV(write_rows(cache.k_BSKH, k, step.at), write_rows(cache.v_BSKH, v, step.at))
-    return _read(p, q, cache, step)
+    return _read(p, q, cache, step, cfg)
 
 
 def _in_one_go(p, y_XBTF, cache: KV, step: Step, cfg: Config):
     """A low-bit product in terms: one kernel adds them, rotates heads and writes the cache."""
-    cos, sin = rope_angles(step.position_BT, cfg)
+    cos, sin = rope_angles(step.position_BT, cfg, p.kind)
     keys, values = cache.k_BSKH[0], cache.v_BSKH[0]
     q, k, v = rotary_cache(y_XBTF[:, 0], p.qkv_bias, cos[0], sin[0], keys, values, step.at)
-    return _read(p, q[None], KV(k[None], v[None]), step)
+    return _read(p, q[None], KV(k[None], v[None]), step, cfg)
 
 
-def _read(p, q_BTNH, cache: KV, step: Step):
-    y_BTNH = attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, step.mask_BTS)
-    return linear(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cache
+def _read(p, q_BTNH, cache: KV, step: Step, cfg: Config):
+    mask_BTS = windowed(step, cfg, p.kind)
+    y_BTNH = attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, mask_BTS, cfg, p.sinks)
+    y_BTD = linear(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1))
+    return (y_BTD if p.o_bias is None else y_BTD + along_last(p.o_bias, y_BTD)), cache

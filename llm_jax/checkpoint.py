@@ -9,7 +9,7 @@ import abc
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from llm_jax import CheckpointError, shown
 from llm_jax.config import Config
 from llm_jax.digest import file_digest, files_digest, json_digest
 from llm_jax.leftovers import leftover, told
-from llm_jax.params import MLP, Attention, Layer, Params, abstract
+from llm_jax.params import GAINS, Layer, Params, abstract, layer_from
 from llm_jax.tokenizer import Tokenizer
 from llm_jax.values import short
 
@@ -55,27 +55,58 @@ class Contents:
     """Tensors that are there, and that `problems` say something about."""
 
 
-def shapes(cfg: Config) -> tuple[dict[str, tuple], dict[str, tuple]]:
-    """Shapes in the file ([out, in]) by field: of the model's own tensors, and of one layer's."""
-    heads, kv_heads, d = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim, (cfg.d_model,)
-    model = dict(embed_VD=(cfg.vocab, cfg.d_model), norm=d)
-    if not cfg.tied:
-        model["head_DV"] = (cfg.vocab, cfg.d_model)
-    layer = {"attn_norm": d, "mlp_norm": d}
-    layer |= {name: shape[::-1] for name, shape in cfg.layer_matrices.items()}
-    if cfg.qkv_bias:
-        layer |= dict(q_bias=(heads,), k_bias=(kv_heads,), v_bias=(kv_heads,))
-    if cfg.qk_norm:
-        layer |= dict(q_norm=(cfg.head_dim,), k_norm=(cfg.head_dim,))
-    return model, layer
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The part of a parameter that one tensor of the files holds, and where it goes."""
+
+    name: str
+    """The tensor."""
+    shape: tuple[int, ...]
+    """Its shape in the file; matrices are [out, in]."""
+    rows: tuple[int, int] | None = None
+    """The rows of it that are taken; None: all."""
+    take: tuple[int | None, int | None] = (None, None)
+    """(first, step) of what is taken of its last axis; None: the usual."""
+    at: tuple[Any, ...] = ()
+    """The index of what it fills in the parameter."""
+    turn: bool = False
+    """Its last two axes change places."""
+
+
+def table_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter that is not of a layer, by name; the head is [in, out]."""
+    shapes = dict(embed_VD=(cfg.vocab, cfg.d_model), norm=(cfg.d_model,))
+    return shapes if cfg.tied else shapes | dict(head_DV=(cfg.d_model, cfg.vocab))
+
+
+def pieces_of(
+    field: str,
+    shape: tuple[int, ...],
+    cfg: Config,
+    names: Mapping[str, str],
+    fused: Mapping[str, tuple[str, ...]],
+    layer: int | None,
+) -> list[Piece]:
+    """The pieces of a parameter of `shape` that is not a stack of experts."""
+    name = names.get(field, field).format(layer)
+    turn = len(shape) == 2 and field != "embed_VD"
+    stored = shape[::-1] if turn else shape
+    for tensor, fields in fused.items():
+        if field in fields and layer is not None:
+            sizes = [cfg.layer_shapes(layer)[f][-1] for f in fields]
+            at = fields.index(field)
+            first, total = sum(sizes[:at]), sum(sizes)
+            rows = first, first + sizes[at]
+            return [Piece(tensor.format(layer), (total, *stored[1:]), rows, turn=turn)]
+    return [Piece(name, stored, turn=turn)]
 
 
 class Checkpoint(abc.ABC):
     """A model on disk. A format says what it holds (`contents`) and how rows of it are read."""
 
     path: Path
-    names: ClassVar[dict[str, str]]
-    """Field -> name in the file, `{}` standing for the layer."""
+    names: ClassVar[Mapping[str, str]]
+    """Parameter -> its tensor, as most families call it."""
     dtypes: ClassVar[frozenset[str]]
     harmless: ClassVar[re.Pattern]
     """Names of tensors that may be there and are not needed."""
@@ -92,6 +123,14 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def contents(self) -> Contents:
         """What the headers say; read once."""
+
+    @abc.abstractmethod
+    def pieces(self, field: str, cfg: Config, layer: int | None = None) -> list[Piece]:
+        """The tensors that hold a parameter, of a layer where it is given."""
+
+    def gain_offset(self, cfg: Config) -> float:
+        """What is added to the norms' gains."""
+        return 0.0
 
     @abc.abstractmethod
     def reader(
@@ -119,11 +158,9 @@ class Checkpoint(abc.ABC):
 
     def needed(self, cfg: Config) -> dict[str, tuple[int, ...]]:
         """The tensors of the model: name in the file -> shape there."""
-        model, layer = shapes(cfg)
-        needed = {self.names[field]: shape for field, shape in model.items()}
-        for index in range(cfg.layers):
-            needed |= {self.names[field].format(index): shape for field, shape in layer.items()}
-        return needed
+        fields = [(field, None) for field in table_shapes(cfg)]
+        fields += [(field, i) for i in range(cfg.layers) for field in cfg.layer_shapes(i)]
+        return {p.name: p.shape for f, i in fields for p in self.pieces(f, cfg, i)}
 
     def left_out(self, cfg: Config) -> dict[str, str]:
         """Tensors of the files that are no part of the model, and that it can do without: their
@@ -199,7 +236,7 @@ class Checkpoint(abc.ABC):
         if not same or not self._is_known(head):
             return True
         one, two = self.reader(table, "embed_VD", cfg), self.reader(head, "head_DV", cfg)
-        blocks = _blocks(table.shape[0])
+        blocks = _blocks(0, table.shape[0])
         return any(one(*rows).tobytes() != two(*rows).tobytes() for rows in blocks)
 
     def with_rows(self, tokenizer: Tokenizer) -> Tokenizer:
@@ -239,7 +276,7 @@ class Checkpoint(abc.ABC):
         self.check(cfg)
         place_layer = place_layer or (lambda index, layer: jax.device_put(layer))
         place = place or (lambda name, array: jax.device_put(array))
-        tables = {name: place(name, self.read(name, cfg)) for name in shapes(cfg)[0]}
+        tables = {name: place(name, self.read(name, cfg)) for name in table_shapes(cfg)}
         layers = []
         for index in range(cfg.layers):
             layers.append(place_layer(index, self.layer(index, cfg)))
@@ -248,34 +285,45 @@ class Checkpoint(abc.ABC):
         return Params(layers=tuple(layers), **tables)
 
     def read(self, field: str, cfg: Config, index: int | None = None) -> np.ndarray:
-        """One tensor in `cfg.dtype`, of a layer where `index` is given; matrices are [in, out]."""
-        tensor = self.contents.tensors[self.names[field].format(index)]
-        return _array(tensor, self.reader(tensor, field, cfg), field != "embed_VD", cfg.dtype)
+        """One parameter, of a layer where `index` is given; matrices are [in, out].
+
+        In `cfg.dtype`; norms' gains in `cfg.gain_dtype`.
+        """
+        shape = (table_shapes(cfg) if index is None else cfg.layer_shapes(index))[field]
+        gain = field in GAINS
+        out = np.empty(shape, np.dtype(cfg.gain_dtype if gain else cfg.dtype))
+        for piece in self.pieces(field, cfg, index):
+            tensor = self.contents.tensors[piece.name]
+            _fill(out, tensor, piece, self.reader(tensor, field, cfg))
+        if gain and (offset := self.gain_offset(cfg)):
+            out += np.asarray(offset, out.dtype)
+        return out
 
     def layer(self, index: int, cfg: Config) -> Layer:
         """One layer as NumPy arrays in `cfg.dtype`."""
-        w = {field: self.read(field, cfg, index) for field in shapes(cfg)[1]}
-        attn = {field.name: w.get(field.name) for field in dataclasses.fields(Attention)}
-        mlp = MLP(w["gate"], w["up"], w["down"])
-        return Layer(w["attn_norm"], Attention(**attn), w["mlp_norm"], mlp)
+        return layer_from(
+            {f: self.read(f, cfg, index) for f in cfg.layer_shapes(index)}, index, cfg
+        )
 
 
-def _blocks(rows: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the rows that are read at a time."""
-    return ((start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+def _blocks(start: int, stop: int, inner: int = 1) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the rows that are read at a time; a row has `inner` rows of its own."""
+    step = max(1, _ROWS // inner)
+    return ((at, min(at + step, stop)) for at in range(start, stop, step))
 
 
-def _array(tensor: TensorInfo, rows: Callable, transpose: bool, dtype: str) -> np.ndarray:
-    """The whole tensor as a fresh array, matrices turned to [in, out] block by block."""
-    transpose = transpose and len(tensor.shape) > 1
-    out = np.empty(tensor.shape[::-1] if transpose else tensor.shape, np.dtype(dtype))
-    view = out.T if transpose else out
-    for start, stop in _blocks(tensor.shape[0]):
+def _fill(out: np.ndarray, tensor: TensorInfo, piece: Piece, rows: Callable) -> None:
+    """Writes a piece to its place in the parameter's fresh array, block by block."""
+    view = out[piece.at]
+    view = view.swapaxes(-1, -2) if piece.turn else view
+    first, last = piece.rows or (0, tensor.shape[0])
+    inner = math.prod(tensor.shape[1:-1])
+    for start, stop in _blocks(first, last, inner):
         stored = rows(start, stop)
         with np.errstate(over="ignore", invalid="ignore"):  # named below
             block = stored.astype(out.dtype, copy=False)
         if not _finite(block):
-            where = f"{tensor.file}: {tensor.name}"
+            where, dtype = f"{tensor.file}: {tensor.name}", out.dtype.name
             if _finite(stored):
                 raise CheckpointError(f"{where} has numbers beyond {dtype}; load it in bfloat16")
             bad = np.flatnonzero(~np.isfinite(block.reshape(len(block), -1)).all(axis=1))
@@ -283,8 +331,7 @@ def _array(tensor: TensorInfo, rows: Callable, transpose: bool, dtype: str) -> n
                 f"{where} holds NaN or infinity, first in row {start + bad[0]}; the file is "
                 "damaged, or the training failed: take another checkpoint"
             )
-        view[start:stop] = block
-    return out
+        view[start - first : stop - first] = block[..., slice(piece.take[0], None, piece.take[1])]
 
 
 def _finite(block: np.ndarray) -> bool:

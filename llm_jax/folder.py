@@ -10,9 +10,19 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llm_jax import CheckpointError
-from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
-from llm_jax.config import Config, from_hf
+from llm_jax.checkpoint import (
+    Checkpoint,
+    Contents,
+    Piece,
+    TensorInfo,
+    pieces_of,
+    table_shapes,
+)
+from llm_jax.config import Config
 from llm_jax.digest import json_digest
+from llm_jax.families import FAMILIES
+from llm_jax.families.family import HF_NAMES
+from llm_jax.hf_config import from_hf
 from llm_jax.leftovers import plain_name
 from llm_jax.lowbit import LowBit, Scheme
 from llm_jax.lowbit_scaled import scheme_of
@@ -45,19 +55,7 @@ class SafetensorsFolder(Checkpoint):
 
     path: Path
 
-    names: ClassVar = dict(
-        embed_VD="model.embed_tokens.weight",
-        norm="model.norm.weight",
-        head_DV="lm_head.weight",
-        attn_norm="model.layers.{}.input_layernorm.weight",
-        mlp_norm="model.layers.{}.post_attention_layernorm.weight",
-        gate="model.layers.{}.mlp.gate_proj.weight",
-        up="model.layers.{}.mlp.up_proj.weight",
-        down="model.layers.{}.mlp.down_proj.weight",
-        **{name: f"model.layers.{{}}.self_attn.{name}_proj.weight" for name in "qkvo"},
-        **{f"{name}_bias": f"model.layers.{{}}.self_attn.{name}_proj.bias" for name in "qkv"},
-        **{f"{name}_norm": f"model.layers.{{}}.self_attn.{name}_norm.weight" for name in "qk"},
-    )
+    names: ClassVar = HF_NAMES
     dtypes: ClassVar = frozenset(("BF16", "F16", "F32"))
     harmless: ClassVar = re.compile(r"rotary_emb\.inv_freq$")
 
@@ -232,6 +230,37 @@ class SafetensorsFolder(Checkpoint):
                 )
         return places
 
+    def gain_offset(self, cfg: Config) -> float:
+        return FAMILIES[cfg.family].gain_offset
+
+    def pieces(self, field: str, cfg: Config, layer: int | None = None) -> list[Piece]:
+        family = FAMILIES[cfg.family]
+        names = family.hf_names
+        shape = (table_shapes(cfg) if layer is None else cfg.layer_shapes(layer))[field]
+        if not field.startswith("expert_"):
+            return pieces_of(field, shape, cfg, names, family.fused, layer)
+        if family.stacked_experts:
+            name = names[field].format(layer)
+            if not field.startswith("expert_gate_up"):
+                return [Piece(name, shape)]
+            half = shape[-1] // 2  # gate and up take turns in the file's last axis
+            first, second = (..., slice(half)), (..., slice(half, None))
+            return [
+                Piece(name, shape, take=(0, 2), at=first),
+                Piece(name, shape, take=(1, 2), at=second),
+            ]
+        count, inputs, outputs = shape
+        parts = [(field, slice(None))]
+        if field == "expert_gate_up":
+            outputs //= 2
+            parts = [("expert_gate", slice(outputs)), ("expert_up", slice(outputs, None))]
+        return [
+            Piece(names[part].format(layer, e), (outputs, inputs), at=(e, slice(None), columns),
+                  turn=True)
+            for e in range(count)
+            for part, columns in parts
+        ]  # fmt: skip
+
     def reader(
         self, tensor: TensorInfo, field: str, cfg: Config
     ) -> Callable[[int, int], np.ndarray]:
@@ -244,7 +273,7 @@ class SafetensorsFolder(Checkpoint):
 def _of_text(hf: dict[str, Any]) -> dict[str, Any]:
     """The description of the language model, where config.json has one of several models."""
     text = hf.get("text_config")
-    if not isinstance(text, dict) or "num_hidden_layers" in hf:
+    if not isinstance(text, dict) or "num_hidden_layers" in hf or "model_type" not in text:
         return hf
     outer = ("torch_dtype", "dtype", "tie_word_embeddings", "quantization_config", "eos_token_id")
     return {name: hf[name] for name in outer if name in hf} | text

@@ -12,41 +12,33 @@ import numpy as np
 
 from llm_jax import CheckpointError
 from llm_jax.attention import rope_frequencies
-from llm_jax.checkpoint import Checkpoint, Contents, TensorInfo
-from llm_jax.config import EPS, FAMILIES, SIZES, THETA, Config, Llama3Rope
+from llm_jax.checkpoint import (
+    Checkpoint,
+    Contents,
+    Piece,
+    TensorInfo,
+    pieces_of,
+    table_shapes,
+)
+from llm_jax.config import Config
 from llm_jax.extras import need
+from llm_jax.families import FAMILIES, GGUF_NAMES
+from llm_jax.gguf_config import ARCHITECTURES, NEEDED, from_gguf
 from llm_jax.gguf_header import Header, TensorRecord
 from llm_jax.gguf_parts import Part, open_parts
 from llm_jax.gguf_tokenizer import from_metadata
+from llm_jax.rope import Llama3Rope, RopeScaling
 from llm_jax.tokenizer import Tokenizer
 from llm_jax.values import ConfigError, Values, short
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""Supported values of general.architecture; Mistral's files say llama."""
-
-_FACTORS = ("rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor")
-"""What scales the rotary positions; llama.cpp reads the second where the first is missing."""
-_UNSUPPORTED = ("attention.scale", "logit_scale", "residual_scale", "embedding_scale")
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUF(Checkpoint):
-    """A GGUF file of a llama, mistral, qwen2 or qwen3 model, or the first part of a split one."""
+    """A GGUF file of a family in `llm_jax.families`, or the first part of a split one."""
 
     path: Path
 
-    names: ClassVar = dict(
-        embed_VD="token_embd.weight",
-        norm="output_norm.weight",
-        head_DV="output.weight",
-        attn_norm="blk.{}.attn_norm.weight",
-        mlp_norm="blk.{}.ffn_norm.weight",
-        o="blk.{}.attn_output.weight",
-        **{name: f"blk.{{}}.attn_{name}.weight" for name in "qkv"},
-        **{f"{name}_bias": f"blk.{{}}.attn_{name}.bias" for name in "qkv"},
-        **{f"{name}_norm": f"blk.{{}}.attn_{name}_norm.weight" for name in "qk"},
-        **{name: f"blk.{{}}.ffn_{name}.weight" for name in ("gate", "up", "down")},
-    )
+    names: ClassVar = GGUF_NAMES
     low_bit: ClassVar = frozenset(
         ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
         + ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
@@ -65,80 +57,30 @@ class GGUF(Checkpoint):
             )
         start = f"{arch}."
         inside = {k.removeprefix(start): v for k, v in self.metadata.items() if k.startswith(start)}
-        try:
-            cfg = self._config(arch, Values(inside, start), dtype)
-        except ConfigError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
-        return dataclasses.replace(cfg, rope_scaling=self._rope_scaling(cfg))
-
-    def _config(self, arch: str, values: Values, dtype: str | None) -> Config:
-        """The description without the scaling of the rotary positions."""
-        needed = dict(
-            layers="block_count",
-            d_model="embedding_length",
-            heads="attention.head_count",
-            d_ff="feed_forward_length",
-            norm_eps="attention.layer_norm_rms_epsilon",
-        )
-        missing = [f"{arch}.{key}" for key in needed.values() if key not in values]
+        missing = [start + key for key in NEEDED.values() if inside.get(key) is None]
         table = self.contents.tensors.get(self.names["embed_VD"])
         if table is None:
             missing.append(self.names["embed_VD"])
         if missing:
             raise CheckpointError(f"{self.path} lacks {', '.join(missing)}")
-        for name, key in (needed | dict(kv_heads="attention.head_count_kv")).items():
-            if values.is_list(key):
-                raise ConfigError(f"{name} differs from layer to layer; this is not supported")
-        if values.integer("expert_count", 0, 2**16, 0):
-            raise ConfigError("mixture of experts; this is not supported")
-        if (scaling := values.text("rope.scaling.type", "none")) != "none":
-            raise ConfigError(f"rope scaling {short(scaling)} is not supported")
-        for key in _FACTORS:
-            if values.number(key, 0, 1e6, 1.0) not in (0, 1):
-                values.refuse(key, "1; rope scaling is not supported")
-        for key in _UNSUPPORTED:
-            if key in values:
-                values.refuse(key, "none; it is not supported")
-        if not values.flag("attention.causal", True):
-            values.refuse("attention.causal", "true")
-        size = lambda name, key, *default: values.integer(key, 1, SIZES[name], *default)
-        d_model, heads = size("d_model", needed["d_model"]), size("heads", needed["heads"])
-        head_dim = size("head_dim", "attention.key_length", d_model // heads)
-        if (rotated := size("head_dim", "rope.dimension_count", head_dim)) != head_dim:
-            raise ConfigError(f"only {rotated} of {head_dim} head dimensions rotate")
-        if size("head_dim", "attention.value_length", head_dim) != head_dim:
-            values.refuse("attention.value_length", f"{head_dim}, the length of a key")
-        vocab = table.shape[0]
-        if size("vocab", "vocab_size", vocab) != vocab:
-            values.refuse("vocab_size", f"{vocab}, the rows of {table.name}")
-        length = size("max_length", "context_length", 2048)
-        window = values.integer("attention.sliding_window", 0, SIZES["max_length"], 0)
-        qkv_bias, qk_norm = FAMILIES[arch]
-        return Config(
-            layers=size("layers", needed["layers"]),
-            d_model=d_model,
-            heads=heads,
-            kv_heads=size("kv_heads", "attention.head_count_kv", heads),
-            head_dim=head_dim,
-            d_ff=size("d_ff", needed["d_ff"]),
-            vocab=vocab,
-            rope_theta=values.number("rope.freq_base", *THETA, 10_000.0),
-            # 9.99999997e-07 in the file is 1e-6
-            norm_eps=float(f"{values.number(needed['norm_eps'], *EPS):.6g}"),
-            qkv_bias=qkv_bias,
-            qk_norm=qk_norm,
-            tied=self.names["head_DV"] not in self.contents.tensors,
-            max_length=min(length, window or length),
-            dtype=dtype or "bfloat16",
-            family=arch,
-        )
+        values, tensors = Values(inside, start), self.contents.tensors
+        try:
+            cfg = from_gguf(arch, values, table.shape[0], tensors, dtype)
+            return dataclasses.replace(cfg, rope_scaling=self._rope_scaling(cfg))
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
-    def _rope_scaling(self, cfg: Config) -> Llama3Rope | None:
-        """Llama 3.1's scaling, recovered from the divisors of the frequencies that GGUF stores."""
+    def _rope_scaling(self, cfg: Config) -> RopeScaling | None:
+        """The scaling that the metadata name, or Llama 3.1's, recovered from the divisors of the
+        frequencies that GGUF stores."""
+        for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
+            if name in self.contents.tensors:
+                raise ConfigError(f"{name}: long rope in GGUF files is not supported; take the "
+                                  "safetensors folder")  # fmt: skip
         tensor = self.contents.tensors.get("rope_freqs.weight")
         if tensor is None:
-            return None
-        plain = rope_frequencies(cfg)
+            return cfg.rope_scaling
+        plain = rope_frequencies(dataclasses.replace(cfg, rope_scaling=None))
         stored = np.zeros(0)
         record, data = self._record(tensor)
         if tensor.dtype == "F32" and tensor.shape == plain.shape and record.stop <= len(data):
@@ -150,6 +92,23 @@ class GGUF(Checkpoint):
         raise CheckpointError(
             f"{self.path}: rope_freqs.weight is not Llama 3.1's scaling (factor 8) or 3.2's (32)"
         )
+
+    def pieces(self, field: str, cfg: Config, layer: int | None = None) -> list[Piece]:
+        family = FAMILIES[cfg.family]
+        names = {**self.names, **family.gguf_names}
+        shape = (table_shapes(cfg) if layer is None else cfg.layer_shapes(layer))[field]
+        if not field.startswith("expert_"):
+            return pieces_of(field, shape, cfg, names, family.gguf_fused, layer)
+        parts, turn = [(field, slice(None))], len(shape) == 3
+        if field.startswith("expert_gate_up"):
+            half, rest = shape[-1] // 2, field.removeprefix("expert_gate_up")
+            parts = [(f"expert_gate{rest}", slice(half)), (f"expert_up{rest}", slice(half, None))]
+            shape = (*shape[:-1], half)
+        stored = (*shape[:-2], shape[-1], shape[-2]) if turn else shape
+        return [
+            Piece(names[part].format(layer), stored, at=(..., columns), turn=turn)
+            for part, columns in parts
+        ]
 
     def tokenizer(self) -> Tokenizer:
         return self.with_rows(from_metadata(self.metadata, self.path))
@@ -205,7 +164,7 @@ class GGUF(Checkpoint):
         if len(tensor.shape) == 1:
             return lambda start, stop: gguf.dequantize(raw[None], kind)[0, start:stop]
         raw = raw.reshape(*tensor.shape[:-1], -1)
-        if self.metadata["general.architecture"] == "llama" and field in ("q", "k"):
+        if FAMILIES[cfg.family].paired_rows and field in ("q", "k"):
             pairs = np.arange(tensor.shape[0]).reshape(-1, cfg.head_dim // 2, 2)
             order = pairs.swapaxes(1, 2).reshape(-1)
             return lambda start, stop: gguf.dequantize(raw[order[start:stop]], kind)

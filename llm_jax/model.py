@@ -1,5 +1,6 @@
 """The transformer: embed, blocks, unembed. Methods change the parameters, never this file."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,35 +9,58 @@ import jax.numpy as jnp
 from llm_jax.attention import Step, attention, rms_norm
 from llm_jax.config import Config
 from llm_jax.linear import embedding_rows, linear
-from llm_jax.params import MLP, JoinedMLP, Layer, Params
+from llm_jax.mlp import mlp
+from llm_jax.params import Layer, Params
 from pallas_kernels.precision import precision
+from pallas_kernels.tree_attention.reference import capped
 
 
 def embed(params: Params, tokens_BT: jax.Array, cfg: Config) -> jax.Array:
     """The tokens' embeddings, [B, T, D]."""
-    return embedding_rows(params.embed_VD, tokens_BT).astype(cfg.dtype)
+    return scaled(embedding_rows(params.embed_VD, tokens_BT).astype(cfg.dtype), cfg.embed_scale)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a constant that is rounded to x's dtype; x itself where the constant is 1."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
+
+
+def attention_branch(
+    layer: Layer, x_BTD: jax.Array, cache: Any, step: Step, cfg: Config
+) -> tuple[jax.Array, Any]:
+    """(x with what the attention adds, the layer's cache with the new tokens written)."""
+    with jax.named_scope("attention"):
+        y, cache = attention(
+            layer.attn, normed_input(x_BTD, layer.attn_norm, cfg), cache, step, cfg
+        )
+        return added(x_BTD, y, layer.attn_out_norm, cfg), cache
+
+
+def mlp_branch(
+    layer: Layer, x_BTD: jax.Array, cfg: Config, mlp: Callable[..., jax.Array] = mlp
+) -> jax.Array:
+    """x with what the MLP or the experts add."""
+    with jax.named_scope("mlp"):
+        y = mlp(layer.mlp, normed_input(x_BTD, layer.mlp_norm, cfg), cfg)
+        return added(x_BTD, y, layer.mlp_out_norm, cfg)
 
 
 def block(
     layer: Layer, x_BTD: jax.Array, cache: Any, step: Step, cfg: Config
 ) -> tuple[jax.Array, Any]:
     """One decoder layer: (x_BTD, the layer's cache with the new tokens written)."""
-    with jax.named_scope("attention"):
-        h = rms_norm(x_BTD, layer.attn_norm, cfg.norm_eps)
-        y, cache = attention(layer.attn, h, cache, step, cfg)
-        x_BTD = x_BTD + y
-    with jax.named_scope("mlp"):
-        h = rms_norm(x_BTD, layer.mlp_norm, cfg.norm_eps)
-        return x_BTD + mlp(layer.mlp, h), cache
+    x_BTD, cache = attention_branch(layer, x_BTD, cache, step, cfg)
+    return mlp_branch(layer, x_BTD, cfg), cache
 
 
-def mlp(p: MLP | JoinedMLP, x_BTD: jax.Array) -> jax.Array:
-    """down(silu(gate(x)) * up(x))."""
-    if isinstance(p, JoinedMLP):
-        gate, up = jnp.split(linear(p.gate_up, x_BTD), 2, axis=-1)
-    else:
-        gate, up = linear(p.gate, x_BTD), linear(p.up, x_BTD)
-    return linear(p.down, jax.nn.silu(gate) * up)
+def normed_input(x_BTD: jax.Array, gain: jax.Array | None, cfg: Config) -> jax.Array:
+    """A branch's input: normed where the family norms before its branches."""
+    return x_BTD if gain is None else rms_norm(x_BTD, gain, cfg.norm_eps)
+
+
+def added(x_BTD: jax.Array, y_BTD: jax.Array, gain: jax.Array | None, cfg: Config) -> jax.Array:
+    """x + y, y normed where the family norms after its branches."""
+    return x_BTD + scaled(normed_input(y_BTD, gain, cfg), cfg.residual_scale)
 
 
 def unembed(params: Params, x_BTD: jax.Array, cfg: Config) -> jax.Array:
@@ -44,14 +68,22 @@ def unembed(params: Params, x_BTD: jax.Array, cfg: Config) -> jax.Array:
     with jax.named_scope("head"):
         h = rms_norm(x_BTD, params.norm, cfg.norm_eps)
         if params.head_DV is not None:  # logits rounded to 16 bits would tie
-            return linear(params.head_DV, h, jnp.float32)[..., : cfg.vocab]  # it may be padded
-        return jnp.einsum(
-            "BTD,VD->BTV",
-            h,
-            params.embed_VD,
-            precision=precision(h.dtype),
-            preferred_element_type=jnp.float32,
-        )
+            logits_BTV = linear(params.head_DV, h, jnp.float32)[..., : cfg.vocab]  # maybe padded
+        else:
+            logits_BTV = jnp.einsum(
+                "BTD,VD->BTV",
+                h,
+                params.embed_VD,
+                precision=precision(h.dtype),
+                preferred_element_type=jnp.float32,
+            )
+        return final_logits(logits_BTV, cfg)
+
+
+def final_logits(logits: jax.Array, cfg: Config) -> jax.Array:
+    """The head's products with the family's scale and cap; neither changes their order."""
+    logits = scaled(logits, cfg.logit_scale)
+    return capped(logits, cfg.logit_softcap)
 
 
 def hidden(

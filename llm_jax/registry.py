@@ -15,11 +15,13 @@ from llm_jax import CheckpointError
 from llm_jax.adapted import adapted
 from llm_jax.adapter import Adapter, is_adapter
 from llm_jax.checkpoint import Checkpoint
-from llm_jax.config import Config, Llama3Rope
+from llm_jax.config import Config
 from llm_jax.downloads import check, check_snapshot, commit
 from llm_jax.extras import MissingPackage, need
 from llm_jax.files import atomic_file, cache_folder
 from llm_jax.formats import open_checkpoint
+from llm_jax.hf_config import from_hf
+from llm_jax.rope import Llama3Rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,79 @@ def _models():
     # fmt: on
 
 
-MODELS: dict[str, RegisteredModel] = {model.name: model for model in _models()}
+def _more_models():
+    """Rows of families whose description is translated from config.json's own words: name, repo,
+    model_type, layers, D, F, heads, kv heads, head size, vocabulary, length, and what else it says.
+    """
+
+    def model(name, repo, kind, layers, d, f, heads, kv_heads, head_dim, vocab, length, **hf):
+        note = hf.pop("note", "")
+        sizes = dict(
+            num_hidden_layers=layers, hidden_size=d, intermediate_size=f, head_dim=head_dim
+        )
+        sizes |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocab)
+        said = dict(model_type=kind, max_position_embeddings=length, **sizes, **hf)
+        return RegisteredModel(name, repo, from_hf(said, "bfloat16"), note)
+
+    licence = dict(note="the licence must be accepted on the Hub first")
+    gemma3, gemma2 = "google/gemma-3-{}-it", "google/gemma-2-{}-it"
+    linear = dict(rope_scaling=dict(rope_type="linear", factor=8.0))
+    long = 131_072
+    qwen_moe = dict(rope_theta=1e6, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True)
+    yarn = dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                original_max_position_embeddings=4096)  # fmt: skip
+    oss = dict(rope_scaling=yarn, rope_theta=150_000.0, num_experts_per_tok=4, layer_types=None)
+    turns = lambda n: ["sliding_attention", "full_attention"] * (n // 2)
+    tied = dict(tie_word_embeddings=True)
+    mixtral = dict(num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6)
+    granite = dict(embedding_multiplier=12.0, attention_multiplier=0.0078125, rope_theta=1e7,
+                   residual_multiplier=0.22, logits_scaling=16.0, rms_norm_eps=1e-5)  # fmt: skip
+    # fmt: off
+    return (
+        model("gemma-3-270m", gemma3.format("270m"), "gemma3_text", 18, 640, 2048, 4, 1, 256,
+              262_144, 32_768, sliding_window=512, **licence),
+        model("gemma-3-1b", gemma3.format("1b"), "gemma3_text", 26, 1152, 6912, 4, 1, 256,
+              262_144, 32_768, sliding_window=512, **licence),
+        model("gemma-3-4b", gemma3.format("4b"), "gemma3_text", 34, 2560, 10_240, 8, 4, 256,
+              262_208, long, sliding_window=1024, **linear, **licence),
+        model("gemma-3-12b", gemma3.format("12b"), "gemma3_text", 48, 3840, 15_360, 16, 8, 256,
+              262_208, long, sliding_window=1024, **linear, **licence),
+        model("gemma-3-27b", gemma3.format("27b"), "gemma3_text", 62, 5376, 21_504, 32, 16, 128,
+              262_208, long, sliding_window=1024, query_pre_attn_scalar=168, **linear, **licence),
+        model("gemma-2-2b", gemma2.format("2b"), "gemma2", 26, 2304, 9216, 8, 4, 256, 256_000, 8192,
+              **licence),
+        model("gemma-2-9b", gemma2.format("9b"), "gemma2", 42, 3584, 14_336, 16, 8, 256, 256_000,
+              8192, **licence),
+        model("gemma-2-27b", gemma2.format("27b"), "gemma2", 46, 4608, 36_864, 32, 16, 128, 256_000,
+              8192, query_pre_attn_scalar=144, **licence),
+        model("phi-4", "microsoft/phi-4", "phi3", 40, 5120, 17_920, 40, 10, 128, 100_352, 16_384,
+              rope_theta=250_000.0),
+        model("olmo-2-7b", "allenai/OLMo-2-1124-7B-Instruct", "olmo2", 32, 4096, 11_008, 32, 32,
+              128, 100_352, 4096, rope_theta=5e5, rms_norm_eps=1e-6),
+        model("olmo-2-13b", "allenai/OLMo-2-1124-13B-Instruct", "olmo2", 40, 5120, 13_824, 40, 40,
+              128, 100_352, 4096, rope_theta=5e5, rms_norm_eps=1e-6),
+        model("granite-3.3-8b", "ibm-granite/granite-3.3-8b-instruct", "granite", 40, 4096, 12_800,
+              32, 8, 128, 49_159, long, **tied, **granite),
+        model("smollm3-3b", "HuggingFaceTB/SmolLM3-3B", "smollm3", 36, 2048, 11_008, 16, 4, 128,
+              128_256, 65_536, rope_theta=5e6, rms_norm_eps=1e-6, **tied),
+        model("mistral-small-24b", "mistralai/Mistral-Small-24B-Instruct-2501", "mistral", 40, 5120,
+              32_768, 32, 8, 128, 131_072, 32_768, rope_theta=1e8, rms_norm_eps=1e-5,
+              sliding_window=None),
+        model("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", "qwen3_moe", 48, 2048, 6144, 32, 4, 128,
+              151_936, 40_960, moe_intermediate_size=768, **qwen_moe),
+        model("qwen3-235b-a22b", "Qwen/Qwen3-235B-A22B", "qwen3_moe", 94, 4096, 12_288, 64, 4, 128,
+              151_936, 40_960, moe_intermediate_size=1536, **qwen_moe),
+        model("mixtral-8x7b", "mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral", 32, 4096, 14_336,
+              32, 8, 128, 32_000, 32_768, sliding_window=None, **mixtral),
+        model("gpt-oss-20b", "openai/gpt-oss-20b", "gpt_oss", 24, 2880, 2880, 64, 8, 64, 201_088,
+              long, num_local_experts=32, **oss | dict(layer_types=turns(24))),
+        model("gpt-oss-120b", "openai/gpt-oss-120b", "gpt_oss", 36, 2880, 2880, 64, 8, 64, 201_088,
+              long, num_local_experts=128, **oss | dict(layer_types=turns(36))),
+    )
+    # fmt: on
+
+
+MODELS: dict[str, RegisteredModel] = {m.name: m for m in (*_models(), *_more_models())}
 
 _FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 """What is fetched from a repository; second copies of the weights are not."""

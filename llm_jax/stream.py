@@ -6,7 +6,7 @@ when it is traced.
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ class StreamedLayer:
         return jax.tree.unflatten(self.structure, leaves)
 
 
-def route(layers: Sequence[Layer]) -> tuple[StreamedLayer, ...]:
+def route(layers: Iterable[Layer]) -> tuple[StreamedLayer, ...]:
     """The layers in the order in which a `Stream` brings them."""
     return tuple(map(StreamedLayer.of, layers))
 

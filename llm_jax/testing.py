@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import jax
 import numpy as np
 
 from llm_jax.attention import rope_frequencies
-from llm_jax.checkpoint import shapes
-from llm_jax.config import Config, Llama3Rope
+from llm_jax.checkpoint import table_shapes
+from llm_jax.config import Config
 from llm_jax.extras import need
 from llm_jax.folder import INDEX, SafetensorsFolder
 from llm_jax.gguf import GGUF
 from llm_jax.gguf_tokenizer import from_metadata
-from llm_jax.params import Params, abstract
+from llm_jax.params import Params, abstract, named_parameters
+from llm_jax.rope import Llama3Rope
 
 TINY_FAMILIES: dict[str, dict[str, Any]] = {
     # name -> what it changes in the tiny model
@@ -69,14 +71,12 @@ def tiny_params(cfg: Config, seed: int = 0) -> Params:
     return jax.tree_util.tree_map_with_path(draw, abstract(cfg))
 
 
-def tensors(params: Params, cfg: Config, names: dict[str, str]) -> dict[str, np.ndarray]:
-    """Every tensor of the model under a format's names, matrices turned to [out, in]."""
-    model, layer = shapes(cfg)
-    out = {names[field]: np.asarray(getattr(params, field)) for field in model}
-    for index, one in enumerate(params.layers):
-        for field in layer:
-            owner = next(part for part in (one.attn, one.mlp, one) if hasattr(part, field))
-            out[names[field].format(index)] = np.asarray(getattr(owner, field))
+def tensors(params: Params, cfg: Config, names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Every tensor of a model without experts by its name in a format, matrices [out, in]."""
+    out = {names[field]: np.asarray(getattr(params, field)) for field in table_shapes(cfg)}
+    for index, layer in enumerate(params.layers):
+        for field, value in named_parameters(layer).items():
+            out[names[field].format(index)] = np.asarray(value)
     keep = names["embed_VD"]
     return {k: np.ascontiguousarray(v if k == keep else v.T) for k, v in out.items()}
 

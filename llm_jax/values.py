@@ -81,6 +81,16 @@ class Values:
             self.refuse(name, f"a list, each entry of type {kind.__name__}")
         return value
 
+    def numbers(self, name: str, low: float, high: float) -> list[float]:
+        """A list of numbers between low and high; it must be there."""
+        value = self._get(name, REQUIRED)
+        known = lambda x: (
+            isinstance(x, int | float) and not isinstance(x, bool) and low <= x <= high
+        )
+        if not isinstance(value, list) or not all(map(known, value)):
+            self.refuse(name, f"a list of numbers from {low:g} to {high:g}")
+        return [float(x) for x in value]
+
     def mapping(self, name: str) -> "Values | None":
         """An object with values of its own; None where it is absent or empty."""
         value = self._values.get(name)

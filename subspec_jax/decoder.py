@@ -24,7 +24,7 @@ from subspec_jax.propose import Proposer, Round, State
 from subspec_jax.tree import cache_slots, live_sizes, path_to, seedling, step_gains
 from subspec_jax.verify import Target, Verified, finish_round, lay_out, run_pass, streamed_prefill
 
-jit_seedling = jax.jit(seedling, static_argnames="spec")
+jit_seedling = jax.jit(seedling, static_argnames=("spec", "experts"))
 
 
 class LengthError(SubspecError):
@@ -95,7 +95,7 @@ class Decoder:
         first = self.sampler.draw(logits, key, jnp.array([len(prompt)], jnp.int32))
         tokens = [*prompt, int(first[0])]
         at = to_device(jnp.int32(len(prompt)))
-        tree, live = jit_seedling(first[0], spec), self._live(tokens)
+        tree, live = jit_seedling(first[0], spec, self._experts), self._live(tokens)
         state = State(tokens, self.caches, tree, at, key, self.sampler, live)
         self.proposer.start(state, self.slots, self.chunk)
         jax.block_until_ready(state.caches)
@@ -119,9 +119,13 @@ class Decoder:
                 self.proposer.propose(state)
             tree, tokens_1E, step = lay_out(state.tree, state.at, spec, state.live)
             jax.block_until_ready(tokens_1E)
+            experts = self.target.experts
+            if experts is not None:
+                experts.begin(self._foreseen(state.tree))
             t1 = time.perf_counter()
             arrived = stream.arrived_bytes()
-            x = run_pass(self.target, stream, tokens_1E, state.caches, step, self._between(state))
+            passed = stream, tokens_1E, state.caches, step, self._between(state), tree.size
+            x = run_pass(self.target, *passed)
             jax.block_until_ready(x)
             t2 = time.perf_counter()
             end = finish_round(
@@ -169,8 +173,9 @@ class Decoder:
                 draft_s=t1 - t0,
                 verify_s=t2 - t1,
                 other_s=time.perf_counter() - t2,
-                streamed_bytes=stream.bytes,
-                pass_bytes=stream.bytes - arrived,
+                streamed_bytes=stream.bytes + (experts.bytes if experts else 0),
+                pass_bytes=stream.bytes - arrived + (experts.bytes if experts else 0),
+                experts=experts and experts.counts,
             )
             self.proposer.learn(result)
             yield result
@@ -208,6 +213,24 @@ class Decoder:
         """Slots that attention has to look at: those of the committed tokens and of a tree."""
         needed = len(tokens) - 1 + self.proposer.spec.places
         return next(size for size in self.sizes if size >= needed)
+
+    @property
+    def _experts(self) -> tuple[int, int] | None:
+        """(layers with experts, experts) whose routing the draft records."""
+        cfg = self.target.cfg
+        if self.target.experts is None or not self.proposer.routes:
+            return None
+        size = lambda c: (sum(map(c.has_experts, range(c.layers))), c.experts.count)
+        return size(cfg) if size(self.proposer.cfg) == size(cfg) else None
+
+    def _foreseen(self, tree) -> np.ndarray | None:
+        """[layers, experts] that the draft was routed to, for every layer of the target."""
+        if tree.routed_LE is None:
+            return None
+        cfg = self.target.cfg
+        foreseen = np.zeros((cfg.layers, cfg.experts.count), bool)
+        foreseen[[i for i in range(cfg.layers) if cfg.has_experts(i)]] = np.asarray(tree.routed_LE)
+        return foreseen
 
     def _between(self, state):
         def between(layer):

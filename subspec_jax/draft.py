@@ -13,6 +13,7 @@ from jax.tree_util import register_dataclass
 
 from llm_jax.attention import Step
 from llm_jax.config import Config
+from llm_jax.mlp import recorded_routing
 from llm_jax.model import forward
 from llm_jax.params import Params
 from llm_jax.sample import Sampler
@@ -57,17 +58,25 @@ class Drafting:
     """The longest n-gram that is looked up in the text."""
 
 
-def forward_nodes(d: Drafting, rows_r: jax.Array) -> tuple[jax.Array, tuple]:
+def forward_nodes(d: Drafting, rows_r: jax.Array) -> tuple[jax.Array, tuple, jax.Array | None]:
     """(scores [r, V] of what follows the nodes in consecutive places `rows_r`, caches that hold
-    these nodes)."""
+    these nodes, the tree's `routed_LE` with their experts)."""
     position_r = d.at + d.tree.depth_E[rows_r]
     slots = d.live or d.caches[0].slots
     mask, positions = node_mask(d.tree, rows_r, d.at, slots), node_positions(d.tree, d.at, slots)
     step = Step(d.at + rows_r[0], position_r[None], mask, positions)
-    logits, caches = forward(d.params, d.tree.token_E[rows_r][None], d.caches, step, d.cfg)
+    with recorded_routing() as experts:
+        logits, caches = forward(d.params, d.tree.token_E[rows_r][None], d.caches, step, d.cfg)
+    routed_LE = d.tree.routed_LE
+    if routed_LE is not None:
+        node_r1 = (rows_r < d.tree.size)[:, None]
+        nowhere = routed_LE.shape[1]
+        for layer, expert_rc in enumerate(experts):
+            marked = jnp.where(node_r1, expert_rc, nowhere)
+            routed_LE = routed_LE.at[layer, marked].set(True, mode="drop")
     if d.spec.coupled:
-        return d.sampler.perturbed(logits[0], d.key, position_r + 1), caches
-    return d.sampler.scores(logits[0]), caches
+        return d.sampler.perturbed(logits[0], d.key, position_r + 1), caches, routed_LE
+    return d.sampler.scores(logits[0]), caches, routed_LE
 
 
 def extend(d: Drafting) -> tuple[Tree, tuple]:
@@ -75,7 +84,8 @@ def extend(d: Drafting) -> tuple[Tree, tuple]:
     first = d.tree.size
     tree = commit(d.tree, d.spec)
     rows_w = first + jnp.arange(d.spec.width)
-    scores, caches = forward_nodes(dataclasses.replace(d, tree=tree), rows_w)
+    scores, caches, routed = forward_nodes(dataclasses.replace(d, tree=tree), rows_w)
+    tree = dataclasses.replace(tree, routed_LE=routed)
     return add_candidates(tree, first, scores, d.spec), caches
 
 
@@ -124,7 +134,8 @@ def _extend_along(d: Drafting):
     found_M = continuation(d.text_S, d.at, newest_n, d.spec.lookup)
     rows_r = first + jnp.arange(d.spec.width + d.spec.lookup)
     trial = chain.hang(tree, first, found_M)
-    scores, caches = forward_nodes(dataclasses.replace(d, tree=trial), rows_r)
+    scores, caches, routed = forward_nodes(dataclasses.replace(d, tree=trial), rows_r)
+    tree = dataclasses.replace(tree, routed_LE=routed)
     tree, spared = chain.keep(tree, first, found_M, scores, d.spec)
     return tree, caches, spared
 

@@ -15,10 +15,18 @@ import numpy as np
 
 from llm_jax.config import Config
 from llm_jax.packed import packed
-from llm_jax.params import Attention, JoinedMLP, Layer, Params, joined
+from llm_jax.params import (
+    Attention,
+    Experts,
+    Layer,
+    Params,
+    SeparateExperts,
+    joined,
+    joined_mlp,
+)
 from llm_jax.quantize import QuantizedTable, quantize
 from llm_jax.stream import to_device
-from subspec_jax.residual.split import Split, has_split, is_split
+from subspec_jax.residual.split import has_split, is_split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Draft:
     group: int = 64
     head_bits: int | None = None
     """Bits of an output head of the draft's own; None shares the target's."""
+    experts: int | None = None
+    """Experts that the draft routes a token to; None: as many as the target."""
     share_resident: bool = True
     """Resident layers serve the draft as they are; otherwise it has substitutes of them too."""
     own_cache: bool = False
@@ -112,6 +122,8 @@ def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: i
     """
     if has_split(layer):
         return substitutes(layer)
+    if isinstance(layer.mlp, Experts):
+        return _low_experts(layer, bits, group, iterations)
     leaves, structure = jax.tree.flatten(layer)
     if _are_shapes(leaves):
         alike = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves)
@@ -124,6 +136,23 @@ def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: i
         return jax.block_until_ready(packed(*some))
 
     return _replaced(layer, low)
+
+
+def _low_experts(layer: Layer, bits: int, group: int, iterations: int) -> Layer:
+    """The layer with its experts quantized; all else, which is on the device, is shared."""
+    low = lambda w: packed(quantize(w, bits, group, iterations))
+
+    def stack(w):
+        if not isinstance(w, SeparateExperts):
+            if _are_shapes([w]):
+                return jax.eval_shape(jax.vmap(low), w)
+            w = SeparateExperts(tuple(w))
+        some = [jax.block_until_ready(low(to_device(one))) for one in w.each]
+        return jax.block_until_ready(jax.tree.map(lambda *a: jnp.stack(a), *some))
+
+    m = layer.mlp
+    stacks = dict(expert_gate_up=stack(m.expert_gate_up), expert_down=stack(m.expert_down))
+    return dataclasses.replace(layer, mlp=dataclasses.replace(m, **stacks))
 
 
 @functools.cache
@@ -142,14 +171,13 @@ def _replaced(layer: Layer, low: Callable, keep: Callable = to_device) -> Layer:
     if type(layer.attn) is Attention:
         return joined(layer, low)
     attn = jax.tree.map(lambda w: low(w) if w.ndim == 2 else keep(w), layer.attn)
-    mlp = JoinedMLP(low(layer.mlp.gate, layer.mlp.up), low(layer.mlp.down))
-    return Layer(layer.attn_norm, attn, layer.mlp_norm, mlp)
+    return dataclasses.replace(layer, attn=attn, mlp=joined_mlp(layer.mlp, low))
 
 
 def substitutes(tree):
     """The substitutes that a layer of `Split` matrices, or one such matrix, holds: the same
     buffers."""
-    part = lambda w: w.substitute if isinstance(w, Split) else w
+    part = lambda w: w.substitute if is_split(w) else w
     return jax.tree.map(part, tree, is_leaf=is_split)
 
 

@@ -18,7 +18,7 @@ import jax
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.files import cache_folder
 from llm_jax.generation import checked_seed, checked_tokens
-from llm_jax.params import Attention
+from llm_jax.params import Attention, Experts
 from llm_jax.progress import Reporter, default_reporter
 from llm_jax.tokenizer import StreamDecoder
 from subspec_jax import SubspecError, precompile, probe
@@ -81,8 +81,8 @@ def open(
     reporter = default_reporter() if reporter is None else reporter
     residual = options.stream == "residual"
     random = options.weights == "random"
-    how = options.dtype, residual, random, options.seed, reporter
-    source = find_source(model, *how, adapter)
+    where = options.dtype, residual, random, options.seed, reporter, options.zipf
+    source = find_source(model, *where, adapter)
     longest_text = options.max_length or min(LONGEST, source.cfg.max_length)
     if longest_text > source.cfg.max_length:
         raise LengthError(
@@ -253,7 +253,7 @@ class Engine:
         self.decoder = None  # frees its caches before the next one makes its own
         self.method = self.methods[m.name]
         self.load()
-        key = (p.resident, p.draft, p.table_on_host)
+        key = (p.resident, p.draft, p.table_on_host, p.hot)
         if key != self._draft_key:
             self._draft = None  # frees it before layers move in
             if (p.streams_residuals, p.split_head) != self._layers:
@@ -412,4 +412,5 @@ class Engine:
 
 
 def _are_plain(layers: tuple) -> bool:
-    return all(isinstance(layer.attn, Attention) for layer in layers)
+    of_one_kind = lambda l: isinstance(l.attn, Attention) and not isinstance(l.mlp, Experts)
+    return all(map(of_one_kind, layers))

@@ -44,6 +44,7 @@ def plan_for(
         table_on_host=on_host,
         model=source.shapes(method.draft),
         kernels=kernels,
+        by_expert=options.experts == "routed",
     )
 
 

@@ -11,16 +11,25 @@ import numpy as np
 
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.packed import packed
-from llm_jax.params import Layer, Params, init_layer, joined, unjoined
+from llm_jax.params import (
+    Experts,
+    Layer,
+    Params,
+    SeparateExperts,
+    init_layer,
+    joined,
+    unjoined,
+)
 from llm_jax.progress import Progress
 from llm_jax.quantize import quantize
 from llm_jax.stream import to_device
 from pallas_kernels.residual_decode.code import pad
+from subspec_jax.experts import ExpertCache, without_stacks
 from subspec_jax.offload import offload, place
 from subspec_jax.plan import Plan
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
-from subspec_jax.residual.split import Split, decode_layer, is_split
+from subspec_jax.residual.split import Split, SplitExperts, decode_layer, is_split
 from subspec_jax.verify import Target
 
 
@@ -54,7 +63,12 @@ def load_target(
         raise ValueError("this plan streams residuals; convert the checkpoint first")
     report = (lambda done, total: progress(done)) if progress else None
     params = source.load(plan.cfg, place_layer, place_table, report)
-    return Target(params, plan.cfg, plan.ahead)
+    return Target(params, plan.cfg, plan.ahead, expert_cache(params, plan))
+
+
+def expert_cache(params: Params, plan: Plan) -> ExpertCache | None:
+    """The cache of the plan's experts; None where layers stay or are streamed whole."""
+    return None if plan.hot is None else ExpertCache(params.layers, plan.hot)
 
 
 _decode_layer = jax.jit(decode_layer)
@@ -102,15 +116,23 @@ def _load_converted(source, plan, place_layer, place_table, progress, verify, ch
 
 
 def random_target(
-    plan: Plan, seed: int = 0, progress: Progress | None = None, split: Layer | None = None
+    plan: Plan,
+    seed: int = 0,
+    progress: Progress | None = None,
+    split: Layer | None = None,
+    zipf: float = 0.0,
 ) -> Target:
     """Random weights of the plan's architecture, made on the device layer by layer; for timing.
+
+    Layers with experts share one layer's, in another order in each. With `zipf`, their routers
+    prefer some of them: the one of rank r as if its chance were 1 / r ** zipf.
 
     If the plan streams residuals, one layer is encoded on the host and all layers are copies of it.
     `split`, made by `split_layer`, can be given instead. A head in two parts is encoded too.
     """
     cfg = plan.cfg
-    make = jax.jit(init_layer, static_argnames="cfg")
+    make = jax.jit(init_layer, static_argnames=("cfg", "index"))
+    shared: list[Layer] = []
     normal = jax.jit(_normal, static_argnames=("shape", "dtype"))
     key, layers = jax.random.key(seed), []
     if plan.streams_residuals:
@@ -123,10 +145,18 @@ def random_target(
         head = normal(head_key, shape, cfg.dtype)
         head = to_device(split_layer(head, plan.model.head_DV))
     for i in range(cfg.layers):
-        if plan.streams_residuals:
+        if plan.streams_residuals and not cfg.has_experts(i):
             layer = jax.tree.map(copied, split)
+        elif plan.streams_residuals:  # its experts are shared, all else is its own
+            stacks = dict(
+                expert_gate_up=split.mlp.expert_gate_up, expert_down=split.mlp.expert_down
+            )
+            layer = jax.tree.map(copied, without_stacks(split))
+            layer = dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, **stacks))
         else:
-            layer = make(jax.random.fold_in(key, i), cfg)
+            layer = make(jax.random.fold_in(key, i), cfg, i)
+        if cfg.has_experts(i):
+            layer = _with_shared_experts(layer, shared, i, zipf)
         layers.append(jax.block_until_ready((to_device if i in plan.stays else offload)(layer)))
         if progress:
             progress(i + 1)
@@ -136,7 +166,34 @@ def random_target(
         head = normal(head_key, (cfg.d_model, cfg.vocab), cfg.dtype)
     norm = jnp.ones(cfg.d_model, cfg.dtype)
     head, norm = to_device((head, norm))
-    return Target(Params(table, tuple(layers), norm, head), cfg, plan.ahead)
+    params = Params(table, tuple(layers), norm, head)
+    return Target(params, cfg, plan.ahead, expert_cache(params, plan))
+
+
+def _with_shared_experts(layer: Layer, shared: list[Layer], index: int, zipf: float) -> Layer:
+    """The layer with the experts of the first one, turned by `index`; they are in host memory."""
+    if not shared:
+        shared.append(jax.block_until_ready(offload(layer)).mlp)
+    count = layer.mlp.router.shape[1]
+    index %= count
+
+    def turned(stack):
+        if index == 0:
+            return stack
+        if is_split(stack):
+            low = jax.tree.map(lambda a: jnp.roll(a, -index, axis=0), stack.substitute)
+            return SplitExperts(low, turned(stack.residual))
+        return SeparateExperts(stack.each[index:] + stack.each[:index])
+
+    rank = np.random.default_rng(index).permutation(count) + 1.0
+    bias = jnp.asarray(-zipf * np.log(rank), layer.mlp.router.dtype) if zipf else None
+    mlp = dataclasses.replace(
+        layer.mlp,
+        expert_gate_up=turned(shared[0].expert_gate_up),
+        expert_down=turned(shared[0].expert_down),
+        router_bias=layer.mlp.router_bias if bias is None else bias,
+    )
+    return dataclasses.replace(layer, mlp=mlp)
 
 
 def split_layer(layer: Any, like: Any, iterations: int = 0) -> Any:
@@ -146,6 +203,8 @@ def split_layer(layer: Any, like: Any, iterations: int = 0) -> Any:
     Raises ValueError if a residual needs more room than `like` has.
     """
     whole = layer
+    if isinstance(layer, Layer) and isinstance(layer.mlp, Experts):
+        return _split_experts(layer, like, iterations)
     if isinstance(layer, Layer):
         whole = joined(layer, lambda *w: jnp.concatenate(w, axis=-1))
 
@@ -164,6 +223,27 @@ def split_layer(layer: Any, like: Any, iterations: int = 0) -> Any:
     return jax.tree.unflatten(jax.tree.structure(whole), found)
 
 
+def _split_experts(layer: Layer, like: Layer, iterations: int) -> Layer:
+    """`split_layer` of a layer with experts: they alone are split."""
+
+    def apart(stack, shapes: SplitExperts) -> SplitExperts:
+        bits, group = shapes.substitute.bits, shapes.substitute.group
+        room = shapes.residual.each[0]
+
+        def one(w):
+            q = quantize(w, bits, group, iterations)
+            residual = encode(np.asarray(w), jax.tree.map(np.asarray, q), room.code)
+            return packed(q), pad(residual, room.words.shape[0], room.patches)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            low, exact = zip(*pool.map(one, stack), strict=True)
+        return SplitExperts(jax.tree.map(lambda *a: jnp.stack(a), *low), SeparateExperts(exact))
+
+    names = "expert_gate_up", "expert_down"
+    stacks = {n: apart(getattr(layer.mlp, n), getattr(like.mlp, n)) for n in names}
+    return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, **stacks))
+
+
 def _normal(key, shape, dtype):
     return jax.random.normal(key, shape, dtype) * jnp.asarray(min(shape) ** -0.5, dtype)
 
@@ -180,7 +260,8 @@ def arrange(target: Target, plan: Plan) -> Target:
     if not plan.table_on_host:
         table = to_device(table)
     params = dataclasses.replace(target.params, embed_VD=table, layers=layers)
-    return dataclasses.replace(target, params=params, ahead=plan.ahead)
+    experts = expert_cache(params, plan)
+    return dataclasses.replace(target, params=params, ahead=plan.ahead, experts=experts)
 
 
 def all_on_device(params: Params) -> Params:

@@ -58,6 +58,19 @@ class Method:
         if self.name == "ngram":
             return PromptLookup(self.spec, self.longest)
         draft_cfg = self.draft.model or cfg
+        if self.draft.experts is not None:
+            if draft_cfg.experts is None:
+                raise MethodError(
+                    f"a draft of {self.draft.experts} experts a token was asked for, and "
+                    f"{draft_cfg.family} models have no experts"
+                )
+            if not 1 <= self.draft.experts <= draft_cfg.experts.count:
+                raise MethodError(
+                    f"a draft of {self.draft.experts} experts a token was asked for; the model has "
+                    f"{draft_cfg.experts.count}"
+                )
+            fewer = dataclasses.replace(draft_cfg.experts, chosen=self.draft.experts)
+            draft_cfg = dataclasses.replace(draft_cfg, experts=fewer)
         own = self.draft.own_cache
         return ModelDraft(params, draft_cfg, self.spec, own, self.stop_gain, self.longest)
 

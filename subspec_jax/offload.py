@@ -5,21 +5,35 @@ of an offloaded layer stay on the device, where the draft uses them too. If a ma
 (`Split`), only its residual moves.
 """
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from llm_jax.params import Layer
+from llm_jax.params import Experts, Layer, SeparateExperts
 from llm_jax.stream import home, to_device
-from subspec_jax.residual.split import Split, is_split
+from subspec_jax.residual.split import SplitExperts, is_split
 
 
 def moving(layer: Layer) -> Layer:
-    """The layer with a bool in place of each array: True if it moves when the layer is streamed."""
+    """The layer with a bool in place of each array: True if it moves when the layer is streamed.
+
+    Of a layer with experts only those move: they are most of it.
+    """
     every = lambda value, tree: jax.tree.map(lambda _: value, tree)
-    split = lambda w: Split(every(False, w.substitute), every(True, w.residual))
+    split = lambda w: dataclasses.replace(
+        w, substitute=every(False, w.substitute), residual=every(True, w.residual)
+    )
+    if isinstance(layer.mlp, Experts):
+        moves = {
+            name: split(w) if is_split(w) else every(True, w)
+            for name in ("expert_gate_up", "expert_down")
+            for w in [getattr(layer.mlp, name)]
+        }
+        stay = every(False, layer)
+        return dataclasses.replace(stay, mlp=dataclasses.replace(stay.mlp, **moves))
     return jax.tree.map(lambda w: split(w) if is_split(w) else w.ndim > 1, layer, is_leaf=is_split)
 
 
@@ -32,7 +46,24 @@ def streamed_bytes(layer: Layer) -> int:
 def offload(layer: Layer) -> Layer:
     """The layer with its streamed arrays in pinned host memory and the others on the device."""
     device, host = home(), home("pinned_host")
+    layer = separate_experts(layer)
     return jax.device_put(layer, jax.tree.map(lambda m: host if m else device, moving(layer)))
+
+
+def separate_experts(layer: Layer) -> Layer:
+    """The layer with its stacks of experts taken apart: an array for each expert."""
+    m = layer.mlp
+    if not isinstance(m, Experts) or isinstance(m.expert_down, SeparateExperts | SplitExperts):
+        return layer
+    apart = lambda stack: SeparateExperts(
+        tuple(
+            jax.tree.map(lambda a, e=e: a[e], stack) for e in range(len(jax.tree.leaves(stack)[0]))
+        )
+    )
+    mlp = dataclasses.replace(
+        m, expert_gate_up=apart(m.expert_gate_up), expert_down=apart(m.expert_down)
+    )
+    return dataclasses.replace(layer, mlp=mlp)
 
 
 def place(layers: Sequence[Layer], resident: int | Collection[int]) -> tuple[Layer, ...]:

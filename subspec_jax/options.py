@@ -24,6 +24,10 @@ class Options:
     stream: Literal["raw", "residual"] = "raw"
     """residual: only the part of a streamed layer that its substitute lacks is copied, about half
     of the bytes; the device computes the exact weights from both. Converts the model once."""
+    experts: Literal["routed", "all"] = "routed"
+    """Which experts a pass brings to the device: those that its tokens are routed to, or all."""
+    zipf: float = 0.0
+    """Random weights only: routers prefer some experts, as a law of Zipf with this exponent."""
     converted: Path | None = None
     """Folder of the converted model; None: in the cache."""
     check_files: bool = True

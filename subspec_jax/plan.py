@@ -13,7 +13,7 @@ import jax
 
 from llm_jax.attention import caches_for
 from llm_jax.config import DTYPES, Config
-from llm_jax.params import Attention, JoinedAttention, Params, abstract
+from llm_jax.params import Attention, Experts, JoinedAttention, Params, abstract
 from llm_jax.quantize import check_grouping
 from pallas_kernels.residual_decode import why_not
 from subspec_jax import SubspecError
@@ -26,9 +26,10 @@ from subspec_jax.draft_model import (
     substitute_table,
     substitutes,
 )
+from subspec_jax.experts import RING
 from subspec_jax.memory import show_bytes
 from subspec_jax.offload import streamed_bytes
-from subspec_jax.residual.split import Split, has_split, is_split
+from subspec_jax.residual.split import Split, SplitExperts, has_split, is_split
 from subspec_jax.tree import TreeSpec, cache_slots
 from subspec_jax.work_space import work_bytes
 
@@ -58,10 +59,15 @@ class Plan:
     """Bytes that one pass of the target streams."""
     model: Params = dataclasses.field(repr=False)
     """The target as shapes and dtypes."""
+    hot: int | None = None
+    """Experts that are kept on the device, of all layers together, where a pass brings only those
+    it needs; None: layers stay or are streamed whole."""
 
     @property
     def streamed(self) -> int:
-        """The number of layers that are streamed."""
+        """The number of layers that are streamed, whole or by experts."""
+        if self.hot is not None:
+            return 0 if self.hot == expert_count(self.cfg) else self.cfg.layers
         return self.cfg.layers - self.resident
 
     @property
@@ -96,6 +102,8 @@ class Plan:
         drafted = drafted_layers(self.model.layers, d, self.resident)
         layers = enumerate(self.model.layers)
         own = sum(_substitute_bytes(layer, d) for i, layer in layers if i in drafted)
+        if cfg.experts is not None:
+            own = own * expected_experts(cfg, self.spec.width) / cfg.experts.count
         shared = sum(map(streamed_bytes, self.model.layers[: drafted.start]))
         head = self.device.get("draft head", cfg.vocab * cfg.d_model * DTYPES[cfg.dtype])
         if self.split_head:
@@ -115,6 +123,13 @@ class Plan:
             f"{name:{widths[0]}}  {device:>{widths[1]}}  {away:>{widths[2]}}".rstrip()
             for name, device, away in rows
         ]
+        if self.hot is not None:
+            total = expert_count(self.cfg)
+            lines.append(
+                f"{self.hot} of {total} experts kept; {show_bytes(self.streamed_bytes)} a pass if "
+                "all experts were as likely"
+            )
+            return "\n".join([f"Plan within {show_bytes(self.limit)}", *lines])
         what = "residuals" if self.streams_residuals else "layers"
         lines.append(
             f"{self.resident} of {self.cfg.layers} {what} resident, {self.streamed} streamed: "
@@ -159,9 +174,17 @@ def _stay(layers: int, resident: int, residual: bool) -> frozenset[int]:
     return frozenset(range(layers)) - moved
 
 
-def splits(layers: Iterable[Any]) -> list[Split]:
-    """All matrices of the layers that are in two parts."""
+def splits(layers: Iterable[Any]) -> list[Split | SplitExperts]:
+    """All matrices and stacks of experts that are in two parts."""
     return [w for w in jax.tree.leaves(layers, is_leaf=is_split) if is_split(w)]
+
+
+def _why_not_decoded(w: Split | SplitExperts) -> str | None:
+    """Why the kernel cannot decode a matrix, or an expert of a stack; None where it can."""
+    if isinstance(w, SplitExperts):
+        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), w.substitute)
+        return why_not(w.residual.each[0], one)
+    return why_not(w.residual, w.substitute)
 
 
 def tree_bytes(tree: Any) -> int:
@@ -172,6 +195,8 @@ def tree_bytes(tree: Any) -> int:
 def _substitute_bytes(layer, draft: Draft) -> int:
     """Bytes of the matrices of a layer's substitute. Its vectors are those of the target."""
     low = substitute_layer(layer, draft.bits, draft.group)
+    if isinstance(layer.mlp, Experts):  # all else is shared
+        return tree_bytes((low.mlp.expert_gate_up, low.mlp.expert_down))
     return tree_bytes([leaf for leaf in jax.tree.leaves(low) if leaf.ndim > 1])
 
 
@@ -252,6 +277,17 @@ class _Layout:
             split_head=is_split(self.model.head_DV),
         )
 
+    def expert_items(self, table_on_host: bool, usable: int) -> tuple[int, dict, dict]:
+        """(experts that fit, bytes on the device, bytes on the host), where passes bring experts
+        one by one."""
+        device, host = self.items(0, table_on_host)
+        total, size = expert_count(self.cfg), expert_bytes(self.model, self.cfg)
+        device |= {"norms and biases": 0, "attention and routers": self.vectors}
+        device["streaming ring"] = min(RING, total) * size
+        room = usable - sum(device.values())
+        hot = min(max(room // size, 0), total)
+        return hot, device | {"experts kept": hot * size}, host
+
     def items(self, resident: int, table_on_host: bool) -> tuple[dict[str, int], dict[str, int]]:
         """(bytes on the device, bytes on the host), by name."""
         stays = _stay(self.cfg.layers, resident, self.kept > 0)
@@ -289,6 +325,23 @@ class _Layout:
         return items
 
 
+def expert_count(cfg: Config) -> int:
+    """Experts of all layers."""
+    return cfg.experts.count * sum(map(cfg.has_experts, range(cfg.layers)))
+
+
+def expert_bytes(model: Params, cfg: Config) -> int:
+    """Bytes that move when an expert is brought."""
+    first = next(i for i in range(cfg.layers) if cfg.has_experts(i))
+    return -(-streamed_bytes(model.layers[first]) // cfg.experts.count)
+
+
+def expected_experts(cfg: Config, tokens: int) -> float:
+    """Different experts of a layer that a number of tokens is routed to, if all are as likely."""
+    e = cfg.experts
+    return e.count * (1 - (1 - e.chosen / e.count) ** tokens)
+
+
 MOST_AHEAD = 1000
 """Most layers on their way; a stream that has fewer sends fewer."""
 
@@ -306,9 +359,12 @@ def make_plan(
     spare: float = 0.02,
     model: Params | None = None,
     kernels: bool = False,
+    by_expert: bool = True,
 ) -> Plan:
     """The plan that streams least: as many resident layers as fit into the limit (bytes).
 
+    `by_expert`: of a model with experts, passes bring those that they need, and what is left of the
+    limit keeps hot ones; otherwise its layers stay or are streamed whole, like others.
     `model` is a tree of shapes and dtypes, needed if the layers are not the plain ones of `cfg`.
     `kernels`: the device runs the package's Triton kernels (see `memory.card_has_kernels`).
     `resident` and `table_on_host` fix a choice that is otherwise made here. A tied table is also
@@ -329,8 +385,8 @@ def make_plan(
     if draft.bits is not None and not has_split(model):
         try:
             for path, leaf in jax.tree.leaves_with_path((model or abstract(cfg)).layers):
-                if leaf.ndim == 2:
-                    check_grouping(path[-1].name, leaf.shape[0], draft.bits, draft.group)
+                if leaf.ndim > 1 and "bias" not in path[-1].name:
+                    check_grouping(path[-1].name, leaf.shape[-2], draft.bits, draft.group)
         except ValueError as e:
             raise PlanError(
                 f"substitutes of {draft.bits} bits in groups of {draft.group}: {e}"
@@ -338,11 +394,18 @@ def make_plan(
 
     usable = int(limit * (1 - spare))
     model = model or abstract(cfg)
-    kernels = kernels and not any(why_not(w.residual, w.substitute) for w in splits(model.layers))
+    kernels = kernels and not any(map(_why_not_decoded, splits(model.layers)))
     layout = _Layout(model, cfg, spec, draft, max_length, chunk, ahead, kernels)
     tables = [False] if cfg.tied else [False, True] if table_on_host is None else [table_on_host]
-    found, least = None, None
-    for on_host in tables:
+    found, least, hot = None, None, None
+    by_expert = by_expert and cfg.experts is not None and resident is None
+    for on_host in tables if by_expert else []:
+        kept, *items = layout.expert_items(on_host, usable)
+        total = sum(items[0].values())
+        least = total if least is None else min(least, total)
+        if total <= usable and (hot is None or kept > hot):
+            found, hot = (0, on_host, *items), kept
+    for on_host in [] if by_expert else tables:
         for r in range(cfg.layers + 1) if resident is None else [resident]:
             items = layout.items(r, on_host)
             total = sum(items[0].values())
@@ -358,6 +421,11 @@ def make_plan(
             "--max-length, a smaller tree or --chunk, or fewer --draft-bits lower it"
         )
     r, on_host, device, host = found
+    streamed = host["streamed layers"]
+    if hot is not None:
+        tokens = expected_experts(cfg, spec.nodes) / cfg.experts.count
+        away = 1 - hot / expert_count(cfg)
+        streamed = round(tokens * away * streamed)
     return Plan(
         cfg=cfg,
         limit=limit,
@@ -370,6 +438,7 @@ def make_plan(
         ahead=ahead,
         device={name: count for name, count in device.items() if count},
         host={name: count for name, count in host.items() if count},
-        streamed_bytes=host["streamed layers"],
+        streamed_bytes=streamed,
         model=model,
+        hot=hot,
     )

@@ -18,6 +18,7 @@ from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from llm_jax.stream import to_device
 from subspec_jax.draft import Drafting, extend_once, grow, grow_along
+from subspec_jax.experts import ExpertCounts
 from subspec_jax.lookup import Payoff, check_longest, padded
 from subspec_jax.stop import StopRule
 from subspec_jax.tree import Tree, TreeSpec, commit
@@ -66,6 +67,8 @@ class Round:
     other_s: float = 0.0
     """Acceptance walk, moving cache rows, and the host."""
     streamed_bytes: int = 0
+    experts: ExpertCounts | None = None
+    """What the pass needed and found, where it brings experts one by one."""
     pass_bytes: int = 0
     """The part of `streamed_bytes` that moved during `verify_s`; some copies may finish earlier."""
 
@@ -80,6 +83,8 @@ class Proposer:
 
     spec = TreeSpec("chain", depth=0)
     """Fixed for the whole life of a proposer, so that every round runs the same programs."""
+    routes: Any = False
+    """Whether the tree records the experts of a draft that has the target's routers."""
     on_host = False
     """Whether the tree is made on the host. Then it is sent before the link is busy with layers."""
 
@@ -131,6 +136,10 @@ class ModelDraft(Proposer):
     the last tokens of its best guess (n-grams of at most `longest` tokens). It looks up less often
     while this saves few steps.
     """
+
+    @property
+    def routes(self) -> bool:
+        return self.cfg.experts is not None
 
     def __init__(
         self,

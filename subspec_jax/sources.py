@@ -64,6 +64,8 @@ class Source:
     """Methods that have substitutes stream residuals."""
     seed: int = 0
     """The seed of random weights."""
+    zipf: float = 0.0
+    """How unevenly random routers choose experts."""
 
     def __post_init__(self):
         self._random: Layer | None = None
@@ -98,7 +100,7 @@ class Source:
         source = self.converted if plan.streams_residuals else self.checkpoint
         if source is None:
             split = self._random_split(plan) if plan.streams_residuals else None
-            return random_target(plan, self.seed, progress, split)
+            return random_target(plan, self.seed, progress, split, self.zipf)
         return load_target(source, plan, progress, plan.streams_residuals and verify, check)
 
     def one_layer(self, plan: Plan) -> Layer:
@@ -138,6 +140,7 @@ def find_source(
     random: bool = False,
     seed: int = 0,
     reporter: Reporter = Reporter(),
+    zipf: float = 0.0,
     adapter: str | Path | None = None,
 ) -> Source:
     """The source of a registered name, a folder, a GGUF file, or a checkpoint that is open already.
@@ -151,7 +154,7 @@ def find_source(
         raise MethodError("an adapter changes a checkpoint's weights; random ones have none")
     if random:
         cfg = dataclasses.replace(find_model(str(model)).config, dtype=wanted)
-        return Source(str(model), cfg, residual=residual, seed=seed)
+        return Source(str(model), cfg, residual=residual, seed=seed, zipf=zipf)
     checkpoint = model
     if isinstance(model, str | Path):
         if isinstance(model, str) and (model in MODELS or not _is_path(model)):

@@ -150,10 +150,16 @@ class Tree:
     pool_score_C: jax.Array
     pool_parent_C: jax.Array
     pool_token_C: jax.Array
+    routed_LE: jax.Array | None = None
+    """The experts of each layer to which the draft's nodes were routed, bool; None: there are
+    none."""
 
 
-def seedling(token: jax.Array, spec: TreeSpec) -> Tree:
-    """An empty tree whose only candidate is the root, with this token: int32 []."""
+def seedling(token: jax.Array, spec: TreeSpec, experts: tuple[int, int] | None = None) -> Tree:
+    """An empty tree whose only candidate is the root, with this token: int32 [].
+
+    `experts`: (layers with experts, experts of a layer) of a draft whose routing is recorded.
+    """
     E, C = spec.places, spec.pool
     first = jnp.arange(C) == 0
     return Tree(
@@ -167,6 +173,7 @@ def seedling(token: jax.Array, spec: TreeSpec) -> Tree:
         pool_score_C=jnp.where(first, 0.0, -jnp.inf).astype(jnp.float32),
         pool_parent_C=jnp.full(C, -1, jnp.int32),
         pool_token_C=jnp.where(first, jnp.asarray(token, jnp.int32), 0),
+        routed_LE=None if experts is None else jnp.zeros(experts, bool),
     )
 
 
@@ -321,7 +328,7 @@ def replant(
     are -1.
     """
     E, X = spec.places, spec.extra * spec.width
-    fresh = seedling(token, spec)
+    fresh = seedling(token, spec, None if tree.routed_LE is None else tree.routed_LE.shape)
     if not X:
         return fresh, jnp.zeros(0, jnp.int32)
     child_E = (tree.parent_E == last) & (tree.token_E == token) & jnp.isfinite(tree.score_E)
@@ -349,6 +356,7 @@ def replant(
         pool_score_C=jnp.where(pooled_C, tree.pool_score_C - tree.score_E[root], -jnp.inf),
         pool_parent_C=jnp.where(pooled_C, new_E[jnp.maximum(tree.pool_parent_C, 0)], -1),
         pool_token_C=tree.pool_token_C,
+        routed_LE=tree.routed_LE,
     )
     chosen = jax.tree.map(lambda a, b: jnp.where(hit, a, b), kept, fresh)
     return chosen, jnp.where(hit, old_X, -1)

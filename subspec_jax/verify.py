@@ -19,11 +19,12 @@ from llm_jax.attention import Step, causal_step
 from llm_jax.cache import move
 from llm_jax.config import Config
 from llm_jax.generation import chunks
-from llm_jax.model import block, embed, rms_norm, unembed
+from llm_jax.model import block, embed, final_logits, rms_norm, scaled, unembed
 from llm_jax.params import Layer, Params
 from llm_jax.sample import Sampler
 from llm_jax.stream import Stream, StreamedLayer, route, to_device
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
+from subspec_jax.experts import ExpertCache, routed_block, without_stacks
 from subspec_jax.offload import rows_of
 from subspec_jax.program import Program, donated, static
 from subspec_jax.residual.split import is_split, over_parts
@@ -53,6 +54,8 @@ class Target:
     params: Params
     cfg: Config
     ahead: int = 1
+    experts: ExpertCache | None = None
+    """The experts of which a pass brings those it needs; None: layers are streamed whole."""
 
     @property
     def top(self) -> Params:
@@ -63,7 +66,8 @@ class Target:
     @functools.cached_property
     def route(self) -> tuple[StreamedLayer, ...]:
         """The layers in the order in which a stream brings them."""
-        return route(self.params.layers)
+        layers = self.params.layers
+        return route(layers if self.experts is None else map(without_stacks, layers))
 
     def stream(self) -> Stream:
         """A stream for the next pass; its first copies start now."""
@@ -88,7 +92,8 @@ jit_embed = jax.jit(embed, static_argnames="cfg")
 def embedded(target: Target, tokens_1T: jax.Array) -> jax.Array:
     """x_1TD before the first layer."""
     if isinstance(target.params.embed_VD, np.ndarray):
-        return to_device(rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype))
+        rows = rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype)
+        return scaled(to_device(rows), target.cfg.embed_scale)
     return jit_embed(target.top, tokens_1T, target.cfg)
 
 
@@ -99,18 +104,25 @@ def run_pass(
     caches: list[Any],
     step: Step,
     between: Callable[[int], None] | None = None,
+    real: jax.Array | None = None,
 ) -> jax.Array:
     """x_1TD after the last layer; `caches` is updated in place, layer by layer.
 
+    `real` [] is the number of tokens that count; None: all. Experts are fetched for those alone.
     `between(i)` is called when layer i has been dispatched, while other layers are copied.
     """
     x = embedded(target, tokens_1T)
     queued = collections.deque()
+    real = real if real is not None else to_device(jnp.int32(tokens_1T.shape[1]))
     for i in range(target.cfg.layers):
         if len(queued) == QUEUED:
             jax.block_until_ready(queued.popleft())
         # One expression: a variable for the layer would keep its buffers while the next arrives.
-        x, caches[i], done = jit_block(next(stream), x, caches[i], step, target.cfg)
+        if target.experts is not None and target.cfg.has_experts(i):
+            given = x, caches[i], step, real, target.experts, target.cfg
+            x, caches[i], done = routed_block(next(stream), i, *given)
+        else:
+            x, caches[i], done = jit_block(next(stream), x, caches[i], step, target.cfg)
         stream.used(done)
         queued.append(done)
         if between is not None:
@@ -145,8 +157,11 @@ def streamed_prefill(
     for tokens, at, real in chunks(prompt, slots, chunk):
         stream = target.stream()
         step = causal_step(at, tokens.shape[1], slots, real)
-        x = jax.block_until_ready(run_pass(target, stream, jnp.asarray(tokens), caches, step))
-        streamed += stream.bytes
+        if target.experts is not None:
+            target.experts.begin()
+        x = run_pass(target, stream, jnp.asarray(tokens), caches, step, real=step.real)
+        jax.block_until_ready(x)
+        streamed += stream.bytes + (target.experts.bytes if target.experts else 0)
         if progress:
             progress(at + real)
     return last_logits(target.top, row(x, jnp.int32(real - 1)), target.cfg), streamed
@@ -189,6 +204,7 @@ def likeliest(top: Params, x_ED: jax.Array, cfg: Config) -> jax.Array:
 
     def better(best, logits_EV, first):
         most_E, token_E = best
+        logits_EV = final_logits(logits_EV, cfg)
         column_V = first + jnp.arange(logits_EV.shape[1], dtype=jnp.int32)
         logits_EV = jnp.where(column_V[None] < cfg.vocab, logits_EV, -jnp.inf)  # it may be padded
         own_E = jnp.max(logits_EV, axis=-1)

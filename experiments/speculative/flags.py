@@ -72,6 +72,13 @@ class Speculative:
     too, from which the exact one is put together once a pass: less memory than the head alone."""
     quantizer: Quantizer = "hqq"
     """hqq, or nearest: round to nearest, quicker and less exact."""
+    experts: Literal["routed", "all"] = "routed"
+    """Of a model with experts, what a pass brings to the device: those that its tokens are routed
+    to, while the ones that are asked for most stay there; or all of them."""
+    draft_experts: int | None = None
+    """Experts that the draft routes a token to; as many as the target if not given."""
+    zipf: float = 0.0
+    """Random weights only: routers prefer some experts, as a law of Zipf with this exponent."""
     draft_model: str | None = None
     """The small model of the method classic."""
     draft_checkpoint: Path | None = None
@@ -166,6 +173,12 @@ def check(args: Speculative) -> None:
     for name, least, most in (("ngram", 1, 64), ("seed", 0, 2**32 - 1)):
         if not least <= getattr(args, name) <= most:
             raise MethodError(f"--{name} is {getattr(args, name)}; expected {least} to {most}")
+    if args.draft_experts is not None and args.draft_experts < 1:
+        raise MethodError(f"--draft-experts is {args.draft_experts}; expected at least 1")
+    if not 0 <= args.zipf <= 10:
+        raise MethodError(f"--zipf is {args.zipf}; expected a number from 0 to 10")
+    if args.zipf and args.weights != "random":
+        raise MethodError("--zipf needs --weights random; a checkpoint has its own routers")
     if args.replay_acceptance:
         _check_replay(args)
     if args.stream == "residual":
@@ -277,7 +290,9 @@ def opened(args: Speculative, reporter: Reporter) -> engine.Engine:
         method=first,
         also=others,
         tree=_tree(args),
-        draft=Draft(args.draft_bits, args.draft_group, args.draft_head_bits),
+        draft=Draft(
+            args.draft_bits, args.draft_group, args.draft_head_bits, experts=args.draft_experts
+        ),
         gate=_gate(args),
         stop_gain=_stop_gain(args),
         longest=args.ngram,
@@ -298,6 +313,8 @@ def opened(args: Speculative, reporter: Reporter) -> engine.Engine:
         resident=args.resident,
         ahead=args.ahead,
         table_on_host=args.table_on_host,
+        experts=args.experts,
+        zipf=args.zipf,
         replay=args.replay_acceptance is not None,
     )
     if args.replay_acceptance:

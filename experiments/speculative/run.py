@@ -320,7 +320,13 @@ def plan_columns(p) -> dict:
 def round_columns(rounds: list[Round]) -> dict[str, list]:
     names = ("accepted", "drafted", "depth", "steps", "copied", "draft_s", "verify_s", "other_s")
     names += ("streamed_bytes", "pass_bytes", "path", "gains")
-    columns = {name: [getattr(r, name) for r in rounds] for name in names}
+    experts = {}
+    if rounds and rounds[0].experts is not None:
+        kinds = ("needed", "held", "foreseen", "fetched")
+        experts = {
+            f"experts_{kind}": [getattr(r.experts, kind).tolist() for r in rounds] for kind in kinds
+        }
+    columns = experts | {name: [getattr(r, name) for r in rounds] for name in names}
     return columns | {"emitted": [len(r.tokens) for r in rounds]}
 
 

@@ -36,22 +36,27 @@ def why_not(
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _kernel(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _kernel(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N, how):
     from pallas_kernels.tree_attention.triton import tree_attention_triton
 
-    return tree_attention_triton(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret)
+    return tree_attention_triton(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N, *how)
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret):
-    y_BTNH = _kernel(q_BTNH, k_BSKH, v_BSKH, mask_BTS, interpret)
-    return y_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+def _forward(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N, how):
+    y_BTNH = _kernel(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N, how)
+    return y_BTNH, (q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N)
 
 
-def _backward(interpret, kept, dy_BTNH):
-    *inputs, mask_BTS = kept
-    _, pull = jax.vjp(lambda *qkv: tree_attention_reference(*qkv, mask_BTS), *inputs)
-    return *pull(dy_BTNH), None
+def _backward(how, kept, dy_BTNH):
+    q, k, v, mask_BTS, sinks_N = kept
+    scale, softcap, _ = how
+    attend = lambda q, k, v, sinks: tree_attention_reference(
+        q, k, v, mask_BTS, sinks, scale, softcap
+    )
+    _, pull = jax.vjp(attend, q, k, v, sinks_N)
+    dq, dk, dv, dsinks = pull(dy_BTNH)
+    return dq, dk, dv, None, dsinks
 
 
 _kernel.defvjp(_forward, _backward)
@@ -63,11 +68,16 @@ def tree_attention(
     v_BSKX: jax.Array,
     mask_BTS: jax.Array,
     *,
+    sinks_N: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, X], in q's dtype.
+    """softmax(q k * scale) v over the slots the mask allows, [B, T, N, X], in q's dtype.
 
+    `scale` None is 1 / sqrt(H). `softcap` makes scores cap tanh(score / cap) (Gemma 2). `sinks_N`
+    are logits that take part in the softmax of their query heads and have no value (gpt-oss).
     Query head n reads kv head n // (N / K). Every row of the mask needs one True; B of the mask may
     be 1, and it may be of the first slots only: nothing behind them is read. Scores and sums are
     float32. `implementation` None takes Triton on a GPU for more than one token where `why_not`
@@ -76,6 +86,8 @@ def tree_attention(
     XLA's.
     """
     (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+    if sinks_N is not None and sinks_N.shape != (N,):
+        raise ValueError(f"sinks {sinks_N.shape} do not fit {N} query heads")
     if N % K or k_BSKH.shape[-1] != H or mask_BTS.shape[1] != T or mask_BTS.shape[2] > S:
         raise ValueError(
             f"queries {q_BTNH.shape}, keys {k_BSKH.shape} and mask {mask_BTS.shape} do not fit"
@@ -84,5 +96,5 @@ def tree_attention(
     if T == 1 and implementation is None and not interpret:
         implementation = "xla"
     if takes_triton(implementation, interpret, reason):
-        return _kernel(q_BTNH, k_BSKH, v_BSKX, mask_BTS, interpret)
-    return tree_attention_reference(q_BTNH, k_BSKH, v_BSKX, mask_BTS)
+        return _kernel(q_BTNH, k_BSKH, v_BSKX, mask_BTS, sinks_N, (scale, softcap, interpret))
+    return tree_attention_reference(q_BTNH, k_BSKH, v_BSKX, mask_BTS, sinks_N, scale, softcap)

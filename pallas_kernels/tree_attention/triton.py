@@ -20,9 +20,16 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.tree_attention.tiles import TILE, cut
 
 LOWEST = -1e30
+LOG2_E = math.log2(math.e)
 
 
-def _kernel(q_ref, k_ref, v_ref, mask_ref, y_ref, top_ref, sum_ref, *, rows, G, splits):
+def _tanh(x):
+    """tanh from one exponential: 1 - 2 / (exp(2x) + 1), which is right at both ends."""
+    return 1 - 2 / (jnp.exp2(x * (2 * LOG2_E)) + 1)
+
+
+def _kernel(*refs, rows, G, splits, scale, softcap):
+    q_ref, k_ref, v_ref, mask_ref, *sinks_ref, y_ref, top_ref, sum_ref = refs
     (T, S), H = mask_ref.shape, q_ref.shape[-1]
     head, x = pl.program_id(1), pl.program_id(2)
     own = pl.ds(pl.program_id(0) * rows, rows)
@@ -33,13 +40,16 @@ def _kernel(q_ref, k_ref, v_ref, mask_ref, y_ref, top_ref, sum_ref, *, rows, G, 
     row = pl.program_id(0) * rows + iota((rows, TILE), 0)
     token = jnp.minimum(row // G, T - 1)
     each = pl.cdiv(S // TILE, splits)
-    scale = math.log2(math.e) * q.shape[-1] ** -0.5
+    if softcap is None:
+        scale = scale * LOG2_E
 
     def turn(n, carry):
         top, total, y = carry
         slots = pl.ds(n * TILE, TILE)
         slot = n * TILE + iota((rows, TILE), 1)
         score = plgpu.dot(q, k_ref[slots, head].T) * scale
+        if softcap is not None:
+            score = _tanh(score / softcap) * (softcap * LOG2_E)
         score = jnp.where(mask_ref[token, slot] != 0, score, LOWEST)
         higher = jnp.maximum(top, jnp.max(score, axis=1))
         weight = jnp.exp2(score - higher[:, None])
@@ -53,6 +63,15 @@ def _kernel(q_ref, k_ref, v_ref, mask_ref, y_ref, top_ref, sum_ref, *, rows, G, 
         jnp.zeros((rows,), jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
+    if sinks_ref:  # one more score, which the first part sees and which has no value
+        of_row = jnp.minimum(pl.program_id(0) * rows + iota((rows,), 0), T * G - 1)
+        sink = sinks_ref[0][head * G + of_row % G] * LOG2_E
+        first = x == 0
+        start = (
+            jnp.where(first, sink, start[0]),
+            jnp.where(first, 1.0, start[1]),
+            start[2],
+        )
     last = jnp.minimum((x + 1) * each, S // TILE)
     top, total, y = jax.lax.fori_loop(x * each, last, turn, start)
     y_ref[x, head, own] = (y / total[:, None]).astype(y_ref.dtype)
@@ -76,6 +95,9 @@ def tree_attention_triton(
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
     mask_BTS: jax.Array,
+    sinks_N: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """[1, T, N, H] in q's dtype."""
@@ -85,8 +107,10 @@ def tree_attention_triton(
     rows, blocks, X = cut(T * G, K, S)
     M = rows * blocks
     array = jax.ShapeDtypeStruct
+    scale = H**-0.5 if scale is None else scale
+    sinks = () if sinks_N is None else (sinks_N.astype(jnp.float32),)
     y_XKMH, top_XKM, sum_XKM = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, G=G, splits=X),
+        functools.partial(_kernel, rows=rows, G=G, splits=X, scale=scale, softcap=softcap),
         out_shape=(
             array((X, K, M, H), q_BTNH.dtype if X == 1 else jnp.float32),
             array((X, K, M), jnp.float32),
@@ -96,7 +120,7 @@ def tree_attention_triton(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="tree_attention",
-    )(q_BTNH[0], k_BSKH[0], v_BSKH[0], mask_BTS[0].astype(jnp.int8))
+    )(q_BTNH[0], k_BSKH[0], v_BSKH[0], mask_BTS[0].astype(jnp.int8), *sinks)
     if X == 1:
         y_KTGH = y_XKMH[0, :, : T * G].reshape(K, T, G, H)
         return y_KTGH.swapaxes(0, 1).reshape(1, T, N, H)

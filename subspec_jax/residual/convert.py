@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax.checkpoint import Checkpoint, shapes
+from llm_jax.checkpoint import Checkpoint, table_shapes
 from llm_jax.config import Config
 from llm_jax.digest import array_digest
 from llm_jax.files import locked
@@ -81,7 +81,7 @@ def _write(checkpoint, cfg, path, manifest, progress, workers) -> None:
     bits, group, iterations, code = (manifest[k] for k in ("bits", "group", "iterations", "code"))
     quantizer = bits, group, iterations
     if not (path / TABLES).exists():
-        tables = {field: checkpoint.read(field, cfg) for field in shapes(cfg)[0]}
+        tables = {field: checkpoint.read(field, cfg) for field in table_shapes(cfg)}
         entries = {name: _entry(a) for name, a in tables.items()}
         if (shape := head_shape(cfg, bits, group)) is not None:
             head = np.asarray(tables.pop("head_DV"))

@@ -14,17 +14,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax.config import Config, Llama3Rope
+from llm_jax.config import Config
 from llm_jax.digest import array_digest, json_digest
 from llm_jax.extras import need
 from llm_jax.files import atomic_file, parse_json
-from llm_jax.params import JoinedAttention, JoinedMLP, Layer, Params, abstract
+from llm_jax.params import NORMS, JoinedAttention, JoinedMLP, Layer, Params, abstract, filled
 from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.residual_decode.code import Residual, pad
 from subspec_jax import SubspecError
 from subspec_jax.residual.split import Split, split_shapes
 
-VERSION = 5
+VERSION = 6
 MANIFEST, TABLES, LAYER = "manifest.json", "model.safetensors", "layer-{:05}.safetensors"
 
 
@@ -172,9 +172,7 @@ class Converted:
     @functools.cached_property
     def cfg(self) -> Config:
         """The model's configuration."""
-        model = self.manifest["model"]
-        rope = model["rope_scaling"] and Llama3Rope(**model["rope_scaling"])
-        return Config(**model | {"rope_scaling": rope})
+        return Config.from_dict(self.manifest["model"])
 
     @functools.cached_property
     def tables(self) -> dict[str, np.ndarray]:
@@ -215,7 +213,7 @@ class Converted:
         """The model that `load_target` makes of this, as shapes and dtypes, with a whole head."""
         code, bits, group = (self.manifest[key] for key in ("code", "bits", "group"))
         split = functools.partial(split_shapes, self.cfg, bits, group, code=code)
-        layers = tuple(split(dict(self._room[i])) for i in range(self.cfg.layers))
+        layers = tuple(split(dict(self._room[i]), index=i) for i in range(self.cfg.layers))
         return dataclasses.replace(abstract(self.cfg), layers=layers)
 
     @property
@@ -246,10 +244,10 @@ class Converted:
             return dataclasses.replace(split, residual=padded)
 
         w = {name: matrix(name) for name in self.cfg.joined_matrices}
-        biases = (file.views.get(name) for name in ("qkv_bias", "q_norm", "k_norm"))
-        attn = JoinedAttention(w["qkv"], w["o"], *biases)
-        mlp = JoinedMLP(w["gate_up"], w["down"])
-        return Layer(file.views["attn_norm"], attn, file.views["mlp_norm"], mlp)
+        w |= {name: view for name, view in file.views.items() if "." not in name}
+        attn = filled(JoinedAttention, w, kind=self.cfg.kind(index))
+        norms = {name: w.get(name) for name in NORMS}
+        return Layer(attn=attn, mlp=filled(JoinedMLP, w), **norms)
 
     def check(self, index: int | None = None) -> None:
         """Raises ResidualError if the file of a layer (None: of the tables) is damaged."""

@@ -12,7 +12,7 @@ from jax.tree_util import register_dataclass
 from llm_jax.config import Config
 from llm_jax.linear import linear
 from llm_jax.packed import packed
-from llm_jax.params import Layer, abstract, joined
+from llm_jax.params import Layer, SeparateExperts, abstract, joined
 from llm_jax.quantize import quantize
 from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.quantized_matmul.packing import fields_of
@@ -43,9 +43,23 @@ class Split:
         return 2
 
 
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SplitExperts:
+    """A stack of experts in two parts: the substitutes, a stack, and a residual for each expert."""
+
+    substitute: Packed
+    residual: SeparateExperts
+
+    def expert(self, number: jax.Array, residual: Residual) -> Split:
+        """One expert, whose residual is on the device."""
+        take = lambda a: jax.lax.dynamic_index_in_dim(a, number, 0, keepdims=False)
+        return Split(jax.tree.map(take, self.substitute), residual)
+
+
 def is_split(w: Any) -> bool:
-    """Whether this is a matrix in two parts."""
-    return isinstance(w, Split)
+    """Whether this is a matrix, or a stack of experts, in two parts."""
+    return isinstance(w, Split | SplitExperts)
 
 
 def has_split(tree: Any) -> bool:
@@ -54,13 +68,35 @@ def has_split(tree: Any) -> bool:
 
 
 def split_shapes(
-    cfg: Config, bits: int, group: int, room: dict[str, tuple[int, int]], code: str = "levels"
+    cfg: Config,
+    bits: int,
+    group: int,
+    room: dict[str, tuple[int, int]],
+    code: str = "levels",
+    index: int = 0,
 ) -> Layer:
-    """A layer of `Split` matrices, as shapes. `room`: (rows of words, patches) of each matrix."""
+    """Layer `index` of `Split` matrices, as shapes. `room`: (rows of words, patches) of each."""
     names = iter(cfg.joined_matrices)
     split = lambda *matrices: _split(matrices, bits, group, room[next(names)], code)
-    plain = abstract(dataclasses.replace(cfg, layers=1)).layers[0]
+    plain = abstract(cfg).layers[index]
+    if cfg.has_experts(index):
+        return _split_expert_shapes(plain, bits, group, room, code)
     return jax.eval_shape(lambda layer: joined(layer, split), plain)
+
+
+def _split_expert_shapes(plain: Layer, bits, group, room, code) -> Layer:
+    """The layer with its experts in two parts, as shapes; its other matrices stay as they are."""
+
+    def apart(name, stack):
+        one = jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
+        single = jax.eval_shape(lambda w: _split((w,), bits, group, room[name], code), one)
+        deeper = lambda a: jax.ShapeDtypeStruct((stack.shape[0], *a.shape), a.dtype)
+        each = (single.residual,) * stack.shape[0]
+        return SplitExperts(jax.tree.map(deeper, single.substitute), SeparateExperts(each))
+
+    names = "expert_gate_up", "expert_down"
+    stacks = {name: apart(name, getattr(plain.mlp, name)) for name in names}
+    return dataclasses.replace(plain, mlp=dataclasses.replace(plain.mlp, **stacks))
 
 
 def _split(matrices, bits, group, room, code) -> Split:
@@ -99,6 +135,8 @@ def gaussian_room(cfg: Config, bits: int, group: int) -> dict[str, tuple[int, in
     """
     head = head_shape(cfg, bits, group)
     shapes = cfg.joined_matrices | ({} if head is None else {"head": head})
+    if (e := cfg.experts) is not None:
+        shapes |= dict(expert_gate_up=(cfg.d_model, 2 * e.d_ff), expert_down=(e.d_ff, cfg.d_model))
     room = {}
     for name, (D, F) in shapes.items():
         Q, T = tiles((D, F), group)

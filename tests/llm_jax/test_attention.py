@@ -23,10 +23,10 @@ from llm_jax.attention import (
     rotated,
 )
 from llm_jax.cache import empty_caches
-from llm_jax.config import Llama3Rope
 from llm_jax.linear import linear
 from llm_jax.model import forward
 from llm_jax.params import joined
+from llm_jax.rope import Llama3Rope
 from llm_jax.testing import TINY_FAMILIES, tiny_config, tiny_params
 from pallas_kernels.precision import precision
 

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from llm_jax.config import SIZES, Config, ConfigError, Llama3Rope, from_hf
+from llm_jax.config import SIZES, Config, ConfigError
+from llm_jax.hf_config import from_hf
+from llm_jax.rope import Llama3Rope
 from llm_jax.testing import TINY_FAMILIES, hf_config, tiny_config
 
 LLAMA3 = dict(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llm_jax import CheckpointError, testing
-from llm_jax.config import Llama3Rope
 from llm_jax.formats import open_checkpoint
 from llm_jax.gguf import GGUF
+from llm_jax.rope import Llama3Rope
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 
 gguf = pytest.importorskip("gguf", reason="the gguf package writes the files under test")

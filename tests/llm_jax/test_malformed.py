@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_jax import CheckpointError
-from llm_jax.config import ConfigError, from_hf
+from llm_jax.config import ConfigError
 from llm_jax.folder import INDEX, WHOLE
 from llm_jax.formats import open_checkpoint
+from llm_jax.hf_config import from_hf
 from llm_jax.testing import hf_config, tiny_config, tiny_params, write_gguf, write_safetensors
 
 pytest.importorskip("gguf", reason="the gguf package writes the files under test")

@@ -48,7 +48,7 @@ def pair(request, tmp_path_factory):
     # theta 500 and 40 positions of scaling: 13 tokens see every branch of Llama 3's frequencies
     changes = {}
     if family == "llama3":
-        from llm_jax.config import Llama3Rope
+        from llm_jax.rope import Llama3Rope
 
         changes = dict(rope_theta=500.0, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 40))
     cfg = tiny_config(family, tied=tied, **changes)

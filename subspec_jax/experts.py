@@ -1,0 +1,242 @@
+"""Experts in host memory: a pass brings those that its tokens are routed to, and keeps hot ones.
+
+A draft runs the same routers on nearly the same states. So before a pass begins, its routing tells
+which experts most layers will need: they are on their way while earlier layers compute. What was
+not foreseen is fetched when the layer's own router has spoken. The result never depends on the
+guess.
+
+Letters: M tokens of a pass, E experts of a layer, L layers, D model, c experts of a token.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.attention import Step
+from llm_jax.config import Config
+from llm_jax.mlp import expert_output, routing, shared_output, weight_of
+from llm_jax.model import added, attention_branch, normed_input
+from llm_jax.params import Experts, Layer, SeparateExperts
+from llm_jax.stream import to_device
+from subspec_jax.residual.split import is_split
+
+AT_ONCE = 4
+"""Experts that one program applies."""
+RING = 32
+"""Experts that may be on their way, or in use, beside those that are kept."""
+FORGET = 0.98
+"""What an expert's count of tokens is multiplied by after each pass."""
+
+
+@dataclasses.dataclass
+class ExpertCounts:
+    """Experts of one pass, by layer: int [L]."""
+
+    needed: np.ndarray
+    """Experts that tokens are routed to."""
+    held: np.ndarray
+    """Of these, those that were on the device before the pass."""
+    foreseen: np.ndarray
+    """Of these, those that were on their way before their layer's router spoke."""
+    fetched: np.ndarray
+    """Experts that were copied, needed or not."""
+
+    @classmethod
+    def none(cls, layers: int) -> "ExpertCounts":
+        return cls(*(np.zeros(layers, np.int64) for _ in range(4)))
+
+
+class ExpertCache:
+    """The experts of a model on the device: at most `capacity` kept ones and a ring.
+
+    Kept are those with the highest counts of tokens, counted with forgetting.
+    """
+
+    def __init__(self, layers: Sequence[Layer], capacity: int, ring: int = RING):
+        self.host: list[tuple[tuple[Any, ...], ...] | None] = []
+        for layer in layers:
+            stacks = stacks_of(layer)
+            each = None if stacks is None else tuple(zip(*(s.each for s in stacks), strict=True))
+            self.host.append(each)
+        count = max((len(each) for each in self.host if each), default=0)
+        self.capacity, self.ring = capacity, ring
+        self.score_LE = np.zeros((len(layers), count))
+        """Tokens of each expert."""
+        self.bytes = 0
+        """Bytes copied in this pass."""
+        self.counts = ExpertCounts.none(len(layers))
+        self._arrays: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self._held_LE = np.zeros((len(layers), count), bool)
+        self._before_LE = self._held_LE.copy()
+        self._busy_LE = self._held_LE.copy()
+        self._coming: collections.deque[tuple[int, int]] = collections.deque()
+
+    def begin(self, foreseen_LE: np.ndarray | None = None) -> None:
+        """Starts a pass. `foreseen_LE`: the experts that a draft was routed to, whose copies start
+        now, layer by layer."""
+        self.bytes, self.counts = 0, ExpertCounts.none(len(self.host))
+        self._before_LE = self._held_LE.copy()
+        self._busy_LE[:] = False
+        self.score_LE *= FORGET
+        self._coming.clear()
+        if foreseen_LE is not None:
+            self._busy_LE |= foreseen_LE & self._held_LE  # they wait for their layer's turn
+            self._coming.extend(map(tuple, np.argwhere(foreseen_LE & ~self._held_LE).tolist()))
+        self._send_ahead(-1)
+
+    def _bring(self, key: tuple[int, int]) -> None:
+        """Starts the copies of an expert."""
+        layer, expert = key
+        parts = self.host[layer][expert]
+        self._arrays[key] = tuple(to_device(part) for part in parts)
+        self._held_LE[key] = self._busy_LE[key] = True
+        self.bytes += sum(a.nbytes for a in jax.tree.leaves(parts))
+        self.counts.fetched[layer] += 1
+
+    def _room(self, wanted: int) -> int:
+        """Lets the coldest experts go, so that there is room for `wanted`; the room there is."""
+        missing = wanted - (self.capacity + self.ring - len(self._arrays))
+        if missing > 0:
+            idle = np.argwhere(self._held_LE & ~self._busy_LE)
+            coldest = np.argsort(self.score_LE[tuple(idle.T)], kind="stable")[:missing]
+            for key in map(tuple, idle[coldest].tolist()):
+                for a in jax.tree.leaves(self._arrays.pop(key)):
+                    a.delete()
+                self._held_LE[key] = False
+        return self.capacity + self.ring - len(self._arrays)
+
+    def _send_ahead(self, layer: int) -> None:
+        """Starts the copies of what is foreseen behind `layer`, as far as there is room."""
+        while self._coming and self._coming[0][0] <= layer:
+            self._coming.popleft()
+        for _ in range(min(len(self._coming), self._room(min(len(self._coming), self.ring)))):
+            self._bring(self._coming.popleft())
+
+    def take(self, layer: int, tokens_E: np.ndarray) -> Iterator[list[tuple[int, tuple]]]:
+        """The experts with tokens, some at a time: (number, arrays on the device).
+
+        Those that are here come first; copies of others start before they are waited for. Use a
+        part before asking for the next: its experts may be let go then.
+        """
+        held_E, needed_E = self._held_LE[layer], tokens_E > 0
+        self.counts.needed[layer] = needed_E.sum()
+        self.counts.held[layer] = (needed_E & self._before_LE[layer] & held_E).sum()
+        self.counts.foreseen[layer] = (needed_E & held_E).sum() - self.counts.held[layer]
+        self.score_LE[layer] += tokens_E
+        here = np.flatnonzero(needed_E & held_E).tolist()
+        rest = np.flatnonzero(needed_E & ~held_E).tolist()
+        self._busy_LE[layer] = needed_E & held_E  # what was foreseen wrongly may go
+        while here or rest:
+            if not here:
+                here, rest = self._bring_some(layer, rest)
+            some, here = here[:AT_ONCE], here[AT_ONCE:]
+            if not here:  # the next ones come while these are in use
+                here, rest = self._bring_some(layer, rest)
+            if not rest:
+                self._send_ahead(layer)
+            yield [(e, self._arrays[layer, e]) for e in some]
+            self._busy_LE[layer, some] = False
+        self._room(0)
+
+    def _bring_some(self, layer: int, experts: list[int]) -> tuple[list[int], list[int]]:
+        """Starts the copies of the first experts: (those, the others)."""
+        some, others = experts[:AT_ONCE], experts[AT_ONCE:]
+        self._room(len(some))
+        for e in some:
+            self._bring((layer, e))
+        return some, others
+
+
+def stacks_of(layer: Layer) -> tuple[SeparateExperts, SeparateExperts] | None:
+    """The layer's stacks, if its experts are arrays of their own; None: it has no such experts."""
+    if not isinstance(layer.mlp, Experts):
+        return None
+    stacks = layer.mlp.expert_gate_up, layer.mlp.expert_down
+    if is_split(stacks[0]):
+        return tuple(stack.residual for stack in stacks)
+    return stacks if isinstance(stacks[0], SeparateExperts) else None
+
+
+def without_stacks(layer: Layer) -> Layer:
+    """The layer without experts that are arrays of their own: all that is always on the device."""
+    if stacks_of(layer) is None:
+        return layer
+    low = lambda w: dataclasses.replace(w, residual=None) if is_split(w) else None
+    m = layer.mlp
+    rest = dataclasses.replace(
+        m, expert_gate_up=low(m.expert_gate_up), expert_down=low(m.expert_down)
+    )
+    return dataclasses.replace(layer, mlp=rest)
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("x", "cache"))
+def _attend_and_route(layer, x, cache, step: Step, real, cfg: Config):
+    """(x behind the attention, the cache, the experts' input [M, D], their numbers and weights
+    [M, c], what all tokens get [M, D], tokens of each expert [E])."""
+    x, cache = attention_branch(layer, x, cache, step, cfg)
+    h_MD = normed_input(x, layer.mlp_norm, cfg).reshape(-1, x.shape[-1])
+    expert_Mc, weight_Mc = routing(layer.mlp, h_MD, cfg)
+    of_text_M = jnp.arange(len(h_MD)) < real
+    count = jnp.zeros(cfg.experts.count, jnp.int32)
+    tokens_E = count.at[jnp.where(of_text_M[:, None], expert_Mc, len(count))].add(1, mode="drop")
+    y_MD = shared_output(layer.mlp, h_MD, cfg)
+    y_MD = jnp.zeros(h_MD.shape, jnp.float32) if y_MD is None else y_MD
+    return x, cache, (h_MD, expert_Mc, weight_Mc), y_MD, tokens_E
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="y_MD")
+def _add_experts(p: Experts, some, number_C, routed, y_MD, cfg: Config):
+    """y plus what some experts give to the tokens that are routed to them."""
+    h_MD, expert_Mc, weight_Mc = routed
+    with jax.named_scope("experts"):
+        for i, parts in enumerate(some):
+            number = number_C[i]
+            bias = lambda stack: None if stack is None else stack[jnp.maximum(number, 0)]  # noqa: B023
+            biases = bias(p.expert_gate_up_bias), bias(p.expert_down_bias)
+            weight_M1 = weight_of(number, expert_Mc, weight_Mc)
+            stacks = p.expert_gate_up, p.expert_down
+            if is_split(p.expert_down):
+                pairs = zip(stacks, parts, strict=True)
+                parts = [w.expert(jnp.maximum(number, 0), part) for w, part in pairs]
+            y = expert_output(*parts, biases, h_MD, cfg)
+            y_MD = y_MD + jnp.where(weight_M1 > 0, y * weight_M1, 0.0)
+    return y_MD
+
+
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="x")
+def _finish(gain, x, y_MD, cfg: Config):
+    x = added(x, y_MD.astype(x.dtype).reshape(x.shape), gain, cfg)
+    return x, x[0, 0, 0]
+
+
+def routed_block(
+    layer: Layer,
+    index: int,
+    x: jax.Array,
+    cache: Any,
+    step: Step,
+    real: jax.Array,
+    experts: ExpertCache,
+    cfg: Config,
+) -> tuple[jax.Array, Any, jax.Array]:
+    """(x, the cache, one number of x), like `jit_block`, of a layer with experts in a cache.
+
+    `real` [] is the number of tokens that count; nothing is fetched for the others.
+    """
+    x, cache, routed, y_MD, tokens_E = _attend_and_route(layer, x, cache, step, real, cfg)
+    stacks = dataclasses.replace(layer.mlp, shared=None, router=None, shared_scale=None)
+    tokens_E = np.asarray(jax.device_get(tokens_E))
+    for some in experts.take(index, tokens_E):
+        number = np.full(AT_ONCE, -1, np.int32)  # those that only fill the program's shape
+        number[: len(some)] = [e for e, _ in some]
+        parts = [arrays for _, arrays in some]
+        parts += parts[:1] * (AT_ONCE - len(parts))
+        y_MD = _add_experts(stacks, tuple(parts), to_device(number), routed, y_MD, cfg)
+    x, done = _finish(layer.mlp_out_norm, x, y_MD, cfg)
+    return x, cache, done
