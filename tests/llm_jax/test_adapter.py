@@ -1,5 +1,6 @@
 """LoRA adapters: merged as the formula says, and a name for everything that does not fit."""
 
+import dataclasses
 import json
 import math
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from llm_jax import CheckpointError, checkpoint, registry
 from llm_jax.adapter import CONFIG, WEIGHTS, is_adapter
+from llm_jax.families import FAMILIES
 from llm_jax.formats import open_checkpoint
 from llm_jax.registry import open_model
 from llm_jax.testing import (
@@ -173,6 +175,22 @@ def test_an_adapter_fits_a_gguf_file_too(tmp_path, family):
     one = open_model(write_safetensors(tmp_path / "f", params, cfg, tokenizer=False), adapter)
     two = open_model(write_gguf(tmp_path / "m.gguf", params, cfg), adapter)
     jax.tree.map(np.testing.assert_array_equal, one.load(cfg), two.load(cfg))
+
+
+@pytest.mark.parametrize("kind", ("folder", "GGUF"))
+def test_gains_around_one(tmp_path, monkeypatch, kind):
+    """Of Gemma's families: a safetensors file has gains less one, a GGUF file has them whole."""
+    around = dataclasses.replace(FAMILIES["llama"], gain_offset=1.0)
+    monkeypatch.setitem(FAMILIES, "llama", around)
+    params, norm = tiny_params(CFG), np.full(64, 0.25, np.float32)
+    tensors = pairs(np.random.default_rng(0)) | {"base_model.model.model.norm.weight": norm}
+    adapter = write(tmp_path / "adapter", tensors, modules_to_save=["norm"])
+    base = tmp_path / "model.gguf"
+    if kind == "GGUF":
+        write_gguf(base, params, CFG)
+    else:
+        write_safetensors(base, params, CFG, tokenizer=False)
+    np.testing.assert_array_equal(open_model(base, adapter).load(CFG).norm, norm + 1)
 
 
 def test_what_is_said_and_identified(base, tmp_path):

@@ -3,9 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_families import saved
 
+from llm_jax.attention import caches_for, causal_step
+from llm_jax.model import forward
 from llm_jax.registry import open_model
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 
@@ -84,6 +88,34 @@ def compare(got, want, case):
     last = float(jax.numpy.finfo(got.dtype).eps)
     got, want = np.asarray(got).astype(np.float32), want.astype(np.float32)
     np.testing.assert_allclose(got, want, rtol=4 * last if case == "dora" else 0)
+
+
+FAMILIES = {
+    "phi3": ["qkv_proj", "gate_up_proj", "o_proj"],  # the file's matrices are several of ours
+    "gemma3": ["q_proj", "k_proj", "down_proj"],
+    "qwen3-moe": ["q_proj", "o_proj"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_other_families(tmp_path, family):
+    base, model = saved(family, tmp_path / "base")
+    torch.manual_seed(0)
+    settings = dict(r=4, lora_alpha=6, init_lora_weights=False, target_modules=FAMILIES[family])
+    made = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    made.save_pretrained(tmp_path / "adapter")
+    checkpoint = open_model(base, tmp_path / "adapter")
+    cfg = checkpoint.config("float32")
+    tokens = np.random.default_rng(1).integers(3, 96, (1, 30))
+    want = made.merge_and_unload()(torch.from_numpy(tokens)).logits.detach().numpy()
+    logits = []
+    for found in (checkpoint, checkpoint.base):
+        params = found.load(cfg)
+        caches = caches_for(params, cfg, 1, 30)
+        got, _ = forward(params, jnp.asarray(tokens), caches, causal_step(0, 30, 30), cfg)
+        logits.append(np.asarray(got))
+    np.testing.assert_allclose(logits[0], want, rtol=0, atol=1e-4)
+    assert np.abs(logits[1] - want).max() > 0.01
 
 
 def test_every_setting_that_peft_writes_is_known(tmp_path):

@@ -2,15 +2,20 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_families import saved
 
+from llm_jax.attention import caches_for, causal_step
 from llm_jax.folder import WHOLE
 from llm_jax.formats import open_checkpoint
+from llm_jax.model import forward
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 
 torch = pytest.importorskip("torch", reason="the reference runs on torch")
-save_file = pytest.importorskip("safetensors.torch").save_file
+safetensors = pytest.importorskip("safetensors.torch")
+save_file = safetensors.save_file
 CFG = tiny_config("llama", layers=1)
 pytestmark = pytest.mark.reference
 
@@ -89,6 +94,40 @@ def test_compressed_tensors_as_their_library_decompresses_them(tmp_path, form, w
     want = compressor.decompress(parts, scheme)["weight"]
     np.testing.assert_array_equal(got, want.numpy(), strict=True)
     assert np.unique(got).size > 3
+
+
+@pytest.mark.slow
+def test_gpt_oss_with_experts_in_mxfp4(tmp_path):
+    """A folder as OpenAI publishes it, against transformers' model with dequantized experts."""
+    reference = pytest.importorskip("transformers.integrations.mxfp4")
+    folder, model = saved("gpt-oss", tmp_path)
+    named, rng = safetensors.load_file(folder / WHOLE), torch.Generator().manual_seed(0)
+    for i, layer in enumerate(model.model.layers):
+        for name in ("gate_up_proj", "down_proj"):
+            stem = f"model.layers.{i}.mlp.experts.{name}"
+            count, inputs, outputs = named.pop(stem).shape
+            shape = (count, outputs, inputs // 32)
+            draw = lambda low, high, *size: torch.randint(
+                low, high, size, dtype=torch.uint8, generator=rng
+            )
+            blocks, scales = draw(0, 256, *shape, 16), draw(121, 125, *shape)
+            named[f"{stem}_blocks"], named[f"{stem}_scales"] = blocks, scales
+            dense = reference.convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+            getattr(layer.mlp.experts, name).data = dense
+    save_file(named, folder / WHOLE)
+    described = json.loads((folder / "config.json").read_text())
+    described["quantization_config"] = dict(quant_method="mxfp4")
+    (folder / "config.json").write_text(json.dumps(described))
+
+    checkpoint = open_checkpoint(folder)
+    cfg = checkpoint.config("float32")
+    params = checkpoint.load(cfg)
+    assert checkpoint.notices(cfg)[0].startswith("stored as MXFP4, 4.25 bits a weight (8 matrices)")
+    tokens = np.random.default_rng(1).integers(3, 96, (1, 40))
+    want = model(torch.from_numpy(tokens)).logits.detach().numpy()
+    caches = caches_for(params, cfg, 1, 40)
+    got, _ = forward(params, jnp.asarray(tokens), caches, causal_step(0, 40, 40), cfg)
+    np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
