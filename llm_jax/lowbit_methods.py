@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 
 import numpy as np
 
@@ -47,11 +48,12 @@ def gptq(config: Values) -> Scheme:
             order = np.arange(inputs) // (size or inputs)
             if index is not None:
                 order = groups_of(index, groups)
+            spread = _spread(order, size or inputs)
 
             def rows(start: int, stop: int) -> np.ndarray:
                 codes = unpack(words.array()[:, start:stop].T, bits).astype(np.float32)
-                codes -= zero[start:stop, order]
-                codes *= scale[start:stop, order]
+                codes -= spread(zero[start:stop])
+                codes *= spread(scale[start:stop])
                 return codes
 
             return rows
@@ -84,14 +86,14 @@ def awq(config: Values) -> Scheme:
 
         def opened() -> Rows:
             zero, scale = codes(zeros.array()).T.astype(np.float32), scales.floats().T
-            order = np.arange(inputs) // (size or inputs)
+            spread = _spread(np.arange(inputs) // (size or inputs), size or inputs)
 
             def rows(start: int, stop: int) -> np.ndarray:
                 first, last = start // 8, -(-stop // 8)
                 found = codes(words.array()[:, first:last]).T[start - 8 * first :][: stop - start]
-                found = found.astype(np.float32)
-                found -= zero[start:stop, order]
-                found *= scale[start:stop, order]
+                found = found.astype(np.float32, order="C")
+                found -= spread(zero[start:stop])
+                found *= spread(scale[start:stop])
                 return found
 
             return rows
@@ -218,6 +220,16 @@ def _state(part: Part) -> dict:
     if not isinstance(found, dict):
         raise ConfigError(f"{part.name} holds {type(found).__name__}, not an object")
     return found
+
+
+def _spread(order: np.ndarray, size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A function from numbers of groups to those of columns; `order` is each column's group.
+
+    Repeating takes a third of the time of choosing, where the groups are in order.
+    """
+    if (order == np.arange(len(order)) // size).all():
+        return lambda groups: groups.repeat(size, axis=1)[:, : len(order)]
+    return lambda groups: groups[:, order]
 
 
 def _ends(suffix: str, part: Part) -> str | None:
