@@ -37,6 +37,10 @@ COMMANDS = {
         "experiments.measure.offload_baselines",
         "time transformers with accelerate on the same model",
     ),
+    "measure.checks": (
+        "experiments.measure.checks",
+        "time loading with and without checks of the files, and the identity of a file",
+    ),
     "measure.trees": ("experiments.measure.trees", "find the draft tree that pays, from records"),
     "measure.tree_trace": ("experiments.measure.tree_trace", "record draft trees along real texts"),
 }

@@ -22,7 +22,6 @@ from llm_jax.digest import file_digest, files_digest, json_digest
 from llm_jax.leftovers import leftover, told
 from llm_jax.params import GAINS, Layer, Params, abstract, layer_from
 from llm_jax.tokenizer import Tokenizer
-from llm_jax.values import short
 
 _ROWS = 512
 """Rows that are read, cast and transposed at a time; they fit into the CPU's caches."""
@@ -240,21 +239,25 @@ class Checkpoint(abc.ABC):
         return any(one(*rows).tobytes() != two(*rows).tobytes() for rows in blocks)
 
     def with_rows(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer, if the embedding table has a row for each of its ids."""
+        """The tokenizer, which refuses texts with tokens that the embedding table has no row for.
+
+        Some checkpoints have such tokens and never use them. Those that end turns are left out.
+        Raises `CheckpointError` where none is left, and for an end that is no token at all.
+        """
         table = self.contents.tensors.get(self.names["embed_VD"])
         if table is None or not table.shape:
             return tokenizer  # `check` says what is wrong
-        rows, vocabulary = table.shape[0], tokenizer.hf.get_vocab()
-        token = max(vocabulary, key=lambda name: vocabulary[name], default="")
-        ids = {f"gives {short(token)} the id {vocabulary.get(token, 0)}": vocabulary.get(token, 0)}
-        ids |= {f"ends a turn with id {i}": i for i in tokenizer.eos}
-        for what, i in ids.items():
-            if not 0 <= i < rows:
+        rows = table.shape[0]
+        ends = tuple(i for i in tokenizer.eos if 0 <= i < rows)
+        if beyond := set(tokenizer.eos).difference(ends):
+            unknown = beyond.difference(tokenizer.hf.get_vocab().values())
+            if wrong := unknown or (not ends and beyond):
                 raise CheckpointError(
-                    f"{self.path}: the tokenizer {what}, and the embedding table has {rows} rows; "
-                    "take the tokenizer and generation_config.json of this very model"
+                    f"{self.path}: the tokenizer ends a turn with id {min(wrong)}, and the "
+                    f"embedding table has {rows} rows; take the tokenizer and "
+                    "generation_config.json of this very model"
                 )
-        return tokenizer
+        return dataclasses.replace(tokenizer, eos=ends, rows=rows)
 
     def model_shapes(self, cfg: Config) -> Params:
         """What `load` returns, as shapes and dtypes; reads no weights."""

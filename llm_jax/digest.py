@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from llm_jax.extras import need
-from llm_jax.files import atomic_file, cache_folder
+from llm_jax.files import atomic_file, cache_folder, parse_json
 
 PART = 2**24
 """Bytes that one thread reads and hashes at a time."""
-_SETTLED_NS = 2 * 10**9
+SETTLED_NS = 2 * 10**9
 """A file changed later than this before it was hashed may change again within the same tick of the
 file system's clock, so its digest is not kept."""
 
@@ -40,26 +40,45 @@ def json_digest(value: Any) -> str:
 def file_digest(path: Path) -> str:
     """XXH3-128 of the digests of a file's 16 MiB parts, which are read in parallel.
 
+    It is kept (`kept_digest`).
+    """
+    return kept_digest(path, "xxh3", hash_file)
+
+
+def kept_digest(
+    path: Path, kind: str, hashed: Callable[[Path], str], cache: Path | None = None
+) -> str:
+    """The file's digest of that kind, from `hashed(path)` or from what was kept of an earlier call.
+
     It is kept in the cache folder and used again while path, size, times and inode are the same.
     """
-    path = Path(path).resolve()
     before = _state(path)
-    kept = cache_folder() / "digests" / f"{_hexdigest(str(path).encode())}.json"
-    try:
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        if known["state"] == before:
-            return str(known["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or damaged: hashed again
-    found = _hashed(path, before["size"])
-    if before == _state(path) and time.time_ns() - before["changed"] > _SETTLED_NS:
+    if (known := known_digest(path, kind, cache)) is not None:
+        return known
+    found = hashed(path)
+    if before == _state(path) and time.time_ns() - before["changed"] > SETTLED_NS:
         try:
-            with atomic_file(kept) as scratch:
+            with atomic_file(_kept(path, kind, cache)) as scratch:
                 record = {"path": str(path), "state": before, "digest": found}
                 scratch.write_text(json.dumps(record), encoding="utf-8")
         except OSError:
             pass  # a cache that cannot be written costs time, nothing else
     return found
+
+
+def known_digest(path: Path, kind: str, cache: Path | None = None) -> str | None:
+    """The digest that `kept_digest` would give without reading the file; None where it must."""
+    try:
+        known = parse_json(_kept(path, kind, cache).read_text(encoding="utf-8"))
+        return str(known["digest"]) if known["state"] == _state(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there, or damaged: hashed again
+
+
+def _kept(path: Path, kind: str, cache: Path | None) -> Path:
+    """The file that keeps a digest."""
+    name = _hexdigest(f"{kind} {Path(path).resolve()}".encode())
+    return (cache or cache_folder()) / "digests" / f"{name}.json"
 
 
 def files_digest(paths: Iterable[Path]) -> str:
@@ -68,7 +87,7 @@ def files_digest(paths: Iterable[Path]) -> str:
 
 
 def _state(path: Path) -> dict[str, int]:
-    found = path.stat()
+    found = Path(path).stat()
     changed = max(found.st_mtime_ns, found.st_ctime_ns)
     return {
         "size": found.st_size,
@@ -78,8 +97,9 @@ def _state(path: Path) -> dict[str, int]:
     }
 
 
-def _hashed(path: Path, size: int) -> str:
-    buffers = threading.local()
+def hash_file(path: Path) -> str:
+    """The digest of `file_digest`, always by reading the file."""
+    buffers, size = threading.local(), Path(path).stat().st_size
 
     def part(start: int) -> bytes:
         if not hasattr(buffers, "own"):  # one a thread, because making it takes as long as reading
@@ -89,7 +109,7 @@ def _hashed(path: Path, size: int) -> str:
             got += n
         return _xxhash().xxh3_128_digest(view[:got])
 
-    with path.open("rb") as file, concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with Path(path).open("rb") as file, concurrent.futures.ThreadPoolExecutor(8) as pool:
         whole = _xxhash().xxh3_128()
         for digest in pool.map(part, range(0, size, PART)):
             whole.update(digest)

@@ -1,30 +1,23 @@
 """Downloaded files hashed again: what is in a cache is what was published, or an error says so.
 
 The Hub's cache names each file after its content: the sha256 of large files, git's sha1 of others.
-A file is hashed once, and again when its size, times or inode have changed.
+A file is hashed once, and again when it has changed (`llm_jax.digest.kept_digest`).
 """
 
 import hashlib
-import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llm_jax import CheckpointError
-from llm_jax.files import atomic_file
-from llm_jax.untrusted import read_object, require_file, unreadable
+from llm_jax.digest import kept_digest, known_digest
+from llm_jax.untrusted import require_file, unreadable
 
 BLOCK = 1 << 22
-SETTLED_NS = 2 * 10**9
-"""A file changed later than this before it was hashed may change again within the same tick of the
-file system's clock, so it is not marked."""
 ANNOUNCED = 1 << 28
 """Bytes from which on hashing takes long enough to be announced."""
-MARKS = "checked.json"
-"""In the cache folder: each file's path, and its state and digest when it was hashed."""
 
 
 def commit(folder: Path) -> str | None:
@@ -59,35 +52,22 @@ def check(
     files: list[tuple[Path, str]], cache: Path, progress: Callable[[str], None] = lambda line: None
 ) -> None:
     """Raises `CheckpointError` unless each file has its digest; `cache` keeps what is known."""
-    marks, new = _marks(cache), []
-    for path, digest in files:
-        state = [*_state(path), digest]
-        if marks.get(str(path)) != state:
-            new.append((path, digest, state))
-    if not new:
-        return
-    if (size := sum(state[0] for _, _, state in new)) > ANNOUNCED:
-        progress(f"checking {size / 1e9:.1f} GB of {new[0][0].parent} once")
+    new = [path for path, d in files if known_digest(path, _algorithm(d), cache) is None]
+    if (size := sum(require_file(path).st_size for path in new)) > ANNOUNCED:
+        progress(f"checking {size / 1e9:.1f} GB of {new[0].parent} once")
+
+    def digest(file):
+        path, algorithm = file[0], _algorithm(file[1])
+        return kept_digest(path, algorithm, lambda path: hashed(path, algorithm), cache)
+
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda file: hashed(file[0], _algorithm(file[1])), new))
-    for (path, expected, state), digest in zip(new, digests, strict=True):
+        found = list(pool.map(digest, files))
+    for (path, expected), digest in zip(files, found, strict=True):
         if digest != expected:
             raise CheckpointError(
                 f"{path} has {_algorithm(expected)} {digest}; expected {expected}: it was damaged "
                 f"or changed after the download; delete it ({path.resolve()}) and try again"
             )
-        if time.time_ns() - max(state[1:3]) > SETTLED_NS:
-            marks[str(path)] = state
-    try:
-        with atomic_file(cache / MARKS) as part:
-            part.write_text(json.dumps(marks))
-    except OSError:
-        return  # a cache that cannot be written only means that the files are hashed again
-
-
-def _state(path: Path) -> tuple[int, int, int, int]:
-    found = require_file(path)
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def hashed(path: Path, algorithm: str) -> str:
@@ -108,10 +88,3 @@ def _algorithm(digest: str) -> str:
     """What a hexadecimal digest is of; empty for any other text."""
     lengths = {64: "sha256", 40: "sha1"}
     return lengths.get(len(digest), "") if re.fullmatch("[0-9a-f]+", digest) else ""
-
-
-def _marks(cache: Path) -> dict[str, list]:
-    try:
-        return read_object(cache / MARKS)
-    except CheckpointError:
-        return {}  # there is none yet, or nobody can read it: all is hashed

@@ -106,9 +106,20 @@ class Experts:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SeparateExperts:
-    """A stack whose experts are arrays of their own, so that each can be moved alone."""
+    """A layer's experts in arrays of their own, so that each can be moved alone. In `Experts` it
+    takes the place of both stacks: it stands for `expert_gate_up`, and `expert_down` is None.
 
-    each: tuple[Weight, ...]
+    An expert is one flat array, gate_up before down: an allocator keeps arrays of one size without
+    holes between them.
+    """
+
+    each: tuple[jax.Array, ...]
+    shapes: tuple[tuple[int, int], tuple[int, int]] = dataclasses.field(metadata=dict(static=True))
+
+    def matrices(self, flat: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(gate_up [D, 2F], down [F, D]) of one of the arrays."""
+        first = self.shapes[0][0] * self.shapes[0][1]
+        return flat[:first].reshape(self.shapes[0]), flat[first:].reshape(self.shapes[1])
 
 
 @register_dataclass

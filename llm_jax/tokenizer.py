@@ -58,6 +58,8 @@ class Tokenizer(_Interface):
     eos: tuple[int, ...]
     source: str = "this tokenizer"
     """The file or folder that it is from, for messages."""
+    rows: int | None = None
+    """Rows of the model's embedding table; a text with a token beyond them is refused."""
 
     @property
     def vocab(self) -> int:
@@ -65,9 +67,11 @@ class Tokenizer(_Interface):
         return len(self.hf)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; the model's bos comes first where the model uses one."""
-        with named_errors(self.source, "encode this text"):
-            return list(self.hf.encode(valid(text)))
+        """Ids of a text; the model's bos comes first where the model uses one.
+
+        Raises `LLMError` for a text with a token that the model has no row for.
+        """
+        return self._ids(text, special=True)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens."""
@@ -86,8 +90,19 @@ class Tokenizer(_Interface):
                 "it to have messages joined as plain text"
             )
         text = chat_template.render(template, messages, self.hf.special_tokens_map, self.source)
+        return self._ids(text, special=False)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
         with named_errors(self.source, "encode this text"):
-            return list(self.hf.encode(valid(text), add_special_tokens=False))
+            ids = list(self.hf.encode(valid(text), add_special_tokens=special))
+            if self.rows is not None and (beyond := max(ids, default=0)) >= self.rows:
+                token = shown(self.hf.convert_ids_to_tokens(beyond), 60)
+                raise LLMError(
+                    f"the text has the token '{token}', whose id is {beyond}, and the embedding "
+                    f"table of {self.source} has {self.rows} rows; leave it out, or take the "
+                    "tokenizer of this very model"
+                )
+        return ids
 
     @property
     def chat_fallback(self) -> str | None:

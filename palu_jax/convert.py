@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.attention import rope_frequencies
-from llm_jax.config import Config
+from llm_jax.config import FULL, Config
 from llm_jax.params import Attention, Layer, Params
 from palu_jax import PaluError
 from palu_jax.attention import Factors, PaluAttention
@@ -280,6 +280,11 @@ def _fused_output(attn, v: Factors, cfg):
 def _check_ordinary(attn: Any) -> None:
     if not isinstance(attn, Attention):
         raise ConvertError(f"only ordinary attention can be converted, not {type(attn).__name__}")
+    if attn.kind != FULL or attn.sinks is not None or attn.o_bias is not None:
+        raise ConvertError(
+            "this attention has a window, sinks or a bias of its output, which Palu's has not; "
+            "convert a model without them"
+        )
     for name in "kvo":
         if not isinstance(w := getattr(attn, name), jax.Array | np.ndarray):
             raise ConvertError(
@@ -327,6 +332,9 @@ def check_groups(cfg: Config, groups: Sequence[int]) -> None:
 def check_recipe(cfg: Config, recipe: Recipe, statistics: Statistics | None = None) -> None:
     """Raises ConvertError for the first thing in a recipe that does not fit the model."""
     check_groups(cfg, recipe.groups)
+    own = ("rotary_dim", "qk_norm_whole", "query_scale", "attn_softcap")
+    if odd := [name for name in own if getattr(cfg, name)]:
+        raise ConvertError(f"this model has {', '.join(odd)}, which Palu's attention has not")
     if len(recipe.ranks) != cfg.layers:
         raise ConvertError(
             f"the recipe has ranks for {len(recipe.ranks)} layers; the model has {cfg.layers}"

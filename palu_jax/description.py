@@ -3,14 +3,15 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from llm_jax.config import Config
 from llm_jax.digest import json_digest
+from llm_jax.files import parse_json
+from llm_jax.values import from_json
 from palu_jax import PaluError
 from palu_jax.convert import Recipe, check_recipe
 from palu_jax.identity import Identity
-from palu_jax.typed_json import from_json
 
 NAME = "palu.json"
 """The file with the description."""
@@ -81,7 +82,7 @@ def describe(folder: str | Path, verify: bool = True) -> StoredModel:
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError("it is too large")
-        found = json.loads(path.read_bytes(), parse_constant=_refused)
+        found = parse_json(path.read_bytes())
         if not isinstance(found, dict) or "version" not in found:
             raise ValueError("it has no version")
         if type(found["version"]) is int and found["version"] != _VERSION:
@@ -95,16 +96,12 @@ def describe(folder: str | Path, verify: bool = True) -> StoredModel:
         check_recipe(described.config, described.recipe)
     except StoreError:
         raise
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise StoreError(f"{path} is damaged ({error}); convert the model again") from error
     return StoredModel(
         folder, described.source, described.config, described.recipe, described.base,
         described.files, described.checksum,
     )  # fmt: skip
-
-
-def _refused(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number")
 
 
 def _checksum(described: dict[str, Any]) -> str:

@@ -69,7 +69,8 @@ class Identifier:
 def tensors(*owners: Any) -> dict[str, Any]:
     """The tensors of these dataclasses by name; what is None or holds layers is left out."""
     every = {f.name: getattr(owner, f.name) for owner in owners for f in dataclasses.fields(owner)}
-    return {n: w for n, w in every.items() if w is not None and n not in ("attn", "mlp", "layers")}
+    others = ("attn", "mlp", "layers", "kind")
+    return {n: w for n, w in every.items() if w is not None and n not in others}
 
 
 def layer_tensors(layer: Layer) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import numpy as np
 from llm_jax.config import Config
 from llm_jax.digest import array_digest
 from llm_jax.files import atomic_file
+from llm_jax.values import from_json
 from palu_jax import PaluError
 from palu_jax.identity import Identity
-from palu_jax.typed_json import from_json
 
 _VERSION = 2
 

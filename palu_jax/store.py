@@ -120,7 +120,9 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _kept(layer: Layer, recipe: Recipe) -> dict[str, Any]:
     """What a conversion leaves of a layer, plain or converted: name -> tensor."""
-    made = {"k", "v"} | ({"o", "v_bias"} if recipe.fuse_values else set())
+    made = {"k", "v", "o_bias", "sinks", "kind"} | (
+        {"o", "v_bias"} if recipe.fuse_values else set()
+    )
     names = [f.name for f in dataclasses.fields(Attention) if f.name not in made]
     own = {name: getattr(layer.attn, name) for name in names}
     return tensors(layer, layer.mlp) | {n: w for n, w in own.items() if w is not None}

@@ -7,7 +7,7 @@ exception is the `yolop` protocol, which makes published numbers comparable.
 import contextlib
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -81,14 +81,22 @@ class Confusion:
         Images that are IGNORE everywhere do not count. In the YOLOP protocol, one call is one
         batch.
         """
+        self.add_counts(*self.counts(truth, predicted))
+
+    def counts(self, truth: ArrayLike, predicted: ArrayLike) -> tuple[int, np.ndarray, np.ndarray]:
+        """(labelled images, typed matrix, binary matrix) of a batch alone, for `add_counts`."""
         truth, predicted = _check_masks(truth, predicted, len(self.names))
         seen = truth != IGNORE
         known = seen & (truth != UNKNOWN)
         binary = _count(truth[seen] > 0, predicted[seen] > 0, 2)
         typed = _count(truth[known], predicted[known], len(self.names))
+        return int(seen.any((-2, -1)).sum()), typed, binary
+
+    def add_counts(self, images: int, typed: ArrayLike, binary: ArrayLike) -> None:
+        """Adds what `counts` gave for a batch."""
+        typed, binary = np.asarray(typed, np.int64), np.asarray(binary, np.int64)
         self.typed += typed
         self.binary += binary
-        images = int(seen.any((-2, -1)).sum())
         if images and self.protocol == "yolop":
             self._batches.append((images, typed, binary))
 
@@ -274,10 +282,15 @@ class LaneF1:
     def __post_init__(self):
         if self.absent not in ("one", "skip"):
             raise MetricError(f"absent {self.absent!r}; expected 'one' or 'skip'")
-        self._images = {}
+        self.images: dict[str, list[np.ndarray]] = {}
 
     def _add(self, name: str, truth, predicted) -> None:
-        self._images.setdefault(name, []).append(boundary_f1(truth, predicted, self.radii))
+        self.images.setdefault(name, []).append(boundary_f1(truth, predicted, self.radii))
+
+    def extend(self, images: Mapping[str, Sequence[ArrayLike]]) -> None:
+        """Adds what another one has in `images`: F1 [radius] of each image, by class."""
+        for name, rows in images.items():
+            self.images.setdefault(name, []).extend(np.asarray(row, np.float64) for row in rows)
 
     def add(self, truth: ArrayLike, predicted: ArrayLike, names: Sequence[str]) -> None:
         """One image's masks [H, W] of class indices; `names` from background on.
@@ -307,7 +320,7 @@ class LaneF1:
         absent = 1.0 if self.absent == "one" else np.nan
         found = {
             name: over(np.where(np.isnan(images), absent, images))
-            for name, images in self._images.items()
+            for name, images in self.images.items()
         }
         tasks = dict.fromkeys(name.split("/")[0] for name in found if "/" in name)
         return found | {

@@ -4,10 +4,11 @@ NumPy alone. A sample may lack labels for some of the three tasks; the mask of s
 `IGNORE` everywhere. Letters: B batch, M boxes an image, H height, W width.
 """
 
+import contextlib
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -127,6 +128,11 @@ def check_sample(
     return sample
 
 
+Counted = tuple[str, str, int]
+"""Reason, name and times, as `Report.count` takes them."""
+_caught = threading.local()
+
+
 class Report:
     """What was skipped or changed, how often, and the first names. Threads may share one."""
 
@@ -140,6 +146,9 @@ class Report:
     def count(self, reason: str, name: str = "", times: int = 1) -> None:
         """Adds `times` to the count of a reason; zero adds nothing."""
         if times < 1:
+            return
+        if (counted := getattr(_caught, "counted", None)) is not None:
+            counted.append((reason, name, times))
             return
         with self._lock:
             self.counts[reason] += times
@@ -167,6 +176,16 @@ class Report:
 
     def __setstate__(self, state):
         self.__dict__.update(state, _lock=threading.Lock())
+
+
+@contextlib.contextmanager
+def caught() -> Iterator[list[Counted]]:
+    """A list of what this thread counts in the block; no report hears of it."""
+    _caught.counted = counted = []
+    try:
+        yield counted
+    finally:
+        _caught.counted = None
 
 
 def clip_boxes(boxes_n4: ArrayLike, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

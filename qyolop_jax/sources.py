@@ -19,9 +19,11 @@ from qyolop_jax.formats import ReadError
 from qyolop_jax.postprocess import Transform
 from qyolop_jax.samples import (
     Batch,
+    Counted,
     Report,
     Sample,
     SampleError,
+    caught,
     check_sample,
     collate,
     make_sample,
@@ -176,14 +178,40 @@ class _Make:
         return augment(samples, self.feed.size, rng, cfg)
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A letterboxed batch of `loaded_in_order`."""
+
+    batch: Batch
+    originals: list[tuple[Sample, Transform]]
+    """The samples and where they lie in the batch, whose other images are grey and unlabelled."""
+    start: int
+    end: int
+    """The batch has the good samples of the data set from `start` to before `end`."""
+    counted: list[Counted]
+    """What reading them counted in a report."""
+
+
 def in_order(
     dataset: Sequence[Sample], feed: Feed, report: Report | None = None
 ) -> Iterator[tuple[Batch, list[tuple[Sample, Transform]]]]:
     """Letterboxed batches of every sample once, with the original samples and their transforms.
 
-    The last batch is filled up with grey, unlabelled images that are not in the list. Every batch
-    has places for all boxes of its images. Broken samples are left out and counted in `report`;
-    without one they are errors. Nothing is augmented, whatever `feed` says.
+    See `loaded_in_order`, which also says where a batch ends.
+    """
+    for found in loaded_in_order(dataset, feed, report):
+        yield found.batch, found.originals
+
+
+def loaded_in_order(
+    dataset: Sequence[Sample], feed: Feed, report: Report | None = None, start: int = 0
+) -> Iterator[Loaded]:
+    """Letterboxed batches of every sample once, from number `start` on.
+
+    The last batch is filled up with grey, unlabelled images. Every batch has places for all boxes
+    of its images. Broken samples are left out and counted in `report`, as is all that their data
+    set counts when they are read; without a report they are errors. Nothing is augmented, whatever
+    `feed` says.
     """
     grain = need("grain", "vision", "making batches")
 
@@ -200,20 +228,32 @@ def in_order(
             report.count("box without an area on the grid", s.name, len(s.boxes) - len(boxed.boxes))
         return boxed, s, transform
 
+    def counted(index):
+        if report is None:
+            return one(index), []
+        with caught() as counts:
+            return one(index), counts
+
     options = grain.ReadOptions(
         num_threads=feed.threads,
         prefetch_buffer_size=max(feed.threads and feed.ahead, 0) * feed.batch,
     )
     blank = make_sample(np.full((*feed.size, 3), GREY, np.uint8))
-    waiting = []
-    wrapped = grain.MapDataset.range(len(dataset)).map(lambda i: (one(i),))
-    for (found,) in wrapped.to_iter_dataset(options):
+    waiting, counts, at = [], [], start
+    joined = lambda: Loaded(*_joined(waiting, blank, feed), start, at, counts)
+    for found, now in (
+        grain.MapDataset.range(start, len(dataset)).map(counted).to_iter_dataset(options)
+    ):
+        at += 1
+        counts += now
+        for each in now:
+            report.count(*each)
         waiting += [] if found is None else [found]
         if len(waiting) == feed.batch:
-            yield _joined(waiting, blank, feed)
-            waiting = []
+            yield joined()
+            waiting, counts, start = [], [], at
     if waiting:
-        yield _joined(waiting, blank, feed)
+        yield joined()
 
 
 def _joined(found, blank, feed):

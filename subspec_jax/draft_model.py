@@ -20,12 +20,12 @@ from llm_jax.params import (
     Experts,
     Layer,
     Params,
-    SeparateExperts,
     joined,
     joined_mlp,
 )
 from llm_jax.quantize import QuantizedTable, quantize
 from llm_jax.stream import to_device
+from subspec_jax.offload import separate_experts
 from subspec_jax.residual.split import has_split, is_split
 
 
@@ -141,18 +141,24 @@ def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: i
 def _low_experts(layer: Layer, bits: int, group: int, iterations: int) -> Layer:
     """The layer with its experts quantized; all else, which is on the device, is shared."""
     low = lambda w: packed(quantize(w, bits, group, iterations))
-
-    def stack(w):
-        if not isinstance(w, SeparateExperts):
-            if _are_shapes([w]):
-                return jax.eval_shape(jax.vmap(low), w)
-            w = SeparateExperts(tuple(w))
-        some = [jax.block_until_ready(low(to_device(one))) for one in w.each]
-        return jax.block_until_ready(jax.tree.map(lambda *a: jnp.stack(a), *some))
-
     m = layer.mlp
-    stacks = dict(expert_gate_up=stack(m.expert_gate_up), expert_down=stack(m.expert_down))
-    return dataclasses.replace(layer, mlp=dataclasses.replace(m, **stacks))
+    if _are_shapes([m.router]):
+        stacks = [jax.eval_shape(jax.vmap(low), w) for w in (m.expert_gate_up, m.expert_down)]
+    else:
+        experts, stacks = separate_experts(layer).mlp.expert_gate_up, None
+        for e, flat in enumerate(experts.each):
+            one = tuple(map(low, experts.matrices(to_device(flat))))
+            if stacks is None:  # filled in place: no second copy, and no holes in memory
+                room = lambda a: jnp.zeros((len(experts.each), *a.shape), a.dtype)
+                stacks = to_device(jax.tree.map(room, one))
+            stacks = jax.block_until_ready(_put(stacks, one, e))
+    mlp = dataclasses.replace(m, expert_gate_up=stacks[0], expert_down=stacks[1])
+    return dataclasses.replace(layer, mlp=mlp)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stacks, one, e):
+    return jax.tree.map(lambda a, b: a.at[e].set(b), stacks, one)
 
 
 @functools.cache
@@ -177,6 +183,10 @@ def _replaced(layer: Layer, low: Callable, keep: Callable = to_device) -> Layer:
 def substitutes(tree):
     """The substitutes that a layer of `Split` matrices, or one such matrix, holds: the same
     buffers."""
+    if isinstance(tree, Layer) and isinstance(tree.mlp, Experts):
+        w = tree.mlp.expert_gate_up
+        mlp = dataclasses.replace(tree.mlp, expert_gate_up=w.gate_up, expert_down=w.down)
+        return dataclasses.replace(tree, mlp=mlp)
     part = lambda w: w.substitute if is_split(w) else w
     return jax.tree.map(part, tree, is_leaf=is_split)
 

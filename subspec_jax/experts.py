@@ -24,9 +24,9 @@ from llm_jax.mlp import expert_output, routing, shared_output, weight_of
 from llm_jax.model import added, attention_branch, normed_input
 from llm_jax.params import Experts, Layer, SeparateExperts
 from llm_jax.stream import to_device
-from subspec_jax.residual.split import is_split
+from subspec_jax.residual.split import SplitExperts
 
-AT_ONCE = 4
+AT_ONCE = 8
 """Experts that one program applies."""
 RING = 32
 """Experts that may be on their way, or in use, beside those that are kept."""
@@ -59,19 +59,16 @@ class ExpertCache:
     """
 
     def __init__(self, layers: Sequence[Layer], capacity: int, ring: int = RING):
-        self.host: list[tuple[tuple[Any, ...], ...] | None] = []
-        for layer in layers:
-            stacks = stacks_of(layer)
-            each = None if stacks is None else tuple(zip(*(s.each for s in stacks), strict=True))
-            self.host.append(each)
-        count = max((len(each) for each in self.host if each), default=0)
+        experts = map(apart, layers)
+        self.host: list[tuple[jax.Array, ...]] = [e.each if e is not None else () for e in experts]
+        count = max(map(len, self.host), default=0)
         self.capacity, self.ring = capacity, ring
         self.score_LE = np.zeros((len(layers), count))
         """Tokens of each expert."""
         self.bytes = 0
         """Bytes copied in this pass."""
         self.counts = ExpertCounts.none(len(layers))
-        self._arrays: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self._arrays: dict[tuple[int, int], jax.Array] = {}
         self._held_LE = np.zeros((len(layers), count), bool)
         self._before_LE = self._held_LE.copy()
         self._busy_LE = self._held_LE.copy()
@@ -93,21 +90,20 @@ class ExpertCache:
     def _bring(self, key: tuple[int, int]) -> None:
         """Starts the copies of an expert."""
         layer, expert = key
-        parts = self.host[layer][expert]
-        self._arrays[key] = tuple(to_device(part) for part in parts)
+        array = self.host[layer][expert]
+        self._arrays[key] = to_device(array)
         self._held_LE[key] = self._busy_LE[key] = True
-        self.bytes += sum(a.nbytes for a in jax.tree.leaves(parts))
+        self.bytes += array.nbytes
         self.counts.fetched[layer] += 1
 
     def _room(self, wanted: int) -> int:
         """Lets the coldest experts go, so that there is room for `wanted`; the room there is."""
         missing = wanted - (self.capacity + self.ring - len(self._arrays))
-        if missing > 0:
+        if missing > 0:  # one look at all experts for many of them
             idle = np.argwhere(self._held_LE & ~self._busy_LE)
             coldest = np.argsort(self.score_LE[tuple(idle.T)], kind="stable")[:missing]
             for key in map(tuple, idle[coldest].tolist()):
-                for a in jax.tree.leaves(self._arrays.pop(key)):
-                    a.delete()
+                self._arrays.pop(key).delete()
                 self._held_LE[key] = False
         return self.capacity + self.ring - len(self._arrays)
 
@@ -118,8 +114,8 @@ class ExpertCache:
         for _ in range(min(len(self._coming), self._room(min(len(self._coming), self.ring)))):
             self._bring(self._coming.popleft())
 
-    def take(self, layer: int, tokens_E: np.ndarray) -> Iterator[list[tuple[int, tuple]]]:
-        """The experts with tokens, some at a time: (number, arrays on the device).
+    def take(self, layer: int, tokens_E: np.ndarray) -> Iterator[list[tuple[int, jax.Array]]]:
+        """The experts with tokens, some at a time: (number, array on the device).
 
         Those that are here come first; copies of others start before they are waited for. Use a
         part before asking for the next: its experts may be let go then.
@@ -153,25 +149,17 @@ class ExpertCache:
         return some, others
 
 
-def stacks_of(layer: Layer) -> tuple[SeparateExperts, SeparateExperts] | None:
-    """The layer's stacks, if its experts are arrays of their own; None: it has no such experts."""
-    if not isinstance(layer.mlp, Experts):
-        return None
-    stacks = layer.mlp.expert_gate_up, layer.mlp.expert_down
-    if is_split(stacks[0]):
-        return tuple(stack.residual for stack in stacks)
-    return stacks if isinstance(stacks[0], SeparateExperts) else None
+def apart(layer: Layer) -> SeparateExperts | SplitExperts | None:
+    """The layer's experts, if they are arrays of their own."""
+    stacks = layer.mlp.expert_gate_up if isinstance(layer.mlp, Experts) else None
+    return stacks if isinstance(stacks, SeparateExperts | SplitExperts) else None
 
 
-def without_stacks(layer: Layer) -> Layer:
+def without_experts(layer: Layer) -> Layer:
     """The layer without experts that are arrays of their own: all that is always on the device."""
-    if stacks_of(layer) is None:
+    if (stacks := apart(layer)) is None:
         return layer
-    low = lambda w: dataclasses.replace(w, residual=None) if is_split(w) else None
-    m = layer.mlp
-    rest = dataclasses.replace(
-        m, expert_gate_up=low(m.expert_gate_up), expert_down=low(m.expert_down)
-    )
+    rest = dataclasses.replace(layer.mlp, expert_gate_up=dataclasses.replace(stacks, each=()))
     return dataclasses.replace(layer, mlp=rest)
 
 
@@ -187,6 +175,8 @@ def _attend_and_route(layer, x, cache, step: Step, real, cfg: Config):
     tokens_E = count.at[jnp.where(of_text_M[:, None], expert_Mc, len(count))].add(1, mode="drop")
     y_MD = shared_output(layer.mlp, h_MD, cfg)
     y_MD = jnp.zeros(h_MD.shape, jnp.float32) if y_MD is None else y_MD
+    # To host memory within the program: a copy afterwards takes twice as long.
+    tokens_E = jax.device_put(tokens_E, jax.memory.Space.Host)
     return x, cache, (h_MD, expert_Mc, weight_Mc), y_MD, tokens_E
 
 
@@ -195,15 +185,15 @@ def _add_experts(p: Experts, some, number_C, routed, y_MD, cfg: Config):
     """y plus what some experts give to the tokens that are routed to them."""
     h_MD, expert_Mc, weight_Mc = routed
     with jax.named_scope("experts"):
-        for i, parts in enumerate(some):
+        stacks = p.expert_gate_up
+        for i, array in enumerate(some):
             number = number_C[i]
-            bias = lambda stack: None if stack is None else stack[jnp.maximum(number, 0)]  # noqa: B023
+            known = jnp.maximum(number, 0)
+            bias = lambda stack: None if stack is None else stack[known]  # noqa: B023
             biases = bias(p.expert_gate_up_bias), bias(p.expert_down_bias)
+            low = (known,) if isinstance(stacks, SplitExperts) else ()
+            parts = stacks.matrices(array, *low)
             weight_M1 = weight_of(number, expert_Mc, weight_Mc)
-            stacks = p.expert_gate_up, p.expert_down
-            if is_split(p.expert_down):
-                pairs = zip(stacks, parts, strict=True)
-                parts = [w.expert(jnp.maximum(number, 0), part) for w, part in pairs]
             y = expert_output(*parts, biases, h_MD, cfg)
             y_MD = y_MD + jnp.where(weight_M1 > 0, y * weight_M1, 0.0)
     return y_MD
@@ -231,12 +221,12 @@ def routed_block(
     """
     x, cache, routed, y_MD, tokens_E = _attend_and_route(layer, x, cache, step, real, cfg)
     stacks = dataclasses.replace(layer.mlp, shared=None, router=None, shared_scale=None)
-    tokens_E = np.asarray(jax.device_get(tokens_E))
+    tokens_E = np.asarray(tokens_E)
     for some in experts.take(index, tokens_E):
         number = np.full(AT_ONCE, -1, np.int32)  # those that only fill the program's shape
         number[: len(some)] = [e for e, _ in some]
-        parts = [arrays for _, arrays in some]
-        parts += parts[:1] * (AT_ONCE - len(parts))
-        y_MD = _add_experts(stacks, tuple(parts), to_device(number), routed, y_MD, cfg)
+        arrays = [array for _, array in some]
+        arrays += arrays[:1] * (AT_ONCE - len(arrays))
+        y_MD = _add_experts(stacks, tuple(arrays), number, routed, y_MD, cfg)
     x, done = _finish(layer.mlp_out_norm, x, y_MD, cfg)
     return x, cache, done

@@ -15,7 +15,6 @@ from llm_jax.params import (
     Experts,
     Layer,
     Params,
-    SeparateExperts,
     init_layer,
     joined,
     unjoined,
@@ -24,12 +23,12 @@ from llm_jax.progress import Progress
 from llm_jax.quantize import quantize
 from llm_jax.stream import to_device
 from pallas_kernels.residual_decode.code import pad
-from subspec_jax.experts import ExpertCache, without_stacks
+from subspec_jax.experts import ExpertCache
 from subspec_jax.offload import offload, place
 from subspec_jax.plan import Plan
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
-from subspec_jax.residual.split import Split, SplitExperts, decode_layer, is_split
+from subspec_jax.residual.split import Split, SplitExperts, decode_layer, is_split, split_experts
 from subspec_jax.verify import Target
 
 
@@ -80,13 +79,9 @@ def _decode_head(head: Split, vocab: int):
 
 
 def _load_converted(source, plan, place_layer, place_table, progress, verify, check) -> Target:
-    layers = []
+    layers, split_layers = [], plan.streams_residuals  # which looks at every layer of the plan
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # the next file, while one is placed
-        begin = (lambda i: pool.submit(source.check, i)) if check else (lambda i: None)
-        checked = begin(None)
-        if checked:
-            checked.result()
-        checked = begin(0)
+        checked = [pool.submit(source.check, i) for i in (None, 0)] if check else []
         if verify:
             source.verify_tables()
         tables = {name: place_table(name, array) for name, array in source.tables.items()}
@@ -99,17 +94,16 @@ def _load_converted(source, plan, place_layer, place_table, progress, verify, ch
                 source.verify_head(whole)
             tables["head_DV"] = head if plan.split_head else whole
         for i in range(plan.cfg.layers):
-            if checked:
-                checked.result()
-                checked = begin(i + 1) if i + 1 < plan.cfg.layers else None
+            for file in checked:
+                file.result()
+            last = i + 1 == plan.cfg.layers
+            checked = [pool.submit(source.check, i + 1)] if check and not last else []
             split = source.layer(i)
-            if verify or not plan.streams_residuals:
+            if verify or not split_layers:
                 whole = _decode_layer(to_device(split))
                 if verify:
                     source.verify(i, whole)
-            layers.append(
-                place_layer(i, split if plan.streams_residuals else unjoined(whole, plan.cfg))
-            )
+            layers.append(place_layer(i, split if split_layers else unjoined(whole, plan.cfg)))
             if progress:
                 progress(i + 1)
     return Target(Params(layers=tuple(layers), **tables), plan.cfg, plan.ahead)
@@ -136,7 +130,7 @@ def random_target(
     normal = jax.jit(_normal, static_argnames=("shape", "dtype"))
     key, layers = jax.random.key(seed), []
     if plan.streams_residuals:
-        split = split or split_layer(make(key, cfg), plan.model.layers[0])
+        split = split or random_split(plan, seed)
         copied = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a.copy()
     table_key, head_key = jax.random.split(jax.random.fold_in(key, cfg.layers))
     head = None
@@ -148,14 +142,15 @@ def random_target(
         if plan.streams_residuals and not cfg.has_experts(i):
             layer = jax.tree.map(copied, split)
         elif plan.streams_residuals:  # its experts are shared, all else is its own
-            stacks = dict(
-                expert_gate_up=split.mlp.expert_gate_up, expert_down=split.mlp.expert_down
-            )
-            layer = jax.tree.map(copied, without_stacks(split))
-            layer = dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, **stacks))
+            w = split.mlp.expert_gate_up
+            rest = dataclasses.replace(split.mlp, expert_gate_up=None)
+            layer = jax.tree.map(copied, dataclasses.replace(split, mlp=rest))
+            mlp = dataclasses.replace(layer.mlp, expert_gate_up=w)
+            layer = dataclasses.replace(layer, mlp=mlp)
         else:
             layer = make(jax.random.fold_in(key, i), cfg, i)
         if cfg.has_experts(i):
+            layer = _smaller_steps(layer, cfg) if split is None else layer
             layer = _with_shared_experts(layer, shared, i, zipf)
         layers.append(jax.block_until_ready((to_device if i in plan.stays else offload)(layer)))
         if progress:
@@ -170,6 +165,25 @@ def random_target(
     return Target(params, cfg, plan.ahead, expert_cache(params, plan))
 
 
+def random_split(plan: Plan, seed: int = 0) -> Layer:
+    """A random layer in two parts, with the shapes of the plan's first one."""
+    layer = init_layer(jax.random.key(seed), plan.cfg)
+    if plan.cfg.has_experts(0):
+        layer = _smaller_steps(layer, plan.cfg)
+    return split_layer(layer, plan.model.layers[0])
+
+
+def _smaller_steps(layer: Layer, cfg) -> Layer:
+    """The layer with smaller outputs, as GPT-2 begins: 1 / sqrt(2 layers) of the usual size.
+
+    Otherwise the states of all tokens get alike with depth, and all are routed to the same experts.
+    """
+    scale = jnp.asarray((2 * cfg.layers) ** -0.5, cfg.dtype)
+    attn = dataclasses.replace(layer.attn, o=layer.attn.o * scale)
+    mlp = dataclasses.replace(layer.mlp, expert_down=layer.mlp.expert_down * scale)
+    return dataclasses.replace(layer, attn=attn, mlp=mlp)
+
+
 def _with_shared_experts(layer: Layer, shared: list[Layer], index: int, zipf: float) -> Layer:
     """The layer with the experts of the first one, turned by `index`; they are in host memory."""
     if not shared:
@@ -177,20 +191,18 @@ def _with_shared_experts(layer: Layer, shared: list[Layer], index: int, zipf: fl
     count = layer.mlp.router.shape[1]
     index %= count
 
-    def turned(stack):
-        if index == 0:
-            return stack
-        if is_split(stack):
-            low = jax.tree.map(lambda a: jnp.roll(a, -index, axis=0), stack.substitute)
-            return SplitExperts(low, turned(stack.residual))
-        return SeparateExperts(stack.each[index:] + stack.each[:index])
-
+    turn = lambda a: a if index == 0 else jnp.roll(a, -index, axis=0)
+    w = shared[0].expert_gate_up
+    low = {}
+    if isinstance(w, SplitExperts):
+        low = dict(gate_up=jax.tree.map(turn, w.gate_up), down=jax.tree.map(turn, w.down))
+    turned = dataclasses.replace(w, each=w.each[index:] + w.each[:index], **low)
     rank = np.random.default_rng(index).permutation(count) + 1.0
     bias = jnp.asarray(-zipf * np.log(rank), layer.mlp.router.dtype) if zipf else None
     mlp = dataclasses.replace(
         layer.mlp,
-        expert_gate_up=turned(shared[0].expert_gate_up),
-        expert_down=turned(shared[0].expert_down),
+        expert_gate_up=turned,
+        expert_down=None,
         router_bias=layer.mlp.router_bias if bias is None else bias,
     )
     return dataclasses.replace(layer, mlp=mlp)
@@ -226,22 +238,25 @@ def split_layer(layer: Any, like: Any, iterations: int = 0) -> Any:
 def _split_experts(layer: Layer, like: Layer, iterations: int) -> Layer:
     """`split_layer` of a layer with experts: they alone are split."""
 
-    def apart(stack, shapes: SplitExperts) -> SplitExperts:
-        bits, group = shapes.substitute.bits, shapes.substitute.group
-        room = shapes.residual.each[0]
+    w = like.mlp.expert_gate_up
+    bits, group = w.gate_up.bits, w.gate_up.group
+    rows = w.rows, w.each[0].shape[0] - w.rows
 
-        def one(w):
-            q = quantize(w, bits, group, iterations)
-            residual = encode(np.asarray(w), jax.tree.map(np.asarray, q), room.code)
-            return packed(q), pad(residual, room.words.shape[0], room.patches)
+    def one(pair):
+        low, exact = [], []
+        for matrix, room, patches in zip(pair, rows, w.patches, strict=True):
+            q = quantize(matrix, bits, group, iterations)
+            residual = encode(np.asarray(matrix), jax.tree.map(np.asarray, q), "levels")
+            low.append(packed(q))
+            exact.append(pad(residual, room, patches))
+        return tuple(low), tuple(exact)
 
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            low, exact = zip(*pool.map(one, stack), strict=True)
-        return SplitExperts(jax.tree.map(lambda *a: jnp.stack(a), *low), SeparateExperts(exact))
-
-    names = "expert_gate_up", "expert_down"
-    stacks = {n: apart(getattr(layer.mlp, n), getattr(like.mlp, n)) for n in names}
-    return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, **stacks))
+    pairs = zip(layer.mlp.expert_gate_up, layer.mlp.expert_down, strict=True)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        low, exact = zip(*pool.map(one, pairs), strict=True)
+    low = jax.tree.map(lambda *a: jnp.stack(a), *low)
+    mlp = dataclasses.replace(layer.mlp, expert_gate_up=split_experts(low, exact), expert_down=None)
+    return dataclasses.replace(layer, mlp=mlp)
 
 
 def _normal(key, shape, dtype):

@@ -10,11 +10,12 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.params import Experts, Layer, SeparateExperts
 from llm_jax.stream import home, to_device
-from subspec_jax.residual.split import SplitExperts, is_split
+from subspec_jax.residual.split import Split, SplitExperts, is_split
 
 
 def moving(layer: Layer) -> Layer:
@@ -23,18 +24,21 @@ def moving(layer: Layer) -> Layer:
     Of a layer with experts only those move: they are most of it.
     """
     every = lambda value, tree: jax.tree.map(lambda _: value, tree)
-    split = lambda w: dataclasses.replace(
-        w, substitute=every(False, w.substitute), residual=every(True, w.residual)
-    )
     if isinstance(layer.mlp, Experts):
-        moves = {
-            name: split(w) if is_split(w) else every(True, w)
-            for name in ("expert_gate_up", "expert_down")
-            for w in [getattr(layer.mlp, name)]
-        }
         stay = every(False, layer)
-        return dataclasses.replace(stay, mlp=dataclasses.replace(stay.mlp, **moves))
+        return dataclasses.replace(stay, mlp=dataclasses.replace(stay.mlp, **_moving(layer.mlp)))
+    split = lambda w: Split(every(False, w.substitute), every(True, w.residual))
     return jax.tree.map(lambda w: split(w) if is_split(w) else w.ndim > 1, layer, is_leaf=is_split)
+
+
+def _moving(m: Experts) -> dict[str, Any]:
+    """By name, the experts with a bool in place of each array."""
+    every = lambda value, tree: jax.tree.map(lambda _: value, tree)
+    if isinstance(m.expert_gate_up, SplitExperts):
+        w = every(False, m.expert_gate_up)
+        return dict(expert_gate_up=dataclasses.replace(w, each=every(True, w.each)))
+    names = ("expert_gate_up", "expert_down")
+    return {name: every(True, getattr(m, name)) for name in names}
 
 
 def streamed_bytes(layer: Layer) -> int:
@@ -53,16 +57,13 @@ def offload(layer: Layer) -> Layer:
 def separate_experts(layer: Layer) -> Layer:
     """The layer with its stacks of experts taken apart: an array for each expert."""
     m = layer.mlp
-    if not isinstance(m, Experts) or isinstance(m.expert_down, SeparateExperts | SplitExperts):
+    if not isinstance(m, Experts) or m.expert_down is None:
         return layer
-    apart = lambda stack: SeparateExperts(
-        tuple(
-            jax.tree.map(lambda a, e=e: a[e], stack) for e in range(len(jax.tree.leaves(stack)[0]))
-        )
-    )
-    mlp = dataclasses.replace(
-        m, expert_gate_up=apart(m.expert_gate_up), expert_down=apart(m.expert_down)
-    )
+    stacks = m.expert_gate_up, m.expert_down
+    join = np.concatenate if isinstance(stacks[0], np.ndarray) else jnp.concatenate
+    each = tuple(join([w[e].reshape(-1) for w in stacks]) for e in range(m.router.shape[1]))
+    shapes = tuple(w.shape[1:] for w in stacks)
+    mlp = dataclasses.replace(m, expert_gate_up=SeparateExperts(each, shapes), expert_down=None)
     return dataclasses.replace(layer, mlp=mlp)
 
 

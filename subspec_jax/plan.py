@@ -182,8 +182,8 @@ def splits(layers: Iterable[Any]) -> list[Split | SplitExperts]:
 def _why_not_decoded(w: Split | SplitExperts) -> str | None:
     """Why the kernel cannot decode a matrix, or an expert of a stack; None where it can."""
     if isinstance(w, SplitExperts):
-        one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), w.substitute)
-        return why_not(w.residual.each[0], one)
+        both = jax.eval_shape(lambda w: w.matrices(w.each[0], 0), w)
+        return next(filter(None, (why_not(m.residual, m.substitute) for m in both)), None)
     return why_not(w.residual, w.substitute)
 
 
@@ -237,7 +237,8 @@ class _Layout:
     @functools.cached_property
     def kept(self) -> int:
         """Bytes of the substitutes of `Split` layers, which are always on the device."""
-        return sum(tree_bytes(w.substitute) for w in splits(self.model.layers))
+        low = lambda w: (w.gate_up, w.down) if isinstance(w, SplitExperts) else w.substitute
+        return sum(tree_bytes(low(w)) for w in splits(self.model.layers))
 
     @functools.cached_property
     def own(self) -> list[int]:

@@ -75,7 +75,12 @@ def _lowered(
     # Layers of one shape share their programs.
     kinds = {str(jax.tree.structure(l)) + str(jax.tree.leaves(l)): i for i, l in enumerate(layers)}
 
-    tree = shapes(lambda: seedling(jnp.int32(0), spec))
+    routed = None
+    if plan.hot is not None:  # what a pass does with experts is small, and compiled when it runs
+        kinds = {kind: i for kind, i in kinds.items() if not cfg.has_experts(i)}
+        if plan.draft.bits is not None:
+            routed = sum(map(cfg.has_experts, range(cfg.layers))), cfg.experts.count
+    tree = shapes(lambda: seedling(jnp.int32(0), spec, routed))
     plain = all(isinstance(cache, KV) for cache in caches)
     sizes = live_sizes(slots) if plain else [slots]
     rows = array(1, spec.nodes, cfg.d_model)

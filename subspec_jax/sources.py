@@ -25,7 +25,7 @@ from llm_jax.registry import MODELS, find_checkpoint, find_model, open_model
 from llm_jax.tokenizer import ByteTokenizer
 from subspec_jax import memory
 from subspec_jax.draft_model import Draft
-from subspec_jax.load import all_on_device, load_target, random_target, split_layer
+from subspec_jax.load import all_on_device, load_target, random_split, random_target
 from subspec_jax.methods import MethodError
 from subspec_jax.plan import Plan, make_plan
 from subspec_jax.residual.convert import convert, is_complete
@@ -112,8 +112,7 @@ class Source:
     def _random_split(self, plan: Plan) -> Layer:
         """A random layer in two parts, encoded once and kept on the host."""
         if self._random is None:
-            whole = init_layer(jax.random.key(self.seed), self.cfg)
-            self._random = jax.tree.map(np.asarray, split_layer(whole, plan.model.layers[0]))
+            self._random = jax.tree.map(np.asarray, random_split(plan, self.seed))
         return self._random
 
 

@@ -24,7 +24,7 @@ from llm_jax.params import Layer, Params
 from llm_jax.sample import Sampler
 from llm_jax.stream import Stream, StreamedLayer, route, to_device
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
-from subspec_jax.experts import ExpertCache, routed_block, without_stacks
+from subspec_jax.experts import ExpertCache, routed_block, without_experts
 from subspec_jax.offload import rows_of
 from subspec_jax.program import Program, donated, static
 from subspec_jax.residual.split import is_split, over_parts
@@ -67,7 +67,7 @@ class Target:
     def route(self) -> tuple[StreamedLayer, ...]:
         """The layers in the order in which a stream brings them."""
         layers = self.params.layers
-        return route(layers if self.experts is None else map(without_stacks, layers))
+        return route(layers if self.experts is None else map(without_experts, layers))
 
     def stream(self) -> Stream:
         """A stream for the next pass; its first copies start now."""

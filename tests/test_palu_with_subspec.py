@@ -51,8 +51,8 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def palu(form):
-    return to_palu(tiny_params(CFG), CFG, Recipe((2,), RANKS, "plain", form))
+def palu(form, ranks=RANKS):
+    return to_palu(tiny_params(CFG), CFG, Recipe((2,), ranks, "plain", form))
 
 
 def split(form):
@@ -176,10 +176,12 @@ def test_nothing_large_is_compiled_again(tmp_path):
     "name", [pytest.param("16 bits", marks=pytest.mark.slow), *list(FORMATS)[1:]]
 )
 def test_speculative_tokens_are_the_models_own(name):
-    params = palu(FORMATS[name])
+    # Layers of one kind in the quick case: the other ones have as many programs again.
+    params = palu(FORMATS[name], RANKS[:1] * 2 if name == "4 bits" else RANKS)
     target = Target(dataclasses.replace(params, layers=place(params.layers, 0)), CFG)
     want = generate(params, PROMPT, CFG, STEPS)
-    assert Decoder(target, Vanilla(), max_length=64).generate(PROMPT, STEPS) == want
+    if name == "16 bits":
+        assert Decoder(target, Vanilla(), max_length=64).generate(PROMPT, STEPS) == want
     for tree in TREES.values() if name == "16 bits" else [TREES["beam"]]:
         draft = ModelDraft(substitute(target.params, 4, 16), CFG, tree)
         decoder = Decoder(target, draft, max_length=64)

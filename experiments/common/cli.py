@@ -76,7 +76,7 @@ def status_of(error: BaseException, again: str | None = None) -> int:
         case BrokenPipeError():  # the reader of our output has gone, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 141
-        case OSError() if not isinstance(error, USER_ERRORS):
+        case OSError():
             fail(_os_error(error))
             return 2
         case _ if isinstance(error, USER_ERRORS):

@@ -35,7 +35,7 @@ def append(path: Path, record: Record) -> None:
     Raises TypeError for what JSON cannot hold; the file then stays as it was.
     """
     path = Path(path)
-    line = json.dumps(_plain(record)).encode() + b"\n"  # first, because it may raise
+    line = json.dumps(plain(record)).encode() + b"\n"  # first, because it may raise
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         _mend(file)
@@ -110,15 +110,15 @@ def _parse(line: bytes, fields: Sequence[str]) -> Record | None:
 def write_json(path: Path, obj: Any) -> None:
     """Writes `obj` as JSON; a reader sees the old file or the new one, never a part."""
     with atomic_file(path) as scratch:
-        scratch.write_text(json.dumps(_plain(obj), indent=2) + "\n")
+        scratch.write_text(json.dumps(plain(obj), indent=2) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` in types that JSON has. NaN and infinities become None, since JSON lacks them."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, str | bool | int | float):
@@ -126,7 +126,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
-        return _plain(value.tolist())
+        return plain(value.tolist())
     raise TypeError(f"a record cannot hold a {type(value).__name__}: {value!r}")
 
 

@@ -40,7 +40,9 @@ from rich.table import Table
 
 from experiments.common import records
 from experiments.common.cli import UserError, run
+from experiments.common.unfinished import Unfinished
 from experiments.measure.timing import wall_seconds
+from llm_jax.digest import file_digest
 from llm_jax.formats import open_checkpoint
 from llm_jax.packed import packed
 from llm_jax.quantize import Quantized, codes_of, quantize, quantized_bytes
@@ -112,6 +114,14 @@ def matrices(model: str) -> Iterator[Matrix]:
             tensor = checkpoint.contents.tensors[checkpoint.names[field].format(layer)]
             w = checkpoint.read(field, cfg, layer)
             yield Matrix(field, layer, str(tensor.dtype), w)
+
+
+def identity(model: str) -> str:
+    """What is another text for other weights."""
+    if model.startswith("gaussian:"):
+        return model
+    path = Path(model).expanduser()
+    return file_digest(path) if path.suffix == ".safetensors" else open_checkpoint(path).digest()
 
 
 def entropy(symbols: np.ndarray) -> float:
@@ -198,24 +208,31 @@ def main(args: ResidualBits, console: Console) -> None:
     found = []
     stamp = dict(model="/".join(Path(args.model).expanduser().parts[-2:]))
     stamp["arguments"] = dict(bits=args.bits, group=args.group, iterations=args.iterations)
-    for matrix in matrices(args.model):
-        found.append(one(matrix, args))
-        if args.output:
-            records.append(args.output, dict(kind="matrix", **stamp) | found[-1])
-        if args.matrices and len(found) == args.matrices:
-            break
-    if not found:
-        raise UserError(f"{args.model} holds no matrices that can be encoded")
+    decoder = jax.devices()[0].device_kind if args.time_decoder else None
+    with Unfinished(args.output, [stamp, identity(args.model), decoder]) as work:
+        for matrix in matrices(args.model):
+            key = f"{matrix.layer} {matrix.name}"
+            if before := work.found(key):
+                found.append(work.publish(args.output, key, before[0]))
+                console.print(f"{key}: done before", style="dim", highlight=False)
+            else:
+                found.append(one(matrix, args))
+                if args.output:
+                    work.publish(args.output, key, dict(kind="matrix", **stamp) | found[-1])
+            if args.matrices and len(found) == args.matrices:
+                break
+        if not found:
+            raise UserError(f"{args.model} holds no matrices that can be encoded")
 
-    stored = sorted({r["stored"] for r in found})
-    label = "full-precision weights"
-    if not set(stored) <= set(FULL_PRECISION):
-        label = f"weights dequantized from {', '.join(stored)}: they lie on a low-bit grid"
-    total = whole(found)
-    if args.output:
-        summary = dict(weights=label, matrices=len(found), stored=stored) | total
-        summary |= dict(device=jax.devices()[0].device_kind, environment=records.environment())
-        records.append(args.output, dict(kind="whole", **stamp) | summary)
+        stored = sorted({r["stored"] for r in found})
+        label = "full-precision weights"
+        if not set(stored) <= set(FULL_PRECISION):
+            label = f"weights dequantized from {', '.join(stored)}: they lie on a low-bit grid"
+        total = whole(found)
+        if args.output:
+            summary = dict(weights=label, matrices=len(found), stored=stored) | total
+            summary |= dict(device=jax.devices()[0].device_kind, environment=records.environment())
+            work.publish(args.output, "whole", dict(kind="whole", **stamp) | summary)
 
     columns = ("raw", "entropy", "planes", "levels", "floor")
     table = Table("matrix", *columns, title=f"{stamp['model']}: bits a weight; {label}")
@@ -236,7 +253,7 @@ def main(args: ResidualBits, console: Console) -> None:
 
 
 def cli(words: Sequence[str] | None = None) -> int:
-    return run(ResidualBits, main, __doc__, words, again=None)
+    return run(ResidualBits, main, __doc__, words)
 
 
 if __name__ == "__main__":

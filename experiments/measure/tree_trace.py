@@ -23,12 +23,13 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.common import records
 from experiments.common.cli import run
+from experiments.common.unfinished import Unfinished
 from experiments.speculative import benchmarks
 from llm_jax import registry
 from llm_jax.cache import empty_caches
 from llm_jax.config import Config
+from llm_jax.digest import json_digest
 from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate, prefill
 from llm_jax.params import Params
@@ -82,8 +83,19 @@ def main(args: TreeTrace, console: Console) -> int:
     draft = jax.tree.map(dense, draft, is_leaf=lambda w: isinstance(w, Packed))
     slots = cache_slots(args.max_length, spec)
     grow = tree_grower(draft, cfg, spec)
-    for name in args.benchmark:
-        for sample in benchmarks.load_conversations(name, args.data_dir, args.samples, args.seed):
+    aside = dict(output=None, checkpoint=None, data_dir=None, benchmark=(), samples=0, minutes=0.0)
+    flags = dataclasses.asdict(dataclasses.replace(args, **aside))
+    samples = [
+        (name, sample) for name in args.benchmark
+        for sample in benchmarks.load_conversations(name, args.data_dir, args.samples, args.seed)
+    ]  # fmt: skip
+    with Unfinished(args.output, [flags, checkpoint.identity()]) as work:
+        for name, sample in samples:
+            key = f"{name} {sample.id} {json_digest(sample.turns)}"
+            if before := work.found(key):
+                work.publish(args.output, key, before[0])
+                console.print(f"{name} {sample.id}: done before", style="dim", highlight=False)
+                continue
             prompt = tokenizer.chat([{"role": "user", "content": sample.turns[0]}])
             if len(prompt) + args.tokens > args.max_length:
                 continue
@@ -105,7 +117,7 @@ def main(args: TreeTrace, console: Console) -> int:
                 columns = {column: [r[column] for r in rounds] for column in rounds[0]}
                 about = {"method": "subspec", "benchmark": name, "sample": sample.id, "turn": 0}
                 about |= {"every_position": True, "model": args.model}
-                records.append(args.output, about | {"rounds": columns})
+                work.publish(args.output, key, about | {"rounds": columns})
     return 0
 
 
@@ -152,7 +164,7 @@ def judged(tree: Tree, following: Sequence[int], spec: TreeSpec) -> dict[str, An
 
 
 def cli(words: Sequence[str] | None = None) -> int:
-    return run(TreeTrace, main, __doc__, words, again=None)
+    return run(TreeTrace, main, __doc__, words, again="the same command with the same file goes on")
 
 
 if __name__ == "__main__":

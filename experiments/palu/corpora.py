@@ -5,7 +5,6 @@ come from a local folder (`--data-dir`, with the files of `CORPUS_FILES`) or the
 """
 
 import gzip
-import json
 import random
 import uuid
 import zlib
@@ -17,6 +16,7 @@ import numpy as np
 
 from experiments.common.cli import UserError
 from llm_jax.extras import need
+from llm_jax.files import parse_json
 
 Part = Literal["calibration", "evaluation"]
 CORPORA = ("python", "wikitext2", "c4", "book")
@@ -197,8 +197,8 @@ def json_rows(path: Path, most: int | None = None) -> Iterator[tuple[int, dict[s
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise CorpusError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise CorpusError(f"{path}, line {number}: not a JSON object with a text")

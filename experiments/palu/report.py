@@ -12,6 +12,7 @@ from experiments.common.plots import STYLE, matplotlib_for, method_colors
 from experiments.common.records import Record
 from experiments.palu.methods import PLANNED
 from llm_jax.files import atomic_file
+from llm_jax.values import is_plain
 
 _SHOWN = ("acc", "acc_norm", "perplexity")
 """The metrics of a task that the table has; the records have all."""
@@ -54,7 +55,7 @@ def problem(record: Record) -> str | None:
     if kind not in _RESULTS:
         return f"not a record of this command: its sample is {record['sample']!r:.40}"
     for name in (*_RESULTS[kind], *result):
-        if type(result.get(name)) not in (int, float):
+        if not is_plain(float, result.get(name)):
             return f"the {name} of its result is {result.get(name)!r:.40}; expected a number"
     if record["bf16_bytes_per_token"] < 1:
         return f"its bf16_bytes_per_token is {record['bf16_bytes_per_token']}"

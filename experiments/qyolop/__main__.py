@@ -52,8 +52,8 @@ Subcommand = (
 
 
 AGAIN = (
-    "what is written stays; `train`, and `predict` of images, resume with the same --output, the "
-    "other commands begin anew"
+    "what is written stays; the same command with the same --output goes on (`export`, `predict` "
+    "of a video, and `evaluate` and `benchmark` without --output, begin anew)"
 )
 
 

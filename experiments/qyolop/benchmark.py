@@ -3,11 +3,13 @@
 All ways to run take turns, so that a machine that slows down does so for all of them. A few untimed
 calls come before a timed one, and the clock stops when the result is there. Times are medians
 with quartiles. Multiply-adds per second are compared with the best large matrix product of the run.
+A round, in which every way has one turn, is what an interrupted benchmark keeps.
 """
 
 import contextlib
 import dataclasses
 import importlib.metadata
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,8 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
+from experiments.common.unfinished import Unfinished
 from experiments.qyolop.engines import DeployError, integer_model, onnx_session, pictures
+from experiments.qyolop.evaluate import machine
 from experiments.qyolop.flags import LARGEST_BATCH, check_file, check_range
+from llm_jax.digest import array_digest, json_digest
 from llm_jax.extras import MissingPackage
 from llm_jax.progress import Bar, bar
 from qyolop_jax import export, integer, optimization
@@ -66,7 +71,7 @@ class BenchmarkNetwork:
     train_batch: tuple[int, ...] = ()
     """Also time training steps with this many images."""
     output: Path | None = None
-    """A file of JSON lines to append to."""
+    """A file of JSON lines to append to; with it an interrupted benchmark keeps whole rounds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,10 +227,20 @@ def warmed(ways: Iterable[Way], step: Bar, console: Console) -> list[Way]:
     return good
 
 
-def turns(ways: Sequence[Way], repeats: int, step: Bar) -> list[list[float]]:
-    """Seconds of every call, [ways][repeats]; all take turns, each round begins with another."""
-    took: list[list[float]] = [[] for _ in ways]
-    for n in range(repeats):
+def turns(
+    ways: Sequence[Way],
+    repeats: int,
+    step: Bar,
+    known: Sequence[Sequence[float]] = (),
+    keep: Callable[[list[float]], None] | None = None,
+) -> list[list[float]]:
+    """Seconds of every call, [ways][repeats]; all take turns, each round begins with another.
+
+    `keep` gets the seconds [ways] of each round; `known` are the first rounds, from before.
+    """
+    rounds = [list(seconds) for seconds in known[:repeats]]
+    for n in range(len(rounds), repeats):
+        took = [0.0] * len(ways)
         for k in range(len(ways)):
             at = (n + k) % len(ways)
             until = time.perf_counter() + WARM
@@ -234,9 +249,12 @@ def turns(ways: Sequence[Way], repeats: int, step: Bar) -> list[list[float]]:
                 ways[at].call()
             began = time.perf_counter()
             ways[at].call()
-            took[at].append(time.perf_counter() - began)
+            took[at] = time.perf_counter() - began
             step(n * len(ways) + k + 1)
-    return took
+        rounds.append(took)
+        if keep:
+            keep(took)
+    return [list(seconds) for seconds in zip(*rounds, strict=True)]
 
 
 def speed_rows(ways: Sequence[Way], took: Sequence[Sequence[float]]) -> list[dict]:
@@ -275,6 +293,19 @@ def benchmark_command(args: BenchmarkNetwork, console: Console) -> int:
         f"{s.cfg.size[0]}x{s.cfg.size[1]}, {s.weights} weights, on {device}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    with Unfinished(args.output, _identity(args, s)) as work:
+        if not work.found("rows"):
+            work.add("rows", timed(args, s, work, console))
+        rows = work.found("rows")[0]
+        for n, row in enumerate(rows):
+            if args.output:
+                work.publish(args.output, f"row {n}", row)
+    _print_speed(rows, console)
+    return 0
+
+
+def timed(args: BenchmarkNetwork, s: Subject, work: Unfinished, console: Console) -> list[dict]:
+    """The records of all ways; goes on behind the rounds that `work` has of the same ways."""
     ways = [*products()]
     for batch in args.batch:
         ways += inference(s, batch, console)
@@ -282,19 +313,31 @@ def benchmark_command(args: BenchmarkNetwork, console: Console) -> int:
         ways += training(s, batch)
     with bar(console, "Compiling", len(ways)) as step:
         ways = warmed(ways, step, console)
+    title = f"round {json_digest([way.key for way in ways])}"
+    if known := work.found(title)[: args.repeats]:
+        console.print(f"Timing: {len(known)} of {args.repeats} rounds were done before",
+                      style="dim", highlight=False)  # fmt: skip
     with bar(console, "Timing", len(ways) * args.repeats) as step:
-        rows = speed_rows(ways, turns(ways, args.repeats, step))
+        took = turns(ways, args.repeats, step, known, lambda seconds: work.add(title, seconds))
     same = dict(
         weights=s.weights, width=s.cfg.width, activation=s.cfg.activation, size=s.cfg.size,
         parameters=s.parameters, macs=s.macs, devices=len(jax.devices()),
         environment=_environment(),
     )  # fmt: skip
-    for r in rows:
-        r["device"] = device if r["engine"] == "jax" and "cpu" not in r["precision"] else "cpu"
-        if args.output:
-            records.append(args.output, r | same)
-    _print_speed(rows, console)
-    return 0
+    device = jax.devices()[0].device_kind
+    on_device = lambda r: r["engine"] == "jax" and "cpu" not in r["precision"]
+    return [
+        r | dict(device=device if on_device(r) else "cpu") | same for r in speed_rows(ways, took)
+    ]
+
+
+def _identity(args: BenchmarkNetwork, s: Subject) -> dict[str, Any]:
+    """All that decides the times: the network, what is asked for, and this machine."""
+    found = _environment()
+    about = dict(packages=found["packages"], host=platform.node(), cpus=found["cpu_count"])
+    weights = [array_digest(a) for a in jax.tree.leaves((s.variables, s.model))]
+    asked = dataclasses.asdict(dataclasses.replace(args, run=None, output=None))
+    return dict(asked, weights=weights, machine=machine() | about)
 
 
 def _environment() -> dict[str, Any]:

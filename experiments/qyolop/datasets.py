@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from llm_jax.digest import json_digest
 from qyolop_jax.formats import ReadError
 from qyolop_jax.readers import ApolloScape, Bdd100k, CamVid, TuSimple, TypedLanes
 from qyolop_jax.samples import Report, Sample
@@ -28,6 +29,28 @@ def dataset(
     """The samples of a data set; for "scenes" it is `scenes`. ReadError where the folder is not."""
     if name == "scenes":
         return scenes
+    root = _root(name, data_dir)
+    if name == "camvid":  # lanes that a filter found are no truth to evaluate on
+        return CamVid(root, split, lanes=split == "train", report=report)
+    makers = dict(apollo=ApolloScape, tusimple=TuSimple, bdd100k=Bdd100k)
+    return makers.get(name, TypedLanes)(root, split, report=report)
+
+
+def data_identity(name: str, split: str, data_dir: Path | None, scenes: Scenes) -> Any:
+    """What is another value when the samples are others, in types that JSON has.
+
+    Of files it is names, sizes and times of the last change; the contents may be many gigabytes.
+    """
+    if name == "scenes":
+        return [name, scenes.count, *scenes.size, scenes.seed]
+    root = _root(name, data_dir)
+    states = [(f.relative_to(root), f.stat()) for f in sorted(root.rglob("*")) if f.is_file()]
+    files = [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
+    return [name, split, json_digest(files)]
+
+
+def _root(name: str, data_dir: Path | None) -> Path:
+    """The folder of a data set. ReadError where it is not."""
     if name not in FOLDERS:
         raise ReadError(f"no data set {name!r}; there are scenes, {', '.join(FOLDERS)}")
     if data_dir is None:
@@ -36,7 +59,4 @@ def dataset(
     root = next((f for f in there if f.is_dir()), None)
     if root is None:
         raise ReadError(f"{name}: none of {', '.join(map(str, there))} exists")
-    if name == "camvid":  # lanes that a filter found are no truth to evaluate on
-        return CamVid(root, split, lanes=split == "train", report=report)
-    makers = dict(apollo=ApolloScape, tusimple=TuSimple, bdd100k=Bdd100k)
-    return makers.get(name, TypedLanes)(root, split, report=report)
+    return root

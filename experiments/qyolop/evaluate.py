@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common import records
-from experiments.qyolop.datasets import HELD_OUT_SEED, DataName, dataset
+from experiments.common.unfinished import Unfinished
+from experiments.qyolop.datasets import HELD_OUT_SEED, DataName, data_identity, dataset
 from experiments.qyolop.flags import (
     LARGEST_BATCH,
     MOST_IMAGES,
@@ -22,10 +23,11 @@ from experiments.qyolop.flags import (
     check_file,
     check_range,
 )
+from llm_jax.digest import file_digest
 from llm_jax.progress import bar
-from qyolop_jax.evaluation import evaluate
-from qyolop_jax.network import Network, load
-from qyolop_jax.samples import Report
+from qyolop_jax.evaluation import Part, evaluate
+from qyolop_jax.network import MODEL_FILE, Network, load
+from qyolop_jax.samples import Report, Sample
 from qyolop_jax.scenes import Scenes
 from qyolop_jax.sources import LEFT_OUT
 
@@ -52,7 +54,7 @@ class Evaluate:
     protocol: Literal["pooled", "yolop"] = "pooled"
     """yolop averages IoU over batches, to compare with its published numbers."""
     output: Path | None = None
-    """A file of JSON lines to append to."""
+    """A file of JSON lines to append to; with it an interrupted evaluation goes on."""
 
 
 def evaluate_command(args: Evaluate, console: Console) -> int:
@@ -64,19 +66,27 @@ def evaluate_command(args: Evaluate, console: Console) -> int:
     network, report, rows = load(args.run), Report(), []
     scenes = Scenes(args.scenes, network.cfg.size, HELD_OUT_SEED * (args.split == "val"))
     sets = {n: dataset(n, args.split, args.data_dir, scenes, report) for n in args.data}
+    identity = dict(
+        network=network_digest(args.run), machine=machine(), batch=args.batch,
+        protocol=args.protocol,
+        data=[data_identity(n, args.split, args.data_dir, scenes) for n in args.data],
+    )  # fmt: skip
     try:
-        for name, data in sets.items():
-            before = report.counts[LEFT_OUT]
-            with bar(console, f"Evaluating on {name} {args.split}", len(data)) as step:
-                found = evaluate(
-                    network, data, args.batch, protocol=args.protocol, report=report, progress=step
-                )
-            rows.append(dict(model=args.run.name, data=name, split=args.split, result=found))
-            if args.output:
-                save_scores(console, args.output, dict(
-                    rows[-1], protocol=args.protocol, environment=records.environment(),
-                    device=jax.devices()[0].device_kind, left_out=report.counts[LEFT_OUT] - before,
-                ))  # fmt: skip
+        with Unfinished(args.output, identity) as work:
+            for name, data in sets.items():
+                before = report.counts[LEFT_OUT]
+                title = f"Evaluating on {name} {args.split}"
+                found = scores(
+                    work, title, network, data, console, batch=args.batch,
+                    protocol=args.protocol, report=report,
+                )  # fmt: skip
+                rows.append(dict(model=args.run.name, data=name, split=args.split, result=found))
+                if args.output:
+                    save_scores(console, work, args.output, dict(
+                        rows[-1], protocol=args.protocol, environment=records.environment(),
+                        device=jax.devices()[0].device_kind,
+                        left_out=report.counts[LEFT_OUT] - before,
+                    ))  # fmt: skip
     finally:  # also what was scored before an interrupt
         if rows:
             print_scores(console, rows)
@@ -84,10 +94,43 @@ def evaluate_command(args: Evaluate, console: Console) -> int:
     return 1 if report.counts[LEFT_OUT] else 0
 
 
-def save_scores(console: Console, path: Path, record: dict[str, Any]) -> None:
+def network_digest(run: Path) -> str:
+    """A digest of the file that `load` reads."""
+    run = run.expanduser()
+    return file_digest(run / MODEL_FILE if run.is_dir() else run)
+
+
+def machine() -> dict[str, str]:
+    """What else decides the last bits of a result: the device and the version of JAX."""
+    return dict(device=jax.devices()[0].device_kind, jax=jax.__version__)
+
+
+def scores(
+    work: Unfinished,
+    title: str,
+    network: Network,
+    data: Sequence[Sample],
+    console: Console,
+    **settings: Any,
+) -> dict[str, float]:
+    """The scores of `evaluate` with `settings`, behind a bar; goes on behind what `work` has."""
+    parts = {part["start"]: part for part in work.found(title)}
+    known: list[Part] = []
+    while (at := known[-1]["end"] if known else 0) in parts:
+        known.append(parts[at])
+    if known:
+        images = sum(part["images"] for part in known)
+        said = f"{title}: {images} of {len(data)} images were done before"
+        console.print(said, style="dim", highlight=False)
+    keep = lambda part: work.add(title, part)
+    with bar(console, title, len(data)) as step:
+        return evaluate(network, data, progress=step, known=known, keep=keep, **settings)
+
+
+def save_scores(console: Console, work: Unfinished, path: Path, record: dict[str, Any]) -> None:
     """Appends a record; prints its scores where that fails, because they took long."""
     try:
-        records.append(path, record)
+        work.publish(path, f"scores of {record['model']} on {record['data']}", record)
     except OSError:
         console.print(str(record["result"]), markup=False, highlight=False, soft_wrap=True)
         raise

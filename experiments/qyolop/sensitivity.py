@@ -12,8 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common import records
 from experiments.common.plots import METHODS, STYLE, drawn_or_said, matplotlib_for
+from experiments.common.unfinished import Unfinished
 from llm_jax.files import atomic_file
 from llm_jax.progress import bar
 from qyolop_jax import quantize
@@ -38,27 +38,38 @@ class Case:
 
 
 def measure_sensitivity(
-    case: Case, batches: Sequence, folder: Path, about: dict[str, Any], console: Console
+    case: Case,
+    batches: Sequence,
+    folder: Path,
+    about: dict[str, Any],
+    console: Console,
+    work: Unfinished,
 ) -> dict[str, Any]:
     """Measures, prints, and writes sensitivity.jsonl (one line per run) and sensitivity.png.
 
     The line holds signal-to-noise ratios in dB: with 8 bits in one convolution alone, "alone"
     {name: dB}; with 8 bits everywhere, by output, "all"; the same with the worst convolutions
     ("kept") in float, "with_kept"; and with all of them in float, "most", where only the tensors
-    between them have 8 bits: no --keep can do better.
+    between them have 8 bits: no --keep can do better. What `work` has is not measured again.
     """
-    total = len(case.graph.convs) * len(batches)
-    with bar(console, "Sensitivity of every convolution", total) as step:
+    total, title = len(case.graph.convs) * len(batches), "Sensitivity of every convolution"
+    known = {(at, name): float(value) for at, name, value in work.found(title)}
+    if known:
+        console.print(f"{title}: {len(known)} of {total} were done before", style="dim",
+                      highlight=False)  # fmt: skip
+    keep = lambda at, name, value: work.add(title, [at, name, repr(value)])  # JSON has no infinity
+    with bar(console, title, total) as step:
         alone = quantize.sensitivity(
-            case.graph, case.params, case.scales, batches, case.settings, progress=step
-        )
+            case.graph, case.params, case.scales, batches, case.settings, progress=step,
+            known=known, keep=keep,
+        )  # fmt: skip
     ranked = sorted(alone, key=lambda name: alone[name])
     tried = tuple([n for n in ranked if n not in case.settings.keep][:TRIED])
     more = dataclasses.replace(case.settings, keep=case.settings.keep + tried)
     every = dataclasses.replace(case.settings, keep=tuple(alone))
-    before, after, most = (output_noise(case, s, batches) for s in (case.settings, more, every))
+    before, after, most = (_noise(case, s, batches, work) for s in (case.settings, more, every))
     found = dict(alone=alone, all=before, kept=more.keep, with_kept=after, most=most)
-    records.append(folder / "sensitivity.jsonl", found | about)
+    work.publish(folder / "sensitivity.jsonl", "sensitivity", found | about)
     _print_sensitivity(case, ranked, found, console)
     if min(after.values()) - min(before.values()) > WORTH:
         console.print(f"These help: --keep {' '.join(more.keep)}", highlight=False, soft_wrap=True)
@@ -70,6 +81,15 @@ def measure_sensitivity(
     ]
     console.print(f"Written: {', '.join(written)}", style="dim", highlight=False, soft_wrap=True)
     return found
+
+
+def _noise(case: Case, settings: Settings, batches: Sequence, work: Unfinished) -> dict[str, float]:
+    """`output_noise`, from `work` where that has it."""
+    title = f"noise with {' '.join(settings.keep)} in float"
+    if not work.found(title):
+        measured = output_noise(case, settings, batches)
+        work.add(title, {name: repr(value) for name, value in measured.items()})
+    return {name: float(value) for name, value in work.found(title)[0].items()}
 
 
 def output_noise(case: Case, settings: Settings, batches: Sequence) -> dict[str, float]:

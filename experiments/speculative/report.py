@@ -24,6 +24,7 @@ from rich.text import Text
 
 from experiments.common.records import Record
 from experiments.speculative.plots import plots
+from llm_jax.values import is_plain
 
 __all__ = ["plots", "print_summary", "summarize", "summary_notes", "summary_table"]
 
@@ -39,9 +40,9 @@ _ROUNDS += ("streamed_bytes", "pass_bytes")
 
 def problem(record: Record) -> str | None:
     """What is wrong with the types of a record's fields, in words; None if nothing is."""
-    for names, kind, words in ((_TEXTS, str, "a text"), (_NUMBERS, (int, float), "a number")):
+    for names, kind, words in ((_TEXTS, str, "a text"), (_NUMBERS, float, "a number")):
         for name in names:
-            if not isinstance(record.get(name), kind):
+            if not is_plain(kind, record.get(name)):
                 return f"{name} is {record.get(name)!r}, expected {words}"
     if not _are(record.get("token_ids"), int):
         return "token_ids is not a list of whole numbers"
@@ -49,20 +50,21 @@ def problem(record: Record) -> str | None:
     if not isinstance(rounds, dict):
         return f"rounds is {rounds!r}, expected an object of lists"
     for name in _ROUNDS:
-        if not _are(rounds.get(name), (int, float)):
+        if not _are(rounds.get(name), float):
             return f"rounds.{name} is not a list of numbers"
     if len({len(rounds[name]) for name in _ROUNDS}) > 1:
         return "the lists of rounds are not of one length"
-    if not isinstance(record.get("peak_bytes"), int | float | None):
-        return f"peak_bytes is {record['peak_bytes']!r}, expected a number or null"
+    peak = record.get("peak_bytes")
+    if peak is not None and not is_plain(float, peak):
+        return f"peak_bytes is {peak!r}, expected a number or null"
     lossless = record.get("lossless")
     if lossless is not None and not (isinstance(lossless, dict) and "identical" in lossless):
         return f"lossless is {lossless!r}, expected null or an object with identical"
     return None
 
 
-def _are(values: Any, kind: type | tuple) -> bool:
-    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
+def _are(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(is_plain(kind, v) for v in values)
 
 
 def summarize(records: Iterable[Record]) -> list[Summary]:

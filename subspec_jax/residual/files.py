@@ -108,8 +108,7 @@ class TensorFile:
 def _mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(views of a safetensors file's tensors, its metadata). Only the header is read."""
     types = dict(U8=np.uint8, U16=np.uint16, U32=np.uint32, BF16="bfloat16", F16=np.float16)
-    if not file.is_file() and file.exists():
-        raise ValueError("it is no ordinary file")  # a pipe would be waited for without an end
+    _require_ordinary(file)
     whole = np.memmap(file, np.uint8, "r")
     begin = 8 + int(whole[:8].view(np.uint64)[0])
     header = parse_json(bytes(whole[8:begin]))
@@ -122,6 +121,12 @@ def _mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return views, metadata
 
 
+def _require_ordinary(file: Path) -> None:
+    """Raises ValueError for what is there and no file: reading a pipe might never end."""
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no ordinary file")
+
+
 def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
     """Writes a manifest, with a digest of itself, atomically."""
     with atomic_file(file) as scratch:
@@ -132,8 +137,7 @@ def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(file: Path) -> dict[str, Any]:
     """The manifest. Raises ResidualError if it is missing, damaged or of another version."""
     try:
-        if not file.is_file() and file.exists():
-            raise ValueError("it is no ordinary file")
+        _require_ordinary(file)
         manifest = parse_json(file.read_text(encoding="utf-8"))
         version = manifest.get("version")
         digest = manifest.pop("digest", None)

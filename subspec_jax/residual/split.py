@@ -2,17 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 
 from llm_jax.config import Config
 from llm_jax.linear import linear
 from llm_jax.packed import packed
-from llm_jax.params import Layer, SeparateExperts, abstract, joined
+from llm_jax.params import Layer, abstract, joined
 from llm_jax.quantize import quantize
 from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.quantized_matmul.packing import fields_of
@@ -46,15 +47,50 @@ class Split:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SplitExperts:
-    """A stack of experts in two parts: the substitutes, a stack, and a residual for each expert."""
+    """A layer's experts in two parts: stacks of substitutes, and a residual array for each expert.
 
-    substitute: Packed
-    residual: SeparateExperts
+    Like `llm_jax.params.SeparateExperts` it takes the place of both stacks. The words of an
+    expert's two residuals are one array, those of gate_up before those of down.
+    """
 
-    def expert(self, number: jax.Array, residual: Residual) -> Split:
-        """One expert, whose residual is on the device."""
+    gate_up: Packed
+    down: Packed
+    each: tuple[jax.Array, ...]
+    """uint32 [rows, LANES]."""
+    shapes: tuple[tuple[int, int], tuple[int, int]] = dataclasses.field(metadata=dict(static=True))
+    dtype: str = dataclasses.field(metadata=dict(static=True))
+    rows: int = dataclasses.field(metadata=dict(static=True))
+    """Rows of words of gate_up."""
+    patches: tuple[int, int] = dataclasses.field(metadata=dict(static=True))
+
+    def matrices(self, words: jax.Array, number: jax.Array) -> tuple[Split, Split]:
+        """(gate_up, down) of an expert whose words are on the device."""
         take = lambda a: jax.lax.dynamic_index_in_dim(a, number, 0, keepdims=False)
-        return Split(jax.tree.map(take, self.substitute), residual)
+        low = jax.tree.map(take, (self.gate_up, self.down))
+        return tuple(
+            Split(low, Residual(part, None, shape, self.dtype, patches))
+            for low, part, shape, patches in zip(
+                low,
+                (words[: self.rows], words[self.rows :]),
+                self.shapes,
+                self.patches,
+                strict=True,
+            )
+        )
+
+
+def split_experts(low: tuple[Packed, Packed], pairs: Sequence[tuple[Residual, Residual]]):
+    """`SplitExperts` of stacks of substitutes and of each expert's residuals, padded alike."""
+    first, second = pairs[0]
+    words = lambda pair: np.concatenate([np.asarray(r.words) for r in pair])
+    return SplitExperts(
+        *low,
+        tuple(map(words, pairs)),
+        (first.shape, second.shape),
+        first.dtype,
+        first.words.shape[0],
+        (first.patches, second.patches),
+    )
 
 
 def is_split(w: Any) -> bool:
@@ -80,23 +116,27 @@ def split_shapes(
     split = lambda *matrices: _split(matrices, bits, group, room[next(names)], code)
     plain = abstract(cfg).layers[index]
     if cfg.has_experts(index):
-        return _split_expert_shapes(plain, bits, group, room, code)
+        return _split_expert_shapes(plain, bits, group, room)
     return jax.eval_shape(lambda layer: joined(layer, split), plain)
 
 
-def _split_expert_shapes(plain: Layer, bits, group, room, code) -> Layer:
+def _split_expert_shapes(plain: Layer, bits, group, room) -> Layer:
     """The layer with its experts in two parts, as shapes; its other matrices stay as they are."""
-
-    def apart(name, stack):
-        one = jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
-        single = jax.eval_shape(lambda w: _split((w,), bits, group, room[name], code), one)
-        deeper = lambda a: jax.ShapeDtypeStruct((stack.shape[0], *a.shape), a.dtype)
-        each = (single.residual,) * stack.shape[0]
-        return SplitExperts(jax.tree.map(deeper, single.substitute), SeparateExperts(each))
-
-    names = "expert_gate_up", "expert_down"
-    stacks = {name: apart(name, getattr(plain.mlp, name)) for name in names}
-    return dataclasses.replace(plain, mlp=dataclasses.replace(plain.mlp, **stacks))
+    array = jax.ShapeDtypeStruct
+    stacks = plain.mlp.expert_gate_up, plain.mlp.expert_down
+    rooms = [room[name] for name in ("expert_gate_up", "expert_down")]
+    low = lambda w: packed(quantize(w, bits, group, 0))
+    rows = sum(rows for rows, _ in rooms)
+    experts = SplitExperts(
+        *(jax.eval_shape(jax.vmap(low), stack) for stack in stacks),
+        (array((rows, LANES), jnp.uint32),) * stacks[0].shape[0],
+        tuple(stack.shape[1:] for stack in stacks),
+        stacks[0].dtype.name,
+        rooms[0][0],
+        tuple(patches for _, patches in rooms),
+    )
+    mlp = dataclasses.replace(plain.mlp, expert_gate_up=experts, expert_down=None)
+    return dataclasses.replace(plain, mlp=mlp)
 
 
 def _split(matrices, bits, group, room, code) -> Split:

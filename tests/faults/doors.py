@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments.common import records
 from experiments.common.cli import USER_ERRORS
+from experiments.common.unfinished import FIELDS, Unfinished, problem
 from experiments.speculative import benchmarks, report
 from experiments.speculative.replay import acceptance_trace
 from llm_jax.digest import array_digest, json_digest
@@ -166,6 +167,25 @@ def weights(path: Path) -> str:
     cfg = found.config("float32")
     found.check(cfg)
     return digest(found.load(cfg)) + repr(cfg)
+
+
+PARTS = [dict(start=n, boxes=[[0.1, 2.5]], edges=dict(any=[[None]])) for n in range(3)]
+
+
+def unfinished(folder: Path) -> Path:
+    """What an interrupted evaluation leaves."""
+    with contextlib.suppress(KeyboardInterrupt), Unfinished(folder / "scores.jsonl", 1) as work:
+        for part in PARTS:
+            work.add("part", part)
+        raise KeyboardInterrupt
+    return folder / "scores.jsonl.unfinished" / "records.jsonl"
+
+
+def parts(path: Path) -> list[Any]:
+    """The parts that an evaluation would take: those that were written, and perhaps not all."""
+    found = [r["value"] for r in records.read(path, FIELDS, problem)]
+    assert all(part in PARTS for part in found)
+    return found
 
 
 def text(path: Path) -> Any:
@@ -378,6 +398,7 @@ DOORS = {
     ),
     "converted manifest": Door(converted("manifest.json"), converted_weights, "json", checked=True),
     "records": Door(jsonl(TURN, TURN | {"turn": 1}), summary, "lines"),
+    "unfinished work": Door(unfinished, parts, "lines"),
     "trace": Door(jsonl(TURN), trace, "lines"),
     "benchmark": Door(benchmark(".jsonl"), questions, "lines"),
     "benchmark parquet": Door(benchmark(".parquet"), questions, "bytes"),

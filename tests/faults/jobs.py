@@ -21,7 +21,11 @@ from palu_jax.calibration import calibrate
 from palu_jax.convert import Recipe, to_palu
 from palu_jax.latent import LatentFormat
 from palu_jax.rank import group_sizes, uniform_ranks
-from qyolop_jax.stages import Phase, Stage
+from qyolop_jax.config import ModelConfig
+from qyolop_jax.network import INTEGER_FILE, MODEL_FILE, load
+from qyolop_jax.recipe import Training, four_stages
+from qyolop_jax.scenes import Scenes
+from qyolop_jax.stages import Phase, Stage, Variables
 from qyolop_jax.training import fit
 from subspec_jax.residual.convert import convert as convert_model
 
@@ -65,14 +69,27 @@ def compress(folder: Path) -> None:
         store.save(folder / "store", made, CFG, recipe, "tiny")
 
 
-def train(folder: Path) -> None:
+def regress(folder: Path) -> None:
     """The four stages of Q-YOLOP's training, on a regression in place of the network."""
     from test_training import Numbers, begin, loss
 
     stages = [Stage(name, 2, 4, 0.05, 0.01) for name in ("pretrain", "mosaic", "finetune", "qat")]
     feed = lambda number: lambda mosaic: Numbers(10 * number + mosaic)
     phases = [Phase(s, loss, begin, feed(i), per_epoch=3) for i, s in enumerate(stages)]
-    variables = fit(folder, phases, save_every=2)
+    keep(folder, fit(folder, phases, save_every=2))
+
+
+def train(folder: Path) -> None:
+    """The four stages on the smallest network: all its layers, one cell, two steps a stage."""
+    cfg = ModelConfig(0.01, "relu", size=(32, 32))
+    stages = four_stages((1, 1, 1, 1), batch=2, rate=1e-3)
+    training = Training(folder, {"scenes": Scenes(4, (64, 64))}, cfg, stages)
+    variables = training.run(save_every=1)
+    training.network(variables)
+    keep(folder, variables)
+
+
+def keep(folder: Path, variables: Variables) -> None:
     kept = {jax.tree_util.keystr(p): np.asarray(a) for p, a in jax.tree.leaves_with_path(variables)}
     np.savez(folder / "variables.npz", **kept)
 
@@ -88,4 +105,12 @@ def made_by(job: str, folder: Path):
         restored = store.restore(folder / "store", tiny_params(CFG), CFG)
         return [np.asarray(a).tobytes() for a in jax.tree.leaves(restored)]
     found = np.load(folder / "variables.npz")
-    return {name: np.round(found[name].astype(np.float64), 5).tolist() for name in found.files}
+    if job == "regress":  # another process may add in another order
+        return {name: np.round(found[name].astype(np.float64), 5).tolist() for name in found.files}
+    networks = [load(folder / name).values for name in (MODEL_FILE, INTEGER_FILE)]
+    logged = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [
+        {name: found[name].tobytes() for name in found.files},
+        [np.asarray(a).tobytes() for a in jax.tree.leaves(networks)],
+        [{k: v for k, v in r.items() if k != "images_per_second"} for r in logged],
+    ]

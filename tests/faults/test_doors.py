@@ -52,7 +52,7 @@ PLACES = {
     "link to itself": lambda path: path.symlink_to(path),
 }
 OPTIONAL = ("index", "generation_config", "tokenizer_config", "template", "records", "labels")
-OPTIONAL += ("Palu statistics",)
+OPTIONAL += ("Palu statistics", "unfinished work")
 """What may be missing. A link to itself is missing, too."""
 
 

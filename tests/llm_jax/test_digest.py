@@ -22,9 +22,9 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def hashed(monkeypatch):
     """The sizes of the files that are read."""
-    seen, exact = [], digest._hashed
+    seen, exact = [], digest.hash_file
     monkeypatch.setattr(
-        digest, "_hashed", lambda path, size: seen.append(size) or exact(path, size)
+        digest, "hash_file", lambda path: seen.append(path.stat().st_size) or exact(path)
     )
     return seen
 
@@ -55,7 +55,7 @@ def test_one_bit_anywhere_changes_it(tmp_path):
 
 
 def test_it_is_kept_until_the_file_changes(tmp_path, hashed, monkeypatch):
-    monkeypatch.setattr(digest, "_SETTLED_NS", 0)  # no test waits until a file is old
+    monkeypatch.setattr(digest, "SETTLED_NS", 0)  # no test waits until a file is old
     path = write(tmp_path / "a", b"one" * 100)
     first = file_digest(path)
     assert file_digest(path) == first == file_digest(str(path)) and hashed == [300]
@@ -74,9 +74,11 @@ def test_a_file_that_has_just_changed_is_read_again(tmp_path, hashed, cache):
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"state": 3}', b"\xff", b'{"state": {}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"state": 3}', b"\xff", b'{"state": {}}', b"[" * 10**5]
+)
 def test_a_damaged_cache_is_passed_over(tmp_path, cache, monkeypatch, content):
-    monkeypatch.setattr(digest, "_SETTLED_NS", 0)
+    monkeypatch.setattr(digest, "SETTLED_NS", 0)
     path = write(tmp_path / "a", b"1")
     want = file_digest(path)
     (kept,) = cache.iterdir()
@@ -85,7 +87,7 @@ def test_a_damaged_cache_is_passed_over(tmp_path, cache, monkeypatch, content):
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(digest, "_SETTLED_NS", 0)
+    monkeypatch.setattr(digest, "SETTLED_NS", 0)
     write(tmp_path / "file", b"")
     monkeypatch.setenv("THIMBLE_CACHE", str(tmp_path / "file"))
     path = write(tmp_path / "a", b"1")

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from llm_jax import CheckpointError, downloads
+from llm_jax import CheckpointError, digest, downloads
 from llm_jax.registry import MODELS, RegisteredModel, find_checkpoint
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 
@@ -32,9 +32,9 @@ def snapshot(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     for file in source.iterdir():
         data = file.read_bytes()
-        digest = published(data, file.suffix == ".safetensors")
-        (repo / "blobs" / digest).write_bytes(data)
-        (folder / file.name).symlink_to(f"../../blobs/{digest}")
+        name = published(data, file.suffix == ".safetensors")
+        (repo / "blobs" / name).write_bytes(data)
+        (folder / file.name).symlink_to(f"../../blobs/{name}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
     monkeypatch.setitem(MODELS, "tiny", RegisteredModel("tiny", "nobody/tiny", cfg))
     return folder
@@ -109,7 +109,7 @@ def test_a_changed_file_in_the_cache_is_named(snapshot, tmp_path, name, explicit
 
 def test_a_file_is_hashed_once(snapshot, tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr(downloads, "SETTLED_NS", -1)
+    monkeypatch.setattr(digest, "SETTLED_NS", -1)
     monkeypatch.setattr(downloads, "hashed", hash_and_log(hashed))
     find(tmp_path)
     assert sorted(hashed) == sorted(file.name for file in snapshot.iterdir())
@@ -125,7 +125,8 @@ def test_a_file_is_hashed_once(snapshot, tmp_path, monkeypatch):
     os.utime(blob, ns=(1, 1))  # the same bytes, size and time in another file
     find(tmp_path)
     assert hashed == ["config.json"] * 2
-    (tmp_path / "cache" / downloads.MARKS).write_text("damaged")
+    for kept in (tmp_path / "cache/digests").iterdir():
+        kept.write_text("damaged")
     hashed.clear()
     find(tmp_path)
     assert len(hashed) == len(list(snapshot.iterdir()))
@@ -150,12 +151,12 @@ def hash_and_log(log):
 
 def test_large_files_are_announced(tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "ANNOUNCED", 20_000_000)
-    monkeypatch.setattr(downloads, "SETTLED_NS", -1)
+    monkeypatch.setattr(digest, "SETTLED_NS", -1)
     (tmp_path / "x").write_bytes(bytes(25_000_000))
     said = []
     for _ in range(2):
-        digest = hashlib.sha256(bytes(25_000_000)).hexdigest()
-        downloads.check([(tmp_path / "x", digest)], tmp_path / "cache", said.append)
+        sha256 = hashlib.sha256(bytes(25_000_000)).hexdigest()
+        downloads.check([(tmp_path / "x", sha256)], tmp_path / "cache", said.append)
     assert said == [f"checking 0.0 GB of {tmp_path} once"]
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm_jax import CheckpointError
+from llm_jax import CheckpointError, LLMError
+from llm_jax import tokenizer as tokenizer_module
 from llm_jax.folder import INDEX, WHOLE
 from llm_jax.formats import open_checkpoint
 from llm_jax.testing import tiny_config, tiny_params, tiny_tokenizer, write_safetensors
@@ -194,12 +195,16 @@ def test_the_end_of_a_turn_is_in_the_vocabulary(copy, value):
 
 
 def test_a_tokenizer_with_ids_beyond_the_table(copy):
+    """They are refused when a text has them, as a model that never sees them is a whole one."""
     folder = copy("complete")
     known = json.loads((folder / "tokenizer.json").read_text())
     known["model"]["vocab"]["e"] = 10**6
     rewritten(folder, "tokenizer.json", **known)
-    said = refusal(folder, "tokenizer")
-    assert "gives 'e' the id 1000000, and the embedding table has 288 rows; take" in said
+    tokenizer = open_checkpoint(folder).tokenizer()
+    assert tokenizer.decode(tokenizer.encode("a thimbl")) == "a thimbl"
+    words = f"token 'e', whose id is 1000000, and the embedding table of {folder} has 288 rows;"
+    with pytest.raises(LLMError, match=words):
+        tokenizer.encode("a thimble")
 
 
 def test_added_tokens_that_the_table_has_no_rows_for(copy):
@@ -208,7 +213,30 @@ def test_added_tokens_that_the_table_has_no_rows_for(copy):
     fits = CFG.vocab - len(hf)
     hf.add_tokens([f"<unused {i}>" for i in range(fits)])
     hf.save_pretrained(folder)
-    assert open_checkpoint(folder).tokenizer().vocab == CFG.vocab
-    hf.add_tokens(["<|user|>"], special_tokens=True)
+    whole = open_checkpoint(folder).tokenizer()
+    assert whole.vocab == CFG.vocab and whole.encode(f"<unused {fits - 1}>") == [CFG.vocab - 1]
+    hf.add_tokens(["<|user|>", "<|eot_id|>"], special_tokens=True)
     hf.save_pretrained(folder)
-    assert "gives '<|user|>' the id 288" in refusal(folder, "tokenizer")
+    tokenizer = open_checkpoint(folder).tokenizer()
+    assert tokenizer.eos == whole.eos  # the model cannot say <|eot_id|>
+    assert tokenizer.encode("Hi!") == whole.encode("Hi!")
+    with pytest.raises(LLMError, match=r"the token '<\|user\|>', whose id is 288"):
+        tokenizer.encode("Hi! <|user|>")
+    hf.chat_template = "<|user|>{{ messages[0].content }}"
+    hf.save_pretrained(folder)
+    with pytest.raises(LLMError, match=r"the token '<\|user\|>', whose id is 288"):
+        open_checkpoint(folder).tokenizer().chat([dict(role="user", content="Hi!")])
+
+
+def test_a_turn_must_end_with_a_token_that_the_table_has(copy, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "TURN_ENDS", ())  # of which it has others
+    folder = copy("complete")
+    hf = tiny_tokenizer(CFG.vocab)
+    hf.add_tokens([f"<unused {i}>" for i in range(CFG.vocab - len(hf))])
+    hf.add_special_tokens(dict(eos_token="<|beyond|>"))
+    hf.save_pretrained(folder)
+    for name in ("generation_config.json", "config.json"):
+        rewritten(folder, name, eos_token_id=288)
+    assert "ends a turn with id 288, and the embedding table has 288" in refusal(
+        folder, "tokenizer"
+    )

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax import CheckpointError, testing
+from llm_jax import CheckpointError, LLMError, testing
 from llm_jax.formats import open_checkpoint
 from llm_jax.gguf import GGUF
 from llm_jax.rope import Llama3Rope
@@ -311,11 +311,13 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path, cfg, metadata, expecte
 
 
 def test_a_tokenizer_with_more_tokens_than_the_table_has_rows(tmp_path, cfg):
-    tokens = [f"t{i}" for i in range(289)]
+    tokens = [*(f"t{i}" for i in range(287)), "a", "b"]
     metadata = {f"{ggml}tokens": tokens, f"{ggml}token_type": None, f"{ggml}merges": None}
     path = write_with(tmp_path, cfg, {}, metadata)
-    with pytest.raises(CheckpointError, match=r"gives 't288' the id 288, and the embedding table"):
-        open_checkpoint(path).tokenizer()
+    tokenizer = open_checkpoint(path).tokenizer()
+    assert tokenizer.encode("aa") == [287, 287]
+    with pytest.raises(LLMError, match="the token 'b', whose id is 288, and the embedding table"):
+        tokenizer.encode("ab")
 
 
 def test_of_very_many_problems_the_first_are_listed(tmp_path, cfg):

@@ -96,9 +96,19 @@ UNKNOWN = {52, 92, 100, 116, 156, 172, 184, 188, 232, 236, 244, 260, 268, 292}
 """Multiples of 4 up to 300 that doubling and Paley's constructions over primes do not reach."""
 
 
-def test_rotations_of_every_size():
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (*range(1, 46), 52, 64),
+        pytest.param(
+            (*range(46, 100), *range(100, 301, 4), 101, 129, 250, 299), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["small", "large"],
+)
+def test_rotations_of_every_size(sizes):
     """Orthogonal, first row constant; ±1/sqrt(n) throughout where a Hadamard matrix is known."""
-    for size in (*range(1, 100), *range(100, 301, 4), 101, 129, 250, 299):
+    for size in sizes:
         q = rotation(size)
         assert q.shape == (size, size) and q.dtype == np.float64
         assert np.abs(q @ q.T - np.eye(size)).max() < 1e-9
@@ -108,7 +118,7 @@ def test_rotations_of_every_size():
     np.testing.assert_array_equal(rotation(30), rotation(30))  # no randomness from run to run
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_rotation_helps_spiky_latents(bits):
     rng = np.random.default_rng(1)
     z = rng.normal(size=(1, 256, 32)) * np.geomspace(20, 0.1, 32)
@@ -190,7 +200,7 @@ def test_moved_rows_are_the_same_bits():
     cache = PaluCache.empty(form, ((6,), (5, 3)), True, 2, 16, 6, "float32")
     rng = np.random.default_rng(1)
     new = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    cache = PaluCache.write(cache, new(2, 12, 6), new(2, 12, 8), new(2, 12), 0)
+    cache = jit_write(cache, new(2, 12, 6), new(2, 12, 8), new(2, 12), 0)
     moved = jax.jit(PaluCache.move)(cache, jnp.array([7, 9, 10]), jnp.int32(7))
     slots = lambda c: jax.tree.leaves((c.k, c.v, c.mean_coefficient_BS))
     for old, got in zip(slots(cache), slots(moved), strict=True):

@@ -143,8 +143,8 @@ def test_round_trip_through_a_file(tmp_path):
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype and a.shape == b.shape
     x = images(1)
-    for name, a in run_integer(model, x).items():
-        np.testing.assert_array_equal(run_integer(back, x)[name], a)
+    for name, a in run_numpy(model, x).items():
+        np.testing.assert_array_equal(run_numpy(back, x)[name], a)
     assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
 
 

@@ -70,6 +70,11 @@ def detection(raw, batch):
     return losses.detection_losses(raw, batch, CFG, LOSS)
 
 
+@jax.jit
+def assigned(raw, batch):
+    return assign(decode_boxes(raw, CFG), batch, CFG, SIZE)
+
+
 @functools.partial(jax.jit, static_argnames="name")
 def detection_gradient(raw, batch, name):
     return jax.grad(lambda r: losses.detection_losses(r, batch, CFG, LOSS)[name])(raw)
@@ -210,8 +215,8 @@ def test_ignored_pixels_do_not_count():
 
 def reference_detection(raw, batch, box_loss):
     """Class, objectness and box as functions of raw detection outputs, assignment held fixed."""
-    fixed, decoded = cells(CFG, SIZE), decode_boxes(raw, CFG)
-    found = assign(decoded, batch, CFG, SIZE)
+    fixed = cells(CFG, SIZE)
+    found = assigned(raw, batch)
     own, ignore = np.asarray(found.box_BP), np.asarray(found.ignore_BP)
     positive, labelled = own >= 0, np.asarray(batch["labelled"])[:, 0]
     total = max(positive.sum(), labelled.sum(), 1)
@@ -329,7 +334,7 @@ def test_gradients_are_finite_and_zero_where_nothing_is_labelled(box, what):
 
 def test_crowds_get_no_objectness_loss():
     raw, batch = example()
-    found = assign(decode_boxes(raw, CFG), batch, CFG, SIZE)
+    found = assigned(raw, batch)
     detect = {k: v for k, v in raw.items() if k.startswith("detect")}
     gradient = detection_gradient(detect, batch, "objectness")
     flat = jnp.concatenate([gradient[f"detect.{s}"].reshape(3, -1, 9) for s in CFG.strides], 1)

@@ -128,6 +128,7 @@ def gated_by_recursion(token, parent, draw, entropy, probability, gate):
 GATES = [Gate(kind, 0.5, window) for kind in ("entropy", "probability") for window in (1, 2, 3)]
 
 
+@pytest.mark.quick_cases(repr(GATES[2]), repr(GATES[4]))
 @pytest.mark.parametrize("gate", GATES, ids=repr)
 @settings(max_examples=80, deadline=None)
 @seeds
@@ -154,6 +155,10 @@ def a_chain(mismatch_at, length):
     return i32(token), i32(parent), draw
 
 
+@pytest.mark.quick_cases(
+    *("gate0-0.29-0.0-3-True", "gate1-0.29-0.0-2-False", "gate3-0.0-1.0-5-False"),
+    *("gate4-1.0-0.25-3-True", "gate5-0.0-0.24-5-False"),
+)
 @pytest.mark.parametrize(
     "gate, entropy, probability, following, passes",
     [

@@ -15,7 +15,7 @@ from llm_jax.testing import tiny_config, tiny_params
 from pallas_kernels.residual_decode import residual_decode
 from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import Draft, make_draft
-from subspec_jax.experts import AT_ONCE, ExpertCache, stacks_of, without_stacks
+from subspec_jax.experts import AT_ONCE, ExpertCache, apart, without_experts
 from subspec_jax.load import random_target, split_layer
 from subspec_jax.methods import make_method
 from subspec_jax.offload import moving, offload, streamed_bytes
@@ -151,9 +151,11 @@ def test_hot_experts_stay():
     assert hits >= 3  # of 3 layers x 3 experts, room for 6 and a ring of 4
     for layer in range(3):
         for some in cache.take(layer, np.eye(8, dtype=int)[0]):
-            np.testing.assert_array_equal(
-                some[0][1][1], np.asarray(params.layers[layer].mlp.expert_down[0])
-            )
+            experts = params.layers[layer].mlp
+            want = [
+                np.asarray(w[0]).reshape(-1) for w in (experts.expert_gate_up, experts.expert_down)
+            ]
+            np.testing.assert_array_equal(some[0][1], np.concatenate(want))
 
 
 def test_only_experts_move():
@@ -164,11 +166,14 @@ def test_only_experts_move():
     assert not any(jax.tree.leaves((moves.attn, moves.mlp.router, moves.mlp.shared)))
     stacks = layer.mlp.expert_gate_up, layer.mlp.expert_down
     assert streamed_bytes(layer) == sum(a.nbytes for a in stacks)
-    apart = offload(layer)
-    assert isinstance(apart.mlp.expert_down, SeparateExperts)
-    assert streamed_bytes(apart) == streamed_bytes(layer)
-    assert stacks_of(layer) is None and stacks_of(apart) is not None
-    assert jax.tree.leaves(without_stacks(apart).mlp.expert_down) == []
+    moved = offload(layer)
+    assert isinstance(moved.mlp.expert_gate_up, SeparateExperts)
+    assert streamed_bytes(moved) == streamed_bytes(layer)
+    assert apart(layer) is None and apart(moved) is not None
+    assert jax.tree.leaves(without_experts(moved).mlp.expert_gate_up) == []
+    for flat, *want in zip(moved.mlp.expert_gate_up.each, *stacks, strict=True):
+        for got, w in zip(moved.mlp.expert_gate_up.matrices(flat), want, strict=True):
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(w))
 
 
 def test_whole_layers_can_be_streamed_too():
@@ -200,20 +205,21 @@ def test_residuals_of_experts_give_the_same_tokens():
     """Experts in two parts are decoded to the very weights, so nothing but the bytes changes."""
     params, cfg = model(dtype="bfloat16")
     shapes = split_shapes(cfg, 4, 32, gaussian_room(cfg, 4, 32))
-    apart = [split_layer(layer, shapes, 20) for layer in params.layers]
-    for layer, split in zip(params.layers, apart, strict=True):
-        for name in ("expert_gate_up", "expert_down"):
-            stack, exact = getattr(split.mlp, name), getattr(layer.mlp, name)
-            for e, residual in enumerate(stack.residual.each):
-                w = stack.expert(jnp.int32(e), jax.tree.map(jnp.asarray, residual))
-                got = residual_decode(w.residual, w.substitute)
-                np.testing.assert_array_equal(np.asarray(got), np.asarray(exact[e]))
-    both = dataclasses.replace(params, layers=tuple(apart))
+    layers = [split_layer(layer, shapes, 20) for layer in params.layers]
+    for layer, split in zip(params.layers, layers, strict=True):
+        w = split.mlp.expert_gate_up
+        for e, words in enumerate(w.each):
+            both = w.matrices(jnp.asarray(words), jnp.int32(e))
+            exact = layer.mlp.expert_gate_up[e], layer.mlp.expert_down[e]
+            for got, want in zip(both, exact, strict=True):
+                got = residual_decode(got.residual, got.substitute)
+                np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+    both = dataclasses.replace(params, layers=tuple(layers))
     method = make_method("subspec", TreeSpec(depth=4, width=2), Draft(bits=4, group=32))
     raw = decoder(params, cfg, "subspec")
     target = offloaded(both, cfg, capacity=4)
     low = make_draft(target.params, method.draft)
-    assert low.layers[0].mlp.expert_down is target.params.layers[0].mlp.expert_down.substitute
+    assert low.layers[0].mlp.expert_down is target.params.layers[0].mlp.expert_gate_up.down
     split = Decoder(target, method.proposer(cfg, low), max_length=96, chunk=16)
     got, want = (list(d.rounds(PROMPT, 16)) for d in (split, raw))
     assert [r.tokens for r in got] == [r.tokens for r in want]

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import save_file
 
+from experiments.measure import residual
 from experiments.measure.residual import ResidualBits, cli, entropy, main, matrices
 from llm_jax.testing import tiny_config, tiny_params, write_gguf
 
@@ -61,6 +62,35 @@ def test_matrices_of_any_safetensors_file(tmp_path, capsys):
     save_file({"bias": draw(4)}, tmp_path / "none.safetensors")
     assert cli(["--model", str(tmp_path / "none.safetensors")]) == 2
     assert "holds no matrices" in capsys.readouterr().err
+
+
+def test_an_interrupt_keeps_the_matrices_that_are_done(tmp_path, monkeypatch, capsys):
+    rng, done, stop, real = np.random.default_rng(0), [], [None], residual.one
+    tensors = {f"layer.{n}.w": rng.normal(size=(64, 64)).astype(np.float32) for n in range(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    def one(matrix, args):
+        if len(done) == stop[0]:
+            raise KeyboardInterrupt
+        done.append(matrix.layer)
+        return real(matrix, args)
+
+    monkeypatch.setattr(residual, "one", one)
+    words = ["--model", str(tmp_path / "model.safetensors"), "--output"]
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    assert cli([*words, str(whole)]) == 0
+    done.clear()
+    stop[0] = 2
+    assert cli([*words, str(part)]) == 130 and done == [0, 1] and len(lines(part)) == 2
+    assert "the same command with the same --output resumes" in capsys.readouterr().err
+    stop[0] = None
+    assert cli([*words, str(part)]) == 0
+    assert done == [0, 1, 2] and "1 w: done before" in capsys.readouterr().out
+    clock = ("environment", "levels_seconds", "planes_seconds")
+    timeless = lambda path: [{k: v for k, v in r.items() if k not in clock} for r in lines(path)]
+    assert timeless(whole) == timeless(part) and len(lines(part)) == 4
+    done.clear()
+    assert cli([*words, str(part)]) == 0 and len(done) == 3  # it had ended: all of it, again
 
 
 def test_normal_numbers_need_two_sizes(capsys):

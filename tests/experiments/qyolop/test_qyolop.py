@@ -156,7 +156,7 @@ def scored(run, monkeypatch):
     """Evaluation whose scores are made up; `calls` are the data sets that were scored."""
     calls = []
 
-    def scores(network, data, batch, protocol, report, progress):
+    def scores(network, data, batch, **others):
         calls.append(len(data))
         return {"detection/AP50": 0.625, "area/mIoU": 0.5}
 
@@ -198,6 +198,7 @@ def test_an_interrupt_keeps_what_was_scored(run, scored, tmp_path, monkeypatch, 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(qyolop_evaluate, "dataset", second)
+    monkeypatch.setattr(qyolop_evaluate, "data_identity", lambda name, *rest: name)
     out = tmp_path / "scores.jsonl"
     words = ["evaluate", "--run", str(run), "--data", "scenes", "camvid", "--output", str(out)]
     assert qyolop.cli(words) == 130

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.common.unfinished import Unfinished
 from experiments.qyolop import __main__ as qyolop
 from experiments.qyolop import benchmark as qyolop_benchmark
 from experiments.qyolop import deploy as qyolop_deploy
@@ -127,7 +128,7 @@ def test_sensitivity_ranks_the_convolution_that_is_hurt_first(tmp_path, capsys):
     scales = quantize.calibrate_scales(graph, params, [batch], settings)
     case = qyolop_sensitivity.Case(graph, params, scales, settings)
     found = qyolop_sensitivity.measure_sensitivity(
-        case, [batch, batch], tmp_path, {}, Console(width=140)
+        case, [batch, batch], tmp_path, {}, Console(width=140), Unfinished(None, "")
     )
     assert min(found["alone"], key=found["alone"].get) == "bad"
     assert found["kept"][0] == "bad" and set(found["alone"]) == {"good", "bad", "area"}
@@ -147,6 +148,11 @@ def test_sensitivity_tells_how_far_it_is():
     scales = quantize.calibrate_scales(graph, params, [batch])
     found = quantize.sensitivity(graph, params, scales, [batch, batch], progress=told.append)
     assert told == [1, 2] and math.isfinite(found["area"])
+    again = []
+    known = {(0, "area"): found["area"] + 6.0}  # another number: it is taken as it is
+    keep = lambda *measured: again.append(measured)
+    changed = quantize.sensitivity(graph, params, scales, [batch, batch], known=known, keep=keep)
+    assert again == [(1, "area", found["area"])] and changed["area"] == found["area"] + 3.0
 
 
 @pytest.mark.slow
