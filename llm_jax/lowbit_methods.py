@@ -26,9 +26,10 @@ def gptq(config: Values) -> Scheme:
     if bits not in (2, 4, 8):
         config.refuse("bits", "2, 4 or 8")
     size, ordered = _group_size(config), config.flag("desc_act")
-    version = config.text("checkpoint_format", None) or "gptq"
+    named = "checkpoint_format" if "checkpoint_format" in config else "format"
+    version = config.text(named, None) or "gptq"
     if version not in ("gptq", "gptq_v2"):
-        config.refuse("checkpoint_format", "gptq or gptq_v2")
+        config.refuse(named, "gptq or gptq_v2")
     more = 1 if version == "gptq" else 0  # the first version stores zero points less one
 
     def read(name: str, first: Part, parts: Parts) -> LowBit:

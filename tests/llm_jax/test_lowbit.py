@@ -443,6 +443,7 @@ group = lambda **weights: dict(group_0=dict(weights=dict(num_bits=4, type="int")
         (G | dict(group_size=0), "group_size is 0; expected -1 (all inputs), or"),
         (dict(quant_method="gptq", bits=4), "group_size is missing"),
         (G | dict(checkpoint_format="marlin"), "checkpoint_format is 'marlin'; expected gptq or"),
+        (G | dict(format="marlin"), "quantization_config.format is 'marlin'; expected gptq or"),
         (dict(quant_method="awq", bits=4, group_size=128, version="gemv"), "version is 'gemv'; ex"),
         (dict(quant_method="fp8", weight_block_size=[128]), "weight_block_size is [128]; expected"),
         (dict(quant_method="fp8", weight_block_size=[0, 1]), "weight_block_size is [0, 1]; expec"),

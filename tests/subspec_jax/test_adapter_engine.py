@@ -11,8 +11,9 @@ import subspec_jax
 from experiments import convert
 from llm_jax.adapter import CONFIG, WEIGHTS
 from llm_jax.generation import generate
+from llm_jax.progress import Reporter
 from llm_jax.registry import open_model
-from llm_jax.testing import tiny_config, tiny_params, write_safetensors
+from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 from subspec_jax.methods import MethodError
 from subspec_jax.residual import __main__ as residual
 from subspec_jax.residual.files import Converted
@@ -83,6 +84,31 @@ def test_a_conversion_is_of_the_merged_model(folders, tmp_path, command):
     layer = want.layer(1, want.config("bfloat16"))
     np.testing.assert_array_equal(got.attn.o, layer.attn.o)
     np.testing.assert_array_equal(got.mlp.down, layer.mlp.down)
+
+
+class Said(Reporter):
+    """Keeps what would be shown."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, message, warning=False):
+        self.lines.append(message)
+
+
+def test_what_a_user_should_know_is_said_at_the_start(folders, tmp_path, capsys):
+    _, adapter = folders
+    path = write_gguf(tmp_path / "m.gguf", tiny_params(CFG), CFG, "Q8_0")
+    said = Said()
+    subspec_jax.open(path, memory="1GB", adapter=adapter, dtype="float32", reporter=said).close()
+    assert said.lines == [
+        "stored as Q8_0, 8.50 bits a weight (23 matrices): the target is the model that they "
+        "dequantize to, in float32",
+        "merged with the adapter tuned (LoRA of rank 4 on 6 matrices)",
+    ]
+    words = ["--checkpoint", str(adapter), "--to", str(tmp_path / "out")]
+    assert convert.cli([*words, "--quantizer", "nearest"]) == 0
+    assert said.lines[1] in capsys.readouterr().out
 
 
 def test_random_weights_have_no_adapter(folders):
