@@ -18,7 +18,6 @@ from rich.console import Console
 
 from experiments.common.cli import UserError, run
 from llm_jax import registry
-from llm_jax.formats import open_checkpoint
 from llm_jax.progress import bar
 from llm_jax.quantize import check_grouping
 from subspec_jax.offload import streamed_bytes
@@ -35,6 +34,8 @@ class Convert:
     model: str = "smollm2-135m"
     checkpoint: Path | None = None
     """A local folder with safetensors, or a GGUF file, in place of the registered source."""
+    adapter: Path | None = None
+    """A folder with a LoRA adapter (adapter_config.json, adapter_model.safetensors) to merge in."""
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     draft_bits: Literal[2, 3, 4, 8] = 4
     draft_group: int = 64
@@ -46,11 +47,12 @@ class Convert:
 
 
 def main(args: Convert, console: Console) -> None:
-    path = registry.find_checkpoint(
-        args.model, args.checkpoint, progress=lambda m: console.print(m, style="dim")
-    )
-    checkpoint = open_checkpoint(path)
+    say = lambda line: console.print(line, style="dim", highlight=False, soft_wrap=True)
+    path = registry.find_checkpoint(args.model, args.checkpoint, progress=say)
+    checkpoint = registry.open_model(path, args.adapter, say)
     cfg = checkpoint.config(args.dtype)
+    for line in checkpoint.notices(cfg):
+        say(line)
     try:
         for name, shape in cfg.layer_matrices.items():
             check_grouping(name, shape[0], args.draft_bits, args.draft_group)

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from llm_jax.model import forward
     from llm_jax.params import Params, init
     from llm_jax.quantize import Quantized, dequantize
-    from llm_jax.registry import MODELS, find_checkpoint, find_model
+    from llm_jax.registry import MODELS, find_checkpoint, find_model, open_model
     from llm_jax.sample import Sampler
     from llm_jax.tokenizer import Tokenizer
 
@@ -72,6 +72,7 @@ _HOMES = {  # name -> its module, imported when the name is first used
     "generate": "llm_jax.generation",
     "init": "llm_jax.params",
     "open_checkpoint": "llm_jax.formats",
+    "open_model": "llm_jax.registry",
     "prefill": "llm_jax.generation",
 }
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "generate",
     "init",
     "open_checkpoint",
+    "open_model",
     "prefill",
     "shown",
 ]

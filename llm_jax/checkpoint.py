@@ -19,6 +19,7 @@ import numpy as np
 from llm_jax import CheckpointError, shown
 from llm_jax.config import Config
 from llm_jax.digest import file_digest, files_digest, json_digest
+from llm_jax.leftovers import leftover, told
 from llm_jax.params import GAINS, Layer, Params, abstract, layer_from
 from llm_jax.tokenizer import Tokenizer
 
@@ -36,6 +37,8 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     dtype: str
+    bits: float | None = None
+    """Bits a weight in the file, of one that is dequantized; `shape` is of the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Contents:
     places: dict[str, str] = dataclasses.field(default_factory=dict)
     """The file that should hold each tensor, where there is an index."""
     unreadable: frozenset[str] = frozenset()
+    broken: frozenset[str] = frozenset()
+    """Tensors that are there, and that `problems` say something about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +137,14 @@ class Checkpoint(abc.ABC):
     ) -> Callable[[int, int], np.ndarray]:
         """A function (start, stop) -> those rows of a tensor, in any float dtype."""
 
+    @property
+    def weight_files(self) -> set[Path]:
+        """The files that hold the weights."""
+        return {tensor.file for tensor in self.contents.tensors.values()}
+
     def digest(self) -> str:
         """What identifies the weights: a digest of all bytes of the files that hold them."""
-        return files_digest({tensor.file for tensor in self.contents.tensors.values()})
+        return files_digest(self.weight_files)
 
     def identity(self) -> str:
         """What identifies all that is read: weights, configuration, tokenizer, chat template."""
@@ -145,15 +155,44 @@ class Checkpoint(abc.ABC):
         """The files that hold no weights; none where one file holds everything."""
         return ()
 
+    def needed(self, cfg: Config) -> dict[str, tuple[int, ...]]:
+        """The tensors of the model: name in the file -> shape there."""
+        fields = [(field, None) for field in table_shapes(cfg)]
+        fields += [(field, i) for i in range(cfg.layers) for field in cfg.layer_shapes(i)]
+        return {p.name: p.shape for f, i in fields for p in self.pieces(f, cfg, i)}
+
+    def left_out(self, cfg: Config) -> dict[str, str]:
+        """Tensors of the files that are no part of the model, and that it can do without: their
+        names, and what they are."""
+        needed = self.needed(cfg)
+        others = (name for name in self.contents.tensors if name not in needed)
+        return {name: kind for name in others if (kind := leftover(name, cfg.layers))}
+
+    def notices(self, cfg: Config) -> tuple[str, ...]:
+        """What a user should know before the weights are used; a line each."""
+        low = [t for t in self.contents.tensors.values() if t.bits is not None]
+        lines = []
+        if low:
+            count = sum(math.prod(t.shape) for t in low)
+            bits = sum(math.prod(t.shape) * t.bits for t in low) / count
+            forms = ", ".join(sorted({t.dtype for t in low}))
+            lines.append(
+                f"stored as {forms}, {bits:.2f} bits a weight ({len(low)} matrices): the target "
+                f"is the model that they dequantize to, in {cfg.dtype}"
+            )
+        if left_out := self.left_out(cfg):
+            lines.append(told(left_out))
+        return tuple(lines)
+
     def check(self, cfg: Config) -> None:
         """Raises one `CheckpointError` that lists everything that does not fit the model."""
         found, problems = self.contents, list(self.contents.problems)
-        fields = [(field, None) for field in table_shapes(cfg)]
-        fields += [(field, i) for i in range(cfg.layers) for field in cfg.layer_shapes(i)]
-        needed = {p.name: p.shape for f, i in fields for p in self.pieces(f, cfg, i)}
+        needed, left_out = self.needed(cfg), self.left_out(cfg)
         for name, shape in needed.items():
             tensor = found.tensors.get(name)
             if tensor is None:
+                if name in found.broken:
+                    continue
                 place = found.places.get(name)
                 if not found.unreadable or (place and place not in found.unreadable):
                     problems.append(f"{place or self.path.name}: {name} is missing")
@@ -161,12 +200,13 @@ class Checkpoint(abc.ABC):
             where = f"{tensor.file.name}: {name}"
             if tensor.shape != shape:
                 problems.append(f"{where} has shape {list(tensor.shape)}; expected {list(shape)}")
-            if tensor.dtype not in self.dtypes:
+            if not self._is_known(tensor):
                 known = ", ".join(sorted(self.dtypes))
                 problems.append(f"{where} is stored as {tensor.dtype}; supported are {known}")
         for name, tensor in found.tensors.items():
             tied_head = cfg.tied and name == self.names["head_DV"]
-            if not (name in needed or tied_head or self.harmless.search(name)):
+            known = name in needed or name in left_out or tied_head
+            if not (known or self.harmless.search(name)):
                 problems.append(f"{tensor.file.name}: {name} is not part of this model")
         if problems:
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -180,6 +220,10 @@ class Checkpoint(abc.ABC):
                 "model is not tied; take the description that config() gives"
             )
 
+    def _is_known(self, tensor: TensorInfo) -> bool:
+        """Whether `reader` can read it."""
+        return tensor.bits is not None or tensor.dtype in self.dtypes
+
     def own_head(self, cfg: Config) -> bool:
         """Whether the file has an output head that differs from the embedding table."""
         table, head = (
@@ -187,7 +231,8 @@ class Checkpoint(abc.ABC):
         )
         if table is None or head is None:
             return False
-        if table.shape != head.shape or table.dtype != head.dtype or head.dtype not in self.dtypes:
+        same = table.shape == head.shape and table.dtype == head.dtype
+        if not same or not self._is_known(head):
             return True
         one, two = self.reader(table, "embed_VD", cfg), self.reader(head, "head_DV", cfg)
         blocks = _blocks(0, table.shape[0])

@@ -2,12 +2,9 @@
 
 import dataclasses
 import functools
-import json
 import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,17 +19,34 @@ from llm_jax.checkpoint import (
     table_shapes,
 )
 from llm_jax.config import Config
-from llm_jax.extras import need
+from llm_jax.digest import json_digest
 from llm_jax.families import FAMILIES
 from llm_jax.families.family import HF_NAMES
 from llm_jax.hf_config import from_hf
-from llm_jax.tokenizer import Tokenizer, from_folder
-from llm_jax.untrusted import inside, read_object, require_file, unique, unreadable
+from llm_jax.leftovers import plain_name
+from llm_jax.lowbit import LowBit, Scheme
+from llm_jax.lowbit_scaled import scheme_of
+from llm_jax.safetensors_file import Part, parts_of, safetensors
+from llm_jax.tokenizer import Tokenizer
+from llm_jax.tokenizer_files import tokenizer_of
+from llm_jax.untrusted import inside, read_object
 from llm_jax.values import ConfigError, Values, short
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """What the headers of a folder's files say, and what is wrong with the files."""
+
+    parts: dict[str, Part]
+    """The tensors; names are without the prefixes of wrappers."""
+    problems: tuple[str, ...]
+    places: dict[str, str]
+    """The file that should hold each tensor, where there is an index."""
+    unreadable: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,30 +61,20 @@ class SafetensorsFolder(Checkpoint):
 
     def config(self, dtype: str | None = None) -> Config:
         if not (self.path / "config.json").exists():
-            if (self.path / "adapter_config.json").exists():
-                raise CheckpointError(
-                    f"{self.path} is an adapter, not a model; merge it into its base model first "
-                    "(merge_and_unload in peft)"
-                )
             raise CheckpointError(
                 f"{self.path} has no config.json; download it from the model's repository too"
             )
-        hf = read_object(self.path / "config.json")
+        hf = _of_text(read_object(self.path / "config.json"))
         try:
-            if (quantized := Values(hf).mapping("quantization_config")) is not None:
-                raise CheckpointError(
-                    f"{self.path}: the weights are quantized "
-                    f"({quantized.text('quant_method', None)}); "
-                    "use the unquantized repository or a GGUF file"
-                )
             cfg = from_hf(hf, dtype)
         except ConfigError as error:
             raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
+        _ = self._scheme  # named here where it is not known
         # A head that differs from the table is used, whatever the config says, as in transformers.
         return dataclasses.replace(cfg, tied=cfg.tied and not self.own_head(cfg))
 
     def tokenizer(self) -> Tokenizer:
-        tokenizer = from_folder(self.path)
+        tokenizer = tokenizer_of(self.path)
         eos = tuple(dict.fromkeys((*tokenizer.eos, *self._turn_ends())))
         return self.with_rows(dataclasses.replace(tokenizer, eos=eos))
 
@@ -96,8 +100,72 @@ class SafetensorsFolder(Checkpoint):
 
     @functools.cached_property
     def contents(self) -> Contents:
-        _safetensors()  # a missing package is no fault of a file
-        problems, tensors, lost = [], {}, set()
+        files, (weights, wrong) = self._files, self._low_bit
+        hidden = {part.name for weight in weights.values() for part in weight.parts}
+        for name in wrong:  # what is wrong with it is said once, not for each of its parts
+            stem = name.rpartition(".")[0]
+            for part in files.parts:
+                own = part.rpartition(".")[0] == stem and not part.endswith((".weight", ".bias"))
+                if own or part == name or part.startswith((f"{name}_", f"{name}.")):
+                    hidden.add(part)
+        found = {
+            name: TensorInfo(part.file, name, part.shape, part.dtype)
+            for name, part in files.parts.items()
+            if name not in hidden
+        }
+        for name, weight in weights.items():
+            file = weight.parts[0].file
+            found[name] = TensorInfo(file, name, weight.shape, weight.form, weight.bits)
+        problems = (*files.problems, *wrong.values())
+        return Contents(found, problems, files.places, files.unreadable, frozenset(wrong))
+
+    def left_out(self, cfg: Config) -> dict[str, str]:
+        needed, low = self.needed(cfg), self._low_bit[0]
+        zero = {}
+        for name, tensor in self.contents.tensors.items():
+            stem = name.removesuffix("bias")
+            extra = name not in needed and stem != name and f"{stem}weight" in low
+            if extra and not self.reader(tensor, "", cfg)(0, tensor.shape[0]).any():
+                zero[name] = "biases of zero"  # GPTQ's tools write them for every matrix
+        return super().left_out(cfg) | zero
+
+    @property
+    def weight_files(self) -> set[Path]:
+        return {part.file for part in self._files.parts.values()}
+
+    def digest(self) -> str:
+        quantization = self._quantization
+        if quantization is None:
+            return super().digest()
+        return json_digest([super().digest(), quantization])  # it says what the bytes mean
+
+    @functools.cached_property
+    def _quantization(self) -> dict[str, Any] | None:
+        """How config.json says that the weights are quantized."""
+        if not (self.path / "config.json").exists():
+            return None
+        return _of_text(read_object(self.path / "config.json")).get("quantization_config") or None
+
+    @functools.cached_property
+    def _scheme(self) -> Scheme | None:
+        """How the weights are quantized, if they are."""
+        try:
+            given = Values(dict(quantization_config=self._quantization))
+            config = given.mapping("quantization_config")
+            return None if config is None else scheme_of(config)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path / 'config.json'}: {error}") from error
+
+    @functools.cached_property
+    def _low_bit(self) -> tuple[dict[str, LowBit], dict[str, str]]:
+        """(the weights in a low-bit form by name, what is wrong with others by name)."""
+        return ({}, {}) if self._scheme is None else self._scheme.weights(self._files.parts)
+
+    @functools.cached_property
+    def _files(self) -> _Files:
+        """What the headers of the files say."""
+        safetensors()  # a missing package is no fault of a file
+        problems, parts, lost = [], {}, set()
         files, places = self._weight_files(problems)
         for name in files:
             file = inside(self.path, name, INDEX)
@@ -106,24 +174,19 @@ class SafetensorsFolder(Checkpoint):
                     problems.append(f"{name} is missing, though {INDEX} names it; download it")
                     lost.add(name)
                     continue
-                shard = self._handle(file)
-                _check_names(file)
-            except CheckpointError as error:
+                found = parts_of(file)
+            except (CheckpointError, OSError, ValueError) as error:  # or a name no file can have
                 problems.append(str(error))
                 lost.add(name)
                 continue
-            except Exception as error:  # SafetensorError, or a name that no file can have
-                problems.append(f"{name} is truncated or corrupt ({error}); download it again")
-                lost.add(name)
-                continue
-            for key in shard.keys():  # noqa: SIM118 - a safe_open handle is not iterable
-                if key in tensors:
-                    problems.append(f"{name}: {key} is also in {tensors[key].file.name}")
+            for raw, part in found.items():
+                key = plain_name(raw)
+                if key in parts:
+                    problems.append(f"{name}: {raw} is also in {parts[key].file.name}")
                     continue
-                header = shard.get_slice(key)
-                shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                tensors[key] = TensorInfo(self.path / name, key, shape, dtype)
-        return Contents(tensors, tuple(problems), places, frozenset(lost))
+                parts[key] = dataclasses.replace(part, name=key)
+        places = {plain_name(raw): file for raw, file in places.items()}
+        return _Files(parts, tuple(problems), places, frozenset(lost))
 
     def _weight_files(self, problems: list[str]) -> tuple[list[str], dict[str, str]]:
         """The files that hold the model, and which of them should hold each tensor.
@@ -146,8 +209,8 @@ class SafetensorsFolder(Checkpoint):
                 )
         for file in sorted(self.path.glob("adapter_*")):
             problems.append(
-                f"{file.name} is an adapter and would not be used; merge it into the model "
-                "(merge_and_unload in peft), or move it away"
+                f"{file.name} is an adapter and would not be used; move it to a folder of its "
+                "own, and pass that as the adapter (--adapter) if it is meant"
             )
         return sorted(files), places
 
@@ -201,30 +264,16 @@ class SafetensorsFolder(Checkpoint):
     def reader(
         self, tensor: TensorInfo, field: str, cfg: Config
     ) -> Callable[[int, int], np.ndarray]:
-        rows = self._handle(tensor.file).get_slice(tensor.name)
+        if (weight := self._low_bit[0].get(tensor.name)) is not None:
+            return weight.open()
+        rows = self._files.parts[tensor.name].array()
         return lambda start, stop: rows[start:stop]
 
-    @functools.cached_property
-    def _handles(self) -> dict[Path, Any]:
-        return {}
 
-    def _handle(self, file: Path):
-        """The file's open (memory-mapped) safetensors handle."""
-        if file not in self._handles:
-            require_file(file)
-            try:
-                self._handles[file] = _safetensors().safe_open(str(file), framework="numpy")
-            except OSError as error:  # too many open files, no permission: no fault of the bytes
-                raise unreadable(file, error) from error
-        return self._handles[file]
-
-
-def _check_names(file: Path) -> None:
-    """Raises ValueError where a safetensors header describes a tensor twice; the last would win."""
-    with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        json.loads(opened.read(length), object_pairs_hook=unique)
-
-
-def _safetensors() -> ModuleType:
-    return need("safetensors", "models", "reading safetensors files")
+def _of_text(hf: dict[str, Any]) -> dict[str, Any]:
+    """The description of the language model, where config.json has one of several models."""
+    text = hf.get("text_config")
+    if not isinstance(text, dict) or "num_hidden_layers" in hf or "model_type" not in text:
+        return hf
+    outer = ("torch_dtype", "dtype", "tie_word_embeddings", "quantization_config", "eos_token_id")
+    return {name: hf[name] for name in outer if name in hf} | text

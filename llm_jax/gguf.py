@@ -24,29 +24,28 @@ from llm_jax.config import Config
 from llm_jax.extras import need
 from llm_jax.families import FAMILIES, GGUF_NAMES
 from llm_jax.gguf_config import ARCHITECTURES, NEEDED, from_gguf
-from llm_jax.gguf_header import Header, TensorRecord, layout_problems, read_header
+from llm_jax.gguf_header import Header, TensorRecord
+from llm_jax.gguf_parts import Part, open_parts
 from llm_jax.gguf_tokenizer import from_metadata
 from llm_jax.rope import Llama3Rope, RopeScaling
 from llm_jax.tokenizer import Tokenizer
-from llm_jax.untrusted import require_file, unreadable
 from llm_jax.values import ConfigError, Values, short
-
-_PARTS = ("split.count", 0, 2**16, 0)
-MERGE = "put them together with `llama-gguf-split --merge FIRST_PART MODEL.gguf`"
-"""What to do with the parts of a split file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUF(Checkpoint):
-    """One GGUF file of a family in `llm_jax.families`."""
+    """A GGUF file of a family in `llm_jax.families`, or the first part of a split one."""
 
     path: Path
 
     names: ClassVar = GGUF_NAMES
-    dtypes: ClassVar = frozenset(
-        ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-        + ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+    low_bit: ClassVar = frozenset(
+        ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+        + ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS")
+        + ("TQ1_0", "TQ2_0", "MXFP4", "NVFP4")
     )
+    """What the gguf package dequantizes."""
+    dtypes: ClassVar = low_bit | {"F32", "F16", "BF16"}
     harmless: ClassVar = re.compile(r"^rope_freqs\.weight$")
 
     def config(self, dtype: str | None = None) -> Config:
@@ -59,12 +58,12 @@ class GGUF(Checkpoint):
         start = f"{arch}."
         inside = {k.removeprefix(start): v for k, v in self.metadata.items() if k.startswith(start)}
         missing = [start + key for key in NEEDED.values() if inside.get(key) is None]
-        table = self.header.tensors.get(self.names["embed_VD"])
+        table = self.contents.tensors.get(self.names["embed_VD"])
         if table is None:
             missing.append(self.names["embed_VD"])
         if missing:
             raise CheckpointError(f"{self.path} lacks {', '.join(missing)}")
-        values, tensors = Values(inside, start), self.header.tensors
+        values, tensors = Values(inside, start), self.contents.tensors
         try:
             cfg = from_gguf(arch, values, table.shape[0], tensors, dtype)
             return dataclasses.replace(cfg, rope_scaling=self._rope_scaling(cfg))
@@ -75,20 +74,17 @@ class GGUF(Checkpoint):
         """The scaling that the metadata name, or Llama 3.1's, recovered from the divisors of the
         frequencies that GGUF stores."""
         for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
-            if name in self.header.tensors:
+            if name in self.contents.tensors:
                 raise ConfigError(f"{name}: long rope in GGUF files is not supported; take the "
                                   "safetensors folder")  # fmt: skip
-        tensor = self.header.tensors.get("rope_freqs.weight")
+        tensor = self.contents.tensors.get("rope_freqs.weight")
         if tensor is None:
             return cfg.rope_scaling
         plain = rope_frequencies(dataclasses.replace(cfg, rope_scaling=None))
         stored = np.zeros(0)
-        if (
-            tensor.dtype == "F32"
-            and tensor.shape == plain.shape
-            and tensor.stop <= len(self._bytes)
-        ):
-            stored = self.reader(_info(self.path, tensor), "", cfg)(0, tensor.shape[0])
+        record, data = self._record(tensor)
+        if tensor.dtype == "F32" and tensor.shape == plain.shape and record.stop <= len(data):
+            stored = self.reader(tensor, "", cfg)(0, tensor.shape[0])
         for known in (None, *(Llama3Rope(factor, 1.0, 4.0, 8192) for factor in (8.0, 32.0))):
             divisors = plain / rope_frequencies(dataclasses.replace(cfg, rope_scaling=known))
             if stored.shape == divisors.shape and np.allclose(stored, divisors, rtol=1e-4):
@@ -123,45 +119,38 @@ class GGUF(Checkpoint):
         return self.header.metadata
 
     @functools.cached_property
-    def header(self) -> Header:
-        """Metadata and tensor records; raises `CheckpointError` for a file cut inside them."""
+    def parts(self) -> tuple[Part, ...]:
+        """The file, or all the files that it is split into."""
         _gguf()  # a missing package is no fault of the file
-        try:
-            header = read_header(self.path, self._bytes)
-        except CheckpointError:
-            raise
-        except Exception as error:  # damaged bytes fail in any way; the cause is always the file
-            raise CheckpointError(
-                f"{self.path} is truncated or corrupt: its header cannot be read ({error}); "
-                "download it again"
-            ) from error
-        self._check_kind(Values(header.metadata))
-        return header
+        return open_parts(self.path)
 
-    def _check_kind(self, values: Values) -> None:
-        """Raises for a file that is not a whole model."""
-        try:
-            kind, parts = values.text("general.type", "model"), values.integer(*_PARTS)
-        except ConfigError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
-        if kind != "model":
-            raise CheckpointError(f"{self.path} holds no model: its general.type is {short(kind)}")
-        if parts > 1:
-            raise CheckpointError(f"{self.path} is one of {parts} parts of a split file; {MERGE}")
+    @property
+    def header(self) -> Header:
+        """Metadata and tensor records of the first file."""
+        return self.parts[0].header
 
-    @functools.cached_property
-    def _bytes(self) -> np.ndarray:
-        if require_file(self.path).st_size == 0:
-            raise CheckpointError(f"{self.path} is empty; download it again")
-        try:
-            return np.memmap(self.path, np.uint8, "r")
-        except OSError as error:
-            raise unreadable(self.path, error) from error
+    @property
+    def weight_files(self) -> set[Path]:
+        return {part.path for part in self.parts}
 
     @functools.cached_property
     def contents(self) -> Contents:
-        tensors = {name: _info(self.path, t) for name, t in self.header.tensors.items()}
-        return Contents(tensors, layout_problems(self.header, len(self._bytes), self.path.name))
+        tensors, problems = {}, []
+        for part in self.parts:
+            problems += part.problems()
+            for name, t in part.header.tensors.items():
+                if name in tensors:
+                    problems.append(f"{part.path.name}: {name} is also in {tensors[name].file}")
+                bits = None
+                if t.dtype in self.low_bit and t.row_bytes is not None:
+                    bits = 8 * t.row_bytes / t.shape[-1]
+                tensors[name] = TensorInfo(part.path, name, t.shape, t.dtype, bits)
+        return Contents(tensors, tuple(problems))
+
+    def _record(self, tensor: TensorInfo) -> tuple[TensorRecord, np.ndarray]:
+        """Where a tensor lies, and the bytes of its file."""
+        (part,) = (part for part in self.parts if part.path == tensor.file)
+        return part.header.tensors[tensor.name], part.data
 
     def reader(
         self, tensor: TensorInfo, field: str, cfg: Config
@@ -169,15 +158,12 @@ class GGUF(Checkpoint):
         """Rows of a tensor in float32. llama files store q and k rows so that rotated pairs are
         neighbours; a head's rows 0 2 4 … 1 3 5 … of the file are ours in order."""
         gguf = _gguf()
-        record = self.header.tensors[tensor.name]
+        record, data = self._record(tensor)
         kind = gguf.GGMLQuantizationType[tensor.dtype]
-        raw = self._bytes[record.start : record.stop]
+        raw = data[record.start : record.stop]
         if len(tensor.shape) == 1:
             return lambda start, stop: gguf.dequantize(raw[None], kind)[0, start:stop]
-        raw = raw.reshape(tensor.shape[0], -1)
-        if len(tensor.shape) == 3:  # a stack of experts, read an expert at a time
-            inner = raw.reshape(*tensor.shape[:2], -1)
-            return lambda start, stop: gguf.dequantize(inner[start:stop], kind)
+        raw = raw.reshape(*tensor.shape[:-1], -1)
         if FAMILIES[cfg.family].paired_rows and field in ("q", "k"):
             pairs = np.arange(tensor.shape[0]).reshape(-1, cfg.head_dim // 2, 2)
             order = pairs.swapaxes(1, 2).reshape(-1)
@@ -187,7 +173,3 @@ class GGUF(Checkpoint):
 
 def _gguf() -> ModuleType:
     return need("gguf", "models", "reading GGUF files")
-
-
-def _info(path: Path, record: TensorRecord) -> TensorInfo:
-    return TensorInfo(path, record.name, record.shape, record.dtype)

@@ -12,6 +12,9 @@ from pathlib import Path
 from types import ModuleType
 
 from llm_jax import CheckpointError
+from llm_jax.adapted import adapted
+from llm_jax.adapter import Adapter, is_adapter
+from llm_jax.checkpoint import Checkpoint
 from llm_jax.config import Config
 from llm_jax.downloads import check, check_snapshot, commit
 from llm_jax.extras import MissingPackage, need
@@ -213,6 +216,8 @@ def find_checkpoint(
     `progress` gets a line before each download, and the commit of a snapshot of the Hub.
     """
     if checkpoint is not None:
+        if is_adapter(checkpoint):  # `open_model` finds its base model
+            return Path(checkpoint).expanduser()
         path = open_checkpoint(checkpoint).path
         check_snapshot(path, _FILES, cache_folder(cache_dir), progress)
         return path
@@ -227,6 +232,37 @@ def find_checkpoint(
         except CheckpointError as error:
             reasons.append(str(error))
     raise CheckpointError(_unreachable(known, reasons))
+
+
+def open_model(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    progress: Callable[[str], None] = say,
+) -> Checkpoint:
+    """The checkpoint at a path, merged with an adapter where one is given.
+
+    If the path itself is the folder of an adapter, its base model is found: where the adapter says,
+    if that is a local folder or file, or the registered model of that repository.
+    """
+    if not is_adapter(path):
+        found = open_checkpoint(path)
+        return found if adapter is None else adapted(found, adapter)
+    if adapter is not None:
+        raise CheckpointError(
+            f"{path} and {adapter} are both adapters; merge one of them into its base model first"
+        )
+    name = Adapter(Path(path).expanduser()).base
+    known = [model.name for model in MODELS.values() if name in (model.name, model.repo)]
+    if name is not None and Path(name).expanduser().exists() and not is_adapter(name):
+        base = Path(name).expanduser()
+    elif known:
+        base = find_checkpoint(known[0], progress=progress)
+    else:
+        raise CheckpointError(
+            f"{path} is an adapter of {name!r}, which is neither a local folder nor a registered "
+            f"model; pass the base model with --model or --checkpoint, and --adapter {path}"
+        )
+    return adapted(open_checkpoint(base), path)
 
 
 def find_model(name: str) -> RegisteredModel:

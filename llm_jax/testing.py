@@ -176,13 +176,19 @@ def write_safetensors(
     return folder
 
 
-def write_gguf(path: str | Path, params: Params, cfg: Config, quant: str = "F32") -> Path:
-    """A GGUF file whose matrices are in `quant` (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0)."""
+def write_gguf(
+    path: str | Path, params: Params, cfg: Config, quant: str = "F32", split: int = 0
+) -> Path:
+    """A GGUF file whose matrices are in `quant` (F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0).
+
+    With `split`, parts of so many tensors each; the path of the first one comes back.
+    """
     gguf = need("gguf", "models", "writing a GGUF file")
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     arch = "llama" if cfg.family == "mistral" else cfg.family
     kind = gguf.GGMLQuantizationType[quant]
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     writer.add_block_count(cfg.layers)
     writer.add_context_length(cfg.max_length)
     writer.add_embedding_length(cfg.d_model)
@@ -218,4 +224,4 @@ def write_gguf(path: str | Path, params: Params, cfg: Config, quant: str = "F32"
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf"), default=path) if split else path

@@ -195,10 +195,13 @@ READ_BY_TRANSFORMERS = (
 
 
 def from_folder(path: str | Path) -> Tokenizer:
-    """The tokenizer in a Hugging Face folder: tokenizer.json and tokenizer_config.json."""
+    """The tokenizer in a Hugging Face folder: tokenizer.json and tokenizer_config.json.
+
+    Folders with other files: `llm_jax.tokenizer_files`.
+    """
     library = transformers()
     path = Path(path)
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not (path / "tokenizer.json").exists():
         raise CheckpointError(
             f"{path} has no tokenizer.json; download it from the model's repository"
         )
@@ -209,8 +212,7 @@ def from_folder(path: str | Path) -> Tokenizer:
         versions = read_object(stated).get("fast_tokenizer_files")
         for name in versions if isinstance(versions, list) else ():
             require_text_file(inside(path, str(name), stated))
-    fast = (path / "tokenizer.json").exists()
-    kind = library.PreTrainedTokenizerFast if fast else library.AutoTokenizer
+    kind = library.PreTrainedTokenizerFast
     with named_errors(path):
         hf = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         _check_growth(hf)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -35,6 +35,9 @@ class Values:
 
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def is_list(self, name: str) -> bool:
         """Whether the value is a list."""

@@ -316,6 +316,10 @@ class PaluCheckpoint:
         self.base.check(cfg)
         check_fits(self.stored, cfg)
 
+    def notices(self, cfg: Config) -> tuple[str, ...]:
+        """What a user should know about the model's own checkpoint."""
+        return self.base.notices(cfg)
+
     def model_shapes(self, cfg: Config) -> Params:
         """What `load` gives, as shapes and dtypes; reads no arrays."""
         return abstract_layers(self.stored, self.base.model_shapes(cfg), cfg)

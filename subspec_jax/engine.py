@@ -55,6 +55,7 @@ def open(
     stop_gain: float | str = 0.0,
     longest: int = 3,
     draft_model: str | Path | None = None,
+    adapter: str | Path | None = None,
     options: Options = Options(),
     reporter: Reporter | None = None,
     **changes: Any,
@@ -69,6 +70,8 @@ def open(
     `method` is a name of `subspec_jax.methods.METHOD_NAMES`; `also` names further methods that this
     engine can change to (`Engine.use`); they share the limit. `tree`, `draft`, `gate`,
     `stop_gain`, `longest` (the longest n-gram that is looked up) and `draft_model` shape them.
+    `adapter` is the folder of a LoRA adapter that is merged into the model; such a folder as
+    `model` brings the model that it was trained on.
     Fields of `Options` may be given by name. `reporter` shows what takes long; None: bars on a
     terminal. Raises a SubspecError, such as a limit that no plan meets, or an LLMError, such as a
     checkpoint that cannot be used.
@@ -79,7 +82,7 @@ def open(
     residual = options.stream == "residual"
     random = options.weights == "random"
     where = options.dtype, residual, random, options.seed, reporter, options.zipf
-    source = find_source(model, *where)
+    source = find_source(model, *where, adapter)
     longest_text = options.max_length or min(LONGEST, source.cfg.max_length)
     if longest_text > source.cfg.max_length:
         raise LengthError(

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from llm_jax.adapted import Adapted, adapted
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.config import Config
 from llm_jax.files import cache_folder
-from llm_jax.formats import open_checkpoint
 from llm_jax.params import Layer, Params, abstract, init_layer
 from llm_jax.progress import Progress, Reporter
-from llm_jax.registry import MODELS, find_checkpoint, find_model
+from llm_jax.registry import MODELS, find_checkpoint, find_model, open_model
 from llm_jax.tokenizer import ByteTokenizer
 from subspec_jax import memory
 from subspec_jax.draft_model import Draft
@@ -140,13 +140,17 @@ def find_source(
     seed: int = 0,
     reporter: Reporter = Reporter(),
     zipf: float = 0.0,
+    adapter: str | Path | None = None,
 ) -> Source:
     """The source of a registered name, a folder, a GGUF file, or a checkpoint that is open already.
 
-    `random`: weights of the registered model's shapes in place of its checkpoint. Raises
+    `random`: weights of the registered model's shapes in place of its checkpoint. `adapter`: the
+    folder of a LoRA adapter, which is merged into the checkpoint. Raises
     CheckpointError for what cannot be found or does not fit the model it claims to be.
     """
     wanted = chosen_dtype(dtype, residual)
+    if random and adapter is not None:
+        raise MethodError("an adapter changes a checkpoint's weights; random ones have none")
     if random:
         cfg = dataclasses.replace(find_model(str(model)).config, dtype=wanted)
         return Source(str(model), cfg, residual=residual, seed=seed, zipf=zipf)
@@ -156,10 +160,16 @@ def find_source(
             model_path = find_checkpoint(model, progress=reporter.say)
         else:
             model_path = model
-        checkpoint = open_checkpoint(model_path)
+        checkpoint = open_model(model_path, adapter, reporter.say)
+    elif adapter is not None:
+        checkpoint = adapted(model, adapter)
     cfg = checkpoint.config(wanted)
     checkpoint.check(cfg)
+    for line in checkpoint.notices(cfg):
+        reporter.say(line)
     name = str(model) if isinstance(model, str) else Path(checkpoint.path).name
+    if isinstance(checkpoint, Adapted):
+        name = f"{name}+{checkpoint.adapter.path.name}"
     return Source(name, cfg, checkpoint, residual=residual, seed=seed)
 
 
@@ -196,7 +206,8 @@ def add_converted(
 
 
 def _convert_apart(checkpoint: Checkpoint, cfg: Config, folder: Path, how: tuple) -> None:
-    given = [str(checkpoint.path), cfg.dtype, str(folder), *how]
+    adapter = str(checkpoint.adapter.path) if isinstance(checkpoint, Adapted) else None
+    given = [str(checkpoint.path), adapter, cfg.dtype, str(folder), *how]
     command = [sys.executable, "-m", "subspec_jax.residual", json.dumps(given)]
     if subprocess.run(command).returncode:
         raise MethodError("the conversion failed; its message is above")

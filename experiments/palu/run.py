@@ -20,7 +20,6 @@ from experiments.palu.methods import PLANNED, CacheMethod, fingerprint
 from llm_jax import registry
 from llm_jax.config import ConfigError
 from llm_jax.extras import need
-from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
 from llm_jax.params import Params
 from llm_jax.progress import Bar, Reporter, bar
@@ -62,9 +61,11 @@ class PaluRun(Reporter):
             wanted = "float32" if card is None else memory.card_dtype()
         say = lambda message: self.console.print(message, style="dim", highlight=False)
         path = registry.find_checkpoint(args.model, args.checkpoint, progress=say)
-        checkpoint = open_checkpoint(path)
+        checkpoint = registry.open_model(path, progress=say)
         self.cfg = cfg = checkpoint.config(wanted)
         checkpoint.check(cfg)
+        for line in checkpoint.notices(cfg):
+            say(line)
         if not 2 <= args.context <= cfg.max_length:
             raise ConfigError(
                 f"--context is {args.context}; this model was made for 2 to {cfg.max_length}"

@@ -9,9 +9,8 @@ from typing import Literal
 
 from experiments.speculative import replay
 from experiments.speculative.benchmarks import BenchmarkName
-from llm_jax.formats import open_checkpoint
 from llm_jax.progress import Reporter
-from llm_jax.registry import find_checkpoint
+from llm_jax.registry import find_checkpoint, open_model
 from llm_jax.sample import Sampler
 from palu_jax import store
 from subspec_jax import engine, options
@@ -34,6 +33,9 @@ class Speculative:
     """A registered name, such as qwen2.5-7b, llama-3.1-8b, qwen3-8b, mistral-7b, smollm2-135m."""
     checkpoint: Path | None = None
     """A local folder with safetensors, or a GGUF file, in place of the registered source."""
+    adapter: Path | None = None
+    """A folder with a LoRA adapter (adapter_config.json, adapter_model.safetensors) that is merged
+    into the model. As --checkpoint, such a folder brings the model that it was trained on."""
     weights: Literal["checkpoint", "random"] = "checkpoint"
     """random: no checkpoint, only the architecture, for timing (see --replay-acceptance)."""
     palu: Path | None = None
@@ -194,6 +196,8 @@ def check(args: Speculative) -> None:
     if args.weights == "random":
         if args.checkpoint is not None:
             raise MethodError("--weights random needs no --checkpoint; drop one of them")
+        if args.adapter is not None:
+            raise MethodError("--adapter changes a checkpoint's weights; drop --weights random")
         if args.palu is not None:
             raise MethodError("--palu was made from a checkpoint; drop --weights random")
         if args.draft_checkpoint is not None:
@@ -272,7 +276,8 @@ def opened(args: Speculative, reporter: Reporter) -> engine.Engine:
     if args.palu is not None:
         path = find_checkpoint(args.model, args.checkpoint, progress=reporter.say)
         stored = store.describe(args.palu, args.check_files)
-        model = store.PaluCheckpoint(open_checkpoint(path), stored, args.check_files)
+        base = open_model(path, args.adapter, reporter.say)
+        model = store.PaluCheckpoint(base, stored, args.check_files)
     if args.stream == "residual" and args.checkpoint is not None and args.converted is None:
         raise MethodError(
             "--stream residual with --checkpoint needs --converted FOLDER: where the converted "
@@ -292,6 +297,7 @@ def opened(args: Speculative, reporter: Reporter) -> engine.Engine:
         stop_gain=_stop_gain(args),
         longest=args.ngram,
         draft_model=args.draft_checkpoint or args.draft_model,
+        adapter=args.adapter if args.palu is None else None,
         reporter=reporter,
         sampler=_sampler(args),
         dtype=args.dtype,

@@ -34,7 +34,7 @@ from subspec_jax.tree import cache_slots
 ASIDE = ("output", "show", "compare", "method", "samples", "predict")
 ASIDE += ("check_files", "verify_weights")
 """Flags that do not change what a method decodes."""
-PATHS = ("checkpoint", "draft_checkpoint", "data_dir", "palu", "converted")
+PATHS = ("checkpoint", "adapter", "draft_checkpoint", "data_dir", "palu", "converted")
 """Where something is. The model counts by its content, and so does each question."""
 
 

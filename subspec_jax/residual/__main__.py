@@ -7,8 +7,8 @@ import json
 import sys
 
 from llm_jax import LLMError
-from llm_jax.formats import open_checkpoint
 from llm_jax.progress import default_reporter
+from llm_jax.registry import open_model
 from subspec_jax import SubspecError
 from subspec_jax.residual.convert import convert
 
@@ -16,10 +16,10 @@ from subspec_jax.residual.convert import convert
 def main(words: list[str]) -> int:
     """The exit status: 0, or 2 after an error.
 
-    `words` has one item, JSON of [checkpoint, dtype, folder, bits, group, iterations].
+    `words` has one item, JSON of [checkpoint, adapter, dtype, folder, bits, group, iterations].
     """
-    path, dtype, folder, *how = json.loads(words[0])
-    checkpoint = open_checkpoint(path)
+    path, adapter, dtype, folder, *how = json.loads(words[0])
+    checkpoint = open_model(path, adapter)
     cfg = checkpoint.config(dtype)
     try:
         with default_reporter().bar("Converting layers", cfg.layers) as step:

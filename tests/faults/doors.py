@@ -1,5 +1,6 @@
 """The doors through which files come in: a valid file each, and how it is read."""
 
+import base64
 import contextlib
 import dataclasses
 import functools
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from mutations import mutated_bytes, mutated_json, mutated_lines
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from experiments.common import records
 from experiments.common.cli import USER_ERRORS
@@ -21,6 +23,7 @@ from experiments.speculative import benchmarks, report
 from experiments.speculative.replay import acceptance_trace
 from llm_jax.digest import array_digest, json_digest
 from llm_jax.formats import open_checkpoint
+from llm_jax.registry import open_model
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 from palu_jax import store
 from palu_jax.calibration import calibrate
@@ -102,9 +105,61 @@ def checkpoint(name: str, shards: int = 1, tokenizer: bool = False) -> Callable[
     return make
 
 
+def quantized(name: str) -> Callable[[Path], Path]:
+    """A GPTQ checkpoint: random codes, zero points and scales in the place of each matrix."""
+
+    def make(folder: Path) -> Path:
+        file = checkpoint("model.safetensors")(folder)
+        named, rng = load_file(file), np.random.default_rng(0)
+        codes = lambda *shape: rng.integers(-(2**31), 2**31, shape).astype(np.int32)
+        for weight in [name for name in named if name.endswith("_proj.weight")]:
+            (out, inputs), stem = named.pop(weight).shape, weight.removesuffix("weight")
+            named[f"{stem}qweight"] = codes(inputs // 8, out)
+            named[f"{stem}qzeros"] = codes(inputs // 16, out // 8)
+            named[f"{stem}scales"] = rng.random((inputs // 16, out)).astype(np.float16)
+            named[f"{stem}g_idx"] = (np.arange(inputs) // 16).astype(np.int32)
+        save_file(named, file)
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = dict(quant_method="gptq", bits=4, group_size=16)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder / name
+
+    return make
+
+
+def adapter(name: str) -> Callable[[Path], Path]:
+    """A LoRA adapter of a checkpoint in a folder beside it."""
+
+    def make(folder: Path) -> Path:
+        checkpoint("model.safetensors")(folder / "base")
+        rng, stem = np.random.default_rng(0), "base_model.model.model.layers.0.mlp.up_proj.lora_"
+        draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+        (folder / "adapter").mkdir(parents=True)
+        named = {f"{stem}A.weight": draw(4, 32), f"{stem}B.weight": draw(64, 4)}
+        save_file(named, folder / "adapter" / "adapter_model.safetensors")
+        settings = dict(peft_type="LORA", r=4, lora_alpha=8, use_dora=False, bias="none")
+        settings |= dict(alpha_pattern={"up_proj": 3}, rank_pattern={"q_proj": 2})
+        (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+        return folder / "adapter" / name
+
+    return make
+
+
+def adapted(path: Path) -> str:
+    found = open_model(path.parents[1] / "base", path.parent)
+    cfg = found.config("float32")
+    return digest(found.load(cfg)) + repr(cfg)
+
+
 def gguf(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return write_gguf(folder / "m.gguf", tiny_params(CFG), CFG)
+
+
+def gguf_part(folder: Path) -> Path:
+    """The second of the parts of a split file."""
+    first = write_gguf(folder / "m.gguf", tiny_params(CFG), CFG, split=5)
+    return min(first.parent.glob("m-00002-of-*.gguf"))
 
 
 def weights(path: Path) -> str:
@@ -296,6 +351,28 @@ def samples(path: Path) -> str:
     return digest([dataclasses.asdict(data[i]) for i in range(len(data))])
 
 
+def tokenizer_model(name: str) -> Callable[[Path], Path]:
+    """One of the tokenizer's files of a folder without tokenizer.json."""
+
+    def make(folder: Path) -> Path:
+        checkpoint("config.json")(folder)
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁A"]
+        if name == "tokenizer.model":
+            sized = lambda tag, data: bytes((tag, len(data))) + data
+            piece = lambda text: sized(10, text.encode()) + b"\x15" + np.float32(-1).tobytes()
+            data = b"".join(sized(10, piece(token)) for token in [*tokens, "A"])
+            (folder / name).write_bytes(data + sized(18, b"\x18\x02") + sized(26, b"\x20\x00"))
+        else:
+            entry = lambda i: dict(rank=i, token_bytes=base64.b64encode(bytes([i])).decode())
+            config = dict(pattern="\\s+|\\S+", version="v3")
+            config |= dict(default_vocab_size=276, default_num_special_tokens=20)
+            vocab = [entry(i) for i in range(256)]
+            (folder / name).write_text(json.dumps(dict(config=config, vocab=vocab)))
+        return folder / name
+
+    return make
+
+
 DOORS = {
     "safetensors": Door(checkpoint("model.safetensors"), weights, "bytes"),
     "config": Door(checkpoint("config.json"), weights, "json"),
@@ -304,7 +381,14 @@ DOORS = {
     "tokenizer": Door(checkpoint("tokenizer.json", tokenizer=True), text, "json"),
     "tokenizer_config": Door(checkpoint("tokenizer_config.json", tokenizer=True), text, "json"),
     "template": Door(checkpoint("chat_template.jinja", tokenizer=True), text, "bytes"),
+    "quantized": Door(quantized("model.safetensors"), weights, "bytes"),
+    "quantized config": Door(quantized("config.json"), weights, "json"),
+    "adapter": Door(adapter("adapter_model.safetensors"), adapted, "bytes"),
+    "adapter config": Door(adapter("adapter_config.json"), adapted, "json"),
+    "tokenizer.model": Door(tokenizer_model("tokenizer.model"), text, "bytes"),
+    "tekken": Door(tokenizer_model("tekken.json"), text, "json"),
     "GGUF weights": Door(gguf, weights, "bytes"),
+    "GGUF part": Door(gguf_part, weights, "bytes"),
     "GGUF text": Door(gguf, text, "bytes"),
     "converted layer": Door(
         converted("layer-00000.safetensors"), converted_weights, "bytes", checked=True

@@ -167,7 +167,7 @@ def test_every_problem_is_listed_at_once(folder, cfg):
         del t["model.norm.weight"]
         t["model.layers.1.self_attn.q_proj.bias"] = np.zeros(7, np.float32)
         t["model.layers.1.mlp.up_proj.weight"] = np.zeros((cfg.d_ff, cfg.d_model), np.int8)
-        t["model.layers.2.input_layernorm.weight"] = np.zeros(cfg.d_model, np.float32)
+        t["model.layers.1.pre_layernorm.weight"] = np.zeros(cfg.d_model, np.float32)
 
     rewrite(folder, damage)
     text = message(folder, cfg)
@@ -177,7 +177,7 @@ def test_every_problem_is_listed_at_once(folder, cfg):
     file = "model.safetensors: model.layers"
     assert f"{file}.1.self_attn.q_proj.bias has shape [7]; expected [64]" in text
     assert f"{file}.1.mlp.up_proj.weight is stored as I8; supported are BF16, F16, F32" in text
-    assert f"{file}.2.input_layernorm.weight is not part of this model" in text
+    assert f"{file}.1.pre_layernorm.weight is not part of this model" in text
 
 
 def test_loading_checks_first(folder, cfg):
@@ -283,11 +283,9 @@ def test_a_corrupt_file_is_named(folder, cfg, damage):
 
 
 def test_a_folder_that_is_no_checkpoint_says_what_is_in_it(tmp_path):
-    for name in ("notes.txt", "pytorch_model.bin"):
+    for name in ("notes.txt", "model.pt"):
         (tmp_path / name).touch()
-    with pytest.raises(
-        CheckpointError, match=r"holds notes.txt, pytorch_model.bin; expected config"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds model.pt, notes.txt; expected config"):
         open_checkpoint(tmp_path)
 
 
@@ -342,7 +340,10 @@ def test_broken_json_names_the_file(folder, sharded, cfg):
         (dict(rope_scaling=dict(rope_type="ntk")), "rope type 'ntk' is not supported"),
         (dict(rope_scaling=dict(rope_type="llama3")), "factor"),
         (dict(num_hidden_layers="two"), "expected a whole number"),
-        (dict(quantization_config=dict(quant_method="awq")), "the weights are quantized (awq)"),
+        (
+            dict(quantization_config=dict(quant_method="aqlm")),
+            "quantization_config.quant_method is 'aqlm'; expected one of awq, bitsandbytes, comp",
+        ),
     ),
 )
 def test_models_that_cannot_be_run_are_refused(folder, change, expected):

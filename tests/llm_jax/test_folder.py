@@ -99,8 +99,8 @@ def test_an_adapter_beside_its_base(copy, name):
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     one, two = problems(folder)[1:]
     assert one == (
-        "adapter_config.json is an adapter and would not be used; merge it into the model "
-        "(merge_and_unload in peft), or move it away"
+        "adapter_config.json is an adapter and would not be used; move it to a folder of its "
+        "own, and pass that as the adapter (--adapter) if it is meant"
     )
     assert two.startswith("adapter_model.safetensors is an adapter")
 
@@ -108,7 +108,7 @@ def test_an_adapter_beside_its_base(copy, name):
 def test_an_adapter_without_its_base(tmp_path):
     save_file({"x": np.ones(3, np.float32)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert f"{tmp_path} is an adapter, not a model; merge" in refusal(tmp_path)
+    assert f"{tmp_path} is an adapter, not a model: pass" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from llm_jax import CheckpointError, LLMError
 from llm_jax.gguf_tokenizer import from_metadata
 from llm_jax.testing import tiny_config, tiny_params, tiny_vocabulary, write_safetensors
 from llm_jax.tokenizer import ByteTokenizer, from_folder, growth
+from llm_jax.tokenizer_files import tokenizer_of
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
@@ -66,14 +67,16 @@ def test_a_tokenizer_of_another_version_outside_the_folder(folder, name):
         from_folder(folder)
 
 
-@pytest.mark.slow
 def test_code_of_a_repository_is_not_asked_for(folder):
     """`transformers` would ask on the terminal whether to run it."""
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"x")
     change(folder, "tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", "a.B"]})
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        from_folder(folder)
+    with pytest.raises(CheckpointError, match="is truncated or is no SentencePiece model"):
+        tokenizer_of(folder)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer.json"):
+        tokenizer_of(folder)
 
 
 REPLACE = dict(type="Replace", pattern={"String": "a"}, content="aa")
