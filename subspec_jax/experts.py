@@ -230,10 +230,11 @@ def routed_block(
     stacks = dataclasses.replace(layer.mlp, shared=None, router=None, shared_scale=None)
     tokens_E = np.asarray(tokens_E)
     for some in experts.take(index, tokens_E):
-        number = np.full(experts.at_once, -1, np.int32)  # those that only fill the program's shape
+        size = 2 if len(some) <= 2 else experts.at_once  # programs of two sizes
+        number = np.full(size, -1, np.int32)  # -1: it only fills the program's shape
         number[: len(some)] = [e for e, _ in some]
         arrays = [array for _, array in some]
-        arrays += arrays[:1] * (experts.at_once - len(arrays))
+        arrays += arrays[:1] * (size - len(arrays))
         y_MD = _add_experts(stacks, tuple(arrays), number, routed, y_MD, cfg)
     x, done = _finish(layer.mlp_out_norm, x, y_MD, cfg)
     return x, cache, done

@@ -31,6 +31,7 @@ from experiments.common.cli import UserError, run
 from experiments.speculative.replay import acceptance_trace
 from llm_jax.progress import default_reporter
 from llm_jax.sample import Sampler
+from subspec_jax import precompile
 from subspec_jax.draft_model import Draft
 from subspec_jax.predict import expected_experts
 from subspec_jax.propose import Round
@@ -122,7 +123,13 @@ def measure(args: ExpertTimes, method: str) -> list[dict[str, Any]]:
     )
     with engine:
         print(engine.plan, flush=True)
-        engine.start()
+        engine.compile()
+        if not plain and engine.device["platform"] == "gpu":
+            # While the device is empty: the compiler times its candidates on buffers of its own.
+            for depth in args.depths:
+                spec = dataclasses.replace(deepest, depth=depth)
+                plan = dataclasses.replace(engine.plan, spec=spec)
+                precompile.compile_ahead(plan, engine.options.sampler, None, True)
         engine.load()
         lines = []
         for depth in [0] if plain else sorted(args.depths):
