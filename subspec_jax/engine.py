@@ -81,7 +81,7 @@ def open(
     reporter = default_reporter() if reporter is None else reporter
     residual = options.stream == "residual"
     random = options.weights == "random"
-    where = options.dtype, residual, random, options.seed, reporter, options.zipf
+    where = options.dtype, residual, random, options.seed, reporter, options.zipf, options.experts
     source = find_source(model, *where, adapter)
     longest_text = options.max_length or min(LONGEST, source.cfg.max_length)
     if longest_text > source.cfg.max_length:

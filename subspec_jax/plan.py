@@ -386,8 +386,9 @@ def make_plan(
     if draft.bits is not None and not has_split(model):
         try:
             for path, leaf in jax.tree.leaves_with_path((model or abstract(cfg)).layers):
-                stack = path[-1].name in ("expert_gate_up", "expert_down")
-                if leaf.ndim == 2 + stack:
+                name = getattr(path[-1], "name", "")
+                stack = name in ("expert_gate_up", "expert_down")
+                if leaf.ndim == 2 + stack and not name.endswith("_bias"):
                     check_grouping(path[-1].name, leaf.shape[-2], draft.bits, draft.group)
         except ValueError as e:
             raise PlanError(
