@@ -6,6 +6,7 @@ of an offloaded layer stay on the device, where the draft uses them too. If a ma
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import LLMError
-from llm_jax.mxfp4 import dense, encode
+from llm_jax.mxfp4 import dense, encode, mxfp4_bytes
 from llm_jax.params import Experts, Layer, SeparateExperts
 from llm_jax.stream import home, to_device
 from subspec_jax.residual.split import Split, SplitExperts, is_split
@@ -71,6 +72,20 @@ def separate_experts(layer: Layer, mxfp4: bool = False, exact: bool = True) -> L
     else:
         each = tuple(flat([w[e] for w in stacks]) for e in range(m.router.shape[1]))
     experts = SeparateExperts(each, shapes, mxfp4)
+    mlp = dataclasses.replace(m, expert_gate_up=experts, expert_down=None)
+    return dataclasses.replace(layer, mlp=mlp)
+
+
+def separate_shapes(layer: Layer, mxfp4: bool = False) -> Layer:
+    """`separate_experts` of a layer of shapes."""
+    m = layer.mlp
+    if not isinstance(m, Experts) or m.expert_down is None:
+        return layer
+    stacks = m.expert_gate_up, m.expert_down
+    shapes = tuple(w.shape[1:] for w in stacks)
+    size = sum(map(mxfp4_bytes if mxfp4 else math.prod, shapes))
+    flat = jax.ShapeDtypeStruct((size,), jnp.uint8 if mxfp4 else stacks[0].dtype)
+    experts = SeparateExperts((flat,) * stacks[0].shape[0], shapes, mxfp4)
     mlp = dataclasses.replace(m, expert_gate_up=experts, expert_down=None)
     return dataclasses.replace(layer, mlp=mlp)
 

@@ -19,8 +19,7 @@ from llm_jax.adapted import Adapted, adapted
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.config import Config
 from llm_jax.files import cache_folder
-from llm_jax.mxfp4 import mxfp4_bytes
-from llm_jax.params import Experts, Layer, Params, SeparateExperts, abstract, init_layer
+from llm_jax.params import Layer, Params, abstract, init_layer
 from llm_jax.progress import Progress, Reporter
 from llm_jax.registry import MODELS, find_checkpoint, find_model, open_model
 from llm_jax.tokenizer import ByteTokenizer
@@ -28,6 +27,7 @@ from subspec_jax import memory
 from subspec_jax.draft_model import Draft
 from subspec_jax.load import all_on_device, load_target, random_split, random_target
 from subspec_jax.methods import MethodError
+from subspec_jax.offload import separate_shapes
 from subspec_jax.plan import Plan, make_plan
 from subspec_jax.residual.convert import convert, is_complete
 from subspec_jax.residual.files import Converted
@@ -141,17 +141,8 @@ class Source:
 def _mxfp4_shapes(cfg: Config) -> Params:
     """The model with experts of arrays of their own, in MXFP4."""
     model = abstract(cfg)
-
-    def apart(layer: Layer) -> Layer:
-        if layer.mlp is None or not isinstance(layer.mlp, Experts):
-            return layer
-        shapes = tuple(w.shape[1:] for w in (layer.mlp.expert_gate_up, layer.mlp.expert_down))
-        flat = jax.ShapeDtypeStruct((sum(map(mxfp4_bytes, shapes)),), np.uint8)
-        experts = SeparateExperts((flat,) * cfg.experts.count, shapes, True)
-        mlp = dataclasses.replace(layer.mlp, expert_gate_up=experts, expert_down=None)
-        return dataclasses.replace(layer, mlp=mlp)
-
-    return dataclasses.replace(model, layers=tuple(map(apart, model.layers)))
+    layers = tuple(separate_shapes(layer, mxfp4=True) for layer in model.layers)
+    return dataclasses.replace(model, layers=layers)
 
 
 @functools.cache

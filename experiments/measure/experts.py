@@ -143,10 +143,10 @@ def measure(args: ExpertTimes, method: str) -> list[dict[str, Any]]:
 
 
 def _timed(args, method, engine, whole, depth) -> dict[str, Any]:
-    decoder = engine.use(whole)
     count = {"all": 4, "plain": 4 * args.rounds, "tree": args.rounds}[method]
     prompt = np.random.default_rng(0).integers(0, engine.cfg.vocab, PROMPT).tolist()
     trace = acceptance_trace("published", whole)
+    decoder = engine.warm_up(prompt, 8, whole, trace)
     for _ in range(2):  # the first run compiles, and fills the cache of experts
         accepted, rounds = trace(), []
         room = args.max_length - PROMPT - 1
