@@ -15,6 +15,7 @@ from llm_jax.params import SeparateExperts, init
 from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_config, tiny_params
 from pallas_kernels.residual_decode import residual_decode
+from subspec_jax.check import NotFiniteError
 from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.experts import AT_ONCE, ExpertCache, apart, without_experts
@@ -281,3 +282,13 @@ def test_experts_in_mxfp4_are_brought_in_their_own_form():
     assert streamed_bytes(small[0]) == 6 * (mxfp4_bytes((64, 64)) + mxfp4_bytes((32, 64)))
     with pytest.raises(LLMError, match="not MXFP4's"):
         separate_experts(model("clamped")[0].layers[0], mxfp4=True)
+
+
+def test_nan_in_an_expert_is_named_with_its_layer():
+    params, cfg = model()
+    layer = params.layers[1]
+    down = layer.mlp.expert_down.at[:, 3, 5].set(jnp.nan)
+    broken = dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, expert_down=down))
+    params = dataclasses.replace(params, layers=(params.layers[0], broken, params.layers[2]))
+    with pytest.raises(NotFiniteError, match="in layer 1"):
+        decoder(params, cfg, "vanilla").generate(PROMPT, 4)
