@@ -23,7 +23,7 @@ def wheel(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_wheel_is_small_and_holds_no_data(wheel):
-    assert wheel.stat().st_size < 550_000  # code alone: 200 files of 2 KB
+    assert wheel.stat().st_size < 650_000  # code alone: 230 files of 2 KB
     names = zipfile.ZipFile(wheel).namelist()
     kept = [n for n in names if n.startswith(PACKAGES)]
     assert all(n.endswith((".py", "py.typed", "tuned.json", "prompts.jsonl")) for n in kept)
