@@ -73,18 +73,6 @@ def overview() -> str:
     )
 
 
-def models() -> str:
-    from llm_jax.registry import MODELS
-
-    width = max(map(len, MODELS))
-    rows = []
-    for name, model in MODELS.items():
-        size = f"{model.config.parameter_count / 1e9:.2f} B parameters"
-        note = f" ({model.note})" if model.note else ""
-        rows.append(f"{name:{width}}  {size:>18}  {model.repo}{note}")
-    return "\n".join(rows)
-
-
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status of the command that `words` (the command line's) name."""
     try:
@@ -110,7 +98,9 @@ def _main(words: Sequence[str] | None) -> int:
         print(f"thimble-jax {__version__} (jax {jax.__version__})")
         return 0
     if first == "--list-models":
-        print(models())
+        from experiments.common import models
+
+        print(models.table())
         return 0
     if first not in here():
         import difflib

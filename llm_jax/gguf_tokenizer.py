@@ -49,10 +49,14 @@ def from_metadata(meta: dict[str, Any], path: Path) -> Tokenizer:
     _check(get, path)
     with named_errors(path):
         tok = builders[kind](tokens, get, path)
-        for i, token_type in enumerate(get("token_type", [])):
-            if token_type in (3, 4):  # control, user-defined
-                added = tokenizers.AddedToken(tokens[i], special=token_type == 3, normalized=False)
-                (tok.add_special_tokens if added.special else tok.add_tokens)([added])
+        added: dict[int, list] = {3: [], 4: []}  # control, user-defined
+        for token, token_type in zip(tokens, get("token_type", []), strict=False):
+            if token_type in added:
+                special = token_type == 3
+                more = tokenizers.AddedToken(token, special=special, normalized=False)
+                added[token_type].append(more)
+        tok.add_special_tokens(added[3])  # at once: each call looks at all that there are
+        tok.add_tokens(added[4])
         bos, eos = get("bos_token_id"), get("eos_token_id")
         add_bos = get("add_bos_token", kind == "llama" or get("pre") in ("llama-bpe", "llama3"))
         add_eos = get("add_eos_token", False)

@@ -6,6 +6,7 @@ group), G = N/K, H head size, R rank, g groups.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from llm_jax.attention import (
     rope_frequencies,
     rotated,
 )
-from llm_jax.config import Config
+from llm_jax.config import FULL, Config
 from llm_jax.linear import linear
 from pallas_kernels.lowrank_attention import lowrank_attention
 from pallas_kernels.lowrank_attention.reference import rebuilt_heads
@@ -33,6 +34,20 @@ _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 FEW = 16
 """Up to this many query positions go through the fused kernel. For more of them, keys and values
 are rebuilt once."""
+
+
+SCORES = ("query_scale", "attn_softcap")
+OWN = ("rotary_dim", "qk_norm_whole", *SCORES)
+"""Fields of `Config` that attention over latents knows nothing of."""
+
+
+def why_not(p: Any, cfg: Config, own: tuple[str, ...] = OWN) -> str | None:
+    """What this attention has, the fields `own` of `cfg` included, that attention over latents or
+    quantized caches has not, as the beginning of a sentence; None where it has nothing of it."""
+    if p.kind != FULL or p.sinks is not None or p.o_bias is not None:
+        return "this attention has a window, sinks or a bias of its output"
+    odd = [name for name in own if getattr(cfg, name)]
+    return f"this model has {', '.join(odd)}" if odd else None
 
 
 @register_dataclass

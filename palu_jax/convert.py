@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.attention import rope_frequencies
-from llm_jax.config import FULL, Config
+from llm_jax.config import Config
 from llm_jax.params import Attention, Layer, Params
 from palu_jax import PaluError
-from palu_jax.attention import Factors, PaluAttention
+from palu_jax.attention import OWN, Factors, PaluAttention, why_not
 from palu_jax.calibration import LayerStatistics, Statistics
 from palu_jax.decompose import Spectrum, block_diagonal, key_metric, spectrum, value_metric
 from palu_jax.hadamard import rotation
@@ -87,7 +87,7 @@ def layer_spectra(
     `mean` splits off the mean direction. Only the plain objective without a mean split needs no
     `statistics`. Raises ConvertError where something does not fit.
     """
-    _check_ordinary(attn)
+    _check_ordinary(attn, cfg)
     check_groups(cfg, groups)
     if objective not in get_args(Objective):
         known = ", ".join(get_args(Objective))
@@ -277,14 +277,11 @@ def _fused_output(attn, v: Factors, cfg):
     return fused, jnp.asarray(np.einsum("nh,nhd->d", spread, o), cfg.dtype)
 
 
-def _check_ordinary(attn: Any) -> None:
+def _check_ordinary(attn: Any, cfg: Config) -> None:
     if not isinstance(attn, Attention):
         raise ConvertError(f"only ordinary attention can be converted, not {type(attn).__name__}")
-    if attn.kind != FULL or attn.sinks is not None or attn.o_bias is not None:
-        raise ConvertError(
-            "this attention has a window, sinks or a bias of its output, which Palu's has not; "
-            "convert a model without them"
-        )
+    if odd := why_not(attn, cfg):
+        raise ConvertError(f"{odd}, which Palu's has not; convert a model without them")
     for name in "kvo":
         if not isinstance(w := getattr(attn, name), jax.Array | np.ndarray):
             raise ConvertError(
@@ -296,7 +293,7 @@ def _check_ordinary(attn: Any) -> None:
 def check_model(params: Params, cfg: Config, statistics: Statistics | None) -> None:
     """Raises ConvertError where the statistics are known to be of other parameters."""
     for layer in params.layers:
-        _check_ordinary(layer.attn)
+        _check_ordinary(layer.attn, cfg)
     if statistics is None or (theirs := statistics.model) is None:
         return
     if different := theirs.difference(identity(params, cfg.dtype, (theirs.dtype,))):
@@ -332,8 +329,7 @@ def check_groups(cfg: Config, groups: Sequence[int]) -> None:
 def check_recipe(cfg: Config, recipe: Recipe, statistics: Statistics | None = None) -> None:
     """Raises ConvertError for the first thing in a recipe that does not fit the model."""
     check_groups(cfg, recipe.groups)
-    own = ("rotary_dim", "qk_norm_whole", "query_scale", "attn_softcap")
-    if odd := [name for name in own if getattr(cfg, name)]:
+    if odd := [name for name in OWN if getattr(cfg, name)]:
         raise ConvertError(f"this model has {', '.join(odd)}, which Palu's attention has not")
     if len(recipe.ranks) != cfg.layers:
         raise ConvertError(

@@ -20,7 +20,7 @@ from llm_jax.config import DTYPES, Config
 from llm_jax.linear import linear
 from llm_jax.params import Attention, Params
 from pallas_kernels.lowrank_attention.latents import LATENT_BITS, Latents, dense
-from palu_jax.attention import attend_either, dense_attention, slot_positions
+from palu_jax.attention import SCORES, attend_either, dense_attention, slot_positions, why_not
 from palu_jax.latent import (
     Exact,
     FormatError,
@@ -85,6 +85,9 @@ def to_quantized_cache(params: Params, cfg: Config, format: KVFormat) -> Params:
     kinds = {type(layer.attn).__name__ for layer in params.layers} - {"Attention"}
     if kinds:
         raise FormatError(f"only ordinary attention gets another cache, not {min(kinds)}")
+    for layer in params.layers:
+        if odd := why_not(layer.attn, cfg, SCORES):
+            raise FormatError(f"{odd}, which attention over another cache has not")
     layers = tuple(
         dataclasses.replace(layer, attn=CachedAttention(layer.attn, format))
         for layer in params.layers

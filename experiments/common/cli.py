@@ -22,6 +22,7 @@ class UserError(ValueError):
 
 USER_ERRORS = (UserError, MissingPackage, LLMError, SubspecError, PaluError, QyolopError)
 DEBUG = "--debug"
+LIST_MODELS = "--list-models"
 OUT_OF_MEMORY = (
     "the device ran out of memory, which the plan should have prevented; set a lower --resident or "
     "a higher --memory-limit, and please report this: "
@@ -39,7 +40,8 @@ def run(
     """The exit status of `main(flags, console)`: 0 or what it returns, and what `status_of` says.
 
     `command` is a dataclass of flags, or a union of subcommands, for `tyro`; `doc` is shown by
-    --help; `words` replace the words of the command line. Where output is not a terminal, tables
+    --help; `words` replace the words of the command line. A command with a flag `model` also knows
+    --list-models. Where output is not a terminal, tables
     are `width` columns wide, because 80 would cut them. `again` tells how an interrupted run is
     continued, None that it cannot be. With --debug among the words, errors are raised as they are.
     """
@@ -48,10 +50,18 @@ def run(
     debug = DEBUG in words
     words = [word for word in words if word != DEBUG]
     about = f"{(doc or '').rstrip()}\n\n{DEBUG}, anywhere, shows the traceback of an error."
+    knows_models = hasattr(command, "model")
+    if knows_models:
+        about += f"\n{LIST_MODELS} lists what --model knows."
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(width, console.width))
     try:
+        if knows_models and LIST_MODELS in words:
+            from experiments.common import models
+
+            print(models.table(), flush=True)
+            return 0
         flags = tyro.cli(command, args=words, description=about, prog=_program(main))
         status = main(flags, console)
     except (Exception, KeyboardInterrupt) as error:

@@ -96,7 +96,7 @@ def main(args: TreeTrace, console: Console) -> int:
                 work.publish(args.output, key, before[0])
                 console.print(f"{name} {sample.id}: done before", style="dim", highlight=False)
                 continue
-            prompt = tokenizer.chat([{"role": "user", "content": sample.turns[0]}])
+            prompt = sample.prompt(tokenizer)
             if len(prompt) + args.tokens > args.max_length:
                 continue
             answer = [int(t) for t in generate(params, prompt, cfg, args.tokens)]

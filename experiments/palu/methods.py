@@ -16,6 +16,7 @@ from palu_jax import (
     kivi,
     to_quantized_cache,
 )
+from palu_jax.attention import SCORES, why_not
 
 PLANNED = "planned"
 """The search of a method whose group size, bits and ranks the planner chooses."""
@@ -103,15 +104,22 @@ class CacheMethod:
         )  # fmt: skip
 
     def applied(
-        self, params: Params, cfg: Config, compressor: Compressor
+        self, params: Params, cfg: Config, compressor: Compressor | None
     ) -> tuple[Params, Recipe | None]:
         """(the parameters with this method, the recipe of a conversion).
 
-        Caches of 16 bits take 2 bytes a number for float32 models, too.
+        Only the kind palu needs a `compressor`. Caches of 16 bits take 2 bytes a number for float32
+        models, too, but for the dense model where its attention has no other cache than its own.
         """
         short = "bfloat16" if cfg.dtype == "float32" else None
         if self.kind == "palu":
+            if compressor is None:
+                raise ValueError("a conversion needs a compressor")
             return compressor.compress(self.compression(short))
+        if self.kind == "dense" and any(
+            why_not(layer.attn, cfg, SCORES) for layer in params.layers
+        ):
+            return params, None
         bits = 16 if self.kind == "dense" else int(self.kind[-1])
         form = KVFormat(bits, dtype=short)
         if self.kind.startswith("kivi"):

@@ -113,8 +113,10 @@ class PaluRun(Reporter):
                 self.params, batches, self.cfg, gradients=gradients, path=path, progress=step
             )
 
-    def compressor(self) -> palu_jax.Compressor:
-        """A `Compressor` of the model."""
+    def compressor(self) -> palu_jax.Compressor | None:
+        """A `Compressor` of the model; None where no method converts it."""
+        if not any(m.kind == "palu" for m in self.methods):
+            return None
         return palu_jax.Compressor(self.params, self.cfg, self.calibrate(), self)
 
     def measure(self) -> None:

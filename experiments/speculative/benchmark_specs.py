@@ -199,6 +199,7 @@ SPECS |= {
 
 BenchmarkName = Literal[
     "builtin",
+    "texts",
     "mt-bench",
     "spec-bench",
     "gsm8k",
@@ -226,4 +227,4 @@ BenchmarkName = Literal[
     "longbench-lcc",
     "longbench-repobench-p",
 ]
-"""builtin and the keys of SPECS, written out for type checkers and for the command line."""
+"""builtin, texts and the keys of SPECS, written out for type checkers and for the command line."""

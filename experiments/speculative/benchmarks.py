@@ -1,6 +1,7 @@
 """Prompts to decode: `load_conversations(name, data_dir, samples)` reads a public benchmark.
 
-`builtin` comes with the project and needs nothing. Any other name is looked for in three places:
+`builtin` and `texts` come with the project and need nothing. `texts` are beginnings of texts for a
+base model to continue, which no template surrounds. Any other name is looked for in three places:
 a local folder, the Hugging Face hub, and TensorFlow Datasets, which is read without TensorFlow.
 The packages for the hub, for parquet files and for TensorFlow Datasets are the extra `eval`.
 """
@@ -13,9 +14,9 @@ import gzip
 import random
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, get_args
+from typing import IO, Any, get_args
 
 from experiments.speculative.benchmark_specs import (
     SPECS,
@@ -29,7 +30,10 @@ from llm_jax.extras import need
 from llm_jax.files import parse_json
 
 BENCHMARKS: tuple[str, ...] = get_args(BenchmarkName)
-BUILTIN = Path(__file__).with_name("prompts.jsonl")
+SHIPPED = {
+    name: Path(__file__).with_name(file)
+    for name, file in dict(builtin="prompts.jsonl", texts="texts.jsonl").items()
+}
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 
 
@@ -40,6 +44,18 @@ class Conversation:
     id: str
     category: str
     turns: tuple[str, ...]
+    plain: bool = False
+    """Whether the model continues the text as it stands, without a chat template."""
+
+    def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> list[int]:
+        """Ids of the conversation up to the turn behind these answers to the earlier turns."""
+        if self.plain:
+            return tokenizer.encode(self.turns[0])
+        messages = [{"role": "user", "content": self.turns[0]}]
+        for answer, turn in zip(answers, self.turns[1:], strict=False):
+            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "user", "content": turn})
+        return tokenizer.chat(messages)
 
 
 # --- Loading -----------------------------------------------------------------------------------
@@ -51,7 +67,7 @@ def load_conversations(
     """The first `samples` conversations of benchmark `name` after a shuffle with `seed`.
 
     The shuffle depends only on the seed and the number of rows, so two runs (and two machines)
-    decode the same prompts. `builtin` is not shuffled, because its order mixes the categories. A
+    decode the same prompts. What is shipped is not shuffled: its order mixes the categories. A
     benchmark with fewer conversations returns all it has. TensorFlow Datasets stores rows in
     another order, so its ids begin with `tfds-`. Raises `BenchmarkError`.
     """
@@ -61,9 +77,10 @@ def load_conversations(
         raise BenchmarkError(f"no benchmark {name!r}.{hint} There are: {', '.join(BENCHMARKS)}.")
     if samples is not None and samples < 1:
         raise BenchmarkError(f"samples = {samples}; expected 1 or more, or None for all.")
-    if name == "builtin":
+    if name in SHIPPED:
         spec = Spec(user_turns, "turns", "", (), "id", "category")
-        return _samples(name, spec, _rows(BUILTIN))[:samples]
+        found = _samples(name, spec, _rows(SHIPPED[name]))[:samples]
+        return [dataclasses.replace(s, plain=name == "texts") for s in found]
     found = _find(name, data_dir)
     random.Random(seed).shuffle(found)
     return found[:samples]

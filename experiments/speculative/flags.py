@@ -111,7 +111,8 @@ class Speculative:
     table_on_host: bool | None = None
     """Keep an untied embedding table in host memory; whatever streams less if not given."""
     benchmark: BenchmarkName = "builtin"
-    """Prompts: builtin needs nothing, the others come from --data-dir or the network."""
+    """Prompts. builtin: questions; texts: beginnings for a base model to continue, without a chat
+    template. Both need nothing; the others come from --data-dir or the network."""
     data_dir: Path | None = None
     """Folder with benchmark data; without it they come from the hub or tensorflow-datasets."""
     samples: int = 3

@@ -106,6 +106,11 @@ class Run:
                 f"{memory.show_bytes(dense)} with 16-bit keys and values, {1 - own / dense:.1%} "
                 "less"
             )
+        if self.engine.tokenizer.chat_fallback and self.args.benchmark != "texts":
+            self.say(
+                "questions are put as plain text, for want of a template; a base model is better "
+                "shown by --benchmark texts, which it continues"
+            )
         if p.streamed == 0:
             self.say("nothing streams: speculation cannot save a pass's copies here")
         if engine.device["platform"] == "cpu":
@@ -175,12 +180,8 @@ class Run:
 
     def prompt(self, sample: Conversation, turn: int) -> list[int]:
         """The conversation up to this turn, with the answers of the first method that ran."""
-        messages = []
-        for i in range(turn + 1):
-            messages.append({"role": "user", "content": sample.turns[i]})
-            if i < turn:
-                messages.append({"role": "assistant", "content": self.answers[sample.id, i]})
-        return self.engine.tokenizer.chat(messages)
+        answers = [self.answers[sample.id, i] for i in range(turn)]
+        return sample.prompt(self.engine.tokenizer, answers)
 
     def trace(self, method: Method) -> Iterator[int] | None:
         """A new iterator over accepted lengths, or None where nothing is replayed."""

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from experiments.__main__ import COMMANDS, main
+from llm_jax.families import FAMILIES
 from llm_jax.registry import MODELS
 
 
@@ -36,12 +37,33 @@ def test_the_version_is_the_packages(capsys):
     )
 
 
-def test_models_are_listed_with_their_sizes(capsys):
-    assert main(["--list-models"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(MODELS)
-    seven = next(line for line in lines if line.startswith("qwen2.5-7b"))
-    assert "7.62 B parameters" in seven and "Qwen/Qwen2.5-7B-Instruct" in seven
+@pytest.mark.parametrize("words", [[], ["speculative"], ["palu", "--seed", "1"]])
+def test_models_are_listed_by_family_with_their_sizes(words, capsys):
+    assert main([*words, "--list-models"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["family", "model", "parameters"]
+    assert max(map(len, lines)) <= 100
+    rows, family, seen = lines[: lines.index("")], None, []
+    for row in rows:
+        first, *rest = row.split()
+        if not row.startswith(" "):
+            assert first not in seen  # a family's models stand together
+            family, (name, *_) = first, rest
+            seen.append(family)
+        else:
+            name = first
+        assert MODELS[name].config.family == family
+        assert MODELS[name].repo in row
+    assert len(rows) == len(MODELS)
+    named = {m.config.family for m in MODELS.values()}
+    assert set(seen) == named and "qwen2_moe" in set(FAMILIES) - named
+    assert all(name in lines[-1] for name in set(FAMILIES) - named)
+    assert any("qwen2.5-7b " in row and " 7.62 B  Qwen/Qwen2.5-7B-Instruct" in row for row in rows)
+    licence = next(
+        line for line in lines if line.endswith("the licence must be accepted on the Hub first")
+    )
+    gated = next(row for row in rows if "google/gemma-3-1b-it" in row)
+    assert gated.endswith(licence.split()[0])
 
 
 def test_an_unknown_command_gets_a_guess(capsys):
@@ -86,4 +108,4 @@ def test_a_reader_that_leaves_early_is_no_error():
         text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
-    assert found.stdout.startswith("qwen2.5-0.5b") and found.stderr == ""
+    assert found.stdout.startswith("family ") and found.stderr == ""

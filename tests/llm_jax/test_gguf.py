@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llm_jax import CheckpointError, LLMError, testing
+from llm_jax.attention import rope_frequencies
 from llm_jax.formats import open_checkpoint
 from llm_jax.gguf import GGUF
 from llm_jax.rope import Llama3Rope
@@ -291,6 +292,24 @@ def test_models_that_cannot_be_run_are_refused(tmp_path, cfg, metadata, expected
 )
 def test_values_that_change_nothing(tmp_path, cfg, metadata):
     assert open_checkpoint(write_with(tmp_path, cfg, {}, metadata)).config("float32") == cfg
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    (
+        {"rope.scale_linear": 4.0},  # the key of old files
+        {"rope.scaling.factor": 4.0},  # linear, where no type is stated
+        {"rope.scaling.factor": 4.0, "rope.scaling.type": "linear"},
+        {"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0},  # the new key counts
+    ),
+)
+def test_linear_rope_scaling_is_that_of_llama_cpp(tmp_path, cfg, metadata):
+    kinds = {str: STRING, float: FLOAT}
+    stated = {"llama." + key: (value, kinds[type(value)]) for key, value in metadata.items()}
+    found = open_checkpoint(write_with(tmp_path, cfg, {}, {"new": stated})).config("float32")
+    slower = rope_frequencies(cfg) / np.float32(4)
+    np.testing.assert_allclose(rope_frequencies(found), slower, rtol=1e-6)
+    assert dataclasses.replace(found, rope_scaling=None) == cfg
 
 
 ggml = "tokenizer.ggml."

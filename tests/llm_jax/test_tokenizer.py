@@ -22,6 +22,7 @@ from llm_jax.tokenizer import (
     ByteTokenizer,
     StreamDecoder,
     from_folder,
+    wrap,
 )
 
 TEXTS = (
@@ -111,6 +112,22 @@ def test_eos_is_every_id_that_ends_a_turn(folder, gguf_path):
     assert open_checkpoint(gguf_path).tokenizer().eos == (end, text_end)
     assert from_folder(folder).eos == (end, text_end)
     assert ByteTokenizer().eos == (256,)
+
+
+def test_gemma_ends_turns_with_a_token_of_its_own_and_strikes_text_out_with_another():
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    def eos(*tags):
+        backend = Backend(BPE({"a": 0}, []))
+        backend.add_special_tokens(["<eos>", "<end_of_turn>"])
+        backend.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
+        return wrap(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")).eos
+
+    assert eos("</s>", "</b>") == (1, 2)
+    assert eos("</s>") == (1, 2, 3)
 
 
 @pytest.mark.parametrize(("stated", "expected"), (([7, 9], (258, 7, 9, 256)), (7, (258, 7, 256))))

@@ -1,5 +1,7 @@
 """Quantized caches of ordinary keys and values, against brute force."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -168,3 +170,15 @@ def test_impossible_formats(arguments, word):
 def test_groups_must_divide_heads(tiny):
     with pytest.raises(FormatError, match="groups of 12"):
         to_quantized_cache(tiny.params, tiny.cfg, KVFormat(4, group=12))
+
+
+@pytest.mark.parametrize("change", [dict(kind="sliding"), dict(sinks=jnp.zeros(4))])
+def test_attention_that_another_cache_has_not_is_refused(tiny, change):
+    attn = dataclasses.replace(tiny.params.layers[0].attn, **change)
+    first = dataclasses.replace(tiny.params.layers[0], attn=attn)
+    params = dataclasses.replace(tiny.params, layers=(first, *tiny.params.layers[1:]))
+    with pytest.raises(FormatError, match="has a window, sinks or a bias of its output, which"):
+        to_quantized_cache(params, tiny.cfg, KVFormat(4))
+    scaled = dataclasses.replace(tiny.cfg, query_scale=0.1)
+    with pytest.raises(FormatError, match="this model has query_scale, which"):
+        to_quantized_cache(tiny.params, scaled, KVFormat(4))

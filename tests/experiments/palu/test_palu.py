@@ -15,7 +15,9 @@ from experiments.palu.flags import FlagError, Palu, methods_of
 from experiments.palu.methods import RIVALS
 from experiments.palu.run import PaluRun
 from llm_jax.attention import caches_for, causal_step
+from llm_jax.cache import empty_caches
 from llm_jax.config import ConfigError
+from llm_jax.formats import open_checkpoint
 from llm_jax.model import forward
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from palu_jax import rank, store
@@ -23,6 +25,7 @@ from palu_jax.convert import ConvertError, Recipe, to_palu
 from palu_jax.latent import LatentFormat
 
 CFG = tiny_config("qwen2", kv_heads=2)
+WINDOWED = tiny_config("mistral")
 PARAMS = tiny_params(CFG)
 
 
@@ -68,6 +71,30 @@ def arguments(folder, output, **changes) -> Palu:
 
 def quiet():
     return Console(quiet=True)
+
+
+def test_a_model_with_windows_is_measured_as_it_is(tmp_path):
+    """24 tokens at a time, of which attention sees 6; the cache is the model's own."""
+    folder = write_safetensors(tmp_path / "model", tiny_params(WINDOWED), WINDOWED)
+    stated = json.loads((folder / "config.json").read_text()) | dict(sliding_window=6)
+    (folder / "config.json").write_text(json.dumps(stated))
+    checkpoint = open_checkpoint(folder)
+    cfg = checkpoint.config("float32")
+    assert cfg.window == 6
+    args = arguments(folder, tmp_path / "out", preset="none", keep=(), tokens=48, context=24)
+    assert palu.main(args, quiet()) == 0
+    record = json.loads((args.output / "records.jsonl").read_text())
+    tokens = checkpoint.tokenizer().encode(corpora.text("python", "evaluation"))
+    windows = jnp.asarray(tokens[:48], jnp.int32).reshape(2, 24)
+    logits, _ = forward(
+        checkpoint.load(cfg), windows, empty_caches(cfg, 2, 24), causal_step(0, 24, 24), cfg
+    )
+    logits = np.asarray(logits, np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = -np.take_along_axis(logp[:, :-1], np.asarray(windows)[:, 1:, None], -1).mean()
+    np.testing.assert_allclose(record["result"]["nll"], want, rtol=1e-4)
+    with pytest.raises(ConvertError, match="this attention has a window"):
+        palu.main(arguments(folder, tmp_path / "other", preset="none"), quiet())
 
 
 def test_a_small_run_measures_stores_and_reports(folder, tmp_path, capsys):

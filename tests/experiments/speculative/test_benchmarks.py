@@ -17,6 +17,7 @@ from experiments.speculative.benchmarks import (
     Conversation,
 )
 from experiments.speculative.benchmarks import load_conversations as load
+from llm_jax.tokenizer import ByteTokenizer
 
 CATEGORIES = {
     "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities",
@@ -68,6 +69,25 @@ def test_builtin_prompts_are_unique_and_tidy():
 def test_builtin_keeps_file_order_whatever_the_seed():
     assert load("builtin", samples=5, seed=3) == load("builtin")[:5]
     assert len(load("builtin", samples=10_000)) == len(load("builtin"))
+
+
+# --- texts -------------------------------------------------------------------------------------
+
+
+def test_texts_are_continued_as_they_stand():
+    samples = load("texts")
+    assert len({s.id for s in samples}) == len({s.turns for s in samples}) == len(samples) >= 8
+    assert all(s.plain and len(s.turns) == 1 and 100 < len(s.turns[0]) < 700 for s in samples)
+    tokenizer = ByteTokenizer()
+    assert bytes(samples[0].prompt(tokenizer)).decode() == samples[0].turns[0]
+
+
+def test_a_conversation_has_the_answers_between_its_turns():
+    sample = Conversation("a", "b", ("one", "two", "three"))
+    said = lambda *answers: bytes(sample.prompt(ByteTokenizer(), answers)).decode()
+    assert said() == "user: one\nassistant:"
+    assert said("1") == "user: one\nassistant: 1\nuser: two\nassistant:"
+    assert said("1", "2").endswith("user: two\nassistant: 2\nuser: three\nassistant:")
 
 
 # --- Selection ---------------------------------------------------------------------------------
@@ -340,14 +360,14 @@ def test_an_empty_file_is_not_an_empty_benchmark(tmp_path):
 
 def test_wrong_arguments(tmp_path):
     assert "Did you mean 'gsm8k'" in message("gsm8")
-    assert "builtin, mt-bench" in message("nothing like it")
+    assert "builtin, texts, mt-bench" in message("nothing like it")
     assert "samples = 0" in message("builtin", samples=0)
     assert "not a directory" in message("gsm8k", tmp_path / "absent")
 
 
 def test_names():
-    assert get_args(BenchmarkName) == BENCHMARKS == ("builtin", *SPECS)
-    assert len(set(BENCHMARKS)) == len(BENCHMARKS) == 1 + 10 + 16  # LongBench has 16
+    assert get_args(BenchmarkName) == BENCHMARKS == ("builtin", "texts", *SPECS)
+    assert len(set(BENCHMARKS)) == len(BENCHMARKS) == 2 + 10 + 16  # LongBench has 16
 
 
 # --- The real files ----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from experiments.speculative import benchmarks
 from experiments.speculative.benchmarks import Conversation
 from llm_jax import registry
 from llm_jax.files import locked
+from llm_jax.formats import open_checkpoint
 from llm_jax.testing import tiny_params, write_safetensors
 from subspec_jax import engine, sources
 from subspec_jax.methods import METHOD_NAMES
@@ -26,6 +27,14 @@ def everything(run, models, tmp_path_factory):
         f"--compare {others} --draft-checkpoint {models['small']} --check-lossless",
         tmp_path_factory.mktemp("everything"),
     )
+
+
+def test_texts_are_continued_without_a_template(run, models, tmp_path):
+    found = run("--benchmark texts --method vanilla --compare --max-length 320", tmp_path)
+    (record,) = found.records
+    (sample,) = benchmarks.load_conversations("texts", samples=1)
+    ids = open_checkpoint(models["target"]).tokenizer().encode(sample.turns[0])
+    assert (record["sample"], record["prompt_tokens"]) == (sample.id, len(ids))
 
 
 # --- Outputs -----------------------------------------------------------------------------------
