@@ -28,7 +28,7 @@ from subspec_jax.draft_model import Draft
 from subspec_jax.load import all_on_device, load_target, random_split, random_target
 from subspec_jax.methods import MethodError
 from subspec_jax.plan import Plan, make_plan
-from subspec_jax.residual.convert import convert, is_complete
+from subspec_jax.residual.convert import check_family, convert, is_complete
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
@@ -193,6 +193,7 @@ def add_converted(
     if source.checkpoint is None:
         return
     cfg, checkpoint = source.cfg, source.checkpoint
+    check_family(cfg)
     if folder is None:
         kind = f"{draft.bits}x{draft.group}-{quantizer}-{cfg.dtype}"
         folder = cache_folder() / "converted" / f"{source.name}-{kind}"

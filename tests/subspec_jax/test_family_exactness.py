@@ -1,0 +1,106 @@
+"""Every family with every lossless method: the tokens of plain decoding, greedy and sampled."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from family_cases import CASES, T, saved
+
+from llm_jax.formats import open_checkpoint
+from llm_jax.generation import generate
+from llm_jax.sample import Sampler
+from subspec_jax.decoder import Decoder
+from subspec_jax.draft_model import Draft, make_draft
+from subspec_jax.experts import ExpertCache
+from subspec_jax.load import load_target
+from subspec_jax.methods import make_method
+from subspec_jax.offload import place
+from subspec_jax.plan import make_plan
+from subspec_jax.residual.convert import convert
+from subspec_jax.tree import TreeSpec
+from subspec_jax.verify import Target
+
+pytestmark = pytest.mark.reference
+
+METHODS = (
+    "vanilla", "subspec", "chain", "best-first", "ngram", "subspec-post", "subspec-lookup",
+    "subspec-own-cache", "subspec-unshared-layers",
+)  # fmt: skip
+SAMPLERS = (Sampler(), Sampler(0.8))
+STEPS, LENGTH, CHUNK = 20, 96, 16
+SPEC = TreeSpec(depth=3, width=2)
+DRAFT = Draft(bits=4, group=32)
+PROMPT = np.random.default_rng(2).integers(3, 96, T).tolist()
+"""Longer than every window, and than a chunk of the prefill."""
+
+
+@pytest.fixture(scope="module", params=CASES)
+def family(request, tmp_path_factory):
+    """(the parameters, their config, the texts of plain decoding, a placed target's parameters)."""
+    checkpoint = open_checkpoint(saved(request.param, tmp_path_factory.mktemp(request.param))[0])
+    cfg = checkpoint.config("float32")
+    params = checkpoint.load(cfg)
+    want = [generate(params, PROMPT, cfg, STEPS, sampler, seed=3) for sampler in SAMPLERS]
+    assert len(set(want[1])) > 3  # a text that repeats one token shows little
+    placed = dataclasses.replace(params, layers=place(params.layers, RESIDENT[cfg.experts is None]))
+    return cfg, want, placed
+
+
+RESIDENT = {True: 1, False: 0}
+"""Dense or not -> the first layers that stay on the device."""
+
+
+def texts(target, method, resident):
+    """What the method emits, with each of SAMPLERS."""
+    low = None
+    if method.draft.bits is not None:
+        low = make_draft(target.params, method.draft, resident)
+    proposer = method.proposer(target.cfg, low)
+    return [
+        Decoder(target, proposer, sampler, max_length=LENGTH, chunk=CHUNK).generate(
+            PROMPT, STEPS, seed=3
+        )
+        for sampler in SAMPLERS
+    ]
+
+
+@pytest.mark.quick_cases("gemma3-subspec", "qwen2-moe-best-first")
+@pytest.mark.parametrize("name", METHODS)
+def test_tokens_are_those_of_plain_decoding(family, name):
+    cfg, want, params = family
+    experts = None
+    if cfg.experts is not None:
+        experts = ExpertCache(params.layers, capacity=6, ring=4)
+    method = make_method(name, SPEC, DRAFT)
+    assert method.lossless
+    target = Target(params, cfg, experts=experts)
+    assert texts(target, method, RESIDENT[cfg.experts is None]) == want
+
+
+DENSE = ("llama-biases", "gemma2", "gemma3", "phi4-mini", "olmo2", "granite", "smollm3")
+
+
+@pytest.fixture(scope="module", params=DENSE)
+def converted(request, tmp_path_factory):
+    """A family's checkpoint in bfloat16, and as substitutes and residuals."""
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = open_checkpoint(saved(request.param, folder / "model")[0])
+    cfg = checkpoint.config("bfloat16")
+    return checkpoint, cfg, convert(checkpoint, cfg, folder / "split", DRAFT.bits, DRAFT.group)
+
+
+@pytest.mark.quick_cases("olmo2-subspec")
+@pytest.mark.parametrize("name", ("vanilla", "subspec", "subspec-post"))
+def test_residuals_give_the_tokens_of_the_raw_weights(converted, name):
+    """The same method on both: in bfloat16 passes of other widths may round otherwise."""
+    checkpoint, cfg, split = converted
+    found, method = [], make_method(name, SPEC, DRAFT)
+    for source, model in ((checkpoint, None), (split, split.model)):
+        plan = make_plan(cfg, 2**30, SPEC, DRAFT, LENGTH, CHUNK, resident=1, model=model)
+        target = load_target(source, plan, verify=model is not None)
+        found.append(texts(target, dataclasses.replace(method, draft=UNSHARED), plan.resident))
+    assert found[0] == found[1]
+
+
+UNSHARED = dataclasses.replace(DRAFT, share_resident=False)
+"""A target of residuals has substitutes of all its layers."""
