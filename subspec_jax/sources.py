@@ -126,7 +126,9 @@ def _random_residual_shapes(cfg: Config, bits: int, group: int, split_head: bool
     """Shapes of random layers, whose residuals take a known number of bytes."""
     kind = cfg, bits, group
     room = gaussian_room(*kind)
-    model = dataclasses.replace(abstract(cfg), layers=(split_shapes(*kind, room),) * cfg.layers)
+    first = split_shapes(*kind, room)
+    layers = tuple(first.of_kind(cfg.kind(i)) for i in range(cfg.layers))
+    model = dataclasses.replace(abstract(cfg), layers=layers)
     if not split_head or "head" not in room:
         return model
     return dataclasses.replace(model, head_DV=split_head_shapes(*kind, room["head"]))

@@ -57,6 +57,7 @@ CASES = {
     "qwen3-moe": ("qwen3_moe", MOE | dict(head_dim=16, norm_topk_prob=True)),
     "qwen3-moe-mixed": ("qwen3_moe", MOE | dict(
         head_dim=16, norm_topk_prob=False, mlp_only_layers=[1])),
+    "olmoe": ("olmoe", dict(num_experts=8, num_experts_per_tok=2)),
     "mixtral": ("mixtral", dict(num_local_experts=4, sliding_window=16)),
     "gpt-oss": ("gpt_oss", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=16,
                                 head_dim=16, layer_types=HALVES, rope_parameters=YARN)),

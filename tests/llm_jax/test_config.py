@@ -163,6 +163,13 @@ def test_windows_are_those_of_transformers():
     assert "layer_types is [1]; expected a list" in refusal(layer_types=[1])
 
 
+def test_olmoe_with_clipped_heads():
+    sizes = dict(model_type="olmoe", num_experts=4, num_experts_per_tok=2, qkv_bias=False)
+    cfg = read(**sizes)
+    assert (cfg.experts.d_ff, cfg.experts.normalize) == (cfg.d_ff, False) and cfg.qk_norm_whole
+    assert "clip_qkv is 8.0; expected null" in refusal(**sizes, clip_qkv=8.0)
+
+
 def test_a_model_that_looks_ahead():
     assert "is_causal is False; expected true" in refusal(is_causal=False)
     assert read(is_causal=True) == read()
