@@ -54,6 +54,9 @@ CASES = {
     "smollm3": ("smollm3", dict(no_rope_layers=[1, 1, 0, 1])),
     "qwen2-moe": ("qwen2_moe", MOE | dict(
         shared_expert_intermediate_size=48, decoder_sparse_step=2)),
+    "qwen2-moe-window": ("qwen2_moe", MOE | dict(
+        shared_expert_intermediate_size=48, use_sliding_window=True, sliding_window=16,
+        max_window_layers=3)),
     "qwen3-moe": ("qwen3_moe", MOE | dict(head_dim=16, norm_topk_prob=True)),
     "qwen3-moe-mixed": ("qwen3_moe", MOE | dict(
         head_dim=16, norm_topk_prob=False, mlp_only_layers=[1])),
