@@ -1,7 +1,5 @@
 """Tiny random checkpoints of every family, saved by `transformers` itself."""
 
-import pytest
-
 SIZES = dict(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
@@ -66,12 +64,21 @@ CASES = {
                                 head_dim=16, layer_types=HALVES, rope_parameters=YARN)),
 }  # fmt: skip
 """Name -> (model_type, what its config says)."""
+METHODS = (
+    "vanilla", "subspec", "chain", "best-first", "ngram", "subspec-post", "subspec-lookup",
+    "subspec-own-cache", "subspec-unshared-layers",
+)  # fmt: skip
+"""The lossless methods that every case is decoded with."""
+RESIDUAL = ("llama-biases", "gemma2", "gemma3", "phi4-mini", "olmo2", "granite", "smollm3")
+"""Cases whose residuals are streamed, too."""
 T = 40
 """Tokens of a prompt: more than every window, and behind yarn's original length."""
 
 
 def saved(name, folder):
     """A random model of the family, saved by transformers: (folder, its torch model)."""
+    import pytest  # not above: docs/make_families.py reads the tables
+
     torch = pytest.importorskip("torch", reason="pip install -e '.[reference]'")
     from transformers import AutoConfig, AutoModelForCausalLM
 

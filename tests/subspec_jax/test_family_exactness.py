@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from family_cases import CASES, T, saved
+from family_cases import CASES, METHODS, RESIDUAL, T, saved
 
 from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
@@ -23,10 +23,6 @@ from subspec_jax.verify import Target
 
 pytestmark = pytest.mark.reference
 
-METHODS = (
-    "vanilla", "subspec", "chain", "best-first", "ngram", "subspec-post", "subspec-lookup",
-    "subspec-own-cache", "subspec-unshared-layers",
-)  # fmt: skip
 SAMPLERS = (Sampler(), Sampler(0.8))
 STEPS, LENGTH, CHUNK = 20, 96, 16
 SPEC = TreeSpec(depth=3, width=2)
@@ -79,10 +75,7 @@ def test_tokens_are_those_of_plain_decoding(family, name):
     assert texts(target, method, RESIDENT[cfg.experts is None]) == want
 
 
-DENSE = ("llama-biases", "gemma2", "gemma3", "phi4-mini", "olmo2", "granite", "smollm3")
-
-
-@pytest.fixture(scope="module", params=DENSE)
+@pytest.fixture(scope="module", params=RESIDUAL)
 def converted(request, tmp_path_factory):
     """A family's checkpoint in bfloat16, and as substitutes and residuals."""
     folder = tmp_path_factory.mktemp(request.param)
