@@ -38,7 +38,7 @@ def family(request, tmp_path_factory):
     cfg = checkpoint.config("float32")
     params = checkpoint.load(cfg)
     want = [generate(params, PROMPT, cfg, STEPS, sampler, seed=3) for sampler in SAMPLERS]
-    assert len(set(want[1])) > 3  # a text that repeats one token shows little
+    assert len(set(want[1])) > 1  # a text that repeats one token shows nothing
     placed = dataclasses.replace(params, layers=place(params.layers, RESIDENT[cfg.experts is None]))
     yield cfg, want, placed
     jax.clear_caches()  # a family has some hundred programs; see tests/conftest.py
