@@ -33,19 +33,19 @@ PROMPT = np.random.default_rng(2).integers(3, 96, T).tolist()
 
 @pytest.fixture(scope="module", params=CASES)
 def family(request, tmp_path_factory):
-    """(the parameters, their config, the texts of plain decoding, a placed target's parameters)."""
+    """(the config, the texts of plain decoding, parameters in their places, layers that stay).
+
+    One layer of a dense model stays on the device; of others only experts move.
+    """
     checkpoint = open_checkpoint(saved(request.param, tmp_path_factory.mktemp(request.param))[0])
     cfg = checkpoint.config("float32")
     params = checkpoint.load(cfg)
     want = [generate(params, PROMPT, cfg, STEPS, sampler, seed=3) for sampler in SAMPLERS]
     assert len(set(want[1])) > 1  # a text that repeats one token shows nothing
-    placed = dataclasses.replace(params, layers=place(params.layers, RESIDENT[cfg.experts is None]))
-    yield cfg, want, placed
+    resident = 1 if cfg.experts is None else 0
+    placed = dataclasses.replace(params, layers=place(params.layers, resident))
+    yield cfg, want, placed, resident
     jax.clear_caches()  # a family has some hundred programs; see tests/conftest.py
-
-
-RESIDENT = {True: 1, False: 0}
-"""Dense or not -> the first layers that stay on the device."""
 
 
 def texts(target, method, resident):
@@ -65,14 +65,14 @@ def texts(target, method, resident):
 @pytest.mark.quick_cases("gemma3-subspec", "qwen2-moe-best-first")
 @pytest.mark.parametrize("name", METHODS)
 def test_tokens_are_those_of_plain_decoding(family, name):
-    cfg, want, params = family
+    cfg, want, params, resident = family
     experts = None
     if cfg.experts is not None:
         experts = ExpertCache(params.layers, capacity=6, ring=4)
     method = make_method(name, SPEC, DRAFT)
     assert method.lossless
     target = Target(params, cfg, experts=experts)
-    assert texts(target, method, RESIDENT[cfg.experts is None]) == want
+    assert texts(target, method, resident) == want
 
 
 @pytest.fixture(scope="module", params=RESIDUAL)
