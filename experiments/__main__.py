@@ -33,6 +33,10 @@ COMMANDS = {
         "experiments.measure.offload",
         "time every way to decode a model that does not fit, each in a process of its own",
     ),
+    "measure.experts": (
+        "experiments.measure.experts",
+        "time a model with experts that does not fit: plain passes and trees",
+    ),
     "measure.offload_baselines": (
         "experiments.measure.offload_baselines",
         "time transformers with accelerate on the same model",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from llm_jax.config import FULL, Config
+from llm_jax.mxfp4 import GROUP, Mxfp4
 
 Weight = Any
 """A matrix [in, out]: a `jax.Array`, or any type registered with `llm_jax.linear.linear`."""
@@ -115,11 +116,21 @@ class SeparateExperts:
 
     each: tuple[jax.Array, ...]
     shapes: tuple[tuple[int, int], tuple[int, int]] = dataclasses.field(metadata=dict(static=True))
+    mxfp4: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    """The arrays are uint8: of each matrix the codes, then the scales of `llm_jax.mxfp4`."""
 
-    def matrices(self, flat: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def matrices(self, flat: jax.Array) -> tuple[Weight, Weight]:
         """(gate_up [D, 2F], down [F, D]) of one of the arrays."""
-        first = self.shapes[0][0] * self.shapes[0][1]
-        return flat[:first].reshape(self.shapes[0]), flat[first:].reshape(self.shapes[1])
+        found, at = [], 0
+        for D, F in self.shapes:
+            parts = [(D // 2, F), (D // GROUP, F)] if self.mxfp4 else [(D, F)]
+            for shape in parts:
+                size = shape[0] * shape[1]
+                found.append(flat[at : at + size].reshape(shape))
+                at += size
+        if self.mxfp4:
+            return Mxfp4(*found[:2]), Mxfp4(*found[2:])
+        return found[0], found[1]
 
 
 @register_dataclass

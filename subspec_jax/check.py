@@ -12,7 +12,7 @@ from llm_jax.cache import KV
 from llm_jax.generation import chunks
 from llm_jax.stream import to_device
 from subspec_jax import SubspecError
-from subspec_jax.verify import Target, embedded, jit_block, last_logits, row, streamed_prefill
+from subspec_jax.verify import Target, embedded, last_logits, next_block, row, streamed_prefill
 
 
 class NotFiniteError(SubspecError):
@@ -86,8 +86,11 @@ def not_finite(target: Target, tokens: Sequence[int], caches: list[Any], chunk: 
         if not finite(x[:, :real]):
             return "in the embedding"
         stream = target.stream()
+        if target.experts is not None:
+            target.experts.begin()
         for i in range(cfg.layers):
-            x, caches[i], done = jit_block(next(stream), x, caches[i], step, cfg)
+            given = x, caches[i], step, step.real
+            x, caches[i], done = next_block(target, stream, i, *given)
             stream.used(done)
             if not finite(x[:, :real]):
                 return f"in layer {i}"

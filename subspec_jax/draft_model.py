@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import Config
+from llm_jax.mxfp4 import Mxfp4, dense
 from llm_jax.packed import packed
 from llm_jax.params import (
     Attention,
     Experts,
     Layer,
     Params,
+    SeparateExperts,
     joined,
     joined_mlp,
 )
@@ -140,10 +142,15 @@ def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: i
 
 def _low_experts(layer: Layer, bits: int, group: int, iterations: int) -> Layer:
     """The layer with its experts quantized; all else, which is on the device, is shared."""
-    low = lambda w: packed(quantize(w, bits, group, iterations))
+    plain = lambda w: dense(w, layer.mlp.router.dtype) if isinstance(w, Mxfp4) else w
+    low = lambda w: packed(quantize(plain(w), bits, group, iterations))
     m = layer.mlp
     if _are_shapes([m.router]):
-        stacks = [jax.eval_shape(jax.vmap(low), w) for w in (m.expert_gate_up, m.expert_down)]
+        stacks = m.expert_gate_up, m.expert_down
+        if isinstance(stacks[0], SeparateExperts):
+            room = lambda shape: jax.ShapeDtypeStruct((m.router.shape[1], *shape), m.router.dtype)
+            stacks = map(room, stacks[0].shapes)
+        stacks = [jax.eval_shape(jax.vmap(low), w) for w in stacks]
     else:
         experts, stacks = separate_experts(layer).mlp.expert_gate_up, None
         for e, flat in enumerate(experts.each):

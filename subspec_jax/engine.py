@@ -81,7 +81,7 @@ def open(
     reporter = default_reporter() if reporter is None else reporter
     residual = options.stream == "residual"
     random = options.weights == "random"
-    where = options.dtype, residual, random, options.seed, reporter, options.zipf
+    where = options.dtype, residual, random, options.seed, reporter, options.zipf, options.experts
     source = find_source(model, *where, adapter)
     longest_text = options.max_length or min(LONGEST, source.cfg.max_length)
     if longest_text > source.cfg.max_length:
@@ -301,19 +301,24 @@ class Engine:
                     decoder.warm_up(prompt, new_tokens, replay)
                 return decoder
             except jax.errors.JaxRuntimeError as error:
-                resident = self.plans[m.name].resident
-                last = n == tries or self.options.resident is not None or resident == 0
+                old = self.plans[m.name]
+                less = old.resident if old.hot is None else old.hot
+                last = n == tries or self.options.resident is not None or less == 0
                 if last or "RESOURCE_EXHAUSTED" not in str(error):
                     raise
             decoder = self.decoder = self._draft = self._draft_key = None
+            what, fewer = "resident layers", less - 1
+            if old.hot is not None:
+                what, fewer = "experts kept", less - max(1, less // 10)
             self.reporter.say(
-                f"{m.name}: {resident} resident layers left too little memory to work with; "
-                f"trying {resident - 1}",
+                f"{m.name}: {less} {what} left too little memory to work with; trying {fewer}",
                 warning=True,
             )
-            old = self.plans[m.name]
-            how = self.source, m, self.options, self.limit, resident - 1, old.table_on_host
-            self.plans[m.name] = plan_for(*how)
+            if old.hot is None:
+                how = self.source, m, self.options, self.limit, fewer, old.table_on_host
+                self.plans[m.name] = plan_for(*how)
+            else:
+                self.plans[m.name] = dataclasses.replace(old, hot=fewer)
         raise AssertionError("the loop returns or raises")
 
     # ------------------------------------------------------------------ decoding

@@ -156,6 +156,27 @@ def room_for(cfg: Config, size: int) -> tuple[int, int]:
     return max(2 * at_once, RING_BYTES // size), at_once
 
 
+def sizes(at_once: int) -> tuple[int, ...]:
+    """The numbers of experts that programs are made for."""
+    return tuple(sorted({min(2, at_once), at_once}))
+
+
+def lowered(
+    layer: Layer, x: Any, cache: Any, step: Step, real: Any, at_once: int, cfg: Config
+) -> Iterator[jax.stages.Lowered]:
+    """The programs of `routed_block`, for a layer and inputs that are shapes."""
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=x.sharding)
+    rest, one = without_experts(layer), apart(layer).each[0]
+    yield _attend_and_route.lower(rest, x, cache, step, real, cfg)
+    M, c = x.shape[1], cfg.experts.chosen
+    routed = array((M, x.shape[2]), x.dtype), array((M, c), jnp.int32), array((M, c), jnp.float32)
+    y_MD = array((M, x.shape[2]), jnp.float32)
+    stacks = dataclasses.replace(rest.mlp, shared=None, router=None, shared_scale=None)
+    for size in sizes(at_once):
+        number = jax.ShapeDtypeStruct((size,), jnp.int32)
+        yield _add_experts.lower(stacks, (one,) * size, number, routed, y_MD, cfg)
+
+
 def apart(layer: Layer) -> SeparateExperts | SplitExperts | None:
     """The layer's experts, if they are arrays of their own."""
     stacks = layer.mlp.expert_gate_up if isinstance(layer.mlp, Experts) else None
@@ -230,10 +251,11 @@ def routed_block(
     stacks = dataclasses.replace(layer.mlp, shared=None, router=None, shared_scale=None)
     tokens_E = np.asarray(tokens_E)
     for some in experts.take(index, tokens_E):
-        number = np.full(experts.at_once, -1, np.int32)  # those that only fill the program's shape
+        size = next(n for n in sizes(experts.at_once) if n >= len(some))
+        number = np.full(size, -1, np.int32)  # -1: it only fills the program's shape
         number[: len(some)] = [e for e, _ in some]
         arrays = [array for _, array in some]
-        arrays += arrays[:1] * (experts.at_once - len(arrays))
+        arrays += arrays[:1] * (size - len(arrays))
         y_MD = _add_experts(stacks, tuple(arrays), number, routed, y_MD, cfg)
     x, done = _finish(layer.mlp_out_norm, x, y_MD, cfg)
     return x, cache, done

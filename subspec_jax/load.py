@@ -23,8 +23,8 @@ from llm_jax.progress import Progress
 from llm_jax.quantize import quantize
 from llm_jax.stream import to_device
 from pallas_kernels.residual_decode.code import pad
-from subspec_jax.experts import ExpertCache, room_for
-from subspec_jax.offload import offload, place
+from subspec_jax.experts import ExpertCache, apart, room_for
+from subspec_jax.offload import offload, place, separate_experts
 from subspec_jax.plan import Plan, expert_bytes
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
@@ -50,6 +50,7 @@ def load_target(
     """
 
     def place_layer(i, layer):
+        layer = separate_experts(layer, True) if in_mxfp4(plan, i) else layer
         return jax.block_until_ready((to_device if i in plan.stays else offload)(layer))
 
     def place_table(name, array):
@@ -63,6 +64,11 @@ def load_target(
     report = (lambda done, total: progress(done)) if progress else None
     params = source.load(plan.cfg, place_layer, place_table, report)
     return Target(params, plan.cfg, plan.ahead, expert_cache(params, plan))
+
+
+def in_mxfp4(plan: Plan, layer: int) -> bool:
+    """Whether the plan has a layer's experts in MXFP4's own form."""
+    return getattr(apart(plan.model.layers[layer]), "mxfp4", False)
 
 
 def expert_cache(params: Params, plan: Plan) -> ExpertCache | None:
@@ -154,7 +160,7 @@ def random_target(
         layer = layer.of_kind(cfg.kind(i))
         if cfg.has_experts(i):
             layer = _smaller_steps(layer, cfg) if split is None else layer
-            layer = _with_shared_experts(layer, shared, i, zipf)
+            layer = _with_shared_experts(layer, shared, i, zipf, in_mxfp4(plan, i))
         layers.append(jax.block_until_ready((to_device if i in plan.stays else offload)(layer)))
         if progress:
             progress(i + 1)
@@ -189,9 +195,12 @@ def _smaller_steps(layer: Layer, cfg) -> Layer:
     return dataclasses.replace(layer, attn=attn, mlp=mlp)
 
 
-def _with_shared_experts(layer: Layer, shared: list[Layer], index: int, zipf: float) -> Layer:
+def _with_shared_experts(
+    layer: Layer, shared: list[Layer], index: int, zipf: float, mxfp4: bool = False
+) -> Layer:
     """The layer with the experts of the first one, turned by `index`; they are in host memory."""
     if not shared:
+        layer = separate_experts(layer, mxfp4, exact=False)
         shared.append(jax.block_until_ready(offload(layer)).mlp)
     count = layer.mlp.router.shape[1]
     index %= count

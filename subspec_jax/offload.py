@@ -6,6 +6,7 @@ of an offloaded layer stay on the device, where the draft uses them too. If a ma
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import LLMError
+from llm_jax.mxfp4 import dense, encode, mxfp4_bytes
 from llm_jax.params import Experts, Layer, SeparateExperts
 from llm_jax.stream import home, to_device
 from subspec_jax.residual.split import Split, SplitExperts, is_split
@@ -54,17 +57,54 @@ def offload(layer: Layer) -> Layer:
     return jax.device_put(layer, jax.tree.map(lambda m: host if m else device, moving(layer)))
 
 
-def separate_experts(layer: Layer) -> Layer:
-    """The layer with its stacks of experts taken apart: an array for each expert."""
+def separate_experts(layer: Layer, mxfp4: bool = False, exact: bool = True) -> Layer:
+    """The layer with its stacks of experts taken apart: an array for each expert, with the numbers
+    as they are or in MXFP4's own form. Raises LLMError for `exact` numbers that do not have it."""
     m = layer.mlp
     if not isinstance(m, Experts) or m.expert_down is None:
         return layer
     stacks = m.expert_gate_up, m.expert_down
     join = np.concatenate if isinstance(stacks[0], np.ndarray) else jnp.concatenate
-    each = tuple(join([w[e].reshape(-1) for w in stacks]) for e in range(m.router.shape[1]))
+    flat = lambda some: join([w.reshape(-1) for w in some])
     shapes = tuple(w.shape[1:] for w in stacks)
-    mlp = dataclasses.replace(m, expert_gate_up=SeparateExperts(each, shapes), expert_down=None)
+    if mxfp4:
+        each = tuple(_mxfp4([w[e] for w in stacks], exact) for e in range(m.router.shape[1]))
+    else:
+        each = tuple(flat([w[e] for w in stacks]) for e in range(m.router.shape[1]))
+    experts = SeparateExperts(each, shapes, mxfp4)
+    mlp = dataclasses.replace(m, expert_gate_up=experts, expert_down=None)
     return dataclasses.replace(layer, mlp=mlp)
+
+
+def separate_shapes(layer: Layer, mxfp4: bool = False) -> Layer:
+    """`separate_experts` of a layer of shapes."""
+    m = layer.mlp
+    if not isinstance(m, Experts) or m.expert_down is None:
+        return layer
+    stacks = m.expert_gate_up, m.expert_down
+    shapes = tuple(w.shape[1:] for w in stacks)
+    size = sum(map(mxfp4_bytes if mxfp4 else math.prod, shapes))
+    flat = jax.ShapeDtypeStruct((size,), jnp.uint8 if mxfp4 else stacks[0].dtype)
+    experts = SeparateExperts((flat,) * stacks[0].shape[0], shapes, mxfp4)
+    mlp = dataclasses.replace(m, expert_gate_up=experts, expert_down=None)
+    return dataclasses.replace(layer, mlp=mlp)
+
+
+def _mxfp4(matrices: Sequence[Any], exact: bool) -> np.ndarray:
+    """An expert's matrices as one array of bytes."""
+    parts = []
+    for w in matrices:
+        found, same = _encode(jnp.asarray(w))
+        if exact and not same:
+            raise LLMError("an expert has numbers that are not MXFP4's, though its file says so")
+        parts += jax.tree.leaves(found)
+    return np.concatenate([np.asarray(a).reshape(-1) for a in parts])
+
+
+@jax.jit
+def _encode(w):
+    found = encode(w)
+    return found, (dense(found, w.dtype) == w).all()
 
 
 def place(layers: Sequence[Layer], resident: int | Collection[int]) -> tuple[Layer, ...]:

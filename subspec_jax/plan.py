@@ -284,7 +284,8 @@ class _Layout:
         device, host = self.items(0, table_on_host)
         total, size = expert_count(self.cfg), expert_bytes(self)
         device |= {"norms and biases": 0, "attention and routers": self.vectors}
-        device["streaming ring"] = min(room_for(self.cfg, size)[0], total) * size
+        # What is let go is free when the programs that use it have run: as many for one of them.
+        device["streaming ring"] = min(sum(room_for(self.cfg, size)), total) * size
         room = usable - sum(device.values())
         hot = min(max(room // size, 0), total)
         return hot, device | {"experts kept": hot * size}, host
@@ -386,8 +387,9 @@ def make_plan(
     if draft.bits is not None and not has_split(model):
         try:
             for path, leaf in jax.tree.leaves_with_path((model or abstract(cfg)).layers):
-                stack = path[-1].name in ("expert_gate_up", "expert_down")
-                if leaf.ndim == 2 + stack:
+                name = getattr(path[-1], "name", "")
+                stack = name in ("expert_gate_up", "expert_down")
+                if leaf.ndim == 2 + stack and not name.endswith("_bias"):
                     check_grouping(path[-1].name, leaf.shape[-2], draft.bits, draft.group)
         except ValueError as e:
             raise PlanError(

@@ -23,7 +23,9 @@ from llm_jax.stream import home
 from subspec_jax.accept import Gate
 from subspec_jax.draft import Drafting, extend_once, grow, grow_along
 from subspec_jax.draft_model import make_draft
-from subspec_jax.plan import Plan
+from subspec_jax.experts import lowered, room_for
+from subspec_jax.offload import separate_shapes
+from subspec_jax.plan import Plan, expert_bytes
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, last_logits, lay_out
 
@@ -46,8 +48,8 @@ def compile_ahead(
     Compiles these programs: the block for a tree and for prefill, the head, and the draft.
     """
     with concurrent.futures.ThreadPoolExecutor(PROGRAMS_AT_ONCE) as pool:
-        lowered = _lowered(plan, sampler, gate, replay, longest)
-        waiting = [pool.submit(program.compile) for program in lowered]
+        programs = _lowered(plan, sampler, gate, replay, longest)
+        waiting = [pool.submit(program.compile) for program in programs]
         needs = [program.result().memory_analysis() for program in waiting]
     return max(need.temp_size_in_bytes for need in needs)
 
@@ -76,7 +78,8 @@ def _lowered(
     kinds = {str(jax.tree.structure(l)) + str(jax.tree.leaves(l)): i for i, l in enumerate(layers)}
 
     routed = None
-    if plan.hot is not None:  # what a pass does with experts is small, and compiled when it runs
+    if plan.hot is not None:
+        routed_kinds = {kind: i for kind, i in kinds.items() if cfg.has_experts(i)}
         kinds = {kind: i for kind, i in kinds.items() if not cfg.has_experts(i)}
         if plan.draft.bits is not None:
             routed = sum(map(cfg.has_experts, range(cfg.layers))), cfg.experts.count
@@ -93,6 +96,13 @@ def _lowered(
             causal = jax.eval_shape(functools.partial(causal_step, 0, length, slots, 0))
             piece = array(1, length, cfg.d_model)
             yield jit_block.lower(layers[i], piece, caches[i], causal, cfg)
+    if plan.hot is not None:
+        for live in sizes:
+            cut, _, step = shapes(lambda t: lay_out(t, jnp.int32(0), spec, live), tree)  # noqa: B023
+        at_once = room_for(cfg, expert_bytes(plan))[1]
+        for i in routed_kinds.values():
+            layer = placed(separate_shapes(layers[i]))
+            yield from lowered(layer, rows, caches[i], step, number, at_once, cfg)
     yield last_logits.lower(top, array(1, 1, cfg.d_model), cfg)
     common = dict(at=number, key=key, cfg=cfg, spec=spec, sampler=sampler)
     yield finish_round.lower(

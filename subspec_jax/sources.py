@@ -27,6 +27,7 @@ from subspec_jax import memory
 from subspec_jax.draft_model import Draft
 from subspec_jax.load import all_on_device, load_target, random_split, random_target
 from subspec_jax.methods import MethodError
+from subspec_jax.offload import separate_shapes
 from subspec_jax.plan import Plan, make_plan
 from subspec_jax.residual.convert import check_family, convert, is_complete
 from subspec_jax.residual.files import Converted
@@ -66,6 +67,8 @@ class Source:
     """The seed of random weights."""
     zipf: float = 0.0
     """How unevenly random routers choose experts."""
+    experts: str = "routed"
+    """`Options.experts`."""
 
     def __post_init__(self):
         self._random: Layer | None = None
@@ -85,9 +88,27 @@ class Source:
             if self.converted is None:
                 return _random_residual_shapes(self.cfg, draft.bits, draft.group, split)
             return self.converted.model_with_split_head if split else self.converted.model
+        if self.mxfp4:
+            return _mxfp4_shapes(self.cfg)
         if self.checkpoint is not None:
             return self.checkpoint.model_shapes(self.cfg)
         return _plain_shapes(self.cfg)
+
+    @property
+    def mxfp4(self) -> bool:
+        """Whether the experts are published in MXFP4, and are kept and brought in that form."""
+        if self.cfg.experts is None or self.experts == "all" or self.cfg.dtype == "float16":
+            return False
+        if self.checkpoint is None:
+            return self.cfg.family == "gpt_oss"
+        first = next(i for i in range(self.cfg.layers) if self.cfg.has_experts(i))
+        names = [
+            piece.name
+            for field in ("expert_gate_up", "expert_down")
+            for piece in self.checkpoint.pieces(field, self.cfg, first)
+        ]
+        tensors = self.checkpoint.contents.tensors
+        return all(tensors[name].dtype.upper() == "MXFP4" for name in names)
 
     def load(
         self,
@@ -117,6 +138,14 @@ class Source:
 
 
 @functools.cache
+def _mxfp4_shapes(cfg: Config) -> Params:
+    """The model with experts of arrays of their own, in MXFP4."""
+    model = abstract(cfg)
+    layers = tuple(separate_shapes(layer, mxfp4=True) for layer in model.layers)
+    return dataclasses.replace(model, layers=layers)
+
+
+@functools.cache
 def _plain_shapes(cfg: Config) -> Params:
     return abstract(cfg)
 
@@ -142,6 +171,7 @@ def find_source(
     seed: int = 0,
     reporter: Reporter = Reporter(),
     zipf: float = 0.0,
+    experts: str = "routed",
     adapter: str | Path | None = None,
 ) -> Source:
     """The source of a registered name, a folder, a GGUF file, or a checkpoint that is open already.
@@ -155,7 +185,7 @@ def find_source(
         raise MethodError("an adapter changes a checkpoint's weights; random ones have none")
     if random:
         cfg = dataclasses.replace(find_model(str(model)).config, dtype=wanted)
-        return Source(str(model), cfg, residual=residual, seed=seed, zipf=zipf)
+        return Source(str(model), cfg, residual=residual, seed=seed, zipf=zipf, experts=experts)
     checkpoint = model
     if isinstance(model, str | Path):
         if isinstance(model, str) and (model in MODELS or not _is_path(model)):
@@ -172,7 +202,7 @@ def find_source(
     name = str(model) if isinstance(model, str) else Path(checkpoint.path).name
     if isinstance(checkpoint, Adapted):
         name = f"{name}+{checkpoint.adapter.path.name}"
-    return Source(name, cfg, checkpoint, residual=residual, seed=seed)
+    return Source(name, cfg, checkpoint, residual=residual, seed=seed, experts=experts)
 
 
 def _is_path(text: str) -> bool:

@@ -97,6 +97,16 @@ def embedded(target: Target, tokens_1T: jax.Array) -> jax.Array:
     return jit_embed(target.top, tokens_1T, target.cfg)
 
 
+def next_block(
+    target: Target, stream: Stream, index: int, x: jax.Array, cache: Any, step: Step, real: Any
+) -> tuple[jax.Array, Any, jax.Array]:
+    """(x, the cache, one number of x) of the stream's next layer, whose number is `index`."""
+    if target.experts is not None and target.cfg.has_experts(index):
+        given = x, cache, step, real, target.experts, target.cfg
+        return routed_block(next(stream), index, *given)
+    return jit_block(next(stream), x, cache, step, target.cfg)
+
+
 def run_pass(
     target: Target,
     stream: Stream,
@@ -118,11 +128,7 @@ def run_pass(
         if len(queued) == QUEUED:
             jax.block_until_ready(queued.popleft())
         # One expression: a variable for the layer would keep its buffers while the next arrives.
-        if target.experts is not None and target.cfg.has_experts(i):
-            given = x, caches[i], step, real, target.experts, target.cfg
-            x, caches[i], done = routed_block(next(stream), i, *given)
-        else:
-            x, caches[i], done = jit_block(next(stream), x, caches[i], step, target.cfg)
+        x, caches[i], done = next_block(target, stream, i, x, caches[i], step, real)
         stream.used(done)
         queued.append(done)
         if between is not None:

@@ -34,7 +34,7 @@ PARAMETERS = {
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
-    # without the part that sees, from 4B on
+    # Gemma 3 from 4b on: without the part for pictures
     "gemma-3-270m": 268_098_176,
     "gemma-3-1b": 999_885_952,
     "gemma-3-4b": 3_880_263_168,

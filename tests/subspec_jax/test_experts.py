@@ -7,18 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import LLMError
 from llm_jax.config import Experts
 from llm_jax.generation import generate
+from llm_jax.mxfp4 import dense, encode, mxfp4_bytes
 from llm_jax.params import SeparateExperts, init
 from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_config, tiny_params
 from pallas_kernels.residual_decode import residual_decode
+from subspec_jax.check import NotFiniteError
 from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.experts import AT_ONCE, ExpertCache, apart, without_experts
 from subspec_jax.load import random_target, split_layer
 from subspec_jax.methods import make_method
-from subspec_jax.offload import moving, offload, streamed_bytes
+from subspec_jax.offload import moving, offload, separate_experts, streamed_bytes
 from subspec_jax.plan import make_plan
 from subspec_jax.residual.split import gaussian_room, split_shapes
 from subspec_jax.tree import TreeSpec
@@ -247,3 +250,45 @@ def test_a_plan_keeps_hot_experts(tmp_path):
     bias = np.sort(np.asarray(target.params.layers[1].mlp.router_bias, np.float32))
     np.testing.assert_allclose(bias[::-1], -np.log(np.arange(1.0, 9)), atol=0.01)
     assert target.experts.capacity == plan.hot
+
+
+def test_experts_in_mxfp4_are_brought_in_their_own_form():
+    """A model whose experts have MXFP4's numbers decodes as if they were dense; fewer bytes."""
+    params, cfg = model("clamped", dtype="bfloat16")
+    round_to = lambda w: jnp.stack([dense(encode(one), w.dtype) for one in w])
+    layers = tuple(
+        dataclasses.replace(
+            layer,
+            mlp=dataclasses.replace(
+                layer.mlp,
+                expert_gate_up=round_to(layer.mlp.expert_gate_up),
+                expert_down=round_to(layer.mlp.expert_down),
+            ),
+        )
+        for layer in params.layers
+    )
+    params = dataclasses.replace(params, layers=layers)
+    small = tuple(offload(separate_experts(layer, mxfp4=True)) for layer in params.layers)
+    target = Target(
+        dataclasses.replace(params, layers=small), cfg, experts=ExpertCache(small, 4, 6, 2)
+    )
+    method = make_method("subspec", TreeSpec(depth=4, width=2), Draft(bits=4, group=32))
+    low = make_draft(target.params, method.draft)
+    got = list(
+        Decoder(target, method.proposer(cfg, low), max_length=96, chunk=16).rounds(PROMPT, 16)
+    )
+    want = list(decoder(params, cfg, "subspec").rounds(PROMPT, 16))
+    assert [r.tokens for r in got] == [r.tokens for r in want]
+    assert streamed_bytes(small[0]) == 6 * (mxfp4_bytes((64, 64)) + mxfp4_bytes((32, 64)))
+    with pytest.raises(LLMError, match="not MXFP4's"):
+        separate_experts(model("clamped")[0].layers[0], mxfp4=True)
+
+
+def test_nan_in_an_expert_is_named_with_its_layer():
+    params, cfg = model()
+    layer = params.layers[1]
+    down = layer.mlp.expert_down.at[:, 3, 5].set(jnp.nan)
+    broken = dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, expert_down=down))
+    params = dataclasses.replace(params, layers=(params.layers[0], broken, params.layers[2]))
+    with pytest.raises(NotFiniteError, match="in layer 1"):
+        decoder(params, cfg, "vanilla").generate(PROMPT, 4)
