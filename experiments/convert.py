@@ -21,7 +21,7 @@ from llm_jax import registry
 from llm_jax.progress import bar
 from llm_jax.quantize import check_grouping
 from subspec_jax.offload import streamed_bytes
-from subspec_jax.residual.convert import convert
+from subspec_jax.residual.convert import check_family, convert
 from subspec_jax.sources import ITERATIONS
 
 
@@ -51,6 +51,7 @@ def main(args: Convert, console: Console) -> None:
     path = registry.find_checkpoint(args.model, args.checkpoint, progress=say)
     checkpoint = registry.open_model(path, args.adapter, say)
     cfg = checkpoint.config(args.dtype)
+    check_family(cfg)
     for line in checkpoint.notices(cfg):
         say(line)
     try:

@@ -145,6 +145,10 @@ class Layer:
     attn_out_norm: jax.Array | None = None
     mlp_out_norm: jax.Array | None = None
 
+    def of_kind(self, kind: str) -> "Layer":
+        """The same parameters with another kind of attention."""
+        return dataclasses.replace(self, attn=dataclasses.replace(self.attn, kind=kind))
+
 
 def joined(layer: Layer, join: Callable[..., Weight]) -> Layer:
     """A plain layer with four matrices: `join(q, k, v)`, `join(o)`, `join(gate, up)`, `join(down)`.

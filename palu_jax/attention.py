@@ -6,10 +6,10 @@ group), G = N/K, H head size, R rank, g groups.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 
 from llm_jax.attention import (
@@ -19,11 +19,14 @@ from llm_jax.attention import (
     attention,
     empty_cache,
     projected,
+    rope_angles,
     rope_frequencies,
     rotated,
+    windowed,
 )
-from llm_jax.config import FULL, Config
+from llm_jax.config import FULL, SLIDING, UNROTATED, Config
 from llm_jax.linear import linear
+from llm_jax.model import scaled
 from pallas_kernels.lowrank_attention import lowrank_attention
 from pallas_kernels.lowrank_attention.reference import rebuilt_heads
 from pallas_kernels.precision import precision
@@ -34,20 +37,6 @@ _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 FEW = 16
 """Up to this many query positions go through the fused kernel. For more of them, keys and values
 are rebuilt once."""
-
-
-SCORES = ("query_scale", "attn_softcap")
-OWN = ("rotary_dim", "qk_norm_whole", *SCORES)
-"""Fields of `Config` that attention over latents knows nothing of."""
-
-
-def why_not(p: Any, cfg: Config, own: tuple[str, ...] = OWN) -> str | None:
-    """What this attention has, the fields `own` of `cfg` included, that attention over latents or
-    quantized caches has not, as the beginning of a sentence; None where it has nothing of it."""
-    if p.kind != FULL or p.sinks is not None or p.o_bias is not None:
-        return "this attention has a window, sinks or a bias of its output"
-    odd = [name for name in own if getattr(cfg, name)]
-    return f"this model has {', '.join(odd)}" if odd else None
 
 
 @register_dataclass
@@ -86,8 +75,26 @@ class PaluAttention:
     mean_probe_D: jax.Array | None
     """For the mean split: its product with an input is the input's coefficient of the mean."""
     o_bias: jax.Array | None
-    """The value bias behind an output projection that holds the value factors."""
+    """Of the output projection; the value bias behind one that holds the value factors is in it."""
     format: LatentFormat = dataclasses.field(metadata=dict(static=True))
+    kind: str = dataclasses.field(default=FULL, metadata=dict(static=True))
+    """As in `llm_jax.params.Attention`."""
+
+
+def why_not(cfg: Config) -> str | None:
+    """What a model's attention has and Palu's has not; None where any recipe fits.
+
+    All else is right as it is: windows, two bases of rotary positions, layers without rotation,
+    biases, scales, norms around branches, experts.
+    """
+    lacking = dict(
+        sinks="sinks in its softmax",
+        attn_softcap="a cap of its scores",
+        rotary_dim="heads that rotate in part",
+        qk_norm_whole="norms over all queries and keys together",
+    )
+    found = [words for field, words in lacking.items() if getattr(cfg, field)]
+    return f"{cfg.family} models have {' and '.join(found)}" if found else None
 
 
 @empty_cache.register
@@ -115,11 +122,17 @@ def slot_positions(step: Step, slots: int) -> jax.Array:
     return jnp.arange(slots, dtype=jnp.int32)[None] if step.slot_BS is None else step.slot_BS
 
 
+def query_scaled(q: jax.Array, cfg: Config) -> jax.Array:
+    """Queries whose scores, over sqrt(H), are those of the family's own scale."""
+    return q if cfg.query_scale is None else scaled(q, cfg.query_scale * cfg.head_dim**0.5)
+
+
 @attention.register
 def _(p: PaluAttention, x_BTD, cache: PaluCache, step: Step, cfg: Config):
     B, T, _ = x_BTD.shape
     q = projected(p.q, p.q_bias, x_BTD, cfg.head_dim)
-    q = rotated(q, p.q_norm, step.position_BT, cfg)
+    q = query_scaled(rotated(q, p.q_norm, step.position_BT, cfg, p.kind), cfg)
+    mask_BTS = windowed(step, cfg, p.kind)
     zk, zv = linear(p.k.down_DR, x_BTD), linear(p.v.down_DR, x_BTD)
     coefficient = None
     if p.mean_probe_D is not None:
@@ -127,28 +140,36 @@ def _(p: PaluAttention, x_BTD, cache: PaluCache, step: Step, cfg: Config):
         coefficient = jnp.einsum("BTD,D->BT", x_BTD, p.mean_probe_D, precision=products)
     before, cache = cache, cache.write(zk, zv, coefficient, step.at, step.real)
     if p.format.keeps_exact:
-        y = _mixed(p, q, before, cache, (zk, zv), step, cfg)
+        y = _mixed(p, q, before, cache, (zk, zv), step, mask_BTS, cfg)
     elif T <= FEW:
-        y = _fused(p, q, cache, step, cfg)
+        y = _fused(p, q, cache, step, mask_BTS, cfg)
     else:
-        y = _rebuilt(p, q, cache, step, cfg)
+        y = _rebuilt(p, q, cache, step, mask_BTS, cfg)
     y = linear(p.o, y.reshape(B, T, -1))
     return (y if p.o_bias is None else y + along_last(p.o_bias, y)), cache
 
 
-def _fused(p, q_BTNH, cache, step, cfg):
+def frequencies_of(cfg: Config, kind: str) -> np.ndarray:
+    """`rope_frequencies` of all pairs of a head: zeros where nothing rotates."""
+    if kind == UNROTATED:
+        return np.zeros(cfg.head_dim // 2, np.float32)
+    return rope_frequencies(cfg, kind)
+
+
+def _fused(p, q_BTNH, cache, step, mask_BTS, cfg):
     """One kernel over the packed latents: [B, T, N, H], or [B, T, N, R_v] where o holds the value
     factors."""
     heads = lambda vector: None if vector is None else vector.reshape(-1, cfg.head_dim)
+    unmasked = step.causal and q_BTNH.shape[1] == 1 and p.kind != SLIDING
     return lowrank_attention(
-        q_BTNH,
+        scaled(q_BTNH, _magnitude(cfg, p.kind)),  # the kernel's keys only turn
         cache.k,
         cache.v,
         p.k.up_gRKH,
         p.v.up_gRKH,
-        rope_frequencies(cfg),
+        frequencies_of(cfg, p.kind),
         jnp.broadcast_to(step.at + q_BTNH.shape[1], q_BTNH.shape[:1]).astype(jnp.int32),
-        mask_BTS=None if step.causal and q_BTNH.shape[1] == 1 else step.mask_BTS,
+        mask_BTS=None if unmasked else mask_BTS,
         position_BS=step.slot_BS,
         k_bias_KH=heads(p.k_bias),
         v_bias_KH=heads(p.v_bias),
@@ -163,17 +184,26 @@ def _fused(p, q_BTNH, cache, step, cfg):
     )
 
 
-def _rebuilt(p, q_BTNH, cache, step, cfg):
+def _magnitude(cfg: Config, kind: str) -> float:
+    """What the rotation multiplies heads by (yarn and longrope)."""
+    if kind == UNROTATED:
+        return 1.0
+    with jax.ensure_compile_time_eval():
+        cos, _ = rope_angles(jnp.zeros((1, 1), jnp.int32), cfg, kind)
+        return float(cos[0, 0, 0])
+
+
+def _rebuilt(p, q_BTNH, cache, step, mask_BTS, cfg):
     """Keys and values rebuilt for all slots, then dense attention: for prefill."""
     zk, zv = cache.stored(q_BTNH.dtype)
     k = _keys(p, zk, cache.mean_coefficient_BS, slot_positions(step, cache.slots), cfg)
-    return dense_attention(q_BTNH, k, _values(p, zv, cache.mean_coefficient_BS, cfg), step.mask_BTS)
+    return dense_attention(q_BTNH, k, _values(p, zv, cache.mean_coefficient_BS, cfg), mask_BTS)
 
 
 def _keys(p, z_BSR, mean_coefficient_BS, position_BS, cfg):
     """Normed and rotated keys from latents, [B, S, K, H]."""
     k_BSKH = rebuild(p.k, z_BSR, mean_coefficient_BS, p.k_bias, cfg.head_dim)
-    return rotated(k_BSKH, p.k_norm, position_BS, cfg)
+    return rotated(k_BSKH, p.k_norm, position_BS, cfg, p.kind)
 
 
 def _values(p, zv_BSR, mean_coefficient_BS, cfg):
@@ -201,7 +231,7 @@ def dense_attention(
     )
 
 
-def _mixed(p, q_BTNH, before, cache, new, step, cfg):
+def _mixed(p, q_BTNH, before, cache, new, step, mask_BTS, cfg):
     """Attention where the first and the newest tokens count with their exact latents.
 
     The distance between token and query decides. So the queries of one chunk see different tokens
@@ -215,7 +245,7 @@ def _mixed(p, q_BTNH, before, cache, new, step, cfg):
     mean = cache.mean_coefficient_BS
     k_old, k_exact = (_keys(p, zk, mean, position_BS, cfg) for zk, _ in kinds)
     v_old, v_exact = (_values(p, zv, mean, cfg) for _, zv in kinds)
-    return attend_either(q_BTNH, (k_old, v_old), (k_exact, v_exact), step.mask_BTS, old_BTS)
+    return attend_either(q_BTNH, (k_old, v_old), (k_exact, v_exact), mask_BTS, old_BTS)
 
 
 def attend_either(

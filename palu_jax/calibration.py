@@ -21,21 +21,23 @@ from jax.tree_util import register_dataclass
 
 from llm_jax.attention import (
     Step,
+    along_last,
     attend,
     attention,
     causal_step,
     normed,
     projected,
     qkv_heads,
-    rms_norm,
     rotated,
+    windowed,
 )
 from llm_jax.config import Config
 from llm_jax.generation import GenerationError, checked_tokens
 from llm_jax.linear import linear
-from llm_jax.model import block, embed, unembed
+from llm_jax.model import block, embed, normed_input, scaled, unembed
 from llm_jax.params import Attention, Params
 from llm_jax.stream import Stream, route
+from palu_jax.attention import why_not
 from palu_jax.identity import Identity, identity, not_finite
 from palu_jax.saved_sums import CalibrationError, SavedSums, Sums
 from palu_jax.signals import deferred
@@ -100,10 +102,11 @@ class ProbedAttention:
 def _(p: ProbedAttention, x_BTD, cache, step: Step, cfg: Config):
     a = p.attn
     q, k, v = qkv_heads(a, x_BTD, cfg)
-    q = rotated(q, a.q_norm, step.position_BT, cfg)
-    k = rotated(k + p.dk_BTKH, a.k_norm, step.position_BT, cfg)
-    y_BTNH = attend(q, k, v + p.dv_BTKH, step.mask_BTS)
-    return linear(a.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cache
+    q = rotated(q, a.q_norm, step.position_BT, cfg, a.kind)
+    k = rotated(k + p.dk_BTKH, a.k_norm, step.position_BT, cfg, a.kind)
+    y_BTNH = attend(q, k, v + p.dv_BTKH, windowed(step, cfg, a.kind), cfg, a.sinks)
+    y_BTD = linear(a.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1))
+    return (y_BTD if a.o_bias is None else y_BTD + along_last(a.o_bias, y_BTD)), cache
 
 
 def _probed(layer, x_BTD, dk, dv, cfg):
@@ -121,7 +124,7 @@ def _zeros(x_BTD, cfg):
 def _forward(layer, x_BTD, cfg):
     """(the layer's output, sums over tokens of x x^T, x and q q^T)."""
     zero = _zeros(x_BTD, cfg)
-    h = rms_norm(x_BTD, layer.attn_norm, cfg.norm_eps)
+    h = normed_input(x_BTD, layer.attn_norm, cfg)
     q = projected(layer.attn.q, layer.attn.q_bias, h, cfg.head_dim)
     q = normed(q, layer.attn.q_norm, cfg)
     h, q = h.astype(jnp.float32), q.astype(jnp.float32)
@@ -138,7 +141,7 @@ def _backward(layer, x_BTD, grad_BTD, cfg):
     zero = _zeros(x_BTD, cfg)
     _, vjp = jax.vjp(lambda x, dk, dv: _probed(layer, x, dk, dv, cfg), x_BTD, zero, zero)
     grad, *changes = vjp(grad_BTD)
-    h = rms_norm(x_BTD, layer.attn_norm, cfg.norm_eps).astype(jnp.float32)
+    h = normed_input(x_BTD, layer.attn_norm, cfg).astype(jnp.float32)
     sums = []
     for change in changes:
         g = change.astype(jnp.float32).reshape(*change.shape[:2], -1)
@@ -177,8 +180,11 @@ def calibrate(
     would take more than a twentieth of the time), at the end, and when an error, SIGINT or SIGTERM
     stops the work. An interrupted run continues after the batches that it has done; it must get the
     same model and text again. `progress` gets the number of sequences done. Raises
-    CalibrationError, also for NaN or infinity in weights or sums.
+    CalibrationError, also for NaN or infinity in weights or sums, and for a model that cannot be
+    converted.
     """
+    if reason := why_not(cfg):
+        raise CalibrationError(f"{reason}, which Palu's attention has not; it cannot be converted")
     _check_weights(params)
     model = identity(params, cfg.dtype)
     store = None if path is None else SavedSums(path, model, cfg, gradients)
@@ -278,7 +284,7 @@ def _sums(
     """
     top = dataclasses.replace(params, layers=())
     if isinstance(params.embed_VD, np.ndarray):  # a table kept on the host
-        x = jnp.asarray(params.embed_VD[tokens_BT]).astype(cfg.dtype)
+        x = scaled(jnp.asarray(params.embed_VD[tokens_BT]).astype(cfg.dtype), cfg.embed_scale)
         top = dataclasses.replace(top, embed_VD=None)
     else:
         x = jax.jit(embed, static_argnames="cfg")(top, jnp.asarray(tokens_BT), cfg=cfg)

@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.attention import rope_frequencies
-from llm_jax.config import Config
+from llm_jax.config import SLIDING, Config
 from llm_jax.params import Attention, Layer, Params
 from palu_jax import PaluError
-from palu_jax.attention import OWN, Factors, PaluAttention, why_not
+from palu_jax.attention import Factors, PaluAttention, frequencies_of, why_not
 from palu_jax.calibration import LayerStatistics, Statistics
 from palu_jax.decompose import Spectrum, block_diagonal, key_metric, spectrum, value_metric
 from palu_jax.hadamard import rotation
@@ -87,7 +86,7 @@ def layer_spectra(
     `mean` splits off the mean direction. Only the plain objective without a mean split needs no
     `statistics`. Raises ConvertError where something does not fit.
     """
-    _check_ordinary(attn, cfg)
+    _check_ordinary(attn)
     check_groups(cfg, groups)
     if objective not in get_args(Objective):
         known = ", ".join(get_args(Objective))
@@ -137,8 +136,11 @@ def _square(mean_D) -> float:
 def _metrics(attn, cfg, objective, statistics):
     """The metrics [F, F] for errors of keys and of values; None for the identity."""
     if objective == "aware":
-        frequencies = rope_frequencies(cfg).astype(np.float64)
-        k = key_metric(statistics.query_KHH, frequencies, DISTANCES)
+        frequencies = frequencies_of(cfg, attn.kind).astype(np.float64)
+        distances = DISTANCES
+        if attn.kind == SLIDING:
+            distances = distances[distances < max(cfg.window, 2)]
+        k = key_metric(statistics.query_KHH, frequencies, distances)
         v = value_metric(attn.o, cfg.heads, cfg.kv_heads)
         return block_diagonal(k), block_diagonal(v)
     if objective == "gradient":
@@ -213,7 +215,7 @@ def convert_layer(
     mean_probe_D = None
     if found.mean_D is not None:
         mean_probe_D = jnp.asarray(found.mean_D / _square(found.mean_D), dtype)
-    o, o_bias = attn.o, None
+    o, o_bias = attn.o, attn.o_bias
     if recipe.fuse_values:
         o, o_bias = _fused_output(attn, v, cfg)
         v = dataclasses.replace(v, up_gRKH=None)
@@ -230,6 +232,7 @@ def convert_layer(
         mean_probe_D=mean_probe_D,
         o_bias=o_bias,
         format=recipe.format,
+        kind=attn.kind,
     )
     return dataclasses.replace(layer, attn=palu)
 
@@ -261,7 +264,8 @@ def _rotated(down_DR, up_RF, block: int):
 
 
 def _fused_output(attn, v: Factors, cfg):
-    """(W_o times each head's value factor [N * R_v, D], W_o times the value bias [D])."""
+    """(W_o times each head's value factor [N * R_v, D]; the output's own bias and W_o times the
+    value bias [D])."""
     o = np.asarray(attn.o, np.float64).reshape(cfg.heads, cfg.head_dim, -1)
     up = np.asarray(v.up_gRKH, np.float64)
     shared = cfg.heads // cfg.kv_heads
@@ -271,17 +275,18 @@ def _fused_output(attn, v: Factors, cfg):
         parts.append(up[g, :, k] @ o[n])
     fused = jnp.asarray(np.concatenate(parts), cfg.dtype)
     if attn.v_bias is None:
-        return fused, None
+        return fused, attn.o_bias
     bias = np.asarray(attn.v_bias, np.float64).reshape(cfg.kv_heads, cfg.head_dim)
     spread = np.repeat(bias, shared, axis=0)
-    return fused, jnp.asarray(np.einsum("nh,nhd->d", spread, o), cfg.dtype)
+    total = np.einsum("nh,nhd->d", spread, o)
+    if attn.o_bias is not None:
+        total = total + np.asarray(attn.o_bias, np.float64)
+    return fused, jnp.asarray(total, cfg.dtype)
 
 
-def _check_ordinary(attn: Any, cfg: Config) -> None:
+def _check_ordinary(attn: Any) -> None:
     if not isinstance(attn, Attention):
         raise ConvertError(f"only ordinary attention can be converted, not {type(attn).__name__}")
-    if odd := why_not(attn, cfg):
-        raise ConvertError(f"{odd}, which Palu's has not; convert a model without them")
     for name in "kvo":
         if not isinstance(w := getattr(attn, name), jax.Array | np.ndarray):
             raise ConvertError(
@@ -290,10 +295,18 @@ def _check_ordinary(attn: Any, cfg: Config) -> None:
             )
 
 
+def check_family(cfg: Config) -> None:
+    """Raises ConvertError for a model whose attention Palu's cannot replace."""
+    if reason := why_not(cfg):
+        raise ConvertError(f"{reason}, which Palu's attention has not; keep its ordinary cache")
+
+
 def check_model(params: Params, cfg: Config, statistics: Statistics | None) -> None:
-    """Raises ConvertError where the statistics are known to be of other parameters."""
+    """Raises ConvertError for a model that cannot be converted, and where the statistics are known
+    to be of other parameters."""
+    check_family(cfg)
     for layer in params.layers:
-        _check_ordinary(layer.attn, cfg)
+        _check_ordinary(layer.attn)
     if statistics is None or (theirs := statistics.model) is None:
         return
     if different := theirs.difference(identity(params, cfg.dtype, (theirs.dtype,))):
@@ -329,8 +342,7 @@ def check_groups(cfg: Config, groups: Sequence[int]) -> None:
 def check_recipe(cfg: Config, recipe: Recipe, statistics: Statistics | None = None) -> None:
     """Raises ConvertError for the first thing in a recipe that does not fit the model."""
     check_groups(cfg, recipe.groups)
-    if odd := [name for name in OWN if getattr(cfg, name)]:
-        raise ConvertError(f"this model has {', '.join(odd)}, which Palu's attention has not")
+    check_family(cfg)
     if len(recipe.ranks) != cfg.layers:
         raise ConvertError(
             f"the recipe has ranks for {len(recipe.ranks)} layers; the model has {cfg.layers}"

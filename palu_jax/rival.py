@@ -14,13 +14,21 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from llm_jax.attention import Step, attention, empty_cache, qkv_heads, rotated
+from llm_jax.attention import (
+    Step,
+    along_last,
+    attention,
+    empty_cache,
+    qkv_heads,
+    rotated,
+    windowed,
+)
 from llm_jax.cache import write_rows
 from llm_jax.config import DTYPES, Config
 from llm_jax.linear import linear
 from llm_jax.params import Attention, Params
 from pallas_kernels.lowrank_attention.latents import LATENT_BITS, Latents, dense
-from palu_jax.attention import SCORES, attend_either, dense_attention, slot_positions, why_not
+from palu_jax.attention import attend_either, dense_attention, query_scaled, slot_positions, why_not
 from palu_jax.latent import (
     Exact,
     FormatError,
@@ -80,14 +88,13 @@ def to_quantized_cache(params: Params, cfg: Config, format: KVFormat) -> Params:
 
     Raises FormatError where groups do not divide heads, or attention is not ordinary.
     """
+    if reason := why_not(cfg):
+        raise FormatError(f"{reason}, which attention over these caches has not")
     if cfg.head_dim % min(format.group, cfg.head_dim):
         raise FormatError(f"groups of {format.group} do not divide heads of {cfg.head_dim}")
     kinds = {type(layer.attn).__name__ for layer in params.layers} - {"Attention"}
     if kinds:
         raise FormatError(f"only ordinary attention gets another cache, not {min(kinds)}")
-    for layer in params.layers:
-        if odd := why_not(layer.attn, cfg, SCORES):
-            raise FormatError(f"{odd}, which attention over another cache has not")
     layers = tuple(
         dataclasses.replace(layer, attn=CachedAttention(layer.attn, format))
         for layer in params.layers
@@ -185,8 +192,9 @@ def _(p: CachedAttention, cfg: Config, batch: int, slots: int, scratch: int = 0)
 def _(p: CachedAttention, x_BTD, cache, step: Step, cfg: Config):
     d, f, (B, T, _) = p.dense, p.format, x_BTD.shape
     q, k, v = qkv_heads(d, x_BTD, cfg)
-    q = rotated(q, d.q_norm, step.position_BT, cfg)
-    k = rotated(k, d.k_norm, step.position_BT, cfg)
+    q = query_scaled(rotated(q, d.q_norm, step.position_BT, cfg, d.kind), cfg)
+    k = rotated(k, d.k_norm, step.position_BT, cfg, d.kind)
+    mask_BTS = windowed(step, cfg, d.kind)
     k, v = k.reshape(B, T, -1), v.reshape(B, T, -1)
     before = cache
     if isinstance(cache, ChannelCache):
@@ -196,12 +204,13 @@ def _(p: CachedAttention, x_BTD, cache, step: Step, cfg: Config):
     heads = lambda pair: tuple(a.reshape(*a.shape[:2], -1, cfg.head_dim) for a in pair)
     stored = heads(cache.stored(q.dtype))
     if cache.exact is None:
-        y = dense_attention(q, *stored, step.mask_BTS)
+        y = dense_attention(q, *stored, mask_BTS)
     else:
         both = before.exact.view(jnp.concatenate([k, v], -1), step.at, cache.slots).astype(q.dtype)
         recent = heads(jnp.split(both, 2, axis=-1))
-        y = attend_either(q, stored, recent, step.mask_BTS, _old(f, step, cache.slots))
-    return linear(d.o, y.reshape(B, T, -1)), cache
+        y = attend_either(q, stored, recent, mask_BTS, _old(f, step, cache.slots))
+    y = linear(d.o, y.reshape(B, T, -1))
+    return (y if d.o_bias is None else y + along_last(d.o_bias, y)), cache
 
 
 def _old(f: KVFormat, step: Step, slots: int):

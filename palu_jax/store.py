@@ -120,9 +120,9 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _kept(layer: Layer, recipe: Recipe) -> dict[str, Any]:
     """What a conversion leaves of a layer, plain or converted: name -> tensor."""
-    made = {"k", "v", "o_bias", "sinks", "kind"} | (
-        {"o", "v_bias"} if recipe.fuse_values else set()
-    )
+    made = {"k", "v", "sinks", "kind"}
+    if recipe.fuse_values:
+        made |= {"o", "v_bias", "o_bias"}
     names = [f.name for f in dataclasses.fields(Attention) if f.name not in made]
     own = {name: getattr(layer.attn, name) for name in names}
     return tensors(layer, layer.mlp) | {n: w for n, w in own.items() if w is not None}
@@ -176,7 +176,7 @@ def _shapes(cfg: Config, recipe: Recipe, ranks) -> dict[str, Any]:
     if recipe.fuse_values:
         del parts["v_up"]
         parts["o"] = array(cfg.heads * ranks[1][0], cfg.d_model)
-        if cfg.qkv_bias:
+        if cfg.qkv_bias or cfg.o_bias:
             parts["o_bias"] = array(cfg.d_model)
     return parts
 
@@ -233,8 +233,9 @@ def _converted(layer: Layer, parts: dict[str, Any], recipe: Recipe, ranks) -> La
         q_norm=a.q_norm,
         k_norm=a.k_norm,
         mean_probe_D=parts.get("lead"),
-        o_bias=parts.get("o_bias"),
+        o_bias=parts.get("o_bias") if recipe.fuse_values else a.o_bias,
         format=recipe.format,
+        kind=a.kind,
     )
     return dataclasses.replace(layer, attn=attn)
 

@@ -157,6 +157,7 @@ def random_target(
             layer = dataclasses.replace(layer, mlp=mlp)
         else:
             layer = make(jax.random.fold_in(key, i), cfg, i)
+        layer = layer.of_kind(cfg.kind(i))
         if cfg.has_experts(i):
             layer = _smaller_steps(layer, cfg) if split is None else layer
             layer = _with_shared_experts(layer, shared, i, zipf, in_mxfp4(plan, i))

@@ -29,7 +29,7 @@ from subspec_jax.load import all_on_device, load_target, random_split, random_ta
 from subspec_jax.methods import MethodError
 from subspec_jax.offload import separate_shapes
 from subspec_jax.plan import Plan, make_plan
-from subspec_jax.residual.convert import convert, is_complete
+from subspec_jax.residual.convert import check_family, convert, is_complete
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
@@ -155,7 +155,9 @@ def _random_residual_shapes(cfg: Config, bits: int, group: int, split_head: bool
     """Shapes of random layers, whose residuals take a known number of bytes."""
     kind = cfg, bits, group
     room = gaussian_room(*kind)
-    model = dataclasses.replace(abstract(cfg), layers=(split_shapes(*kind, room),) * cfg.layers)
+    first = split_shapes(*kind, room)
+    layers = tuple(first.of_kind(cfg.kind(i)) for i in range(cfg.layers))
+    model = dataclasses.replace(abstract(cfg), layers=layers)
     if not split_head or "head" not in room:
         return model
     return dataclasses.replace(model, head_DV=split_head_shapes(*kind, room["head"]))
@@ -223,6 +225,7 @@ def add_converted(
     if source.checkpoint is None:
         return
     cfg, checkpoint = source.cfg, source.checkpoint
+    check_family(cfg)
     if folder is None:
         kind = f"{draft.bits}x{draft.group}-{quantizer}-{cfg.dtype}"
         folder = cache_folder() / "converted" / f"{source.name}-{kind}"

@@ -138,12 +138,13 @@ def test_the_picture_is_what_the_recorded_round_gives():
     assert [shown["parents"][i] for i in shown["accepted"]] == [0, *shown["accepted"][:-1]]
 
 
-def test_the_page_of_flags_is_what_help_says():
+@pytest.mark.parametrize("name", ["flags", "families"])
+def test_made_pages_are_what_is_made_now(name):
     made = subprocess.run(
-        [sys.executable, DOCS / "make_flags.py", "--print"],
+        [sys.executable, DOCS / f"make_{name}.py", "--print"],
         check=True, capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "utf-8"},
     ).stdout  # fmt: skip
     words = lambda text: re.sub(r"[\s\-─│╭╮╰╯]+", " ", text).split()
-    page = (DOCS / "flags.md").read_text()
-    assert words(made) == words(page), "run python docs/make_flags.py"
+    page = (DOCS / f"{name}.md").read_text()
+    assert words(made) == words(page), f"run python docs/make_{name}.py"

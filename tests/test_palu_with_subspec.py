@@ -75,6 +75,21 @@ def speculated(params, tree, sampler=Sampler(), **options):
     return [t for r in rounds for t in r.tokens], rounds, decoder
 
 
+@pytest.mark.quick_cases("beam")
+@pytest.mark.parametrize("tree", TREES)
+def test_a_tree_behind_windows_and_two_bases(tree):
+    """The branches of a tree are as far from the text as their depth says, not their slot."""
+    kinds = dict(layer_kinds=("sliding", "full"), window=5, sliding_theta=50.0)
+    cfg = dataclasses.replace(CFG, query_scale=0.3, **kinds)
+    recipe = Recipe((2,), RANKS, "plain", LatentFormat(4, 4))
+    params = to_palu(tiny_params(cfg), cfg, recipe)
+    target = Target(dataclasses.replace(params, layers=place(params.layers, 0)), cfg)
+    draft = ModelDraft(substitute(target.params, 4, 16), cfg, TREES[tree])
+    rounds = list(Decoder(target, draft, max_length=64, chunk=16).rounds(PROMPT, STEPS))
+    assert [t for r in rounds for t in r.tokens] == generate(params, PROMPT, cfg, STEPS)
+    assert sum(r.accepted for r in rounds) > 3
+
+
 CASES = {
     # name -> how the model is made, format, tree, what else differs
     "mean split": (split, LatentFormat(), TREES["best-first"], {}),

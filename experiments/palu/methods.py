@@ -16,7 +16,7 @@ from palu_jax import (
     kivi,
     to_quantized_cache,
 )
-from palu_jax.attention import SCORES, why_not
+from palu_jax.attention import why_not
 
 PLANNED = "planned"
 """The search of a method whose group size, bits and ranks the planner chooses."""
@@ -116,9 +116,7 @@ class CacheMethod:
             if compressor is None:
                 raise ValueError("a conversion needs a compressor")
             return compressor.compress(self.compression(short))
-        if self.kind == "dense" and any(
-            why_not(layer.attn, cfg, SCORES) for layer in params.layers
-        ):
+        if self.kind == "dense" and why_not(cfg):
             return params, None
         bits = 16 if self.kind == "dense" else int(self.kind[-1])
         form = KVFormat(bits, dtype=short)

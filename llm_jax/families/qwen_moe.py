@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from llm_jax.config import SIZES, Experts
-from llm_jax.families.family import Family, sparse_layers
+from llm_jax.config import FULL, SIZES, SLIDING, Experts
+from llm_jax.families.family import Family, sparse_layers, windows
 from llm_jax.families.llama import WINDOW, optional_window
 from llm_jax.values import Values
 
@@ -25,7 +25,22 @@ def _qwen2_moe(values: Values) -> dict[str, Any]:
     width = values.integer("shared_expert_intermediate_size", 1, SIZES["d_ff"])
     experts = _experts(values, shared_d_ff=width, shared_gate=True)
     bias = values.flag("qkv_bias", True)
-    return dict(qkv_bias=bias, experts=experts) | optional_window(values)
+    return dict(qkv_bias=bias, experts=experts) | _every_other_layer(values)
+
+
+def _every_other_layer(values: Values) -> dict[str, Any]:
+    """Qwen2-MoE's windows: in every other one of the first max_window_layers. transformers writes
+    a sliding_window of 0 where none is used."""
+    named = values.list_of(str, "layer_types")
+    if "sliding_attention" in named:
+        return windows(values)
+    if named or not values.flag("use_sliding_window"):
+        return {}
+    layers = values.integer("num_hidden_layers", 1, SIZES["layers"])
+    last = values.integer("max_window_layers", 0, SIZES["layers"], 28)
+    kinds = tuple(SLIDING if i < last and i % 2 == 0 else FULL for i in range(layers))
+    found = windows(values, when_absent=SLIDING)
+    return found | dict(layer_kinds=kinds) if found and SLIDING in kinds else {}
 
 
 def _qwen3_moe(values: Values) -> dict[str, Any]:

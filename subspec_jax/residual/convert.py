@@ -51,10 +51,11 @@ def convert(
     Files of layers that already exist are kept. Before a layer's file is written, all its weights
     are decoded on the device and compared. `workers` matrices are encoded at a time.
     `progress(done, total)` counts layers. Raises ResidualError if the folder belongs to another
-    checkpoint or other settings, LockedError if another process converts to it, CheckpointError or
-    ValueError if the checkpoint cannot be converted.
+    checkpoint or other settings, or if the model has experts; LockedError if another process
+    converts to it; CheckpointError or ValueError if the checkpoint cannot be converted.
     """
     path = Path(path)
+    check_family(cfg)
     if code not in CODES:
         raise ValueError(f"code {code!r} is not one of {', '.join(CODES)}")
     if cfg.dtype not in FRACTION:
@@ -74,6 +75,15 @@ def convert(
             _begin(path, manifest)
             _write(checkpoint, cfg, path, manifest, progress, workers)
     return Converted(path)
+
+
+def check_family(cfg: Config) -> None:
+    """Raises ResidualError for a model whose layers cannot be written in two parts."""
+    if cfg.experts is not None:
+        raise ResidualError(
+            f"{cfg.family} models have experts, and experts cannot be converted yet; stream the "
+            "weights as they are: --stream raw brings the experts that a pass needs"
+        )
 
 
 def _write(checkpoint, cfg, path, manifest, progress, workers) -> None:

@@ -107,7 +107,8 @@ class TensorFile:
 
 def _mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(views of a safetensors file's tensors, its metadata). Only the header is read."""
-    types = dict(U8=np.uint8, U16=np.uint16, U32=np.uint32, BF16="bfloat16", F16=np.float16)
+    types = dict(U8=np.uint8, U16=np.uint16, U32=np.uint32, F32=np.float32, F16=np.float16)
+    types |= dict(BF16="bfloat16")
     _require_ordinary(file)
     whole = np.memmap(file, np.uint8, "r")
     begin = 8 + int(whole[:8].view(np.uint64)[0])

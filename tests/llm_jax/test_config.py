@@ -158,9 +158,22 @@ def test_windows_are_those_of_transformers():
     kinds = ["full_attention", "sliding_attention"]
     assert window("qwen3", sliding_window=700, layer_types=kinds) == (700, second)
     assert window("qwen3", sliding_window=700, layer_types=["full_attention"] * 2) == none
+    moe = dict(model_type="qwen2_moe", num_experts=4, num_experts_per_tok=2)
+    moe |= dict(moe_intermediate_size=32, shared_expert_intermediate_size=32)
+    assert window("qwen2", **moe, sliding_window=0) == none  # as transformers saves it
+    assert window("qwen2", **moe, **on) == (700, ("sliding", "full"))  # every other layer
+    assert window("qwen2", **moe, **on, max_window_layers=0) == none
+    assert window("qwen2", **moe, **on, layer_types=kinds) == (700, second)
     assert "expected 2 entries, one a layer" in refusal(layer_types=kinds[:1])
     assert "layer_types has 'linear_attention'" in refusal(layer_types=["linear_attention"])
     assert "layer_types is [1]; expected a list" in refusal(layer_types=[1])
+
+
+def test_olmoe_with_clipped_heads():
+    sizes = dict(model_type="olmoe", num_experts=4, num_experts_per_tok=2, qkv_bias=False)
+    cfg = read(**sizes)
+    assert (cfg.experts.d_ff, cfg.experts.normalize) == (cfg.d_ff, False) and cfg.qk_norm_whole
+    assert "clip_qkv is 8.0; expected null" in refusal(**sizes, clip_qkv=8.0)
 
 
 def test_a_model_that_looks_ahead():

@@ -276,17 +276,3 @@ def test_sixteen_bit_models(dtype):
     got, want = (np.asarray(whole(p, cfg, tokens)[0]) for p in (full, params))
     assert np.abs(got - want).max() < 0.15 * np.abs(want).max()
     assert jax.tree.leaves(whole(full, cfg, tokens)[1])[0].dtype == jnp.dtype(dtype)
-
-
-@pytest.mark.parametrize("change", [dict(kind="sliding"), dict(sinks=jnp.zeros(4))])
-def test_attention_that_palu_has_not_is_refused(change):
-    cfg = tiny_config("llama", layers=1)
-    params = tiny_params(cfg)
-    attn = dataclasses.replace(params.layers[0].attn, **change)
-    params = dataclasses.replace(params, layers=(dataclasses.replace(params.layers[0], attn=attn),))
-    recipe = Recipe((cfg.kv_heads,), (((4,), (4,)),), "plain")
-    with pytest.raises(ConvertError, match="has a window, sinks or a bias of its output"):
-        to_palu(params, cfg, recipe)
-    whole = dataclasses.replace(cfg, attn_softcap=50.0)
-    with pytest.raises(ConvertError, match="this model has attn_softcap"):
-        to_palu(tiny_params(cfg), whole, recipe)

@@ -166,3 +166,23 @@ def test_every_kind_of_conversion_round_trips(tiny, tmp_path, changes):
     back = store.restore(tmp_path / "x", tiny.params, cfg)
     chex.assert_trees_all_equal(back, palu)
     assert jax.tree.structure(back) == jax.tree.structure(palu)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_output_biases_and_kinds_of_attention_are_kept(tmp_path, fused):
+    """An output's bias is the base model's, or in the stored one where values are fused."""
+    kinds = dict(layer_kinds=("sliding", "full"), window=5)
+    cfg = tiny_config("llama", qkv_bias=True, o_bias=True, **kinds)
+    params = tiny_params(cfg)
+    recipe = Recipe((2,), (((8,), (12,)),) * 2, "plain", fuse_values=fused)
+    palu = to_palu(params, cfg, recipe)
+    store.save(tmp_path / "palu", palu, cfg, recipe, "tiny")
+    back = store.restore(tmp_path / "palu", params, cfg)
+    assert [layer.attn.kind for layer in back.layers] == ["sliding", "full"]
+    chex.assert_trees_all_equal(back, palu)
+    first = params.layers[0]
+    attn = dataclasses.replace(first.attn, o_bias=first.attn.o_bias * 2)
+    other = (dataclasses.replace(first, attn=attn), *params.layers[1:])
+    if not fused:
+        with pytest.raises(store.StoreError, match="o_bias"):
+            store.restore(tmp_path / "palu", dataclasses.replace(params, layers=other), cfg)

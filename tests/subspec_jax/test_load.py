@@ -28,6 +28,7 @@ from subspec_jax.residual.split import (
     split_head_shapes,
     split_shapes,
 )
+from subspec_jax.sources import Source
 from subspec_jax.tree import TreeSpec
 
 CFG = tiny_config("qwen2", layers=4)
@@ -302,3 +303,15 @@ def test_a_random_head_in_two_parts():
     )
     whole = np.asarray(jax.jit(decode_layer)(target.params.head_DV), np.float32)
     assert np.std(whole) == pytest.approx(128**-0.5, rel=0.1)
+
+
+def test_random_residuals_attend_as_their_layers_do():
+    """One layer is encoded and copied; what is static is each layer's own."""
+    kinds = ("sliding", "full", "sliding")
+    cfg = dataclasses.replace(CFG, dtype="bfloat16", layers=3, layer_kinds=kinds, window=8)
+    draft = Draft(4, 32)
+    shapes = Source("random", cfg, residual=True).shapes(draft)
+    plan = make_plan(cfg, 2**30, SPEC, draft, max_length=64, model=shapes)
+    assert tuple(layer.attn.kind for layer in plan.model.layers) == kinds
+    target = random_target(plan)
+    assert tuple(layer.attn.kind for layer in target.params.layers) == kinds
