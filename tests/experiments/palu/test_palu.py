@@ -74,7 +74,7 @@ def quiet():
 
 
 def test_a_model_with_windows_is_measured_as_it_is(tmp_path):
-    """24 tokens at a time, of which attention sees 6; the cache is the model's own."""
+    """24 tokens at a time, of which attention sees 6; the cache has 16 bits a number."""
     folder = write_safetensors(tmp_path / "model", tiny_params(WINDOWED), WINDOWED)
     stated = json.loads((folder / "config.json").read_text()) | dict(sliding_window=6)
     (folder / "config.json").write_text(json.dumps(stated))
@@ -92,9 +92,7 @@ def test_a_model_with_windows_is_measured_as_it_is(tmp_path):
     logits = np.asarray(logits, np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     want = -np.take_along_axis(logp[:, :-1], np.asarray(windows)[:, 1:, None], -1).mean()
-    np.testing.assert_allclose(record["result"]["nll"], want, rtol=1e-4)
-    with pytest.raises(ConvertError, match="this attention has a window"):
-        palu.main(arguments(folder, tmp_path / "other", preset="none"), quiet())
+    np.testing.assert_allclose(record["result"]["nll"], want, rtol=1e-3)
 
 
 def test_a_small_run_measures_stores_and_reports(folder, tmp_path, capsys):
