@@ -103,7 +103,7 @@ class Plan:
         layers = enumerate(self.model.layers)
         own = sum(_substitute_bytes(layer, d) for i, layer in layers if i in drafted)
         if cfg.experts is not None:
-            own = own * expected_experts(cfg, self.spec.width) / cfg.experts.count
+            own = own * share_of_experts(cfg, self.spec.width)
         shared = sum(map(streamed_bytes, self.model.layers[: drafted.start]))
         head = self.device.get("draft head", cfg.vocab * cfg.d_model * DTYPES[cfg.dtype])
         if self.split_head:
@@ -285,7 +285,9 @@ class _Layout:
         total, size = expert_count(self.cfg), expert_bytes(self)
         device |= {"norms and biases": 0, "attention and routers": self.vectors}
         # What is let go is free when the programs that use it have run: as many for one of them.
-        device["streaming ring"] = min(sum(room_for(self.cfg, size)), total) * size
+        ring = min(sum(room_for(self.cfg, size)), total) * size
+        whole = [n for i, n in enumerate(self.matrices) if not self.cfg.has_experts(i)]
+        device["streaming ring"] = ring + min(self.ahead + 1, len(whole)) * max(whole, default=0)
         room = usable - sum(device.values())
         hot = min(max(room // size, 0), total)
         return hot, device | {"experts kept": hot * size}, host
@@ -338,10 +340,10 @@ def expert_bytes(plan: "Plan | _Layout") -> int:
     return -(-streamed_bytes(plan.model.layers[first]) // plan.cfg.experts.count)
 
 
-def expected_experts(cfg: Config, tokens: int) -> float:
-    """Different experts of a layer that a number of tokens is routed to, if all are as likely."""
+def share_of_experts(cfg: Config, tokens: int) -> float:
+    """The part of a layer's experts that some tokens are routed to, if all are as likely."""
     e = cfg.experts
-    return e.count * (1 - (1 - e.chosen / e.count) ** tokens)
+    return 1 - (1 - e.chosen / e.count) ** tokens
 
 
 MOST_AHEAD = 1000
@@ -427,9 +429,9 @@ def make_plan(
     r, on_host, device, host = found
     streamed = host["streamed layers"]
     if hot is not None:
-        tokens = expected_experts(cfg, spec.nodes) / cfg.experts.count
+        whole = sum(size for i, size in enumerate(layout.matrices) if not cfg.has_experts(i))
         away = 1 - hot / expert_count(cfg)
-        streamed = round(tokens * away * streamed)
+        streamed = whole + round(share_of_experts(cfg, spec.nodes) * away * (streamed - whole))
     return Plan(
         cfg=cfg,
         limit=limit,

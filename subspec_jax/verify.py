@@ -123,7 +123,8 @@ def run_pass(
     """
     x = embedded(target, tokens_1T)
     queued = collections.deque()
-    real = real if real is not None else to_device(jnp.int32(tokens_1T.shape[1]))
+    if real is None and target.experts is not None:
+        real = to_device(jnp.int32(tokens_1T.shape[1]))
     for i in range(target.cfg.layers):
         if len(queued) == QUEUED:
             jax.block_until_ready(queued.popleft())

@@ -292,3 +292,17 @@ def test_nan_in_an_expert_is_named_with_its_layer():
     params = dataclasses.replace(params, layers=(params.layers[0], broken, params.layers[2]))
     with pytest.raises(NotFiniteError, match="in layer 1"):
         decoder(params, cfg, "vanilla").generate(PROMPT, 4)
+
+
+def test_layers_without_experts_stream_whole_beside_the_others():
+    """Layer 0 has an MLP: it passes through the ring of layers; the experts have their own."""
+    _, cfg = model("one", dtype="bfloat16", layers=4)
+    whole = make_plan(cfg, 2**30, TreeSpec(depth=2, width=2), max_length=64, chunk=16)
+    first = cfg.layer_matrix_elements * 2
+    ring = 3 * 64 * 32 * 2 * min(12, 2**28 // (3 * 64 * 32 * 2) + 1)
+    assert whole.device["streaming ring"] == first + ring
+    assert whole.hot == 12 and whole.streamed_bytes == first
+    tight = make_plan(
+        cfg, whole.total - 50_000, TreeSpec(depth=2, width=2), max_length=64, chunk=16
+    )
+    assert first < tight.streamed_bytes < first + 12 * 3 * 64 * 32 * 2
