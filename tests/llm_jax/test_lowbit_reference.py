@@ -10,8 +10,17 @@ from test_families import saved
 from llm_jax.attention import caches_for, causal_step
 from llm_jax.folder import WHOLE
 from llm_jax.formats import open_checkpoint
+from llm_jax.generation import generate
 from llm_jax.model import forward
+from llm_jax.mxfp4 import mxfp4_bytes
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
+from subspec_jax.decoder import Decoder
+from subspec_jax.draft_model import Draft, make_draft
+from subspec_jax.load import load_target
+from subspec_jax.plan import make_plan
+from subspec_jax.propose import ModelDraft
+from subspec_jax.sources import find_source
+from subspec_jax.tree import TreeSpec
 
 torch = pytest.importorskip("torch", reason="the reference runs on torch")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -128,6 +137,21 @@ def test_gpt_oss_with_experts_in_mxfp4(tmp_path):
     caches = caches_for(params, cfg, 1, 40)
     got, _ = forward(params, jnp.asarray(tokens), caches, causal_step(0, 40, 40), cfg)
     np.testing.assert_allclose(np.asarray(got), want, rtol=0, atol=1e-4)
+
+    # Offloaded, the experts stay in MXFP4, and the tokens are the same.
+    source = find_source(checkpoint, "float32")
+    draft = Draft(bits=4, group=32)
+    shapes = source.shapes(draft)
+    size = mxfp4_bytes((64, 192)) + mxfp4_bytes((96, 64))
+    assert {a.shape for a in shapes.layers[0].mlp.expert_gate_up.each} == {(size,)}
+    spec = TreeSpec(depth=3, width=2)
+    plan = make_plan(cfg, 2**30, spec, draft, max_length=96, chunk=16, model=shapes)
+    target = load_target(checkpoint, plan)
+    assert target.experts.host[0][0].nbytes == size
+    low = make_draft(target.params, draft)
+    decoder = Decoder(target, ModelDraft(low, cfg, spec), max_length=96, chunk=16)
+    prompt = tokens[0].tolist()
+    assert decoder.generate(prompt, 16) == generate(params, prompt, cfg, 16)
 
 
 @pytest.mark.filterwarnings("ignore")
