@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import random
 
 import jax
 import pytest
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(items):
     for name, found in cases.items():
         if len(found) > 1 and not any(found):
             raise pytest.UsageError(f"quick_cases names no case of {name}")
+    if seed := os.environ.get("FILES_SHUFFLED_BY"):
+        # CI has no time for all slow tests: so it begins with other files at every commit.
+        files = sorted({item.path for item in items})
+        random.Random(seed).shuffle(files)
+        place = {path: i for i, path in enumerate(files)}
+        items.sort(key=lambda item: place[item.path])
 
 
 SHARED_DATA = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
