@@ -63,7 +63,7 @@ def split(form):
     )
     ranks = (((4, 7), (8, 5)), ((6, 6), (3, 8)))
     recipe = Recipe((1, 1), ranks, "whitened", form, mean_split=True)
-    return to_palu(tiny_params(CFG), CFG, recipe, SimpleNamespace(layers=(layer,) * 2))
+    return to_palu(tiny_params(CFG), CFG, recipe, SimpleNamespace(layers=(layer,) * 2, model=None))
 
 
 def speculated(params, tree, sampler=Sampler(), **options):

@@ -26,7 +26,9 @@ def test_the_wheel_is_small_and_holds_no_data(wheel):
     assert wheel.stat().st_size < 650_000  # code alone: 230 files of 2 KB
     names = zipfile.ZipFile(wheel).namelist()
     kept = [n for n in names if n.startswith(PACKAGES)]
-    assert all(n.endswith((".py", "py.typed", "tuned.json", "prompts.jsonl")) for n in kept)
+    assert all(
+        n.endswith((".py", "py.typed", "tuned.json", "prompts.jsonl", "texts.jsonl")) for n in kept
+    )
     for package in PACKAGES:
         assert f"{package}/__init__.py" in names and f"{package}/py.typed" in names
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == set(PACKAGES)
@@ -48,4 +50,4 @@ def test_the_wheel_says_what_it_is(wheel):
     assert "thimble = experiments.__main__:main" in entries
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     hard = [line.split(":")[1].split(">=")[0].strip() for line in needed if "extra ==" not in line]
-    assert len(hard) == 9 and not {"matplotlib", "orbax-checkpoint", "safetensors"} & set(hard)
+    assert len(hard) == 10 and not {"matplotlib", "orbax-checkpoint", "safetensors"} & set(hard)
