@@ -71,7 +71,7 @@ class ExpertTimes:
 METHODS = ("all", "plain", "tree")
 
 
-def main(args: ExpertTimes, console: Console) -> None:
+def main(args: ExpertTimes, console: Console) -> int:
     methods = args.only or METHODS
     if unknown := set(methods) - set(METHODS):
         raise UserError(f"{min(unknown)} is none of {', '.join(METHODS)}")
@@ -82,10 +82,14 @@ def main(args: ExpertTimes, console: Console) -> None:
             for line in measure(args, method):
                 records.append(args.output, line)
     else:
-        for method in methods:
-            command = [sys.executable, "-m", "experiments.measure.experts", "--here"]
-            subprocess.run([*command, *words_of(args), "--only", method], check=False)
+        command = [sys.executable, "-m", "experiments.measure.experts", "--here", *words_of(args)]
+        ends = {m: subprocess.run([*command, "--only", m], check=False).returncode for m in methods}
+        if failed := [m for m, end in ends.items() if end]:
+            show(args, console)
+            console.print(f"not measured: {', '.join(failed)}; what went wrong is said above")
+            return 1
     show(args, console)
+    return 0
 
 
 def words_of(args: ExpertTimes) -> list[str]:
