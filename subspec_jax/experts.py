@@ -20,7 +20,7 @@ import numpy as np
 
 from llm_jax.attention import Step
 from llm_jax.config import Config
-from llm_jax.mlp import expert_output, routing, shared_output, weight_of
+from llm_jax.mlp import expert_output, routing, shared_output
 from llm_jax.model import added, attention_branch, normed_input
 from llm_jax.params import Experts, Layer, SeparateExperts
 from llm_jax.stream import to_device
@@ -169,12 +169,12 @@ def lowered(
     rest, one = without_experts(layer), apart(layer).each[0]
     yield _attend_and_route.lower(rest, x, cache, step, real, cfg)
     M, c = x.shape[1], cfg.experts.chosen
-    routed = array((M, x.shape[2]), x.dtype), array((M, c), jnp.int32), array((M, c), jnp.float32)
-    y_MD = array((M, x.shape[2]), jnp.float32)
+    h_MD, expert_Mc = array((M, x.shape[2]), x.dtype), array((M, c), jnp.int32)
+    y_McD = array((M, c, x.shape[2]), jnp.float32)
     stacks = dataclasses.replace(rest.mlp, shared=None, router=None, shared_scale=None)
     for size in sizes(at_once):
         number = jax.ShapeDtypeStruct((size,), jnp.int32)
-        yield _add_experts.lower(stacks, (one,) * size, number, routed, y_MD, cfg)
+        yield _put_experts.lower(stacks, (one,) * size, number, h_MD, expert_Mc, y_McD, cfg)
 
 
 def apart(layer: Layer) -> SeparateExperts | SplitExperts | None:
@@ -194,41 +194,48 @@ def without_experts(layer: Layer) -> Layer:
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("x", "cache"))
 def _attend_and_route(layer, x, cache, step: Step, real, cfg: Config):
     """(x behind the attention, the cache, the experts' input [M, D], their numbers and weights
-    [M, c], what all tokens get [M, D], tokens of each expert [E])."""
+    [M, c], room for their outputs [M, c, D], what all tokens get [M, D], tokens of each expert
+    [E])."""
     x, cache = attention_branch(layer, x, cache, step, cfg)
     h_MD = normed_input(x, layer.mlp_norm, cfg).reshape(-1, x.shape[-1])
     expert_Mc, weight_Mc = routing(layer.mlp, h_MD, cfg)
     of_text_M = jnp.arange(len(h_MD)) < real
     count = jnp.zeros(cfg.experts.count, jnp.int32)
     tokens_E = count.at[jnp.where(of_text_M[:, None], expert_Mc, len(count))].add(1, mode="drop")
-    y_MD = shared_output(layer.mlp, h_MD, cfg)
-    y_MD = jnp.zeros(h_MD.shape, jnp.float32) if y_MD is None else y_MD
+    shared_MD = shared_output(layer.mlp, h_MD, cfg)
+    y_McD = jnp.zeros((*expert_Mc.shape, h_MD.shape[1]), jnp.float32)
     # To host memory within the program: a copy afterwards takes twice as long.
     tokens_E = jax.device_put(tokens_E, jax.memory.Space.Host)
-    return x, cache, (h_MD, expert_Mc, weight_Mc), y_MD, tokens_E
+    return x, cache, (h_MD, expert_Mc, weight_Mc), y_McD, shared_MD, tokens_E
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="y_MD")
-def _add_experts(p: Experts, some, number_C, routed, y_MD, cfg: Config):
-    """y plus what some experts give to the tokens that are routed to them."""
-    h_MD, expert_Mc, weight_Mc = routed
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="y_McD")
+def _put_experts(p: Experts, some, number_C, h_MD, expert_Mc, y_McD, cfg: Config):
+    """y with the outputs of some experts in the places of the tokens that are routed to them.
+
+    Every pair of a token and an expert has its own place, so the order in which experts come
+    changes no number.
+    """
     with jax.named_scope("experts"):
-        stacks = p.expert_gate_up
+        stacks, (M, c) = p.expert_gate_up, expert_Mc.shape
         for i, array in enumerate(some):
-            number = number_C[i]
-            known = jnp.maximum(number, 0)
+            known = jnp.maximum(number_C[i], 0)
             bias = lambda stack: None if stack is None else stack[known]  # noqa: B023
             biases = bias(p.expert_gate_up_bias), bias(p.expert_down_bias)
             low = (known,) if isinstance(stacks, SplitExperts) else ()
-            parts = stacks.matrices(array, *low)
-            weight_M1 = weight_of(number, expert_Mc, weight_Mc)
-            y = expert_output(*parts, biases, h_MD, cfg)
-            y_MD = y_MD + jnp.where(weight_M1 > 0, y * weight_M1, 0.0)
-    return y_MD
+            own_Mc = expert_Mc == number_C[i]
+            place_M = jnp.where(own_Mc.any(1), jnp.argmax(own_Mc, axis=1), c)
+            y_MD = expert_output(*stacks.matrices(array, *low), biases, h_MD, cfg)
+            y_McD = y_McD.at[jnp.arange(M), place_M].set(y_MD, mode="drop", unique_indices=True)
+    return y_McD
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="x")
-def _finish(gain, x, y_MD, cfg: Config):
+def _finish(gain, x, y_McD, weight_Mc, shared_MD, cfg: Config):
+    """(x with what the experts add, one number of it): sums in the order of `llm_jax.mlp`."""
+    y_McD = y_McD * weight_Mc[..., None]
+    y_MD = functools.reduce(jnp.add, [y_McD[:, i] for i in range(y_McD.shape[1])])
+    y_MD = y_MD if shared_MD is None else y_MD + shared_MD
     x = added(x, y_MD.astype(x.dtype).reshape(x.shape), gain, cfg)
     return x, x[0, 0, 0]
 
@@ -247,7 +254,8 @@ def routed_block(
 
     `real` [] is the number of tokens that count; nothing is fetched for the others.
     """
-    x, cache, routed, y_MD, tokens_E = _attend_and_route(layer, x, cache, step, real, cfg)
+    given = layer, x, cache, step, real, cfg
+    x, cache, (h_MD, expert_Mc, weight_Mc), y_McD, shared_MD, tokens_E = _attend_and_route(*given)
     stacks = dataclasses.replace(layer.mlp, shared=None, router=None, shared_scale=None)
     tokens_E = np.asarray(tokens_E)
     for some in experts.take(index, tokens_E):
@@ -256,6 +264,6 @@ def routed_block(
         number[: len(some)] = [e for e, _ in some]
         arrays = [array for _, array in some]
         arrays += arrays[:1] * (size - len(arrays))
-        y_MD = _add_experts(stacks, tuple(arrays), number, routed, y_MD, cfg)
-    x, done = _finish(layer.mlp_out_norm, x, y_MD, cfg)
+        y_McD = _put_experts(stacks, tuple(arrays), number, h_MD, expert_Mc, y_McD, cfg)
+    x, done = _finish(layer.mlp_out_norm, x, y_McD, weight_Mc, shared_MD, cfg)
     return x, cache, done

@@ -46,7 +46,8 @@ def work_bytes(
         wide = tokens * (3 * cfg.d_ff + 6 * cfg.d_model) * size
         slab = 0 if kernels else DECODE_BYTES * min(SLAB_WEIGHTS, largest)
         decoded = (part if kernels else largest) * size + slab if residual else 0
-        return max(scores, decoded) + wide + tokens * slots + rebuilt
+        pairs = 0 if cfg.experts is None else tokens * cfg.experts.chosen * cfg.d_model * 4
+        return max(scores, decoded) + wide + tokens * slots + rebuilt + pairs
 
     logits = rows_at_a_time(spec.nodes, split_head) * cfg.vocab * 4
     head = 2 * logits

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from llm_jax import LLMError
+from llm_jax.attention import caches_for, causal_step
 from llm_jax.config import Experts
 from llm_jax.generation import generate
+from llm_jax.model import hidden
 from llm_jax.mxfp4 import dense, encode, mxfp4_bytes
 from llm_jax.params import SeparateExperts, init
 from llm_jax.sample import Sampler
@@ -25,7 +27,7 @@ from subspec_jax.offload import moving, offload, separate_experts, streamed_byte
 from subspec_jax.plan import make_plan
 from subspec_jax.residual.split import gaussian_room, split_shapes
 from subspec_jax.tree import TreeSpec
-from subspec_jax.verify import Target
+from subspec_jax.verify import Target, run_pass
 
 EXPERTS = dict(
     plain=Experts(count=8, chosen=2, d_ff=32),
@@ -90,6 +92,26 @@ def test_exact_with_any_guess(guess, monkeypatch):
     )[guess]
     monkeypatch.setattr(Decoder, "_foreseen", lambda self, tree: forced)
     assert decoder(params, cfg, "subspec").generate(PROMPT, 16) == generate(params, PROMPT, cfg, 16)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_order_in_which_experts_come_changes_no_bit(name):
+    """A pass with a cold cache, with any that is warm, and with little room: the same numbers."""
+    params, cfg = model(name)
+    tokens = jnp.asarray([PROMPT], jnp.int32)
+    step = causal_step(0, len(PROMPT), 16)
+    found, rng = [], np.random.default_rng(0)
+    for room, warm in ((24, 0), (24, 3), (24, 12), (3, 1), (0, 0)):
+        target = offloaded(params, cfg, room)
+        shape = cfg.layers, cfg.experts.count
+        there = np.array([[cfg.has_experts(i)] for i in range(cfg.layers)]).repeat(shape[1], 1)
+        before = rng.permuted(np.arange(there.size) < warm).reshape(shape) & there
+        target.experts.begin(before)
+        caches = list(caches_for(params, cfg, 1, 16))
+        found.append(np.asarray(run_pass(target, target.stream(), tokens, caches, step)))
+        np.testing.assert_array_equal(found[0], found[-1])
+    want = hidden(params, tokens, caches_for(params, cfg, 1, 16), step, cfg)[0]
+    np.testing.assert_allclose(found[0], want, atol=1e-4, rtol=1e-5)
 
 
 def test_all_tokens_to_one_expert_and_ties():
