@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
-from llm_jax.cache import KV, write_rows
+from llm_jax.cache import KV, one_row, places, put_row, write_each, write_rows
 from llm_jax.config import FULL, SLIDING, UNROTATED, Config
 from llm_jax.linear import linear, terms
 from llm_jax.params import Attention, JoinedAttention, Params, Weight
@@ -28,7 +28,7 @@ class Step:
     """Where T new tokens are: the only difference of prefill, decoding and tree verification."""
 
     at: jax.Array
-    """[]: the first of the T consecutive cache slots that they fill."""
+    """[]: the first of the T consecutive cache slots that they fill; with `row_B`, [B]."""
     position_BT: jax.Array
     """Rotary position of each; in a tree it follows the depth, not the slot."""
     mask_BTS: jax.Array
@@ -42,7 +42,24 @@ class Step:
     kernel for one query need not read the mask."""
     real: jax.Array | None = None
     """[]: how many of the T tokens are text; None: all. The others only fill a program's shape, and
-    caches that keep the newest tokens apart must ignore them."""
+    caches that keep the newest tokens apart must ignore them. With `row_B`, [B]."""
+    row_B: jax.Array | None = None
+    """Several sequences: the row of each in caches that may have more rows. All rows differ; in one
+    that does not exist, nothing is written. None: one sequence, or rows in order."""
+    live_B: jax.Array | None = None
+    """With `row_B`: how many of its first slots each sequence may look at."""
+
+    @property
+    def rows(self) -> tuple[jax.Array, jax.Array] | None:
+        """`rows` of `tree_attention`."""
+        return None if self.row_B is None else (self.row_B, self.live_B)
+
+    def of(self, b: int) -> "Step":
+        """The step of one sequence alone."""
+        one = lambda a: a if a is None or a.shape[0] == 1 else a[b : b + 1]
+        real = None if self.real is None else self.real[b]
+        position_1T, mask_1TS = self.position_BT[b : b + 1], one(self.mask_BTS)
+        return Step(self.at[b], position_1T, mask_1TS, one(self.slot_BS), self.causal, real)
 
 
 def causal_step(
@@ -54,6 +71,16 @@ def causal_step(
     seen = jnp.arange(slots, dtype=jnp.int32)[None, None, :] <= position_T[None, :, None]
     real = None if real is None else jnp.asarray(real, jnp.int32)
     return Step(at, position_T[None], seen, causal=True, real=real)
+
+
+def causal_steps(
+    at_B: jax.Array, length: int, slots: int, row_B: jax.Array, real_B: jax.Array
+) -> Step:
+    """`causal_step` of several sequences, each behind its own `at_B` tokens, in its own row."""
+    position_BT = at_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+    seen = jnp.arange(slots, dtype=jnp.int32)[None, None, :] <= position_BT[:, :, None]
+    live_B = jnp.minimum(at_B + length, slots)
+    return Step(at_B, position_BT, seen, None, True, real_B, row_B, live_B)
 
 
 def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
@@ -128,13 +155,15 @@ def attend(
     mask_BTS: jax.Array,
     cfg: Config | None = None,
     sinks_N: jax.Array | None = None,
+    rows: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v over the slots the mask allows, [B, T, N, width of v]; softmax in
     float32. The mask may cover the first slots only; then nothing behind them is read. A `cfg` may
-    give scores another scale and a cap; `sinks_N` are logits without values, one a query head."""
+    give scores another scale and a cap; `sinks_N` are logits without values, one a query head;
+    `rows` is `Step.rows`."""
     more = {} if cfg is None else dict(scale=cfg.query_scale, softcap=cfg.attn_softcap)
     with jax.named_scope("attend"):
-        return tree_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N=sinks_N, **more)
+        return tree_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N=sinks_N, rows=rows, **more)
 
 
 def caches_for(params: Params, cfg: Config, batch: int, slots: int, scratch: int = 0) -> tuple:
@@ -160,6 +189,24 @@ def attention(
         f"no attention is registered for parameters of type {type(p).__name__}; "
         "register one with @llm_jax.attention.attention.register"
     )
+
+
+def attention_of_each(
+    p: Any, x_BTD: jax.Array, cache: Any, step: Step, cfg: Config
+) -> tuple[jax.Array, Any]:
+    """`attention`, also of several sequences in rows of caches.
+
+    Kinds that know only one sequence do them one after another.
+    """
+    if step.row_B is None or isinstance(p, Attention | JoinedAttention):
+        return attention(p, x_BTD, cache, step, cfg)
+    found = []
+    for b in range(x_BTD.shape[0]):
+        row, alone = step.row_B[b], step.of(b)
+        y, one = attention(p, x_BTD[b : b + 1], one_row(cache, row), alone, cfg)
+        found.append(y)
+        cache = put_row(cache, one, row)
+    return jnp.concatenate(found), cache
 
 
 def projected(w: Weight, bias: jax.Array | None, x_BTD: jax.Array, head_dim: int) -> jax.Array:
@@ -217,7 +264,8 @@ def _(p: Attention, x_BTD, cache: KV, step: Step, cfg: Config):
 def _(p: JoinedAttention, x_BTD, cache: KV, step: Step, cfg: Config):
     y_XBTF = terms(p.qkv, x_BTD)
     one_kernel = p.q_norm is None and p.kind != UNROTATED and cfg.rotary_dim is None
-    if len(y_XBTF) > 1 and len(x_BTD) == 1 and one_kernel:
+    alone = len(x_BTD) == 1 or step.row_B is not None
+    if len(y_XBTF) > 1 and alone and one_kernel:
         return _in_one_go(p, y_XBTF, cache, step, cfg)
     return _over_cache(p, *_joined_heads(p, y_XBTF, x_BTD.dtype, cfg), cache, step, cfg)
 
@@ -231,20 +279,27 @@ def _joined_heads(p: JoinedAttention, y_XBTF, dtype, cfg: Config):
 def _over_cache(p, q, k, v, cache: KV, step: Step, cfg: Config):
     q = rotated(q, p.q_norm, step.position_BT, cfg, p.kind)
     k = rotated(k, p.k_norm, step.position_BT, cfg, p.kind)
-    cache = KV(write_rows(cache.k_BSKH, k, step.at), write_rows(cache.v_BSKH, v, step.at))
-    return _read(p, q, cache, step, cfg)
+    if step.row_B is None:
+        put = lambda buffer, new: write_rows(buffer, new, step.at)
+    else:
+        put = lambda buffer, new: write_each(buffer, new, step.row_B, step.at)
+    return _read(p, q, KV(put(cache.k_BSKH, k), put(cache.v_BSKH, v)), step, cfg)
 
 
 def _in_one_go(p, y_XBTF, cache: KV, step: Step, cfg: Config):
     """A low-bit product in terms: one kernel adds them, rotates heads and writes the cache."""
-    cos, sin = rope_angles(step.position_BT, cfg, p.kind)
-    keys, values = cache.k_BSKH[0], cache.v_BSKH[0]
-    q, k, v = rotary_cache(y_XBTF[:, 0], p.qkv_bias, cos[0], sin[0], keys, values, step.at)
-    return _read(p, q[None], KV(k[None], v[None]), step, cfg)
+    (X, B, T, F), flat = y_XBTF.shape, lambda a: a.reshape(-1, *a.shape[2:])
+    cos, sin = map(flat, rope_angles(step.position_BT, cfg, p.kind))
+    row_B, at_B = (jnp.zeros(1, jnp.int32), step.at[None]) if step.row_B is None else (
+        step.row_B, step.at)  # fmt: skip
+    place = tuple(map(jnp.ravel, places(row_B, at_B, T)))
+    given = y_XBTF.reshape(X, B * T, F), p.qkv_bias, cos, sin, cache.k_BSKH, cache.v_BSKH, place
+    q, k, v = rotary_cache(*given)
+    return _read(p, q.reshape(B, T, *q.shape[1:]), KV(k, v), step, cfg)
 
 
 def _read(p, q_BTNH, cache: KV, step: Step, cfg: Config):
     mask_BTS = windowed(step, cfg, p.kind)
-    y_BTNH = attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, mask_BTS, cfg, p.sinks)
+    y_BTNH = attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, mask_BTS, cfg, p.sinks, step.rows)
     y_BTD = linear(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1))
     return (y_BTD if p.o_bias is None else y_BTD + along_last(p.o_bias, y_BTD)), cache

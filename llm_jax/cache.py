@@ -1,6 +1,6 @@
 """The key/value cache of one layer: fixed slots, written in place when donated.
 
-Letters: B batch, S slots, K kv heads, H head size, T new positions.
+Letters: B batch, R rows (a sequence each), S slots, K kv heads, H head size, T new positions.
 """
 
 import dataclasses
@@ -25,8 +25,19 @@ class KV:
     def slots(self) -> int:
         return self.k_BSKH.shape[1]
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether the first slots are the same, whatever was written behind them."""
+        return True
+
     def move(self, source: jax.Array, at: jax.Array) -> "KV":
         return jax.tree.map(lambda buffer: move_rows(buffer, source, at), self)
+
+    def move_each(self, source_BX: jax.Array, at_B: jax.Array, row_B: jax.Array) -> "KV":
+        take = lambda buffer: buffer.at[
+            jnp.broadcast_to(row_B[:, None], source_BX.shape), source_BX
+        ].get(mode="clip")
+        return jax.tree.map(lambda buffer: write_each(buffer, take(buffer), row_B, at_B), self)
 
     @classmethod
     def empty(cls, cfg: Config, batch: int, slots: int) -> "KV":
@@ -59,3 +70,43 @@ def move_rows(buffer_BS: jax.Array, source: jax.Array, at: jax.Array) -> jax.Arr
 def move(caches: Any, source: jax.Array, at: jax.Array) -> Any:
     """Caches of any kind with slots `source[R]` copied to slots at … at+R-1; no others change."""
     return jax.tree.map(lambda c: c.move(source, at), caches, is_leaf=lambda c: hasattr(c, "move"))
+
+
+def places(row_B: jax.Array, at_B: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """(rows, slots) [B, length] of `length` tokens of each sequence, from slot `at_B` on."""
+    slot_BT = at_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+    return jnp.broadcast_to(row_B[:, None], slot_BT.shape), slot_BT
+
+
+def write_each(
+    buffer_RS: jax.Array, new_BT: jax.Array, row_B: jax.Array, at_B: jax.Array
+) -> jax.Array:
+    """`buffer` with T new entries of each sequence in its row, in slots at … at+T-1.
+
+    Rows and slots that do not exist are left out."""
+    place = places(row_B, at_B, new_BT.shape[1])
+    return buffer_RS.at[place].set(new_BT.astype(buffer_RS.dtype), mode="drop", unique_indices=True)
+
+
+def one_row(cache: Any, row: jax.Array) -> Any:
+    """The cache of one row, batch 1; of a row that does not exist, the nearest one."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1, axis=0), cache)
+
+
+def put_row(cache: Any, one: Any, row: jax.Array) -> Any:
+    """The cache with a row replaced; a row that does not exist is left out."""
+    return jax.tree.map(lambda a, b: a.at[row].set(b[0], mode="drop"), cache, one)
+
+
+def move_each(caches: Any, source_BX: jax.Array, at_B: jax.Array, row_B: jax.Array) -> Any:
+    """`move` of each sequence in its own row of caches of any kind."""
+
+    def moved(cache):
+        if hasattr(cache, "move_each"):
+            return cache.move_each(source_BX, at_B, row_B)
+        for b in range(len(row_B)):
+            one = one_row(cache, row_B[b]).move(source_BX[b], at_B[b])
+            cache = put_row(cache, one, row_B[b])
+        return cache
+
+    return jax.tree.map(moved, caches, is_leaf=lambda c: hasattr(c, "move"))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.attention import Step, attention, rms_norm
+from llm_jax.attention import Step, attention_of_each, rms_norm
 from llm_jax.config import Config
 from llm_jax.linear import embedding_rows, linear
 from llm_jax.mlp import mlp
@@ -30,9 +30,8 @@ def attention_branch(
 ) -> tuple[jax.Array, Any]:
     """(x with what the attention adds, the layer's cache with the new tokens written)."""
     with jax.named_scope("attention"):
-        y, cache = attention(
-            layer.attn, normed_input(x_BTD, layer.attn_norm, cfg), cache, step, cfg
-        )
+        h = normed_input(x_BTD, layer.attn_norm, cfg)
+        y, cache = attention_of_each(layer.attn, h, cache, step, cfg)
         return added(x_BTD, y, layer.attn_out_norm, cfg), cache
 
 

@@ -8,9 +8,12 @@ distribution of the logits, whatever was guessed.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
 
 from llm_jax import LLMError
 
@@ -78,9 +81,73 @@ class Sampler:
         return jnp.argmax(self.perturbed(logits_XV, key, position_X), -1).astype(jnp.int32)
 
 
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Samplers:
+    """The `Sampler` and the seed of each of several sequences, as arrays [B].
+
+    So one program serves all of them. The numbers are those of `Sampler`; X rows of logits belong
+    to the sequences `of_X`.
+    """
+
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+    key_B: jax.Array
+    """The noise of `jax.random.key(seed)`."""
+
+    @classmethod
+    def of(cls, samplers: Sequence[Sampler], seeds: Sequence[int]) -> "Samplers":
+        column = lambda name, dtype: np.array([getattr(s, name) for s in samplers], dtype)
+        floats = (column(name, np.float32) for name in ("temperature", "top_p", "min_p"))
+        temperature, top_p, min_p = floats
+        key_B = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
+        return cls(temperature, column("top_k", np.int32), top_p, min_p, key_B)
+
+    def scores(self, logits_XV: jax.Array, of_X: jax.Array) -> jax.Array:
+        """`Sampler.scores`, with each row's own sampler."""
+        temperature, top_k, top_p, min_p = (
+            a[of_X][:, None] for a in (self.temperature_B, self.top_k_B, self.top_p_B, self.min_p_B)
+        )
+        z, V = logits_XV.astype(jnp.float32), logits_XV.shape[-1]
+        greedy = temperature == 0
+        z = jnp.where(greedy, z, z / jnp.where(greedy, 1.0, temperature))
+        by_rank = ~greedy & (((top_k > 0) & (top_k < V)) | (top_p < 1))
+
+        def among_the_first(z):
+            order = jnp.sort(z, axis=-1, descending=True)
+            k = jnp.where((top_k > 0) & (top_k < V), top_k, V)
+            of_k = jnp.take_along_axis(order, k - 1, axis=-1)
+            z, order = (jnp.where(a < of_k, -jnp.inf, a) for a in (z, order))
+            p = jax.nn.softmax(order, axis=-1)
+            kept = (jnp.cumsum(p, axis=-1) - p < top_p) | (top_p == 1)
+            least = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
+            return jnp.where(z < least, -jnp.inf, z)
+
+        chosen = jax.lax.cond(by_rank.any(), among_the_first, lambda z: z, z)
+        z = jnp.where(by_rank, chosen, z)
+        floor = jnp.max(z, axis=-1, keepdims=True) + jnp.log(min_p)
+        return jnp.where(~greedy & (min_p > 0) & (z < floor), -jnp.inf, z)
+
+    def perturbed(self, logits_XV: jax.Array, of_X: jax.Array, position_X: jax.Array) -> jax.Array:
+        """`Sampler.perturbed`, with each row's own sampler and seed."""
+        z = self.scores(logits_XV, of_X)
+        sampled = self.temperature_B[of_X] > 0
+        noisy = lambda z: (
+            z + jax.vmap(_noise_row, (0, 0, None))(self.key_B[of_X], position_X, z.shape[-1])
+        )
+        return jnp.where(sampled[:, None], jax.lax.cond(sampled.any(), noisy, lambda z: z, z), z)
+
+    def draw(self, logits_XV: jax.Array, of_X: jax.Array, position_X: jax.Array) -> jax.Array:
+        """`Sampler.draw`, with each row's own sampler and seed."""
+        return jnp.argmax(self.perturbed(logits_XV, of_X, position_X), -1).astype(jnp.int32)
+
+
+def _noise_row(key: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
+    return jax.random.gumbel(jax.random.fold_in(key, position), (vocab,), jnp.float32)
+
+
 def noise(key: jax.Array, position_X: jax.Array, vocab: int) -> jax.Array:
     """Standard Gumbel noise, float32 [X, V]: rows with the same position get the same noise."""
-    row = lambda position: jax.random.gumbel(
-        jax.random.fold_in(key, position), (vocab,), jnp.float32
-    )
-    return jax.vmap(row)(position_X)
+    return jax.vmap(lambda position: _noise_row(key, position, vocab))(position_X)

@@ -219,6 +219,12 @@ class PaluCache:
         """The number of tokens that fit."""
         return self.k.codes_BSP.shape[1]
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether the first slots are the same, whatever was written behind them: not where the
+        newest tokens are kept apart."""
+        return self.exact is None
+
     @classmethod
     def empty(
         cls,

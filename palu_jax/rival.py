@@ -121,6 +121,11 @@ class ChannelCache:
         """The number of tokens that fit."""
         return self.v.codes_BSP.shape[1]
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether the first slots are the same, whatever was written behind them."""
+        return False
+
     def move(self, source: jax.Array, at: Any) -> "ChannelCache":
         """Raises NotImplementedError: a token has no step of its own."""
         raise NotImplementedError(

@@ -199,7 +199,7 @@ def _attend_and_route(layer, x, cache, step: Step, real, cfg: Config):
     x, cache = attention_branch(layer, x, cache, step, cfg)
     h_MD = normed_input(x, layer.mlp_norm, cfg).reshape(-1, x.shape[-1])
     expert_Mc, weight_Mc = routing(layer.mlp, h_MD, cfg)
-    of_text_M = jnp.arange(len(h_MD)) < real
+    of_text_M = real if real.ndim else jnp.arange(len(h_MD)) < real
     count = jnp.zeros(cfg.experts.count, jnp.int32)
     tokens_E = count.at[jnp.where(of_text_M[:, None], expert_Mc, len(count))].add(1, mode="drop")
     shared_MD = shared_output(layer.mlp, h_MD, cfg)
@@ -252,7 +252,8 @@ def routed_block(
 ) -> tuple[jax.Array, Any, jax.Array]:
     """(x, the cache, one number of x), like `jit_block`, of a layer with experts in a cache.
 
-    `real` [] is the number of tokens that count; nothing is fetched for the others.
+    `real` [] is the number of tokens that count, or says [M] which; nothing is fetched for the
+    others.
     """
     given = layer, x, cache, step, real, cfg
     x, cache, (h_MD, expert_Mc, weight_Mc), y_McD, shared_MD, tokens_E = _attend_and_route(*given)

@@ -285,22 +285,28 @@ class PromptLookup(Proposer):
         self.longest = longest
 
     def propose(self, state: State) -> None:
-        token, parent, depth = self.continuations(state.tokens)
-        E, size = self.spec.places, len(token)
+        state.tree = to_device(self.tree(state.tokens))
+
+    def tree(self, tokens: Sequence[int]) -> Tree:
+        """The tree of a text, in NumPy; nothing in it has a score."""
+        token, parent, depth = self.continuations(tokens)
+        E, C, size = self.spec.places, self.spec.pool, len(token)
         ancestor = np.eye(E, dtype=bool)
         for i in range(1, size):
             ancestor[i] |= ancestor[parent[i]]
         fill = lambda values, rest: np.array(values + [rest] * (E - size), np.int32)
-        state.tree = dataclasses.replace(
-            state.tree,
+        return Tree(
             token_E=fill(token, 0),
             parent_E=fill(parent, -1),
             depth_E=fill(depth, 0),
+            score_E=np.full(E, -np.inf, np.float32),
             ancestor_EE=ancestor,
             size=np.int32(size),
             forwarded=np.int32(0),
+            pool_score_C=np.full(C, -np.inf, np.float32),
+            pool_parent_C=np.full(C, -1, np.int32),
+            pool_token_C=np.zeros(C, np.int32),
         )
-        state.tree = to_device(state.tree)
 
     def continuations(self, tokens: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
         """(token, parent, depth) of the tree's nodes, the root first."""

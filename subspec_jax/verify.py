@@ -118,13 +118,14 @@ def run_pass(
 ) -> jax.Array:
     """x_1TD after the last layer; `caches` is updated in place, layer by layer.
 
-    `real` [] is the number of tokens that count; None: all. Experts are fetched for those alone.
+    `real` [] is the number of tokens that count, or says of all which do; None: all. Experts are
+    fetched for those alone.
     `between(i)` is called when layer i has been dispatched, while other layers are copied.
     """
     x = embedded(target, tokens_1T)
     queued = collections.deque()
     if real is None and target.experts is not None:
-        real = to_device(jnp.int32(tokens_1T.shape[1]))
+        real = to_device(jnp.int32(tokens_1T.size))
     for i in range(target.cfg.layers):
         if len(queued) == QUEUED:
             jax.block_until_ready(queued.popleft())

@@ -9,21 +9,19 @@ def rotary_cache_reference(
     bias_F: jax.Array | None,
     cos_Th: jax.Array,
     sin_Th: jax.Array,
-    k_SKH: jax.Array,
-    v_SKH: jax.Array,
-    at: jax.Array,
+    k_RSKH: jax.Array,
+    v_RSKH: jax.Array,
+    place: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `api.rotary_cache`."""
-    (T, _), (_, K, H) = cos_Th.shape, k_SKH.shape
+    K, H = k_RSKH.shape[2:]
     y = y_XTF.astype(jnp.float32).sum(0)
     y = y if bias_F is None else y + bias_F.astype(jnp.float32)[None]
-    heads = y.reshape(T, -1, H)
+    heads = y.reshape(cos_Th.shape[0], -1, H)
     N = heads.shape[1] - 2 * K
     turned, values = heads[:, : N + K], heads[:, N + K :]
     a, b = jnp.split(turned, 2, axis=-1)
     cos, sin = cos_Th[:, None], sin_Th[:, None]
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-    put = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
-        cache, new.astype(cache.dtype), at, axis=0
-    )
-    return turned[:, :N].astype(k_SKH.dtype), put(k_SKH, turned[:, N:]), put(v_SKH, values)
+    put = lambda cache, new: cache.at[place].set(new.astype(cache.dtype), mode="drop")
+    return turned[:, :N].astype(k_RSKH.dtype), put(k_RSKH, turned[:, N:]), put(v_RSKH, values)

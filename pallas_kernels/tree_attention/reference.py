@@ -21,8 +21,13 @@ def tree_attention_reference(
     sinks_N: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    rows: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
-    """softmax(q k * scale) v over the slots the mask allows, [B, T, N, X], in q's dtype."""
+    """softmax(q k * scale) v over the slots the mask allows, [B, T, N, X], in q's dtype.
+
+    `rows` as in `tree_attention`; all slots are read, and the mask says which count."""
+    if rows is not None:
+        k_BSKH, v_BSKX = (jnp.take(a, rows[0], axis=0, mode="clip") for a in (k_BSKH, v_BSKX))
     k_BSKH, v_BSKX = (a[:, : mask_BTS.shape[-1]] for a in (k_BSKH, v_BSKX))
     B, T, N, H = q_BTNH.shape
     q_BTKGH = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H)

@@ -18,21 +18,24 @@ def inputs(X, T, N, K, H, S, at, dtype=jnp.bfloat16, bias=True, seed=0):
     angle = rng.uniform(0, 6.3, (T, H // 2))
     F = (N + 2 * K) * H
     cos, sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
-    k, v = (draw(S, K, H).astype(dtype) for _ in range(2))
-    return draw(X, T, F), draw(F).astype(dtype) if bias else None, cos, sin, k, v, jnp.int32(at)
+    k, v = (draw(3, S, K, H).astype(dtype) for _ in range(2))
+    place = jnp.ones(T, jnp.int32), at + jnp.arange(T, dtype=jnp.int32)
+    return draw(X, T, F), draw(F).astype(dtype) if bias else None, cos, sin, k, v, place
 
 
-def expected(y, bias, cos, sin, k, v, at):
+def expected(y, bias, cos, sin, k, v, place):
     """As complex numbers, in float64."""
     y, k, v = (np.array(a, np.float64) for a in (y, k, v))
-    (T, h), (_, K, H) = cos.shape, k.shape
+    (T, h), (K, H) = cos.shape, k.shape[2:]
     y = y.sum(0) + (0 if bias is None else np.asarray(bias, np.float64))
     heads = y.reshape(T, -1, H)
     turn = np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64)
     z = (heads[..., :h] + 1j * heads[..., h:]) * turn[:, None]
     turned = np.concatenate([z.real, z.imag], -1)
     N = heads.shape[1] - 2 * K
-    k[at : at + T], v[at : at + T] = turned[:, N : N + K], heads[:, N + K :]
+    for t, (row, slot) in enumerate(zip(*map(np.asarray, place), strict=True)):
+        if row < k.shape[0] and slot < k.shape[1]:
+            k[row, slot], v[row, slot] = turned[t, N : N + K], heads[t, N + K :]
     return turned[:, :N], k, v
 
 
@@ -52,7 +55,7 @@ def test_heads_are_turned_and_kept(shape, dtype, bias, interpret):
     arguments = inputs(*shape, dtype, bias)
     found = rotary_cache(*arguments, interpret=interpret)
     step = 2.0**-8 if dtype == jnp.bfloat16 else 2.0**-11
-    for a, want in zip(found, expected(*arguments[:-1], shape[-1]), strict=True):
+    for a, want in zip(found, expected(*arguments), strict=True):
         assert a.dtype == dtype and a.shape == want.shape
         error = np.abs(np.asarray(a, np.float64) - want)
         assert (error <= step * np.abs(want) + 1e-5).all()
@@ -61,11 +64,20 @@ def test_heads_are_turned_and_kept(shape, dtype, bias, interpret):
 @pytest.mark.parametrize("interpret", [False, True], ids=["reference", "kernel"])
 def test_no_other_slot_changes(interpret):
     arguments = inputs(*SHAPES[0])
-    at, T = 17, 6
     for old, new in zip(arguments[4:6], rotary_cache(*arguments, interpret=interpret)[1:]):
-        others = np.r_[:at, at + T : 64]
-        old, new = (np.asarray(a, np.float32)[others] for a in (old, new))
+        old, new = (np.array(a, np.float32) for a in (old, new))
+        old[1, 17:23] = new[1, 17:23]
         np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("interpret", [False, True], ids=["reference", "kernel"])
+def test_tokens_of_several_sequences_have_their_own_places(interpret):
+    """Two rows in another order, one token behind the last slot, one in a row that is not there."""
+    *given, _ = inputs(*SHAPES[0])
+    place = tuple(jnp.array(a, jnp.int32) for a in ([2, 2, 0, 0, 1, 3], [5, 6, 62, 63, 64, 8]))
+    found = rotary_cache(*given, place, interpret=interpret)
+    for a, want in zip(found, expected(*given, place), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), want, rtol=2.0**-8, atol=1e-5)
 
 
 def test_it_lowers_to_one_kernel_that_writes_in_place():
@@ -96,7 +108,7 @@ def test_what_the_kernel_cannot_do_is_said(shape, dtype, reason):
     assert reason in why_not(arguments[0], *arguments[4:6])
     with pytest.raises(NotImplementedError, match=reason):
         rotary_cache(*arguments, implementation="triton")
-    found, want = rotary_cache(*arguments), expected(*arguments[:-1], shape[-1])
+    found, want = rotary_cache(*arguments), expected(*arguments)
     np.testing.assert_allclose(np.asarray(found[0], np.float64), want[0], rtol=0.01, atol=0.1)
 
 

@@ -53,6 +53,46 @@ def test_it_is_the_attention(shape, dtype, interpret):
     np.testing.assert_allclose(np.asarray(y, np.float64), expected(*arguments), atol=8 * step)
 
 
+@pytest.mark.parametrize("interpret", [False, True], ids=["reference", "kernel"])
+@pytest.mark.parametrize("T", [1, 6, slow(37)])
+def test_sequences_in_rows_of_a_cache_read_their_own_slots_alone(T, interpret):
+    """Four sequences of very different length, in another order than their rows; one has a row that
+    is not there. What is behind a sequence's own slots is NaN."""
+    live = [70, 512, 1, 200]
+    row = [3, 0, 4, 9]
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.standard_normal((4, T, 8, 64), np.float32), jnp.bfloat16)
+    k, v = (
+        jnp.asarray(rng.standard_normal((5, 512, 2, 64), np.float32), jnp.bfloat16) for _ in "kv"
+    )
+    mask = rng.random((4, T, 512)) < 0.3
+    mask[:, :, 0] = True
+    mask &= np.arange(512) < np.array(live)[:, None, None]
+    if interpret:  # the kernel does not even look there
+        far = np.arange(512)[None] >= np.array([-(-n // TILE) * TILE for n in live])[:, None]
+        dirty = lambda a: a.at[jnp.array(row[:3])].set(
+            jnp.where(far[:3, :, None, None], jnp.nan, a[jnp.array(row[:3])])
+        )  # fmt: skip
+    else:
+        dirty = lambda a: a
+    rows = jnp.array(row, jnp.int32), jnp.array(live, jnp.int32)
+    y = tree_attention(q, dirty(k), dirty(v), jnp.asarray(mask), rows=rows, interpret=interpret)
+    for b in range(3):
+        one = q[b : b + 1], k[row[b]][None], v[row[b]][None], mask[b : b + 1]
+        np.testing.assert_allclose(np.asarray(y[b : b + 1], np.float64), expected(*one), atol=0.04)
+
+
+def test_a_batch_lowers_to_the_same_two_kernels(monkeypatch):
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    array = jax.ShapeDtypeStruct
+    cache, number = array((8, 1024, 4, 128), jnp.bfloat16), array((4,), jnp.int32)
+    for T in (1, 6, 289):
+        q, mask = array((4, T, 28, 128), jnp.bfloat16), array((4, T, 1024), jnp.bool_)
+        given = q, cache, cache, mask, (number, number)
+        program = lower_for(lambda *a: tree_attention(*a[:4], rows=a[4]), *given)
+        assert program.count("__gpu$xla.gpu.triton") == (2 if cut(T * 7, 4, 1024, 4)[2] > 1 else 1)
+
+
 @pytest.mark.parametrize("alone", [slow(0), 70, slow(511)])
 def test_a_row_may_see_one_slot_alone(alone):
     """Whole tiles and whole splits then hold nothing for it."""

@@ -1,0 +1,354 @@
+"""Several sequences decoded together: each streamed pass is shared by all of them.
+
+Texts join and leave between rounds. Each has its own row of the caches, tree, length, sampler and
+seed. Programs are compiled for a small ladder of numbers of texts.
+
+Letters: B texts of a round, M tokens of a pass, T tokens of a text.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax.attention import caches_for, causal_steps
+from llm_jax.cache import KV
+from llm_jax.generation import checked_prompt, checked_seed, chunk_sizes
+from llm_jax.params import Params
+from llm_jax.sample import Sampler, Samplers
+from llm_jax.stream import to_device
+from pallas_kernels import device
+from subspec_jax import batch_programs as programs
+from subspec_jax.batch_programs import Growing, Seats, Verifying
+from subspec_jax.check import NotFiniteError
+from subspec_jax.decoder import LengthError
+from subspec_jax.methods import Method, MethodError
+from subspec_jax.prefix_cache import Rows, Text
+from subspec_jax.propose import Round
+from subspec_jax.stop import StopRule
+from subspec_jax.tree import cache_slots, live_sizes, path_to, step_gains
+from subspec_jax.verify import Target, run_pass
+
+
+def ladder(rows: int) -> list[int]:
+    """The numbers of sequences that programs are made for: 1, 2, 4, 8 … and `rows`."""
+    return [*(2**n for n in range(rows.bit_length()) if 2**n < rows), rows]
+
+
+class BatchDecoder:
+    """A target, a draft and caches of `rows` rows. Every text is the target's own, as if alone."""
+
+    def __init__(
+        self,
+        target: Target,
+        method: Method,
+        draft: Params | None = None,
+        rows: int = 8,
+        max_length: int = 2048,
+        chunk: int = 512,
+    ):
+        if reason := why_not(method):
+            raise MethodError(reason)
+        self.target, self.method, self.draft = target, method, draft
+        self.max_length, self.chunk = max_length, chunk
+        self.proposer = method.proposer(target.cfg, draft)
+        self.spec = self.proposer.spec
+        self.slots = cache_slots(max_length, self.spec)
+        given = target.params, target.cfg, rows, self.slots, self.spec.places + 1
+        self.caches = to_device(caches_for(*given))
+        self.rows = Rows(rows, all(cache.rewinds for cache in self.caches))
+        self.ladder = ladder(rows)
+        plain = all(isinstance(cache, KV) for cache in self.caches)
+        # Where no kernel reads only what a sequence has, programs for the longest one do.
+        self.sizes = live_sizes(self.slots) if plain and not device.on_gpu() else [self.slots]
+        self.stop = StopRule(method.stop_gain, self.spec.steps)
+        self.running: list[Text] = []
+        self.watch: Callable[[], None] | None = None
+        self._prefilled = False
+        self._samplers: tuple[Any, Samplers | None] = (), None
+
+    # ------------------------------------------------------------------ joining and leaving
+
+    def check(self, text: Text) -> None:
+        """Raises LengthError or GenerationError for a text that cannot be decoded here."""
+        prompt = checked_prompt(text.prompt, self.target.cfg.vocab).tolist()
+        checked_seed(text.seed)
+        if text.new_tokens < 1:
+            raise LengthError(f"{text.new_tokens} new tokens were asked for; give at least 1")
+        if len(prompt) + text.new_tokens > self.max_length:
+            raise LengthError(
+                f"{len(prompt)} prompt tokens and {text.new_tokens} new ones do not fit into "
+                f"{self.max_length}; shorten the prompt, ask for fewer tokens, or raise max_length"
+            )
+
+    def join(self, text: Text) -> bool:
+        """Gives the text a row; False where all are taken. It takes part from the next round on."""
+        self.check(text)
+        if (found := self.rows.take(text)) is None:
+            return False
+        text.row, source, text.cached = found
+        text.prompt = [int(t) for t in text.prompt]
+        text.tokens, text.at = list(text.prompt), text.cached
+        text.replay = None if text.replay is None else iter(text.replay)
+        if source != text.row:
+            numbers = to_device((np.int32(source), np.int32(text.row)))
+            self.caches = programs.copy_row(self.caches, *numbers)
+        self.running.append(text)
+        return True
+
+    def leave(self, text: Text) -> None:
+        """Frees the text's row, whether it is done or not."""
+        if text in self.running:
+            self.running.remove(text)
+            self.rows.leave(text)
+
+    # ------------------------------------------------------------------ rounds
+
+    def step(self) -> list[tuple[Text, Round]]:
+        """One pass of the target: of prompts that are not read yet, or of all trees.
+
+        Both in turn, so that neither waits for long. Texts that are done leave.
+        """
+        waiting = [t for t in self.running if t.at < len(t.prompt)]
+        ready = [t for t in self.running if t.at >= len(t.prompt)]
+        self._prefilled = bool(waiting) and not (ready and self._prefilled)
+        results = self._prefill(waiting) if self._prefilled else self._round(ready)
+        for text in [t for t in self.running if t.done or t.failed]:
+            self.leave(text)
+        return results
+
+    def _seats(self, texts: list[Text], root: bool) -> Seats:
+        """Their places in a program for the next larger number of sequences."""
+        size, rows = self._size(texts), len(self.rows.users)
+        empty = size - len(texts)
+        column = lambda values, rest: np.array([*values, *rest], np.int32)
+        roots = [t.tokens[t.at] if root else 0 for t in texts]
+        nobody = range(rows, rows + empty)
+        kind = tuple((t.sampler, t.seed) for t in texts), size
+        if self._samplers[0] != kind:
+            samplers = [t.sampler for t in texts] + [Sampler()] * empty
+            of = Samplers.of(samplers, [t.seed for t in texts] + [0] * empty)
+            self._samplers = kind, to_device(of)
+        numbers = (
+            column(roots, [0] * empty),
+            column((t.at for t in texts), [0] * empty),
+            column((t.row for t in texts), nobody),
+        )
+        return Seats(*to_device(numbers), self._samplers[1])
+
+    def _size(self, texts: list[Text]) -> int:
+        return next(n for n in self.ladder if n >= len(texts))
+
+    def _live(self, longest: int) -> int:
+        return next(n for n in self.sizes if n >= min(longest, self.slots))
+
+    def _prefill(self, texts: list[Text]) -> list[tuple[Text, Round]]:
+        """A pass over the next tokens of prompts; those that are read get their first token."""
+        began = time.perf_counter()
+        most = max(self.chunk, self.ladder[-1] * self.spec.nodes)
+        texts = texts[: max(1, most // 16)]
+        size, target = self._size(texts), self.target
+        longest = max(len(t.prompt) - t.at for t in texts)
+        sizes = [n for n in chunk_sizes(self.chunk) if n * size <= most] or [most // size]
+        T = next((n for n in sizes if n >= longest), sizes[-1])
+        pieces = [t.prompt[t.at : t.at + T] for t in texts]
+        tokens_BT = np.zeros((size, T), np.int32)
+        for row_T, piece in zip(tokens_BT, pieces, strict=False):
+            row_T[: len(piece)] = piece
+        real = np.array([*map(len, pieces), *[1] * (size - len(texts))], np.int32)
+        seats = self._seats(texts, root=False)
+        tokens_BT, real_B = to_device((tokens_BT, real))
+        live = self._live(max(t.at for t in texts) + T)
+        step = causal_steps(seats.at_B, T, live, seats.row_B, real_B)
+        stream = target.stream()
+        if target.experts is not None:
+            target.experts.begin()
+        of_text_M = (np.arange(T) < real[:, None]) & (np.arange(size) < len(texts))[:, None]
+        caches = list(self.caches)
+        x = run_pass(
+            target, stream, tokens_BT, caches, step, self._between, to_device(of_text_M.reshape(-1))
+        )
+        self.caches = tuple(caches)
+        draw_B, finite_B = jax.device_get(
+            programs.first_draws(target.top, x, seats, real_B, target.cfg)
+        )
+        seconds = time.perf_counter() - began
+        streamed = stream.bytes + (target.experts.bytes if target.experts else 0)
+        results = []
+        for b, (text, piece) in enumerate(zip(texts, pieces, strict=True)):
+            text.at += len(piece)
+            emitted = []
+            if text.at == len(text.prompt):
+                if finite_B[b]:
+                    emitted = self._emit(text, [int(draw_B[b])])
+                else:
+                    text.failed = self._not_finite(text)
+            results.append((text, Round(emitted, other_s=seconds, streamed_bytes=streamed)))
+        return results
+
+    def _emit(self, text: Text, tokens: list[int]) -> list[int]:
+        """Those of the tokens that belong to the text; it may end there."""
+        kept = tokens[: text.new_tokens - len(text.new)]
+        if hit := [i for i, t in enumerate(kept) if t in text.eos]:
+            kept = kept[: hit[0] + 1]
+        text.tokens.extend(kept)
+        text.done = bool(hit) or len(text.new) == text.new_tokens
+        return kept
+
+    def _round(self, texts: list[Text]) -> list[tuple[Text, Round]]:
+        if not texts:
+            return []
+        t0 = time.perf_counter()
+        target, spec, cfg = self.target, self.spec, self.target.cfg
+        size, rows = self._size(texts), len(self.rows.users)
+        slots = self._live(max(t.at for t in texts) + spec.places)
+        accepted = [next(t.replay) if t.replay is not None else -1 for t in texts]
+        replay = any(t.replay is not None for t in texts)
+        seats = self._seats(texts, root=True)
+        accepted_B = to_device(np.array(accepted + [0] * (size - len(texts)), np.int32))
+        least_L = to_device(self.stop.least_gain_L())
+        if self.draft is None:
+            trees = self._from_text(texts, size) if spec.depth else programs.only_roots(seats, spec)
+        stream, routed = target.stream(), None
+        if self.draft is not None:
+            grown = programs.grow_each(
+                Growing(
+                    params=self.draft,
+                    caches=self.caches,
+                    seats=seats,
+                    least_L=least_L,
+                    cfg=self.proposer.cfg,
+                    spec=spec,
+                    slots=slots,
+                    rows=rows,
+                    experts=self._experts,
+                )
+            )
+            trees, self.caches, routed = grown
+        trees, tokens_BE, step, real_M = programs.lay_out_each(trees, seats, spec, slots, rows)
+        jax.block_until_ready(tokens_BE)
+        experts = target.experts
+        if experts is not None:
+            experts.begin(None if routed is None else self._foreseen(routed))
+        t1 = time.perf_counter()
+        arrived, caches = stream.arrived_bytes(), list(self.caches)
+        x = run_pass(target, stream, tokens_BE, caches, step, self._between, real_M)
+        jax.block_until_ready(x)
+        t2 = time.perf_counter()
+        end = programs.finish_each(
+            Verifying(
+                top=target.top,
+                x_BED=x,
+                trees=trees,
+                caches=tuple(caches),
+                seats=seats,
+                accepted_B=accepted_B,
+                cfg=cfg,
+                spec=spec,
+                replay=replay,
+            )
+        )
+        self.caches = end.caches
+        of_trees = trees.parent_E, trees.depth_E, trees.score_E, trees.size
+        host = jax.device_get((end.emitted_BP, end.length_B, end.last_B, end.finite_B, *of_trees))
+        t3 = time.perf_counter()
+        streamed = stream.bytes + (experts.bytes if experts else 0)
+        passed = streamed - arrived
+        results = []
+        for text, emitted_P, length, last, finite, parent_E, depth_E, score_E, n in zip(
+            texts, *host, strict=False
+        ):
+            emitted = emitted_P[:length].tolist()
+            text.at += int(length)
+            if not finite:
+                text.failed = self._not_finite(text)
+                emitted = []
+            drafted = int((parent_E >= 0).sum())
+            # What is behind the last kept token stays in the row, but is not the text's.
+            kept = self._emit(text, emitted)
+            text.at = min(text.at, len(text.tokens) - 1) if kept else text.at
+            result = Round(
+                tokens=kept,
+                accepted=int(length) - 1,
+                drafted=drafted,
+                depth=int(np.max(np.where(parent_E >= 0, depth_E, 0))),
+                steps=0 if self.draft is None else 1 + max(0, drafted - 1) // spec.width,
+                path=path_to(last, parent_E),
+                gains=step_gains(score_E[:n], spec.width) if self.draft is not None else (),
+                draft_s=t1 - t0,
+                verify_s=t2 - t1,
+                other_s=t3 - t2,
+                streamed_bytes=streamed,
+                pass_bytes=passed,
+                experts=experts and experts.counts,
+            )
+            self._learn(result)
+            results.append((text, result))
+        return results
+
+    def _from_text(self, texts: list[Text], size: int):
+        """Trees of what followed the last tokens earlier in each text."""
+        found = [self.proposer.tree(t.tokens) for t in texts]
+        found += [self.proposer.tree([0])] * (size - len(texts))
+        return to_device(jax.tree.map(lambda *a: np.stack(a), *found))
+
+    def _learn(self, result: Round) -> None:
+        if self.stop.chance == 0 or not result.gains:
+            return
+        steps = [(place - 1) // self.spec.width for place in result.path]
+        hits = np.isin(np.arange(len(result.gains)), steps)
+        given = result.seconds, len(result.tokens), result.draft_s, result.steps
+        self.stop.learn(result.gains, hits, *given)
+
+    def _between(self, layer: int) -> None:
+        if self.watch is not None:
+            self.watch()
+
+    def _not_finite(self, text: Text) -> str:
+        return (
+            f"the model computes NaN or infinity after {text.at} tokens; its weights are damaged, "
+            f"or their numbers do not fit into {self.target.cfg.dtype}: take bfloat16 or float32"
+        )
+
+    @property
+    def _experts(self) -> tuple[int, int] | None:
+        """(layers with experts, experts) whose routing the draft records."""
+        if self.target.experts is None or not self.proposer.routes:
+            return None
+        size = lambda c: (sum(map(c.has_experts, range(c.layers))), c.experts.count)
+        return size(self.target.cfg)
+
+    def _foreseen(self, routed_LE) -> np.ndarray:
+        cfg = self.target.cfg
+        foreseen = np.zeros((cfg.layers, cfg.experts.count), bool)
+        foreseen[[i for i in range(cfg.layers) if cfg.has_experts(i)]] = np.asarray(routed_LE)
+        return foreseen
+
+    # ------------------------------------------------------------------ all at once
+
+    def generate(self, texts: Sequence[Text]) -> list[list[int]]:
+        """The new tokens of each text; they join as rows are free. Raises NotFiniteError."""
+        waiting = list(texts)
+        for text in waiting:
+            self.check(text)
+        while waiting or self.running:
+            while waiting and self.join(waiting[0]):
+                waiting.pop(0)
+            self.step()
+        if failed := next((t for t in texts if t.failed), None):
+            raise NotFiniteError(failed.failed)
+        return [t.new for t in texts]
+
+
+def why_not(method: Method) -> str | None:
+    """Why a method cannot decode several sequences together; None where it can."""
+    reasons = {
+        "drafts during verification, below the tree of one sequence": method.spec.extra > 0,
+        "looks text up on the device, for one sequence": method.spec.lookup > 0,
+        "has a draft with a cache of its own": method.draft.own_cache,
+        "accepts with loss": not method.lossless,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    return f"{method.name} cannot decode a batch: it {found[0]}" if found else None

@@ -1,0 +1,294 @@
+"""Programs of a round that several sequences share: their trees grow and are verified together.
+
+Every sequence has its own row of the caches, its own length and its own sampler. Its tree is that
+of `subspec_jax.tree`, with a leading axis; the model's products see the rows of all trees at once.
+
+Letters: B sequences, E places for nodes, w nodes added per step, T tokens, D model, V vocabulary, P
+places in a path, X nodes of all sequences.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from llm_jax.attention import Step
+from llm_jax.cache import move_each, one_row, put_row
+from llm_jax.config import Config
+from llm_jax.mlp import recorded_routing
+from llm_jax.model import forward, unembed
+from llm_jax.params import Params
+from llm_jax.sample import Samplers
+from subspec_jax.accept import Judged, exact, replayed
+from subspec_jax.program import Program, donated, static
+from subspec_jax.residual.split import is_split
+from subspec_jax.tree import (
+    Tree,
+    TreeSpec,
+    add_candidates,
+    commit,
+    gain,
+    node_mask,
+    node_positions,
+    seedling,
+)
+from subspec_jax.verify import LOGIT_ROWS, SPLIT_ROWS, likeliest
+
+GREEDY_ROWS = 640
+"""Nodes for which a head in two parts is decoded once, where all draws are greedy."""
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seats:
+    """Who takes part in a round."""
+
+    root_B: jax.Array
+    """The newest token of each sequence, which is in no cache yet."""
+    at_B: jax.Array
+    """Committed tokens."""
+    row_B: jax.Array
+    """The row of the caches; one that does not exist fills a place of the program's shape."""
+    samplers: Samplers
+
+
+def steps_of(
+    trees: Tree, rows_BT: jax.Array, seats: Seats, places: int, slots: int, alone: bool = False
+) -> Step:
+    """The `Step` of the nodes `rows_BT`, consecutive in each tree, over the first `slots` slots.
+
+    `alone`: every tree is only its root.
+    """
+    at_B = seats.at_B
+    mask_BTS = jax.vmap(functools.partial(node_mask, slots=slots))(trees, rows_BT, at_B)[:, 0]
+    depth_BT = jnp.take_along_axis(trees.depth_E, jnp.minimum(rows_BT, places - 1), axis=1)
+    positions = None
+    if not alone:
+        positions = jax.vmap(functools.partial(node_positions, slots=slots))(trees, at_B)[:, 0]
+    return Step(
+        at_B + rows_BT[:, 0],
+        at_B[:, None] + depth_BT,
+        mask_BTS,
+        positions,
+        causal=alone,
+        row_B=seats.row_B,
+        live_B=jnp.minimum(at_B + places, slots),
+    )
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Growing:
+    """All that a batch of trees grows from."""
+
+    params: Params
+    """The draft model."""
+    caches: tuple = donated()
+    seats: Seats
+    least_L: jax.Array
+    """As in `draft.Drafting`."""
+    cfg: Config = static()
+    spec: TreeSpec = static()
+    slots: int = static()
+    """Attention looks at these first slots."""
+    rows: int = static()
+    """Rows of the caches."""
+    experts: tuple[int, int] | None = static(default=None)
+    """(layers with experts, experts) whose routing is recorded."""
+
+
+class Grown(NamedTuple):
+    """Trees, caches that hold their nodes, and the experts [L, E] that any node was routed to."""
+
+    trees: Tree
+    caches: tuple
+    routed_LE: jax.Array | None
+
+
+def _forward(g: Growing, trees: Tree, caches, routed_LE, first_B):
+    """(scores [B, w, V], caches, routed_LE) of the nodes in the w places from `first_B` on."""
+    w, E = g.spec.width, g.spec.places
+    rows_Bw = first_B[:, None] + jnp.arange(w)[None]
+    step = steps_of(trees, rows_Bw, g.seats, E, g.slots)
+    tokens_Bw = jnp.take_along_axis(trees.token_E, jnp.minimum(rows_Bw, E - 1), axis=1)
+    with recorded_routing() as experts:
+        logits_BwV, caches = forward(g.params, tokens_Bw, caches, step, g.cfg)
+    if routed_LE is not None:
+        there_B1 = (g.seats.row_B < g.rows)[:, None]
+        node_X1 = ((rows_Bw < trees.size[:, None]) & there_B1).reshape(-1, 1)
+        for layer, expert_Xc in enumerate(experts):
+            marked = jnp.where(node_X1, expert_Xc, routed_LE.shape[1])
+            routed_LE = routed_LE.at[layer, marked].set(True, mode="drop")
+    B, _, V = logits_BwV.shape
+    of_X = jnp.repeat(jnp.arange(B), w)
+    logits_XV, samplers = logits_BwV.reshape(-1, V), g.seats.samplers
+    if g.spec.coupled:
+        z_XV = samplers.perturbed(logits_XV, of_X, step.position_BT.reshape(-1) + 1)
+    else:
+        z_XV = samplers.scores(logits_XV, of_X)
+    return z_XV.reshape(B, w, V), caches, routed_LE
+
+
+def _where(chosen_B, new: Tree, old: Tree) -> Tree:
+    some = lambda a, b: jnp.where(chosen_B.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+    return jax.tree.map(some, new, old)
+
+
+@Program
+def grow_each(g: Growing) -> Grown:
+    """The trees of `draft.grow`, all grown together. One that is done waits for the others."""
+    spec = g.spec
+    of_each = lambda f: jax.vmap(functools.partial(f, spec=spec))
+    trees = of_each(seedling)(g.seats.root_B)
+    routed_LE = None if g.experts is None else jnp.zeros(g.experts, bool)
+
+    def unfinished_B(trees):
+        room_B = trees.size + 2 * spec.width <= spec.nodes
+        step_B = jnp.clip((trees.size - 1) // spec.width, 0, len(g.least_L) - 1)
+        pays_B = of_each(gain)(trees) > g.least_L[step_B]
+        return (trees.size == 0) | (room_B & pays_B)
+
+    def body(carry):
+        trees, caches, routed_LE = carry
+        goes_on_B, first_B = unfinished_B(trees), trees.size
+        larger = of_each(commit)(trees)
+        scores, caches, routed_LE = _forward(g, larger, caches, routed_LE, first_B)
+        larger = jax.vmap(functools.partial(add_candidates, spec=spec))(larger, first_B, scores)
+        return _where(goes_on_B, larger, trees), caches, routed_LE
+
+    start = trees, g.caches, routed_LE
+    trees, caches, routed_LE = jax.lax.while_loop(lambda c: unfinished_B(c[0]).any(), body, start)
+    more_B = (trees.size + spec.width <= spec.nodes) & jnp.isfinite(of_each(gain)(trees))
+    return Grown(_where(more_B, of_each(commit)(trees), trees), caches, routed_LE)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def only_roots(seats: Seats, spec: TreeSpec) -> Tree:
+    """The trees of plain decoding."""
+    of_each = lambda f: jax.vmap(functools.partial(f, spec=spec))
+    return of_each(commit)(of_each(seedling)(seats.root_B))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "slots", "rows"))
+def lay_out_each(
+    trees: Tree, seats: Seats, spec: TreeSpec, slots: int, rows: int
+) -> tuple[Tree, jax.Array, Step, jax.Array]:
+    """(the places to verify as trees, their tokens [B, E], the `Step` of the pass, which of the B E
+    nodes count); caches have `rows` rows."""
+    n = spec.nodes
+    cut = dataclasses.replace(
+        trees,
+        token_E=trees.token_E[:, :n],
+        parent_E=trees.parent_E[:, :n],
+        depth_E=trees.depth_E[:, :n],
+        score_E=trees.score_E[:, :n],
+        ancestor_EE=trees.ancestor_EE[:, :n, :n],
+    )
+    rows_BE = jnp.broadcast_to(jnp.arange(n)[None], cut.token_E.shape)
+    step = steps_of(cut, rows_BE, seats, n, slots, alone=n == 1)
+    real_BE = (rows_BE < cut.size[:, None]) & (seats.row_B < rows)[:, None]
+    return cut, cut.token_E, step, real_BE.reshape(-1)
+
+
+def draws(
+    top: Params,
+    x_XD: jax.Array,
+    of_X: jax.Array,
+    position_X: jax.Array,
+    samplers: Samplers,
+    cfg: Config,
+) -> jax.Array:
+    """The target's draw after every node, int32 [X]; logits of some nodes at a time."""
+    split = is_split(top.head_DV)
+
+    def by_rows(f, most, *arrays):
+        X = len(arrays[0])
+        rows = math.ceil(X / math.ceil(X / most))
+        fold = lambda a: jnp.pad(a, [(0, -X % rows)] + [(0, 0)] * (a.ndim - 1)).reshape(
+            -1, rows, *a.shape[1:]
+        )
+        return jax.lax.map(f, tuple(map(fold, arrays))).reshape(-1)[:X]
+
+    def some(args):
+        x_rD, of_r, position_r = args
+        return samplers.draw(unembed(top, x_rD[None], cfg)[0], of_r, position_r)
+
+    whole = lambda: by_rows(some, SPLIT_ROWS if split else LOGIT_ROWS, x_XD, of_X, position_X)
+    if not split:
+        return whole()
+    greedy = lambda: by_rows(lambda args: likeliest(top, args[0], cfg), GREEDY_ROWS, x_XD)
+    return jax.lax.cond((samplers.temperature_B > 0).any(), whole, greedy)
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verifying:
+    """Trees after the target's pass."""
+
+    top: Params
+    x_BED: jax.Array
+    trees: Tree
+    caches: tuple = donated()
+    seats: Seats
+    accepted_B: jax.Array
+    """Nodes to accept in a replayed round, right or wrong."""
+    cfg: Config = static()
+    spec: TreeSpec = static()
+    replay: bool = static(default=False)
+
+
+class Ended(NamedTuple):
+    """The results of a round: `verify.Finished` of each sequence."""
+
+    emitted_BP: jax.Array
+    length_B: jax.Array
+    last_B: jax.Array
+    finite_B: jax.Array
+    caches: tuple
+
+
+@Program
+def finish_each(v: Verifying) -> Ended:
+    """`verify.finish_round` of several sequences."""
+    B, E, D = v.x_BED.shape
+    places, trees, at_B = v.spec.deepest + 1, v.trees, v.seats.at_B
+    of_X = jnp.repeat(jnp.arange(B), E)
+    position_X = (at_B[:, None] + trees.depth_E + 1).reshape(-1)
+    draw_X = draws(v.top, v.x_BED.reshape(-1, D), of_X, position_X, v.seats.samplers, v.cfg)
+
+    def path(tree, draw_E, accepted):
+        nodes = tree.token_E, tree.parent_E
+        if v.replay:
+            given = Judged(draw_E), places, accepted
+            return replayed(*nodes, tree.depth_E, tree.ancestor_EE, *given)
+        return exact(*nodes, Judged(draw_E), places)
+
+    paths = jax.vmap(path)(trees, draw_X.reshape(B, E), v.accepted_B)
+    caches = move_each(v.caches, at_B[:, None] + paths.node_P, at_B, v.seats.row_B)
+    finite_B = jax.vmap(lambda x, node: jnp.isfinite(x[node]).all())(v.x_BED, paths.node_P)
+    return Ended(paths.emitted_P, paths.length, paths.node_P[:, -1], finite_B, caches)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def first_draws(
+    top: Params, x_BTD: jax.Array, seats: Seats, real_B: jax.Array, cfg: Config
+) -> tuple[jax.Array, jax.Array]:
+    """(the token that follows each prompt, int32 [B]; whether its logits are finite, bool [B]).
+
+    The last token of a prompt is the last of the `real_B` that the pass brought."""
+    x_B1D = jnp.take_along_axis(x_BTD, (real_B - 1)[:, None, None], axis=1)
+    logits_BV = unembed(top, x_B1D, cfg)[:, 0]
+    draw_B = seats.samplers.draw(logits_BV, jnp.arange(len(real_B)), seats.at_B + real_B)
+    return draw_B, jnp.isfinite(logits_BV).all(1)
+
+
+@functools.partial(jax.jit, donate_argnames="caches")
+def copy_row(caches: tuple, source: jax.Array, to: jax.Array) -> tuple:
+    """The caches with one row copied to another."""
+    is_cache = lambda c: hasattr(c, "move")
+    copy = lambda c: put_row(c, one_row(c, source), to)
+    return jax.tree.map(copy, caches, is_leaf=is_cache)

@@ -1,0 +1,101 @@
+"""Texts decoded together: each is what it is alone, whoever comes and goes beside it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.attention import caches_for
+from llm_jax.generation import decode_loop, prefill
+from llm_jax.sample import Sampler
+from llm_jax.testing import tiny_config, tiny_params
+from subspec_jax.batch import BatchDecoder
+from subspec_jax.draft_model import Draft, make_draft
+from subspec_jax.experts import ExpertCache
+from subspec_jax.methods import make_method
+from subspec_jax.offload import offload
+from subspec_jax.prefix_cache import Text
+from subspec_jax.tree import TreeSpec
+from subspec_jax.verify import Target
+
+METHODS = ("vanilla", "subspec", "chain", "best-first", "ngram", "subspec-uncoupled")
+SAMPLERS = (Sampler(), Sampler(0.8), Sampler(1.0, top_k=5), Sampler(0.9, top_p=0.8, min_p=0.05))
+
+
+def model(layers=2, **changes):
+    cfg = tiny_config("qwen3", layers=layers, **changes)
+    return tiny_params(cfg), cfg
+
+
+def batch(params, cfg, name="subspec", rows=4, max_length=96, chunk=16, stop_gain=0.0, **tree):
+    layers = tuple(map(offload, params.layers))
+    experts = None
+    if cfg.experts is not None:
+        experts = ExpertCache(layers, 4, 6)
+    target = Target(dataclasses.replace(params, layers=layers), cfg, experts=experts)
+    spec = TreeSpec(**dict(depth=4, width=2) | tree)
+    method = make_method(name, spec, Draft(bits=4, group=32), stop_gain=stop_gain)
+    draft = make_draft(target.params, method.draft) if method.draft.bits else None
+    return BatchDecoder(target, method, draft, rows, max_length, chunk)
+
+
+def texts(cfg, count, seed=0, most=40, samplers=SAMPLERS):
+    rng = np.random.default_rng(seed)
+    return [
+        Text(
+            prompt=rng.integers(0, cfg.vocab, rng.integers(1, most)).tolist(),
+            new_tokens=int(rng.integers(1, 30)),
+            seed=int(rng.integers(0, 1000)),
+            sampler=samplers[rng.integers(len(samplers))],
+            eos=rng.integers(0, cfg.vocab, 3).tolist(),
+        )
+        for _ in range(count)
+    ]
+
+
+def alone(params, cfg, t):
+    """The plain model's own tokens, with no cache shared and nothing drafted; one token at a time.
+
+    As `generate`, but with caches of one size, so that one program does for all texts."""
+    key, caches = jax.random.key(t.seed), caches_for(params, cfg, 1, 128)
+    logits, caches = prefill(params, t.prompt, caches, cfg, chunk=16)
+    first = t.sampler.draw(logits, key, jnp.array([len(t.prompt)]))
+    given = params, first, caches, jnp.int32(len(t.prompt)), key, cfg, 30, t.sampler
+    tokens = [int(first[0]), *decode_loop(*given)[0].tolist()][: t.new_tokens]
+    ends = [i + 1 for i, token in enumerate(tokens) if token in t.eos]
+    return tokens[: min(ends, default=len(tokens))]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_each_text_its_own_tokens(name):
+    params, cfg = model()
+    some = texts(cfg, 9)
+    found = batch(params, cfg, name).generate(some)
+    assert found == [alone(params, cfg, t) for t in some]
+
+
+def test_texts_come_and_go_at_random():
+    """Joins, leaves before the end and prompts that share beginnings, in random order."""
+    params, cfg = model()
+    decoder, rng = batch(params, cfg, rows=5), np.random.default_rng(3)
+    waiting, done, left = texts(cfg, 40, seed=1), [], 0
+    for i, t in enumerate(waiting):
+        if i % 3:  # goes on from an earlier text
+            t.prompt = (waiting[rng.integers(i)].prompt + t.prompt)[:50]
+    started = []
+    while waiting or decoder.running:
+        while waiting and rng.random() < 0.5 and decoder.join(waiting[0]):
+            started.append(waiting.pop(0))
+        before = list(decoder.running)
+        decoder.step()
+        done += [t for t in before if t not in decoder.running]
+        if decoder.running and rng.random() < 0.05:
+            decoder.leave(decoder.running[rng.integers(len(decoder.running))])
+            left += 1
+    assert left > 0 and any(t.cached for t in started)
+    for t in started:
+        want = alone(params, cfg, t)
+        assert t.new == (want if t.done else want[: len(t.new)])
+    assert sum(t.done for t in started) == 40 - left
