@@ -15,30 +15,36 @@ import numpy as np
 
 from llm_jax.attention import caches_for, causal_steps
 from llm_jax.cache import KV
-from llm_jax.generation import checked_prompt, checked_seed, chunk_sizes
+from llm_jax.generation import checked_prompt, checked_seed
 from llm_jax.params import Params
 from llm_jax.sample import Sampler, Samplers
 from llm_jax.stream import to_device
-from pallas_kernels import device
 from subspec_jax import batch_programs as programs
 from subspec_jax.batch_programs import Growing, Seats, Verifying
 from subspec_jax.check import NotFiniteError
 from subspec_jax.decoder import LengthError
 from subspec_jax.methods import Method, MethodError
 from subspec_jax.prefix_cache import Rows, Text
-from subspec_jax.propose import Round
+from subspec_jax.propose import PromptLookup, Round
 from subspec_jax.stop import StopRule
-from subspec_jax.tree import cache_slots, live_sizes, path_to, step_gains
+from subspec_jax.tree import (
+    Tree,
+    TreeSpec,
+    cache_slots,
+    ladder,
+    path_to,
+    shared_spec,
+    step_gains,
+)
 from subspec_jax.verify import Target, run_pass
 
 
-def ladder(rows: int) -> list[int]:
-    """The numbers of sequences that programs are made for: 1, 2, 4, 8 … and `rows`."""
-    return [*(2**n for n in range(rows.bit_length()) if 2**n < rows), rows]
-
-
 class BatchDecoder:
-    """A target, a draft and caches of `rows` rows. Every text is the target's own, as if alone."""
+    """A target, a draft and caches of `rows` rows. Every text is the target's own, as if alone.
+
+    `sizes` are the numbers of texts that programs are made for; none: those of `tree.ladder`.
+    Raises MethodError for a method that cannot decode several texts.
+    """
 
     def __init__(
         self,
@@ -48,6 +54,7 @@ class BatchDecoder:
         rows: int = 8,
         max_length: int = 2048,
         chunk: int = 512,
+        sizes: Sequence[int] = (),
     ):
         if reason := why_not(method):
             raise MethodError(reason)
@@ -59,10 +66,9 @@ class BatchDecoder:
         given = target.params, target.cfg, rows, self.slots, self.spec.places + 1
         self.caches = to_device(caches_for(*given))
         self.rows = Rows(rows, all(cache.rewinds for cache in self.caches))
-        self.ladder = ladder(rows)
+        self.ladder = tuple(sizes) or ladder(rows)
         plain = all(isinstance(cache, KV) for cache in self.caches)
-        # Where no kernel reads only what a sequence has, programs for the longest one do.
-        self.sizes = live_sizes(self.slots) if plain and not device.on_gpu() else [self.slots]
+        self.sizes = programs.slot_sizes(self.slots, plain)
         self.stop = StopRule(method.stop_gain, self.spec.steps)
         self.running: list[Text] = []
         self.watch: Callable[[], None] | None = None
@@ -147,11 +153,9 @@ class BatchDecoder:
     def _prefill(self, texts: list[Text]) -> list[tuple[Text, Round]]:
         """A pass over the next tokens of prompts; those that are read get their first token."""
         began = time.perf_counter()
-        most = max(self.chunk, self.ladder[-1] * self.spec.nodes)
-        texts = texts[: max(1, most // 16)]
-        size, target = self._size(texts), self.target
+        size, target, most = self._size(texts), self.target, self.ladder[-1]
         longest = max(len(t.prompt) - t.at for t in texts)
-        sizes = [n for n in chunk_sizes(self.chunk) if n * size <= most] or [most // size]
+        sizes = programs.prefill_sizes(self.chunk, self.spec, size, most)
         T = next((n for n in sizes if n >= longest), sizes[-1])
         pieces = [t.prompt[t.at : t.at + T] for t in texts]
         tokens_BT = np.zeros((size, T), np.int32)
@@ -201,16 +205,20 @@ class BatchDecoder:
         if not texts:
             return []
         t0 = time.perf_counter()
-        target, spec, cfg = self.target, self.spec, self.target.cfg
+        target, cfg = self.target, self.target.cfg
         size, rows = self._size(texts), len(self.rows.users)
+        spec = shared_spec(self.spec, size)
         slots = self._live(max(t.at for t in texts) + spec.places)
         accepted = [next(t.replay) if t.replay is not None else -1 for t in texts]
         replay = any(t.replay is not None for t in texts)
         seats = self._seats(texts, root=True)
         accepted_B = to_device(np.array(accepted + [0] * (size - len(texts)), np.int32))
-        least_L = to_device(self.stop.least_gain_L())
+        least_L = to_device(self.stop.least_gain_L()[: max(spec.steps, 1)])
         if self.draft is None:
-            trees = self._from_text(texts, size) if spec.depth else programs.only_roots(seats, spec)
+            if spec.depth:
+                trees = self._from_text(texts, size, spec)
+            else:
+                trees = programs.only_roots(seats, spec)
         stream, routed = target.stream(), None
         if self.draft is not None:
             grown = programs.grow_each(
@@ -288,10 +296,11 @@ class BatchDecoder:
             results.append((text, result))
         return results
 
-    def _from_text(self, texts: list[Text], size: int):
+    def _from_text(self, texts: list[Text], size: int, spec: TreeSpec) -> Tree:
         """Trees of what followed the last tokens earlier in each text."""
-        found = [self.proposer.tree(t.tokens) for t in texts]
-        found += [self.proposer.tree([0])] * (size - len(texts))
+        proposer = PromptLookup(spec, self.method.longest)
+        found = [proposer.tree(t.tokens) for t in texts]
+        found += [proposer.tree([0])] * (size - len(texts))
         return to_device(jax.tree.map(lambda *a: np.stack(a), *found))
 
     def _learn(self, result: Round) -> None:

@@ -19,10 +19,12 @@ from jax.tree_util import register_dataclass
 from llm_jax.attention import Step
 from llm_jax.cache import move_each, one_row, put_row
 from llm_jax.config import Config
+from llm_jax.generation import chunk_sizes
 from llm_jax.mlp import recorded_routing
 from llm_jax.model import forward, unembed
 from llm_jax.params import Params
 from llm_jax.sample import Samplers
+from pallas_kernels import device
 from subspec_jax.accept import Judged, exact, replayed
 from subspec_jax.program import Program, donated, static
 from subspec_jax.residual.split import is_split
@@ -32,14 +34,26 @@ from subspec_jax.tree import (
     add_candidates,
     commit,
     gain,
+    live_sizes,
     node_mask,
     node_positions,
+    pass_nodes,
     seedling,
 )
-from subspec_jax.verify import LOGIT_ROWS, SPLIT_ROWS, likeliest
+from subspec_jax.verify import GREEDY_ROWS, LOGIT_ROWS, SPLIT_ROWS, likeliest
 
-GREEDY_ROWS = 640
-"""Nodes for which a head in two parts is decoded once, where all draws are greedy."""
+
+def slot_sizes(slots: int, plain: bool) -> list[int]:
+    """The numbers of slots that programs look at. Where a kernel reads only what each text has,
+    one program does for all."""
+    return live_sizes(slots) if plain and not device.on_gpu() else [slots]
+
+
+def prefill_sizes(chunk: int, spec: TreeSpec, texts: int, most_texts: int) -> list[int]:
+    """The numbers of tokens of each of `texts` texts that a pass reads, ascending: altogether no
+    more than the largest pass has anyway."""
+    most = max(chunk, pass_nodes(spec, most_texts)) // texts
+    return [n for n in chunk_sizes(chunk) if n <= most] or [max(most, 1)]
 
 
 @register_dataclass

@@ -23,14 +23,17 @@ from llm_jax.progress import Reporter, default_reporter
 from llm_jax.tokenizer import StreamDecoder
 from subspec_jax import SubspecError, precompile, probe
 from subspec_jax.accept import Gate
+from subspec_jax.batch import BatchDecoder, why_not
+from subspec_jax.check import NotFiniteError
 from subspec_jax.decoder import Decoder, LengthError
 from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.limits import chosen_limit, plan_for
 from subspec_jax.load import arrange
-from subspec_jax.methods import Method, make_method
+from subspec_jax.methods import Method, MethodError, make_method
 from subspec_jax.options import Options, default_tree
 from subspec_jax.plan import Plan, PlanError
 from subspec_jax.predict import RoundCosts, measure, round_seconds
+from subspec_jax.prefix_cache import Text
 from subspec_jax.propose import Round
 from subspec_jax.sources import (
     ITERATIONS,
@@ -132,7 +135,8 @@ def _fitting(source: Source, methods: dict, options: Options, limit: int) -> Opt
 class Engine:
     """A model, its plan and its decoder. Made by `open`; a context manager.
 
-    It decodes one sequence at a time. The output is the target's own (`Method.lossless`).
+    It decodes one text at a time, or with `Options.texts` several together (`batch`). The output is
+    the target's own (`Method.lossless`).
     """
 
     def __init__(
@@ -159,7 +163,7 @@ class Engine:
         self.timings: dict[str, Any] = {"load_s": 0.0, "quantize_s": {}}
         self.costs: dict[str, RoundCosts] = {}
         """What `predict` measured, by method."""
-        self.target = self.decoder = None
+        self.target = self.decoder = self.together = None
         self._draft = self._draft_key = self._layers = None
         self._totals = {"tokens": 0, "passes": 0, "seconds": 0.0}
         self._closed = False
@@ -240,17 +244,41 @@ class Engine:
         self.timings["load_s"] += time.perf_counter() - began
 
     def _unload(self) -> None:
-        self.target = self.decoder = self._draft = self._draft_key = None
+        self.target = self.decoder = self.together = self._draft = self._draft_key = None
 
     def use(self, method: str | Method) -> Decoder:
         """Moves the target to the method's plan, makes its draft, and returns its decoder.
 
         A `Method` may vary the engine's one of that name as long as its tree is not larger.
         """
-        self._check_open()
         m = self.methods[method] if isinstance(method, str) else method
-        p, options = self.plans[m.name], self.options
-        self.decoder = None  # frees its caches before the next one makes its own
+        self._arrange(m)
+        proposer, options = m.proposer(self.cfg, self._draft), self.options
+        lengths = options.max_length, options.chunk
+        self.decoder = Decoder(self.target, proposer, options.sampler, m.gate, *lengths)
+        return self.decoder
+
+    def batch(self, method: str | Method | None = None) -> BatchDecoder:
+        """A decoder of up to `Options.texts` texts together, which join and leave as they like.
+
+        It takes the place of the decoder of one text. Raises MethodError for a method that cannot
+        decode several.
+        """
+        method = method or self.method
+        m = self.methods[method] if isinstance(method, str) else method
+        if reason := why_not(m):
+            raise MethodError(reason)
+        self._arrange(m)
+        options = self.options
+        sizes = options.texts, options.max_length, options.chunk, self.plans[m.name].ladder
+        self.together = BatchDecoder(self.target, m, self._draft, *sizes)
+        return self.together
+
+    def _arrange(self, m: Method) -> None:
+        """Loads and moves the target as the method's plan says, and makes the draft."""
+        self._check_open()
+        p = self.plans[m.name]
+        self.decoder = self.together = None  # frees caches before the next one makes its own
         self.method = self.methods[m.name]
         self.load()
         key = (p.resident, p.draft, p.table_on_host, p.hot)
@@ -262,10 +290,6 @@ class Engine:
             self.target = arrange(self.target, p)
             self._draft = self._make_draft(m, p)
             self._draft_key = key
-        proposer = m.proposer(self.cfg, self._draft)
-        lengths = options.max_length, options.chunk
-        self.decoder = Decoder(self.target, proposer, options.sampler, m.gate, *lengths)
-        return self.decoder
 
     def _make_draft(self, m: Method, p: Plan):
         if m.draft.model is not None:
@@ -340,16 +364,41 @@ class Engine:
         room = self.options.max_length - len(prompt)
         new_tokens = max(1, min(256, room)) if new_tokens is None else new_tokens
         self.start()
+        if self.options.texts > 1:
+            yield from self._alone(Text(prompt, new_tokens, replay=replay), seed, eos)
+            return
         decoder = self.decoder
         if decoder is None:  # on a GPU with a trial, because the plan may be a little too tight
             decoder = self.warm_up(prompt, new_tokens) if self._on_gpu() else self.use(self.method)
         seed = self.options.seed if seed is None else seed
         ends = self.eos if eos is None else checked_tokens(eos, self.cfg.vocab).tolist()
         for result in decoder.rounds(prompt, new_tokens, seed, ends, replay):
-            self._totals["tokens"] += len(result.tokens)
-            self._totals["passes"] += 1
-            self._totals["seconds"] += result.seconds
+            self._count(result)
             yield result
+
+    def _count(self, result: Round) -> None:
+        self._totals["tokens"] += len(result.tokens)
+        self._totals["passes"] += 1
+        self._totals["seconds"] += result.seconds
+
+    def _alone(self, text: Text, seed: int | None, eos: Sequence[int] | None) -> Iterator[Round]:
+        """The rounds of one text in an engine that is made for several."""
+        decoder = self.together or self.batch()
+        text.sampler = self.options.sampler
+        text.seed = self.options.seed if seed is None else seed
+        text.eos = self.eos if eos is None else checked_tokens(eos, self.cfg.vocab).tolist()
+        if not decoder.join(text):
+            raise SubspecError("all texts that this engine can decode together are running")
+        try:
+            while not text.done:
+                for other, result in decoder.step():
+                    if other is text:
+                        self._count(result)
+                        yield result
+                if text.failed:
+                    raise NotFiniteError(text.failed)
+        finally:
+            decoder.leave(text)
 
     def generate(self, prompt: Sequence[int], new_tokens: int | None = None, **how) -> list[int]:
         """The new token ids of `rounds`, all at once."""

@@ -168,7 +168,7 @@ def lowered(
     array = functools.partial(jax.ShapeDtypeStruct, sharding=x.sharding)
     rest, one = without_experts(layer), apart(layer).each[0]
     yield _attend_and_route.lower(rest, x, cache, step, real, cfg)
-    M, c = x.shape[1], cfg.experts.chosen
+    M, c = x.shape[0] * x.shape[1], cfg.experts.chosen
     h_MD, expert_Mc = array((M, x.shape[2]), x.dtype), array((M, c), jnp.int32)
     y_McD = array((M, c, x.shape[2]), jnp.float32)
     stacks = dataclasses.replace(rest.mlp, shared=None, router=None, shared_scale=None)

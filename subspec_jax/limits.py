@@ -45,6 +45,8 @@ def plan_for(
         model=source.shapes(method.draft),
         kernels=kernels,
         by_expert=options.experts == "routed",
+        texts=options.texts,
+        ladder=options.ladder,
     )
 
 

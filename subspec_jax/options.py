@@ -18,6 +18,10 @@ class Options:
     max_length: int | None = None
     """Most tokens of a conversation; the KV cache is made for it. None: 2048, or a half or a
     quarter of that where the memory does not hold more."""
+    texts: int = 1
+    """Most texts that are decoded together (`Engine.batch`); each has a KV cache of its own."""
+    ladder: tuple[int, ...] = ()
+    """The numbers of texts that programs are made for; none: 1, 2, 4, 8 … and `texts`."""
     seed: int = 0
     dtype: Dtype = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""

@@ -16,7 +16,7 @@ from llm_jax.config import DTYPES, Config
 from llm_jax.params import Attention, Experts, JoinedAttention, Params, abstract
 from llm_jax.quantize import check_grouping
 from pallas_kernels.residual_decode import why_not
-from subspec_jax import SubspecError
+from subspec_jax import SubspecError, tree
 from subspec_jax.draft_model import (
     NO_DRAFT,
     Draft,
@@ -30,7 +30,7 @@ from subspec_jax.experts import room_for
 from subspec_jax.memory import show_bytes
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual.split import Split, SplitExperts, has_split, is_split
-from subspec_jax.tree import TreeSpec, cache_slots
+from subspec_jax.tree import TreeSpec, cache_slots, pass_nodes
 from subspec_jax.work_space import work_bytes
 
 
@@ -62,6 +62,10 @@ class Plan:
     hot: int | None = None
     """Experts that are kept on the device, of all layers together, where a pass brings only those
     it needs; None: layers stay or are streamed whole."""
+    texts: int = 1
+    """Most texts that are decoded together; each has a row of the caches."""
+    ladder: tuple[int, ...] = (1,)
+    """The numbers of texts that programs are made for, ascending up to `texts`."""
 
     @property
     def streamed(self) -> int:
@@ -200,9 +204,9 @@ def _substitute_bytes(layer, draft: Draft) -> int:
     return tree_bytes([leaf for leaf in jax.tree.leaves(low) if leaf.ndim > 1])
 
 
-def cache_bytes(model: Params, cfg: Config, slots: int, scratch: int) -> int:
-    """Bytes of the caches of a model with these shapes."""
-    empty = functools.partial(caches_for, model, cfg, 1, slots, scratch)
+def cache_bytes(model: Params, cfg: Config, slots: int, scratch: int, texts: int = 1) -> int:
+    """Bytes of the caches of a model with these shapes, for this many texts."""
+    empty = functools.partial(caches_for, model, cfg, texts, slots, scratch)
     return tree_bytes(jax.eval_shape(empty))
 
 
@@ -218,6 +222,7 @@ class _Layout:
     chunk: int
     ahead: int
     kernels: bool
+    texts: int = 1
 
     @functools.cached_property
     def slots(self) -> int:
@@ -227,7 +232,7 @@ class _Layout:
     @functools.cached_property
     def cache(self) -> int:
         """Bytes of the target's cache."""
-        return cache_bytes(self.model, self.cfg, self.slots, self.spec.places + 1)
+        return cache_bytes(self.model, self.cfg, self.slots, self.spec.places + 1, self.texts)
 
     @functools.cached_property
     def matrices(self) -> list[int]:
@@ -276,6 +281,7 @@ class _Layout:
             residual=self.kept > 0,
             kernels=self.kernels,
             split_head=is_split(self.model.head_DV),
+            texts=self.texts,
         )
 
     def expert_items(self, table_on_host: bool, usable: int) -> tuple[int, dict, dict]:
@@ -364,11 +370,15 @@ def make_plan(
     model: Params | None = None,
     kernels: bool = False,
     by_expert: bool = True,
+    texts: int = 1,
+    ladder: tuple[int, ...] = (),
 ) -> Plan:
     """The plan that streams least: as many resident layers as fit into the limit (bytes).
 
     `by_expert`: of a model with experts, passes bring those that they need, and what is left of the
     limit keeps hot ones; otherwise its layers stay or are streamed whole, like others.
+    `texts` are decoded together, each in caches of its own, whose bytes are all counted; `ladder`
+    as in `Options`.
     `model` is a tree of shapes and dtypes, needed if the layers are not the plain ones of `cfg`.
     `kernels`: the device runs the package's Triton kernels (see `memory.card_has_kernels`).
     `resident` and `table_on_host` fix a choice that is otherwise made here. A tied table is also
@@ -380,6 +390,10 @@ def make_plan(
         raise PlanError(
             f"ahead is {ahead}; at least one layer must be on its way, and at most {MOST_AHEAD}"
         )
+    if texts < 1:
+        raise PlanError(f"{texts} texts are to be decoded together; at least 1 must be")
+    if ladder and (ladder != tuple(sorted(set(ladder))) or ladder[0] < 1 or ladder[-1] != texts):
+        raise PlanError(f"a ladder of {ladder} texts; it must ascend and end with {texts}")
     if max_length < 1 or chunk < 1:
         raise PlanError(f"max_length {max_length} and chunk {chunk} must be at least 1")
     if resident is not None and not 0 <= resident <= cfg.layers:
@@ -401,7 +415,7 @@ def make_plan(
     usable = int(limit * (1 - spare))
     model = model or abstract(cfg)
     kernels = kernels and not any(map(_why_not_decoded, splits(model.layers)))
-    layout = _Layout(model, cfg, spec, draft, max_length, chunk, ahead, kernels)
+    layout = _Layout(model, cfg, spec, draft, max_length, chunk, ahead, kernels, texts)
     tables = [False] if cfg.tied else [False, True] if table_on_host is None else [table_on_host]
     found, least, hot = None, None, None
     by_expert = by_expert and cfg.experts is not None and resident is None
@@ -431,7 +445,9 @@ def make_plan(
     if hot is not None:
         whole = sum(size for i, size in enumerate(layout.matrices) if not cfg.has_experts(i))
         away = 1 - hot / expert_count(cfg)
-        streamed = whole + round(share_of_experts(cfg, spec.nodes) * away * (streamed - whole))
+        streamed = whole + round(
+            share_of_experts(cfg, pass_nodes(spec, texts)) * away * (streamed - whole)
+        )
     return Plan(
         cfg=cfg,
         limit=limit,
@@ -447,4 +463,6 @@ def make_plan(
         streamed_bytes=streamed,
         model=model,
         hot=hot,
+        texts=texts,
+        ladder=ladder or tree.ladder(texts),
     )

@@ -21,6 +21,7 @@ from llm_jax.generation import chunk_sizes
 from llm_jax.sample import Sampler
 from llm_jax.stream import home
 from subspec_jax.accept import Gate
+from subspec_jax.batch_compile import lowered_together
 from subspec_jax.draft import Drafting, extend_once, grow, grow_along
 from subspec_jax.draft_model import make_draft
 from subspec_jax.experts import lowered, room_for
@@ -45,10 +46,14 @@ def compile_ahead(
 ) -> int:
     """The largest work space of the plan's programs in bytes, without inputs and outputs.
 
-    Compiles these programs: the block for a tree and for prefill, the head, and the draft.
+    Compiles these programs: the block for a tree and for prefill, the head, and the draft; if
+    several texts are planned for, for each number of them in the plan's ladder.
     """
     with concurrent.futures.ThreadPoolExecutor(PROGRAMS_AT_ONCE) as pool:
-        programs = _lowered(plan, sampler, gate, replay, longest)
+        if plan.texts > 1:
+            programs = lowered_together(plan, replay)
+        else:
+            programs = _lowered(plan, sampler, gate, replay, longest)
         waiting = [pool.submit(program.compile) for program in programs]
         needs = [program.result().memory_analysis() for program in waiting]
     return max(need.temp_size_in_bytes for need in needs)

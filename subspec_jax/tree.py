@@ -111,6 +111,34 @@ class TreeSpec:
         return children if self.kind != "best-first" else max(children, self.places)
 
 
+PASS_NODES = 2400
+"""Most nodes that a pass verifies for several texts together: eight whole trees of 48 x 6."""
+
+
+def shared_spec(spec: TreeSpec, texts: int, most: int = PASS_NODES) -> TreeSpec:
+    """The tree of each of several texts: with fewer levels where `most` nodes do not hold all.
+
+    A pass over many nodes takes the time of its products, not that of its copies; then deeper
+    trees, whose last levels are seldom accepted, cost more than they bring.
+    """
+    if texts == 1 or spec.nodes == 1 or texts * spec.nodes <= most:
+        return spec
+    steps = max(1, (most // texts - 1) // spec.width)
+    if spec.budget is not None:
+        return dataclasses.replace(spec, budget=steps * spec.width)
+    return dataclasses.replace(spec, depth=steps)
+
+
+def ladder(texts: int) -> tuple[int, ...]:
+    """The numbers of texts that programs are made for: 1, 2, 4, 8 … and `texts`."""
+    return (*(2**n for n in range(texts.bit_length()) if 2**n < texts), texts)
+
+
+def pass_nodes(spec: TreeSpec, texts: int) -> int:
+    """Most nodes of a pass over up to this many texts."""
+    return max(n * shared_spec(spec, n).nodes for n in ladder(texts))
+
+
 def cache_slots(max_length: int, spec: TreeSpec) -> int:
     """Cache slots for `max_length` tokens and a tree after them, rounded up to 64.
 

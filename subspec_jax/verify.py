@@ -39,6 +39,9 @@ group of rows: twice for 289 nodes. All rows at once, with a part of the head, t
 piece. An H200 with a limit of 8 GB did not have this much free."""
 
 
+GREEDY_ROWS = 640
+"""The same for greedy draws of several texts; of one text all nodes are drawn together."""
+
 QUEUED = 2
 """Most blocks that run or wait. Each one has its work space from the time it is queued."""
 

@@ -10,8 +10,8 @@ from pallas_kernels.residual_decode import parts_of
 from pallas_kernels.residual_decode.reference import SLAB_WEIGHTS
 from pallas_kernels.tree_attention.api import HEADS
 from subspec_jax.draft_model import Draft
-from subspec_jax.tree import TreeSpec
-from subspec_jax.verify import QUEUED, rows_at_a_time
+from subspec_jax.tree import TreeSpec, pass_nodes
+from subspec_jax.verify import GREEDY_ROWS, QUEUED, rows_at_a_time
 
 DECODE_BYTES = 20
 """Bytes of work space for each weight of a slab that is decoded."""
@@ -27,8 +27,10 @@ def work_bytes(
     residual: bool = False,
     kernels: bool = False,
     split_head: bool = False,
+    texts: int = 1,
 ) -> int:
-    """Bytes for the largest of: blocks of prefill or verification, the head, a draft step.
+    """Bytes for the largest of: blocks of prefill or verification, the head, a draft step; with
+    the trees of `texts` texts together.
 
     `plain`: the cache holds the keys and values; otherwise those of one layer are rebuilt at a
     time. `residual`: layers are residuals, and one matrix is decoded at a time; with `kernels`,
@@ -49,7 +51,8 @@ def work_bytes(
         pairs = 0 if cfg.experts is None else tokens * cfg.experts.chosen * cfg.d_model * 4
         return max(scores, decoded) + wide + tokens * slots + rebuilt + pairs
 
-    logits = rows_at_a_time(spec.nodes, split_head) * cfg.vocab * 4
+    nodes = pass_nodes(spec, texts)
+    logits = rows_at_a_time(nodes, split_head) * cfg.vocab * 4
     head = 2 * logits
     largest = max(map(math.prod, cfg.joined_matrices.values()))
     fields = fields_of(draft.bits or 4)
@@ -59,8 +62,9 @@ def work_bytes(
         parts = parts_of((cfg.d_model, cfg.vocab), fields) if kernels else 1
         decoded = weights // parts * (size + (0 if kernels else 4))
         head = logits + max(logits, decoded + 2 * logits // parts)
-        head = max(head, decoded + 2 * spec.nodes * cfg.vocab * 4 // parts)  # a greedy draw
-    rows = spec.width + spec.lookup
+        greedy = nodes if texts == 1 else min(nodes, GREEDY_ROWS)
+        head = max(head, decoded + 2 * greedy * cfg.vocab * 4 // parts)
+    rows = texts * spec.width + spec.lookup
     step = rows * cfg.vocab * 4 * 3 + block(rows)
     if draft.bits is not None:
         low = max(largest, cfg.d_model * cfg.vocab) if draft.head_bits is not None else largest
@@ -68,4 +72,4 @@ def work_bytes(
             step += low * size  # a matrix is made dense
         elif max(rows, draft.own_cache * chunk) > LARGEST:
             step = max(step, block(chunk)) + min(low, DENSE_WEIGHTS) * size  # a part of it is
-    return max(QUEUED * block(max(chunk, spec.nodes)), head, step)
+    return max(QUEUED * block(max(chunk, nodes)), head, step)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llm_jax.attention import caches_for
+from llm_jax.config import Experts
 from llm_jax.generation import decode_loop, prefill
 from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_config, tiny_params
@@ -16,8 +17,8 @@ from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.experts import ExpertCache
 from subspec_jax.methods import make_method
 from subspec_jax.offload import offload
-from subspec_jax.prefix_cache import Text
-from subspec_jax.tree import TreeSpec
+from subspec_jax.prefix_cache import Rows, Text
+from subspec_jax.tree import TreeSpec, ladder, pass_nodes, shared_spec
 from subspec_jax.verify import Target
 
 METHODS = ("vanilla", "subspec", "chain", "best-first", "ngram", "subspec-uncoupled")
@@ -99,3 +100,78 @@ def test_texts_come_and_go_at_random():
         want = alone(params, cfg, t)
         assert t.new == (want if t.done else want[: len(t.new)])
     assert sum(t.done for t in started) == 40 - left
+
+
+def test_texts_fill_the_largest_pass_and_no_more():
+    """With whole trees of 48 x 6, eight texts are 2,312 nodes; more texts get less deep trees."""
+    spec = TreeSpec(depth=48, width=6)
+    assert [shared_spec(spec, n).nodes for n in (1, 2, 8, 16, 32)] == [289, 289, 289, 145, 73]
+    assert pass_nodes(spec, 8) == 2312 and pass_nodes(spec, 16) == 2320
+    assert shared_spec(TreeSpec("best-first", 48, 6, budget=288), 16).nodes == 145
+    assert shared_spec(TreeSpec("chain", depth=0), 4000).nodes == 1
+    assert ladder(1) == (1,) and ladder(6) == (1, 2, 4, 6) and ladder(8) == (1, 2, 4, 8)
+
+
+def test_more_texts_than_whole_trees_fit(monkeypatch):
+    """Trees of fewer levels where a pass would have too many nodes."""
+    monkeypatch.setattr(shared_spec, "__defaults__", (20,))
+    params, cfg = model()
+    some = texts(cfg, 7, seed=5)
+    decoder = batch(params, cfg)
+    found = decoder.generate(some)
+    assert found == [alone(params, cfg, t) for t in some]
+
+
+def test_experts_are_shared_by_the_texts():
+    params, cfg = model(experts=Experts(count=8, chosen=2, d_ff=32))
+    some = texts(cfg, 6, seed=2)
+    for name in ("subspec", "vanilla"):
+        decoder = batch(params, cfg, name)
+        rounds = []
+        for t in some:
+            t.tokens, t.done = [], False
+        waiting = list(some)
+        while waiting or decoder.running:
+            while waiting and decoder.join(waiting[0]):
+                waiting.pop(0)
+            rounds += decoder.step()
+        assert [t.new for t in some] == [alone(params, cfg, t) for t in some]
+        assert all(r.experts is None or (r.experts.needed >= 2).all() for _, r in rounds)
+
+
+def test_a_second_turn_reads_only_its_new_tokens():
+    params, cfg = model()
+    decoder = batch(params, cfg, rows=2)
+    first = Text(list(range(40)), 12)
+    decoder.generate([first])
+    again = Text([*first.tokens, 7, 8, 9], 10)
+    other = Text(list(range(20)) + [3, 3], 10, sampler=Sampler(1.0))
+    [got, shared] = decoder.generate([again, other])
+    # The last emitted token is in no cache yet: nothing needed its keys.
+    assert again.cached == len(first.tokens) - 1 and other.cached == 20
+    assert got == alone(params, cfg, again) and shared == alone(params, cfg, other)
+
+
+def test_rows_share_the_longest_beginning_and_forget_the_oldest():
+    rows = Rows(3)
+    seat = lambda tokens: Text(tokens, 1)
+    chat, other = seat(list(range(50))), seat([9] * 40)
+    for text in (chat, other):
+        text.row, source, held = rows.take(text)
+        text.tokens, text.at = [*text.prompt, 1], len(text.prompt)
+        assert (source, held) == (text.row, 0)
+    # while it runs, its beginning is copied to a free row
+    assert rows.take(seat(list(range(30)) + [99] * 5)) == (2, chat.row, 30)
+    assert rows.take(seat([1, 2])) is None
+    rows.leave(chat), rows.leave(other)
+    # what follows a free row goes on there; its last token is computed again
+    assert rows.take(seat(list(range(50)))) == (chat.row, chat.row, 49)
+    # a few equal tokens are no reason to give up a longer text
+    assert rows.take(seat([9] * 5 + [4] * 30))[0] == other.row  # the only free one
+    rows = Rows(2, rewinds=False)
+    text = seat([1, 2, 3, 4])
+    text.row, *_ = rows.take(text)
+    text.tokens, text.at = [1, 2, 3, 4, 5], 4
+    rows.leave(text)
+    assert rows.take(seat([1, 2, 3, 9, 9]))[2] == 0  # the newest tokens are kept apart
+    assert Rows(1).take(seat([5]))[2] == 0

@@ -18,8 +18,9 @@ from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from subspec_jax import memory
 from subspec_jax.decoder import LengthError
-from subspec_jax.methods import METHOD_NAMES
+from subspec_jax.methods import METHOD_NAMES, MethodError
 from subspec_jax.plan import PlanError
+from subspec_jax.prefix_cache import Text
 
 CFG = tiny_config("qwen2", layers=3)
 TREE = subspec_jax.TreeSpec("beam", depth=3, width=2)
@@ -269,3 +270,26 @@ print(subspec_jax.__version__)
     assert found.stdout.count(".") == 2
     with pytest.raises(AttributeError, match="no attribute 'opne'"):
         _ = subspec_jax.opne
+
+
+def test_several_texts_together_are_what_they_are_alone(folder, prompt, plain, checkpoint):
+    """Through the front door: one text, and several with the caches of all of them planned for."""
+    prompts = [prompt, prompt[:5], prompt[3:]]
+    params = checkpoint.load(CFG)
+    want = [generate(params, p, CFG, NEW) for p in prompts]
+    with subspec_jax.open(folder, "full", **SMALL) as one:
+        caches = one.plan.device["KV cache"]
+    with subspec_jax.open(folder, "full", texts=3, **SMALL) as engine:
+        assert engine.plan.device["KV cache"] == 3 * caches
+        assert engine.generate(prompt, NEW, eos=()) == want[0] == plain[Sampler()]
+        assert engine.batch().generate([Text(p, NEW) for p in prompts]) == want
+        assert engine.generate(prompt, NEW, eos=()) == want[0]
+        assert engine.stats["tokens"] == 2 * NEW
+    with (
+        subspec_jax.open(folder, "full", method="subspec-own-cache", texts=2, **SMALL) as engine,
+        pytest.raises(MethodError, match="cache of its own"),
+    ):
+        engine.batch()
+    for ladder in ((1, 2), (3, 1, 2), (0, 3)):
+        with pytest.raises(PlanError, match="ladder"):
+            subspec_jax.open(folder, "full", texts=3, ladder=ladder, **SMALL)

@@ -6,16 +6,19 @@ import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from llm_jax.config import Config
+from llm_jax.config import Config, Experts
 from llm_jax.params import abstract
 from llm_jax.sample import Sampler
 from subspec_jax import tree
 from subspec_jax.accept import Gate
+from subspec_jax.batch import BatchDecoder
 from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import NO_DRAFT, Draft, make_draft
 from subspec_jax.load import random_target
+from subspec_jax.methods import make_method
 from subspec_jax.plan import make_plan
 from subspec_jax.precompile import compile_ahead, use_cache
+from subspec_jax.prefix_cache import Text
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
@@ -138,3 +141,27 @@ def test_another_plan_needs_other_programs(compiled):
     decoder = Decoder(random_target(plan), Vanilla(), Sampler(0.5), max_length=200, chunk=16)
     decoder.generate(WHOLE, 3)
     assert LARGE & compiled() == {"jit_block", "finish_round"}
+
+
+@pytest.mark.quick_cases("subspec")
+@pytest.mark.parametrize("name", ["subspec", "sampled", "experts", "replay"])
+def test_texts_together_compile_no_large_program_again(compiled, name, monkeypatch):
+    """One, two and three texts, that share beginnings, join late and end early."""
+    monkeypatch.setattr(tree, "SHORTEST", 64)
+    changes = dict(experts=Experts(count=6, chosen=2, d_ff=32)) if name == "experts" else {}
+    number = ["subspec", "sampled", "experts", "replay"].index(name)
+    cfg, method = model(70 + number, **changes), make_method("subspec", BEAM, Draft(4, 16))
+    resident = {} if name == "experts" else dict(resident=1)
+    plan = plan_for(cfg, BEAM, draft=method.draft, texts=3, **(dict(resident=None) | resident))
+    compile_ahead(plan, Sampler(), None, name == "replay")
+    large = {"grow_each", "finish_each", "first_draws", "_put_experts", "_attend_and_route"} | LARGE
+    assert {"grow_each", "finish_each", "first_draws"} <= compiled()
+    target = random_target(plan)
+    draft = make_draft(target.params, plan.draft, plan.resident, 0)
+    decoder = BatchDecoder(target, method, draft, 3, plan.max_length, plan.chunk)
+    sampler = Sampler(0.8, top_p=0.9) if name == "sampled" else Sampler()
+    replay = (lambda: iter(lambda: 1, None)) if name == "replay" else (lambda: None)
+    prompts = [WHOLE[:n] for n in (5, 64, 64, 30, 42)]
+    some = [Text(p, 6 + n, n, sampler, replay=replay()) for n, p in enumerate(prompts)]
+    assert [len(new) for new in decoder.generate(some)] == [6, 7, 8, 9, 10]
+    assert not large & compiled()
