@@ -364,7 +364,7 @@ class Engine:
         room = self.options.max_length - len(prompt)
         new_tokens = max(1, min(256, room)) if new_tokens is None else new_tokens
         self.start()
-        if self.options.texts > 1:
+        if self.plan.ladder:
             yield from self._alone(Text(prompt, new_tokens, replay=replay), seed, eos)
             return
         decoder = self.decoder

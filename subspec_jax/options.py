@@ -21,7 +21,8 @@ class Options:
     texts: int = 1
     """Most texts that are decoded together (`Engine.batch`); each has a KV cache of its own."""
     ladder: tuple[int, ...] = ()
-    """The numbers of texts that programs are made for; none: 1, 2, 4, 8 … and `texts`."""
+    """The numbers of texts that programs are made for; none: 1, 2, 4, 8 … and `texts`. With (1,)
+    an engine for one text has the programs of `Engine.batch`, too."""
     seed: int = 0
     dtype: Dtype = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""

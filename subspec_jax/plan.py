@@ -64,8 +64,9 @@ class Plan:
     it needs; None: layers stay or are streamed whole."""
     texts: int = 1
     """Most texts that are decoded together; each has a row of the caches."""
-    ladder: tuple[int, ...] = (1,)
-    """The numbers of texts that programs are made for, ascending up to `texts`."""
+    ladder: tuple[int, ...] = ()
+    """The numbers of texts that programs are made for, ascending up to `texts`; none: texts are
+    decoded one after another."""
 
     @property
     def streamed(self) -> int:
@@ -464,5 +465,5 @@ def make_plan(
         model=model,
         hot=hot,
         texts=texts,
-        ladder=ladder or tree.ladder(texts),
+        ladder=ladder or (tree.ladder(texts) if texts > 1 else ()),
     )

@@ -50,7 +50,7 @@ def compile_ahead(
     several texts are planned for, for each number of them in the plan's ladder.
     """
     with concurrent.futures.ThreadPoolExecutor(PROGRAMS_AT_ONCE) as pool:
-        if plan.texts > 1:
+        if plan.ladder:
             programs = lowered_together(plan, replay)
         else:
             programs = _lowered(plan, sampler, gate, replay, longest)

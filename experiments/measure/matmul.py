@@ -13,6 +13,7 @@ that were tried in a draft's step. Without a GPU it merges those in `--out`.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -73,6 +74,11 @@ def tiling_candidates(rows: int, blocks: int, chunks: int) -> Iterator[Tiling]:
     """Tilings worth a first try; the first one is what the kernel guesses."""
     first = guess(rows, blocks, chunks)
     yield first
+    if rows > 16:
+        for height, warps, stages in itertools.product((16, 32, 64), (2, 4, 8), (2, 3)):
+            for splits in (1, 2, 4, 8):
+                yield Tiling(height, min(splits, chunks), warps, stages)
+        return
     for times in (0.4, 0.6, 0.8, 1.3, 1.6, 2):
         yield dataclasses.replace(first, splits=min(chunks, max(1, round(times * first.splits))))
 

@@ -9,7 +9,7 @@ import pathlib
 from pallas_kernels.quantized_matmul.packing import BLOCK_WORDS, Packed
 
 TABLE = pathlib.Path(__file__).with_name("tuned.json")
-ROW_BUCKETS = (8, 16, 64)
+ROW_BUCKETS = (8, 16, 32, 64, 128)
 """Buckets: a product is tuned for the smallest that holds its rows."""
 
 
@@ -33,12 +33,12 @@ def bucket(rows: int) -> int | None:
 def why_not_tiling(cfg: Tiling, chunks: int) -> str | None:
     """Why a product over this many chunks of inputs cannot have this tiling; None where it can."""
     power = lambda n: n > 0 and n & (n - 1) == 0
-    if not power(cfg.rows) or not 8 <= cfg.rows <= 16:
-        return f"{cfg.rows} rows a program; products need 8 or 16"
+    if not power(cfg.rows) or not 8 <= cfg.rows <= 64:
+        return f"{cfg.rows} rows a program; a program takes 8, 16, 32 or 64"
     if not 0 < cfg.splits <= chunks:
         return f"{cfg.splits} splits of {chunks} chunks of inputs"
-    if not power(cfg.warps) or cfg.warps > 4 or cfg.stages < 1:
-        return f"{cfg.warps} warps and {cfg.stages} stages; 1, 2 or 4 warps share a block"
+    if not power(cfg.warps) or cfg.warps > 8 or cfg.stages < 1:
+        return f"{cfg.warps} warps and {cfg.stages} stages; 1, 2, 4 or 8 warps share a block"
     return None
 
 
@@ -57,9 +57,9 @@ seven matrices make 400 to 750 of them. Other devices get the same number."""
 
 def guess(rows: int, blocks: int, chunks: int) -> Tiling:
     """For a shape that was not timed: four programs a multiprocessor, each with four chunks."""
-    height = 8 if rows <= 8 else 16
+    height = next((n for n in (8, 16, 32) if rows <= n), 64)
     wanted = round(BUSY_PROGRAMS / (blocks * math.ceil(rows / height)))
-    return Tiling(height, max(1, min(wanted, chunks // 4)))
+    return Tiling(height, max(1, min(wanted, chunks // 4)), 2 if height < 32 else 4)
 
 
 def choose_tiling(rows: int, w: Packed, device: str) -> Tiling:

@@ -5,7 +5,7 @@ sum_d x_d, so the inner loop neither scales nor shifts a weight. Both factors co
 cores, too: a block's scales [S, K] times a matrix [K, rows] of zeros with a 1 at the step's K (or a
 -128 there and a 1 at the offset's) gives them where the sums lie, in every row, the step exact and
 the other rounded once. So all that a program reads feeds products, which is what lets Triton copy
-it ahead in the background.
+it ahead in the background. A program of many rows has too many products already: it loads its scales.
 
 Letters: M rows, X splits of the groups; the others as in `packing`.
 """
@@ -22,6 +22,9 @@ from pallas_kernels.quantized_matmul.packing import BLOCK_WORDS, Packed
 from pallas_kernels.quantized_matmul.tiling import Tiling
 from pallas_kernels.quantized_matmul.unpack import fma, lift, operand
 
+PRODUCT_ROWS = 16
+"""Most rows of a program whose scales come from products."""
+
 
 def _kernel(*refs, cfg, rows, bits, fields, each, interpret):
     """Some rows times a block's columns of words, summed over the chunks of a split."""
@@ -34,19 +37,28 @@ def _kernel(*refs, cfg, rows, bits, fields, each, interpret):
     ones = jnp.ones((BLOCK_WORDS, c), jnp.bfloat16)
     k = jax.lax.broadcasted_iota(jnp.int32, (K, R), 0)
     at = lambda k0: (k == k0).astype(jnp.float32)
+    loaded = R > PRODUCT_ROWS
     step_of = [at(i).astype(jnp.bfloat16) for i in range(fields)]
     less_of = [(at(K // 2 + i) - lift(bits) * at(i)).astype(jnp.bfloat16) for i in range(fields)]
 
     def turn(n, sums):
-        words, scale = words_ref[block, n], scale_ref[block, n // each]
+        words = words_ref[block, n]
+        scale = None if loaded else scale_ref[block, n // each]
         top = None if top_ref is None else top_ref[block, n]
         own = x_ref.at[pl.ds(first * R, R), pl.ds(n * c, c)]
         x = plgpu.load(own, mask=index < rows, other=jnp.zeros((), x_ref.dtype))
         total, found = plgpu.dot(ones, x, trans_b=True), []
         for i in range(fields):
             y = plgpu.dot(operand(words, top, bits, i, interpret), x, trans_b=True)
-            y = fma(plgpu.dot(scale, step_of[i]), y, sums[i], interpret)
-            found.append(fma(plgpu.dot(scale, less_of[i]), total, y, interpret))
+            if loaded:
+                own = lambda at: scale_ref[block, n // each, :, at].astype(jnp.float32)
+                step, less = own(i), own(K // 2 + i)
+                step, less = (
+                    jnp.broadcast_to(a[:, None], y.shape) for a in (step, less - lift(bits) * step)
+                )
+            else:
+                step, less = (plgpu.dot(scale, a[i]) for a in (step_of, less_of))
+            found.append(fma(less, total, fma(step, y, sums[i], interpret), interpret))
         return found
 
     start = [jnp.zeros((BLOCK_WORDS, R), jnp.float32)] * fields

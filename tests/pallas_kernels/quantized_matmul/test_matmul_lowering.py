@@ -22,7 +22,7 @@ def test_four_bits_lower_to_one_kernel(name):
     assert program.count("__gpu$xla.gpu.triton") == 1 and 'name = "quantized_matmul"' in program
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 64])
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_all_bits_and_rows(bits, rows):
     assert "__gpu$xla.gpu.triton" in lowered("qwen2.5-7b/gate", rows, bits)

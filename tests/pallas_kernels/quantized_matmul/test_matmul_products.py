@@ -63,6 +63,7 @@ def test_reference(bits, count):
 @pytest.mark.quick_cases(
     "4-64-1-Tiling(rows=8, splits=1, warps=2, stages=3)",
     "4-64-17-Tiling(rows=16, splits=4, warps=2, stages=3)",
+    "4-64-48-Tiling(rows=64, splits=2, warps=4, stages=3)",
     "8-64-2-Tiling(rows=8, splits=2, warps=2, stages=3)",
     "3-64-5-Tiling(rows=8, splits=2, warps=2, stages=3)",
 )
@@ -76,6 +77,10 @@ def test_reference(bits, count):
         slow(4, 256, 3, Tiling(8, 4)),
         (4, 64, 17, Tiling(16, 4)),
         slow(4, 64, 50, Tiling(16, 2)),
+        (4, 64, 48, Tiling(64, 2, 4)),
+        slow(4, 32, 21, Tiling(32, 3, 4)),
+        slow(3, 128, 96, Tiling(64, 1, 8)),
+        slow(8, 64, 40, Tiling(32, 2, 4)),
         (8, 64, 2, Tiling(8, 2)),
         slow(8, 128, 17, Tiling(8, 2)),
         (3, 64, 5, Tiling(8, 2)),
@@ -97,7 +102,7 @@ def test_kernel(bits, group, count, cfg):
 def test_parts(monkeypatch, bits, outputs):
     """One block at a time, and two where the last part has one."""
     w, dense = matrix(bits, outputs=outputs)
-    x = rows(70)
+    x = rows(140)
     for blocks in (1, 2):
         monkeypatch.setattr(reference, "DENSE_WEIGHTS", blocks * 256 * 32 * w.fields)
         assert error(quantized_matmul_by_parts(x, w), x, dense) < BUDGET["xla"]
@@ -111,8 +116,8 @@ def test_many_rows_go_by_parts_on_a_gpu(monkeypatch):
     seen, by_parts = [], api.quantized_matmul_by_parts
     watched = lambda x, *rest: (seen.append(x.shape), by_parts(x, *rest))[1]
     monkeypatch.setattr(api, "quantized_matmul_by_parts", watched)
-    x = rows(65)
-    assert error(quantized_matmul(x, w), x, dense) < BUDGET["xla"] and seen == [(65, 256)]
+    x = rows(129)
+    assert error(quantized_matmul(x, w), x, dense) < BUDGET["xla"] and seen == [(129, 256)]
 
 
 @pytest.mark.slow
@@ -164,7 +169,7 @@ def test_what_is_left_to_xla_and_what_is_wrong():
     x = rows(2)
     assert why_not(x, w) is None
     assert "float32" in why_not(x.astype(jnp.float32), w)
-    assert "65 rows" in why_not(jax.ShapeDtypeStruct((65, 256), jnp.bfloat16), w)
+    assert "129 rows" in why_not(jax.ShapeDtypeStruct((129, 256), jnp.bfloat16), w)
     odd, odd_dense = matrix(4, group=8)
     assert "group 8" in why_not(x, odd)
     assert error(quantized_matmul(x, odd, interpret=True), x, odd_dense) < BUDGET["xla"]
@@ -177,7 +182,7 @@ def test_what_is_left_to_xla_and_what_is_wrong():
     with pytest.raises(ValueError, match="mosaic"):
         quantized_matmul(x, w, implementation="mosaic")
     for cfg, why in (
-        (Tiling(rows=32), "32 rows a program"),
+        (Tiling(rows=48), "48 rows a program"),
         (Tiling(splits=5), "5 splits of 4 chunks"),
         (Tiling(warps=3), "3 warps"),
     ):

@@ -13,7 +13,7 @@ from pallas_kernels.quantized_matmul.tiling import Tiling, choose_tiling, guess,
 @pytest.mark.parametrize("name", MATMUL)
 def test_the_guess_fits_every_named_matrix(name, bits):
     w = MATMUL[name].packed(bits, 64)
-    for rows in (1, 6, 16, 17, 64):
+    for rows in (1, 6, 16, 17, 64, 96, 128):
         cfg = choose_tiling(rows, w, "no such device")
         assert cfg == guess(rows, w.words // 32, w.shape[0] // 64)
         assert why_not_tiling(cfg, w.shape[0] // 64) is None
@@ -40,7 +40,7 @@ def test_lookup_by_the_bucket(tmp_path, monkeypatch):
     assert {n: choose_tiling(n, w, "d") for n in expected} == {
         n: Tiling(**t) for n, t in expected.items()
     }
-    assert choose_tiling(17, w, "d") == choose_tiling(17, w, "other") == guess(17, 74, 56)
+    assert choose_tiling(48, w, "d") == choose_tiling(48, w, "other") == guess(48, 74, 56)
     assert choose_tiling(6, shape.packed(8, 64), "d") == choose_tiling(
         6, shape.packed(8, 64), "other"
     )
@@ -49,6 +49,7 @@ def test_lookup_by_the_bucket(tmp_path, monkeypatch):
 
 def test_the_guess_is_four_programs_a_multiprocessor():
     assert guess(6, 74, 56) == Tiling(8, 7)
-    assert guess(22, 74, 56) == Tiling(16, 4)
+    assert guess(22, 74, 56) == Tiling(32, 7, 4) and guess(48, 74, 56) == Tiling(64, 7, 4)
+    assert guess(12, 74, 56) == Tiling(16, 7) and guess(96, 74, 56) == Tiling(64, 4, 4)
     assert guess(6, 14, 56) == Tiling(8, 14)  # of four chunks each
     assert guess(6, 594, 56) == Tiling(8, 1) and guess(6, 1, 2) == Tiling(8, 1)
