@@ -217,16 +217,16 @@ def _put_experts(p: Experts, some, number_C, h_MD, expert_Mc, y_McD, cfg: Config
     changes no number.
     """
     with jax.named_scope("experts"):
-        stacks, (M, c) = p.expert_gate_up, expert_Mc.shape
+        stacks = p.expert_gate_up
         for i, array in enumerate(some):
             known = jnp.maximum(number_C[i], 0)
             bias = lambda stack: None if stack is None else stack[known]  # noqa: B023
             biases = bias(p.expert_gate_up_bias), bias(p.expert_down_bias)
             low = (known,) if isinstance(stacks, SplitExperts) else ()
-            own_Mc = expert_Mc == number_C[i]
-            place_M = jnp.where(own_Mc.any(1), jnp.argmax(own_Mc, axis=1), c)
             y_MD = expert_output(*stacks.matrices(array, *low), biases, h_MD, cfg)
-            y_McD = y_McD.at[jnp.arange(M), place_M].set(y_MD, mode="drop", unique_indices=True)
+            # A choice and no scatter: those of all experts are one kernel, not several each.
+            own_Mc1 = (expert_Mc == number_C[i])[..., None]
+            y_McD = jnp.where(own_Mc1, y_MD[:, None], y_McD)
     return y_McD
 
 

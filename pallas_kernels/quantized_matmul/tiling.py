@@ -57,9 +57,9 @@ seven matrices make 400 to 750 of them. Other devices get the same number."""
 
 def guess(rows: int, blocks: int, chunks: int) -> Tiling:
     """For a shape that was not timed: four programs a multiprocessor, each with four chunks."""
-    height = next((n for n in (8, 16, 32) if rows <= n), 64)
+    height = 8 if rows <= 8 else 16 if rows <= 64 else 32
     wanted = round(BUSY_PROGRAMS / (blocks * math.ceil(rows / height)))
-    return Tiling(height, max(1, min(wanted, chunks // 4)), 2 if height < 32 else 4)
+    return Tiling(height, max(1, min(wanted, chunks // 4)))
 
 
 def choose_tiling(rows: int, w: Packed, device: str) -> Tiling:

@@ -49,7 +49,7 @@ def test_lookup_by_the_bucket(tmp_path, monkeypatch):
 
 def test_the_guess_is_four_programs_a_multiprocessor():
     assert guess(6, 74, 56) == Tiling(8, 7)
-    assert guess(22, 74, 56) == Tiling(32, 7, 4) and guess(48, 74, 56) == Tiling(64, 7, 4)
-    assert guess(12, 74, 56) == Tiling(16, 7) and guess(96, 74, 56) == Tiling(64, 4, 4)
+    assert guess(22, 74, 56) == Tiling(16, 4) and guess(48, 74, 56) == Tiling(16, 2)
+    assert guess(96, 74, 56) == Tiling(32, 2) and guess(128, 594, 56) == Tiling(32, 1)
     assert guess(6, 14, 56) == Tiling(8, 14)  # of four chunks each
     assert guess(6, 594, 56) == Tiling(8, 1) and guess(6, 1, 2) == Tiling(8, 1)
