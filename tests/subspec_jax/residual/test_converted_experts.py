@@ -329,6 +329,7 @@ def test_what_cannot_be_converted(original, tmp_path, monkeypatch):
         convert(checkpoint, model.cfg, tmp_path / "out", group=GROUP, code="planes")
     with pytest.raises(LLMError, match="expert_down has 32 inputs, not a multiple of group 64"):
         convert(checkpoint, model.cfg, tmp_path / "out")
+    # tests/llm_jax/test_lowbit_reference.py has a real one
     monkeypatch.setattr(Checkpoint, "experts_in_mxfp4", lambda self, cfg: True)
     words = "the experts are stored in MXFP4, .* would be larger: --stream raw brings them"
     with pytest.raises(ResidualError, match=words):
