@@ -30,7 +30,9 @@ def split_fields(cfg: Config, layer: int) -> tuple[str, ...]:
     return STACKS if cfg.has_experts(layer) else tuple(cfg.layer_matrices)
 
 
-def stacked(name: str, experts: Sequence[tuple[dict[str, np.ndarray], dict[str, Any]]]):
+def stacked(
+    name: str, experts: Sequence[tuple[dict[str, np.ndarray], dict[str, Any]]]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays of a stack, its entry), from (arrays, entry) of each expert's matrix of this name."""
     arrays, entries = zip(*experts, strict=True)
     residual = f"{name}.residual"
