@@ -9,6 +9,7 @@ continues where it stopped. Every weight is decoded and compared before its laye
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ from typing import Literal
 
 from rich.console import Console
 
-from experiments.common.cli import UserError, run
+from experiments.common.cli import run
 from llm_jax import registry
+from llm_jax.config import DTYPES, Config
 from llm_jax.progress import bar
-from llm_jax.quantize import check_grouping
 from subspec_jax.offload import streamed_bytes
-from subspec_jax.residual.convert import check_family, convert
+from subspec_jax.residual.convert import check_convertible, convert
+from subspec_jax.residual.stacks import split_fields
 from subspec_jax.sources import ITERATIONS
 
 
@@ -41,7 +43,7 @@ class Convert:
     draft_group: int = 64
     quantizer: Literal["hqq", "nearest"] = "hqq"
     code: Literal["levels", "planes"] = "levels"
-    """levels: 7.5 to 7.7 bits a weight; planes: 9.1 bits, but easier to decode."""
+    """levels: 7.5 to 7.7 bits a weight; planes: 9.1 bits, but easier to decode (not of experts)."""
     workers: int = 4
     """Matrices that are encoded at the same time."""
 
@@ -51,26 +53,30 @@ def main(args: Convert, console: Console) -> None:
     path = registry.find_checkpoint(args.model, args.checkpoint, progress=say)
     checkpoint = registry.open_model(path, args.adapter, say)
     cfg = checkpoint.config(args.dtype)
-    check_family(cfg)
+    check_convertible(checkpoint, cfg, args.draft_bits, args.draft_group, args.code)
     for line in checkpoint.notices(cfg):
         say(line)
-    try:
-        for name, shape in cfg.layer_matrices.items():
-            check_grouping(name, shape[0], args.draft_bits, args.draft_group)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     quantizer = args.draft_bits, args.draft_group, ITERATIONS[args.quantizer], args.code
     with bar(console, "Converting layers", cfg.layers) as progress:
         report = lambda done, total: progress(done)
         model = convert(checkpoint, cfg, args.to, *quantizer, report, args.workers)
     streamed = sum(map(streamed_bytes, model.model.layers))
-    weights = cfg.layers * cfg.layer_matrix_elements
+    weights = split_weights(cfg)
+    what = "a pass" if cfg.experts is None else "for all experts"
     console.print(
         f"{args.to}: {cfg.layers} layers, {8 * streamed / weights:.2f} bits a weight to stream "
-        f"({streamed / 1e9:.2f} GB a pass in place of {2 * weights / 1e9:.2f} GB), exact",
+        f"({streamed / 1e9:.2f} GB {what} in place of {weights * DTYPES[cfg.dtype] / 1e9:.2f} GB), "
+        "exact",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def split_weights(cfg: Config) -> int:
+    """The number of weights that are in two parts, without the output head."""
+    layers = range(cfg.layers)
+    names = ((cfg.layer_shapes(i), name) for i in layers for name in split_fields(cfg, i))
+    return sum(math.prod(shapes[name]) for shapes, name in names)
 
 
 def cli(words: Sequence[str] | None = None) -> int:

@@ -224,6 +224,17 @@ class Checkpoint(abc.ABC):
         """Whether `reader` can read it."""
         return tensor.bits is not None or tensor.dtype in self.dtypes
 
+    def experts_in_mxfp4(self, cfg: Config) -> bool:
+        """Whether all experts are stored in MXFP4."""
+        names = [
+            piece.name
+            for layer in filter(cfg.has_experts, range(cfg.layers))
+            for field in ("expert_gate_up", "expert_down")
+            for piece in self.pieces(field, cfg, layer)
+        ]
+        found = [tensor for name in names if (tensor := self.contents.tensors.get(name))]
+        return bool(found) and all(tensor.dtype.upper() == "MXFP4" for tensor in found)
+
     def own_head(self, cfg: Config) -> bool:
         """Whether the file has an output head that differs from the embedding table."""
         table, head = (

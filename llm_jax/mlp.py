@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from llm_jax.config import Config
 from llm_jax.linear import linear
-from llm_jax.params import MLP, Experts, JoinedMLP, SeparateExperts
+from llm_jax.params import MLP, Experts, JoinedMLP
 from pallas_kernels.precision import precision
 
 FEW_PAIRS = 64
@@ -126,7 +126,7 @@ def _(p: Experts, x_BTD, cfg: Config):
     expert_Mc, weight_Mc = routing(p, x_MD, cfg)
     with jax.named_scope("experts"):
         few = expert_Mc.size <= min(FEW_PAIRS, cfg.experts.count)
-        if isinstance(p.expert_gate_up, SeparateExperts):
+        if hasattr(p.expert_gate_up, "each"):
             apply = _each_alone
         else:
             apply = _by_pairs if few else _one_by_one
@@ -156,13 +156,14 @@ def weight_of(expert, expert_Mc: jax.Array, weight_Mc: jax.Array) -> jax.Array:
 
 
 def _each_alone(p: Experts, x_MD, expert_Mc, weight_Mc, cfg):
-    """`_one_by_one` for experts that are arrays of their own."""
+    """`_one_by_one` for experts that are arrays of their own, in any kind that has such arrays as
+    `each`, and makes the two matrices from one of them."""
     y_MD = jnp.zeros(x_MD.shape, jnp.float32)
     stack, _, biases = _stacks(p)
     for expert, flat in enumerate(stack.each):
         own = tuple(None if b is None else b[expert] for b in biases)
         weight_M1 = weight_of(expert, expert_Mc, weight_Mc)
-        y = expert_output(*stack.matrices(flat), own, x_MD, cfg)
+        y = expert_output(*stack.matrices(flat, expert), own, x_MD, cfg)
         y_MD = y_MD + jnp.where(weight_M1 > 0, y * weight_M1, 0.0)
     return y_MD
 

@@ -119,8 +119,8 @@ class SeparateExperts:
     mxfp4: bool = dataclasses.field(default=False, metadata=dict(static=True))
     """The arrays are uint8: of each matrix the codes, then the scales of `llm_jax.mxfp4`."""
 
-    def matrices(self, flat: jax.Array) -> tuple[Weight, Weight]:
-        """(gate_up [D, 2F], down [F, D]) of one of the arrays."""
+    def matrices(self, flat: jax.Array, number: Any = None) -> tuple[Weight, Weight]:
+        """(gate_up [D, 2F], down [F, D]) of one of the arrays, whatever the expert's number."""
         found, at = [], 0
         for D, F in self.shapes:
             parts = [(D // 2, F), (D // GROUP, F)] if self.mxfp4 else [(D, F)]

@@ -321,6 +321,10 @@ class PaluCheckpoint:
         """What a user should know about the model's own checkpoint."""
         return self.base.notices(cfg)
 
+    def experts_in_mxfp4(self, cfg: Config) -> bool:
+        """False: experts are kept as they dequantize, in layers of `model_shapes`."""
+        return False
+
     def model_shapes(self, cfg: Config) -> Params:
         """What `load` gives, as shapes and dtypes; reads no arrays."""
         return abstract_layers(self.stored, self.base.model_shapes(cfg), cfg)

@@ -11,14 +11,7 @@ import numpy as np
 
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.packed import packed
-from llm_jax.params import (
-    Experts,
-    Layer,
-    Params,
-    init_layer,
-    joined,
-    unjoined,
-)
+from llm_jax.params import Experts, Layer, Params, init_layer, joined, unjoined
 from llm_jax.progress import Progress
 from llm_jax.quantize import quantize
 from llm_jax.stream import to_device
@@ -29,6 +22,7 @@ from subspec_jax.plan import Plan, expert_bytes
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import Split, SplitExperts, decode_layer, is_split, split_experts
+from subspec_jax.residual.stacks import decoded_experts
 from subspec_jax.verify import Target
 
 
@@ -81,6 +75,16 @@ def expert_cache(params: Params, plan: Plan) -> ExpertCache | None:
 _decode_layer = jax.jit(decode_layer)
 
 
+def _whole(split: Layer) -> Layer:
+    """A converted layer's exact weights: on the device and joined, or with experts in host memory,
+    one of which is on the device at a time."""
+    if not isinstance(split.mlp, Experts):
+        return _decode_layer(to_device(split))
+    gate_up, down = decoded_experts(split.mlp.expert_gate_up)
+    mlp = dataclasses.replace(split.mlp, expert_gate_up=gate_up, expert_down=down)
+    return dataclasses.replace(split, mlp=mlp)
+
+
 @functools.partial(jax.jit, static_argnames="vocab")
 def _decode_head(head: Split, vocab: int):
     return decode_layer(head)[:, :vocab]
@@ -108,20 +112,24 @@ def _load_converted(source, plan, place_layer, place_table, progress, verify, ch
             checked = [pool.submit(source.check, i + 1)] if check and not last else []
             split = source.layer(i)
             if verify or not split_layers:
-                whole = _decode_layer(to_device(split))
+                whole = _whole(split)
                 if verify:
                     source.verify(i, whole)
-            layers.append(place_layer(i, split if split_layers else unjoined(whole, plan.cfg)))
+                if not split_layers:
+                    split = whole if plan.cfg.has_experts(i) else unjoined(whole, plan.cfg)
+                del whole
+            layers.append(place_layer(i, split))
             if progress:
                 progress(i + 1)
-    return Target(Params(layers=tuple(layers), **tables), plan.cfg, plan.ahead)
+    params = Params(layers=tuple(layers), **tables)
+    return Target(params, plan.cfg, plan.ahead, expert_cache(params, plan))
 
 
 def random_target(
     plan: Plan,
     seed: int = 0,
     progress: Progress | None = None,
-    split: Layer | None = None,
+    split: dict[bool, Layer] | None = None,
     zipf: float = 0.0,
 ) -> Target:
     """Random weights of the plan's architecture, made on the device layer by layer; for timing.
@@ -129,8 +137,9 @@ def random_target(
     Layers with experts share one layer's, in another order in each. With `zipf`, their routers
     prefer some of them: the one of rank r as if its chance were 1 / r ** zipf.
 
-    If the plan streams residuals, one layer is encoded on the host and all layers are copies of it.
-    `split`, made by `split_layer`, can be given instead. A head in two parts is encoded too.
+    If the plan streams residuals, one layer is encoded on the host, and one more where only some
+    have experts; all layers are copies of these. `split`, made by `random_splits`, can be given
+    instead. A head in two parts is encoded too.
     """
     cfg = plan.cfg
     make = jax.jit(init_layer, static_argnames=("cfg", "index"))
@@ -138,7 +147,7 @@ def random_target(
     normal = jax.jit(_normal, static_argnames=("shape", "dtype"))
     key, layers = jax.random.key(seed), []
     if plan.streams_residuals:
-        split = split or random_split(plan, seed)
+        split = split or random_splits(plan, seed)
         copied = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a.copy()
     table_key, head_key = jax.random.split(jax.random.fold_in(key, cfg.layers))
     head = None
@@ -148,11 +157,11 @@ def random_target(
         head = to_device(split_layer(head, plan.model.head_DV))
     for i in range(cfg.layers):
         if plan.streams_residuals and not cfg.has_experts(i):
-            layer = jax.tree.map(copied, split)
+            layer = jax.tree.map(copied, split[False])
         elif plan.streams_residuals:  # its experts are shared, all else is its own
-            w = split.mlp.expert_gate_up
-            rest = dataclasses.replace(split.mlp, expert_gate_up=None)
-            layer = jax.tree.map(copied, dataclasses.replace(split, mlp=rest))
+            w = split[True].mlp.expert_gate_up
+            rest = dataclasses.replace(split[True].mlp, expert_gate_up=None)
+            layer = jax.tree.map(copied, dataclasses.replace(split[True], mlp=rest))
             mlp = dataclasses.replace(layer.mlp, expert_gate_up=w)
             layer = dataclasses.replace(layer, mlp=mlp)
         else:
@@ -176,12 +185,15 @@ def random_target(
     return Target(params, cfg, plan.ahead, expert_cache(params, plan))
 
 
-def random_split(plan: Plan, seed: int = 0) -> Layer:
-    """A random layer in two parts, with the shapes of the plan's first one."""
-    layer = init_layer(jax.random.key(seed), plan.cfg)
-    if plan.cfg.has_experts(0):
-        layer = _smaller_steps(layer, plan.cfg)
-    return split_layer(layer, plan.model.layers[0])
+def random_splits(plan: Plan, seed: int = 0) -> dict[bool, Layer]:
+    """By whether it has experts, a random layer in two parts, as the plan's first such layer."""
+    cfg, found = plan.cfg, {}
+    for i in range(cfg.layers):
+        if (kind := cfg.has_experts(i)) not in found:
+            layer = init_layer(jax.random.key(seed), cfg, i)
+            layer = _smaller_steps(layer, cfg) if kind else layer
+            found[kind] = split_layer(layer, plan.model.layers[i])
+    return found
 
 
 def _smaller_steps(layer: Layer, cfg) -> Layer:

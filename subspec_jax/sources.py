@@ -25,11 +25,11 @@ from llm_jax.registry import MODELS, find_checkpoint, find_model, open_model
 from llm_jax.tokenizer import ByteTokenizer
 from subspec_jax import memory
 from subspec_jax.draft_model import Draft
-from subspec_jax.load import all_on_device, load_target, random_split, random_target
+from subspec_jax.load import all_on_device, load_target, random_splits, random_target
 from subspec_jax.methods import MethodError
 from subspec_jax.offload import separate_shapes
 from subspec_jax.plan import Plan, make_plan
-from subspec_jax.residual.convert import check_family, convert, is_complete
+from subspec_jax.residual.convert import check_convertible, convert, is_complete
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
@@ -71,7 +71,7 @@ class Source:
     """`Options.experts`."""
 
     def __post_init__(self):
-        self._random: Layer | None = None
+        self._random: dict[bool, Layer] | None = None
 
     def tokenizer(self) -> Any:
         return ByteTokenizer() if self.checkpoint is None else self.checkpoint.tokenizer()
@@ -101,14 +101,7 @@ class Source:
             return False
         if self.checkpoint is None:
             return self.cfg.family == "gpt_oss"
-        first = next(i for i in range(self.cfg.layers) if self.cfg.has_experts(i))
-        names = [
-            piece.name
-            for field in ("expert_gate_up", "expert_down")
-            for piece in self.checkpoint.pieces(field, self.cfg, first)
-        ]
-        tensors = self.checkpoint.contents.tensors
-        return all(tensors[name].dtype.upper() == "MXFP4" for name in names)
+        return self.checkpoint.experts_in_mxfp4(self.cfg)
 
     def load(
         self,
@@ -120,7 +113,7 @@ class Source:
         """The target where the plan wants it; see `load_target` for `verify` and `check`."""
         source = self.converted if plan.streams_residuals else self.checkpoint
         if source is None:
-            split = self._random_split(plan) if plan.streams_residuals else None
+            split = self._random_splits(plan) if plan.streams_residuals else None
             return random_target(plan, self.seed, progress, split, self.zipf)
         return load_target(source, plan, progress, plan.streams_residuals and verify, check)
 
@@ -128,12 +121,14 @@ class Source:
         """A layer of the kind that the plan's target has, to be timed."""
         if not plan.streams_residuals:
             return init_layer(jax.random.key(0), self.cfg)
-        return self._random_split(plan) if self.converted is None else self.converted.layer(0)
+        if self.converted is None:
+            return self._random_splits(plan)[self.cfg.has_experts(0)]
+        return self.converted.layer(0)
 
-    def _random_split(self, plan: Plan) -> Layer:
-        """A random layer in two parts, encoded once and kept on the host."""
+    def _random_splits(self, plan: Plan) -> dict[bool, Layer]:
+        """`random_splits`, encoded once and kept on the host."""
         if self._random is None:
-            self._random = jax.tree.map(np.asarray, random_split(plan, self.seed))
+            self._random = jax.tree.map(np.asarray, random_splits(plan, self.seed))
         return self._random
 
 
@@ -155,8 +150,9 @@ def _random_residual_shapes(cfg: Config, bits: int, group: int, split_head: bool
     """Shapes of random layers, whose residuals take a known number of bytes."""
     kind = cfg, bits, group
     room = gaussian_room(*kind)
-    first = split_shapes(*kind, room)
-    layers = tuple(first.of_kind(cfg.kind(i)) for i in range(cfg.layers))
+    first = {cfg.has_experts(i): i for i in reversed(range(cfg.layers))}
+    made = {has: split_shapes(*kind, room, index=i) for has, i in first.items()}
+    layers = tuple(made[cfg.has_experts(i)].of_kind(cfg.kind(i)) for i in range(cfg.layers))
     model = dataclasses.replace(abstract(cfg), layers=layers)
     if not split_head or "head" not in room:
         return model
@@ -225,7 +221,7 @@ def add_converted(
     if source.checkpoint is None:
         return
     cfg, checkpoint = source.cfg, source.checkpoint
-    check_family(cfg)
+    check_convertible(checkpoint, cfg, draft.bits, draft.group)
     if folder is None:
         kind = f"{draft.bits}x{draft.group}-{quantizer}-{cfg.dtype}"
         folder = cache_folder() / "converted" / f"{source.name}-{kind}"

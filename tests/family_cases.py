@@ -71,6 +71,10 @@ METHODS = (
 """The lossless methods that every case is decoded with."""
 RESIDUAL = ("llama-biases", "gemma2", "gemma3", "phi4-mini", "olmo2", "granite", "smollm3")
 """Cases whose residuals are streamed, too."""
+RESIDUAL_EXPERTS = (
+    "qwen2-moe", "qwen2-moe-window", "qwen3-moe", "qwen3-moe-mixed", "olmoe", "mixtral", "gpt-oss",
+)  # fmt: skip
+"""The same, of those with experts."""
 T = 40
 """Tokens of a prompt: more than every window, and behind yarn's original length."""
 

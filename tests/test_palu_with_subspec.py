@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_experts
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from llm_jax.attention import caches_for
 from llm_jax.config import Config
+from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
 from llm_jax.params import abstract
 from llm_jax.sample import Sampler
@@ -20,12 +22,15 @@ from pallas_kernels.quantized_matmul.packing import scales
 from palu_jax import store
 from palu_jax.convert import Recipe, to_palu
 from palu_jax.latent import LatentFormat
+from palu_jax.rank import group_sizes, uniform_ranks
 from subspec_jax.decoder import Decoder
-from subspec_jax.draft_model import Draft, substitute
+from subspec_jax.draft_model import Draft, make_draft, substitute
+from subspec_jax.load import load_target
 from subspec_jax.offload import place
 from subspec_jax.plan import make_plan
 from subspec_jax.precompile import compile_ahead, use_cache
 from subspec_jax.propose import ModelDraft, Vanilla
+from subspec_jax.sources import Source
 from subspec_jax.tree import TreeSpec, cache_slots
 from subspec_jax.verify import Target, streamed_prefill
 
@@ -235,3 +240,24 @@ def test_small_factors_are_shared_with_the_draft():
     assert not isinstance(draft.layers[0].attn.k.down_DR, jax.Array)
     step, _ = scales(draft.layers[0].attn.q)
     assert np.isfinite(np.asarray(step, np.float32)).all()
+
+
+@pytest.mark.slow
+def test_a_stored_model_with_experts(tmp_path):
+    """Its attention is Palu's, and its experts are brought one by one."""
+    base = open_checkpoint(tiny_experts.write(tmp_path / "model")[0])
+    cfg = base.config("float32")
+    sizes = group_sizes(cfg.kv_heads, 2)
+    recipe = Recipe(sizes, uniform_ranks(cfg.layers, sizes, cfg.head_dim, 0.5), "plain")
+    store.save(tmp_path / "palu", to_palu(base.load(cfg), cfg, recipe), cfg, recipe, "tiny")
+    checkpoint = store.PaluCheckpoint(base, store.describe(tmp_path / "palu"))
+    spec, draft = TREES["beam"], Draft(4, 16)
+    shapes = Source("tiny", cfg, checkpoint).shapes(draft)
+    plan = make_plan(cfg, 2**30, spec, draft, max_length=64, chunk=16, model=shapes)
+    target = load_target(checkpoint, dataclasses.replace(plan, hot=3))
+    low = make_draft(target.params, draft)
+    decoder = Decoder(target, ModelDraft(low, cfg, spec), max_length=64, chunk=16)
+    rounds = list(decoder.rounds(PROMPT, STEPS))
+    want = generate(checkpoint.load(cfg), PROMPT, cfg, STEPS)
+    assert [t for r in rounds for t in r.tokens][:STEPS] == want
+    assert all(r.experts.needed[[0, 2]].all() for r in rounds[1:])

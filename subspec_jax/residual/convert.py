@@ -15,7 +15,7 @@ from llm_jax.config import Config
 from llm_jax.digest import array_digest
 from llm_jax.files import locked
 from llm_jax.packed import packed
-from llm_jax.params import joined
+from llm_jax.params import joined, named_parameters
 from llm_jax.quantize import check_grouping, quantize
 from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.residual_decode import residual_decode
@@ -33,6 +33,7 @@ from subspec_jax.residual.files import (
     write_tensors,
 )
 from subspec_jax.residual.split import head_shape
+from subspec_jax.residual.stacks import STACKS, split_fields, stacked
 
 
 def convert(
@@ -51,19 +52,11 @@ def convert(
     Files of layers that already exist are kept. Before a layer's file is written, all its weights
     are decoded on the device and compared. `workers` matrices are encoded at a time.
     `progress(done, total)` counts layers. Raises ResidualError if the folder belongs to another
-    checkpoint or other settings, or if the model has experts; LockedError if another process
-    converts to it; CheckpointError or ValueError if the checkpoint cannot be converted.
+    checkpoint or other settings; LockedError if another process converts to it; what
+    `check_convertible` raises, and CheckpointError, if the checkpoint cannot be converted.
     """
     path = Path(path)
-    check_family(cfg)
-    if code not in CODES:
-        raise ValueError(f"code {code!r} is not one of {', '.join(CODES)}")
-    if cfg.dtype not in FRACTION:
-        raise ResidualError(
-            f"the weights are {cfg.dtype}; residuals are of 16-bit weights: choose --dtype bfloat16"
-        )
-    for name, shape in cfg.layer_matrices.items():
-        check_grouping(name, shape[0], bits, group)
+    check_convertible(checkpoint, cfg, bits, group, code)
     checkpoint.check(cfg)
     settings = dict(version=VERSION, code=code, bits=bits, group=group, iterations=iterations)
     manifest = settings | {"model": dataclasses.asdict(cfg), "source": checkpoint.digest()}
@@ -77,13 +70,27 @@ def convert(
     return Converted(path)
 
 
-def check_family(cfg: Config) -> None:
-    """Raises ResidualError for a model whose layers cannot be written in two parts."""
-    if cfg.experts is not None:
+def check_convertible(
+    checkpoint: Checkpoint, cfg: Config, bits: int, group: int, code: str = "levels"
+) -> None:
+    """Raises ResidualError or ValueError for a model that cannot be written in two parts in this
+    way. No weights are read."""
+    if checkpoint.experts_in_mxfp4(cfg):
         raise ResidualError(
-            f"{cfg.family} models have experts, and experts cannot be converted yet; stream the "
-            "weights as they are: --stream raw brings the experts that a pass needs"
+            "the experts are stored in MXFP4, 4.25 bits a weight, and a substitute with a residual "
+            "would be larger: --stream raw brings them in their own form"
         )
+    if code not in CODES:
+        raise ValueError(f"code {code!r} is not one of {', '.join(CODES)}")
+    if cfg.experts is not None and code != "levels":
+        raise ResidualError(f"experts have no code {code}, because each is one array; take levels")
+    if cfg.dtype not in FRACTION:
+        raise ResidualError(
+            f"the weights are {cfg.dtype}; residuals are of 16-bit weights: choose --dtype bfloat16"
+        )
+    for layer in range(cfg.layers):
+        for name in split_fields(cfg, layer):
+            check_grouping(name, cfg.layer_shapes(layer)[name][-2], bits, group)
 
 
 def _write(checkpoint, cfg, path, manifest, progress, workers) -> None:
@@ -102,7 +109,8 @@ def _write(checkpoint, cfg, path, manifest, progress, workers) -> None:
         write_tensors(path / TABLES, tables, entries, manifest)
     for index in range(cfg.layers):
         if not (path / LAYER.format(index)).exists():
-            tensors, entries = _layer(checkpoint, index, cfg, quantizer, code, workers)
+            make = _expert_layer if cfg.has_experts(index) else _layer
+            tensors, entries = make(checkpoint, index, cfg, quantizer, code, workers)
             write_tensors(path / LAYER.format(index), tensors, entries, manifest)
         if progress:
             progress(index + 1, cfg.layers)
@@ -153,6 +161,27 @@ def _layer(checkpoint, index, cfg, quantizer, code, workers) -> tuple[dict, dict
         for arrays, entry in pool.map(one, *zip(*named, strict=True)):
             tensors |= arrays
             entries |= entry
+    return tensors, entries
+
+
+def _expert_layer(checkpoint, index, cfg, quantizer, code, workers) -> tuple[dict, dict]:
+    """`_layer` of a layer with experts: they alone are in two parts."""
+    named = named_parameters(checkpoint.layer(index, cfg))
+    stacks = {name: named.pop(name) for name in STACKS}
+    tensors = {field: np.asarray(w) for field, w in named.items()}
+    entries = {field: _entry(w) for field, w in tensors.items()}
+
+    def one(field, number):
+        w = np.asarray(stacks[field][number])
+        name = f"{field} of expert {number} of layer {index}"
+        arrays, entry = _encoded(field, w, quantizer, code, name)
+        return arrays, _entry(w) | entry
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for field, stack in stacks.items():
+            found = list(pool.map(one, [field] * len(stack), range(len(stack))))
+            arrays, entries[field] = stacked(field, found)
+            tensors |= arrays
     return tensors, entries
 
 

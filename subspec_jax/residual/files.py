@@ -1,8 +1,9 @@
 """Converted models on disk: substitutes and residuals of every layer, in safetensors files.
 
 A folder has manifest.json (source, settings, model), model.safetensors (embedding, last norm, head)
-and one file per layer. A file is complete or does not exist. Files are mapped into memory: opening
-a model reads only their headers. Each header has a digest of itself and of every tensor's bytes.
+and one file per layer (of experts: `subspec_jax.residual.stacks`). A file is complete or does not
+exist. Files are mapped into memory: opening a model reads only their headers. Each header has a
+digest of itself and of every tensor's bytes.
 """
 
 import dataclasses
@@ -18,11 +19,22 @@ from llm_jax.config import Config
 from llm_jax.digest import array_digest, json_digest
 from llm_jax.extras import need
 from llm_jax.files import atomic_file, parse_json
-from llm_jax.params import NORMS, JoinedAttention, JoinedMLP, Layer, Params, abstract, filled
+from llm_jax.params import (
+    NORMS,
+    JoinedAttention,
+    JoinedMLP,
+    Layer,
+    Params,
+    abstract,
+    filled,
+    layer_from,
+    named_parameters,
+)
 from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.residual_decode.code import Residual, pad
 from subspec_jax import SubspecError
 from subspec_jax.residual.split import Split, split_shapes
+from subspec_jax.residual.stacks import STACKS, largest, stored_experts
 
 VERSION = 6
 MANIFEST, TABLES, LAYER = "manifest.json", "model.safetensors", "layer-{:05}.safetensors"
@@ -160,7 +172,8 @@ class Converted:
     """A converted model, opened. Raises ResidualError if it is damaged or not complete.
 
     Residuals are padded to `kinds` sets of shapes, so `kinds` programs can decode all layers. One
-    set pads every layer to the largest: this adds 2.1% to SmolLM2-135M, three sets add 0.8%.
+    set pads every layer to the largest: this adds 2.1% to SmolLM2-135M, three sets add 0.8%. All
+    experts are padded to the largest.
     """
 
     path: Path
@@ -203,15 +216,18 @@ class Converted:
     @functools.cached_property
     def _room(self) -> tuple[dict[str, tuple[int, int]], ...]:
         """For each layer, (rows, patches) of each matrix: the most in any layer of its kind."""
-        names = list(self.cfg.joined_matrices)
-        rows = [[f.views[f"{n}.residual"].shape[0] for n in names] for f in self._layers]
-        patches = [[f.entries[n]["patches"] for n in names] for f in self._layers]
-        need = np.stack([rows, patches], -1)
-        room = {}
-        for kind in partition(need[..., 0], self.kinds):
-            most = need[kind].max(0).tolist()
-            room |= {i: dict(zip(names, map(tuple, most))) for i in kind}
-        return tuple(room[i] for i in range(self.cfg.layers))
+        every, room = range(self.cfg.layers), {}
+        if routed := [i for i in every if self.cfg.has_experts(i)]:
+            room |= dict.fromkeys(routed, largest([self._layers[i].entries for i in routed]))
+        if dense := [i for i in every if i not in room]:
+            names, files = list(self.cfg.joined_matrices), [self._layers[i] for i in dense]
+            rows = [[f.views[f"{n}.residual"].shape[0] for n in names] for f in files]
+            patches = [[f.entries[n]["patches"] for n in names] for f in files]
+            need = np.stack([rows, patches], -1)
+            for kind in partition(need[..., 0], self.kinds):
+                most = need[kind].max(0).tolist()
+                room |= {dense[i]: dict(zip(names, map(tuple, most))) for i in kind}
+        return tuple(room[i] for i in every)
 
     @functools.cached_property
     def model(self) -> Params:
@@ -237,19 +253,25 @@ class Converted:
         return Split(Packed(*parts, shape[1], self.manifest["bits"], self.manifest["group"]), exact)
 
     def layer(self, index: int) -> Layer:
-        """A joined layer of `Split` matrices. Its arrays are mapped, except the padded streams.
+        """A joined layer of `Split` matrices, or a plain one with `SplitExperts`. Its arrays are
+        mapped, except the padded streams.
 
         `subspec_jax.offload.offload` moves its residuals to pinned memory.
         """
         file = self._layers[index]
+        plain = {name: view for name, view in file.views.items() if "." not in name}
+        if self.cfg.has_experts(index):
+            kind = self.manifest["bits"], self.manifest["group"], self.cfg.dtype
+            experts = stored_experts(file.views, file.entries, self._room[index], *kind)
+            named = plain | dict(zip(STACKS, (experts, None), strict=True))
+            return layer_from(named, index, self.cfg)
 
         def matrix(name):
             split = self._matrix(name, file)
             padded = pad(split.residual, *self._room[index][name])
             return dataclasses.replace(split, residual=padded)
 
-        w = {name: matrix(name) for name in self.cfg.joined_matrices}
-        w |= {name: view for name, view in file.views.items() if "." not in name}
+        w = plain | {name: matrix(name) for name in self.cfg.joined_matrices}
         attn = filled(JoinedAttention, w, kind=self.cfg.kind(index))
         norms = {name: w.get(name) for name in NORMS}
         return Layer(attn=attn, mlp=filled(JoinedMLP, w), **norms)
@@ -261,10 +283,10 @@ class Converted:
     def verify(self, index: int, layer: Layer) -> None:
         """Raises ResidualError with the names of decoded arrays that differ from the model's.
 
-        `layer` is `decode_layer(self.layer(index))`, on host or device.
+        `layer` is `decode_layer(self.layer(index))`, on host or device; or the plain layer, if it
+        has experts.
         """
-        found = {path[-1].name: leaf for path, leaf in jax.tree.leaves_with_path(layer)}
-        self._verify(self._layers[index], found)
+        self._verify(self._layers[index], named_parameters(layer))
 
     def verify_tables(self) -> None:
         """Like `verify`, for the embedding, the last norm and a head that is stored whole."""
@@ -275,8 +297,15 @@ class Converted:
         self._verify(self._tables, {"head_DV": head_DV})
 
     def _verify(self, file: TensorFile, found: dict) -> None:
-        right = lambda name, array: array_digest(array) == file.entries[name]["digest"]
-        if wrong := [name for name, array in found.items() if not right(name, array)]:
+        wrong = []
+        for name, array in found.items():
+            right = file.entries[name]["digest"]
+            if isinstance(right, str):
+                wrong += [name] if array_digest(array) != right else []
+                continue
+            bad = [e for e, w in enumerate(array) if array_digest(w) != right[e]]
+            wrong += [f"{name} of expert {e}" for e in bad]
+        if wrong:
             raise ResidualError(
                 f"{file.path}: {', '.join(wrong)} differ from the model that was "
                 "converted; delete the file and convert again"

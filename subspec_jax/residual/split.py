@@ -63,7 +63,7 @@ class SplitExperts:
     """Rows of words of gate_up."""
     patches: tuple[int, int] = dataclasses.field(metadata=dict(static=True))
 
-    def matrices(self, words: jax.Array, number: jax.Array) -> tuple[Split, Split]:
+    def matrices(self, words: jax.Array, number: Any) -> tuple[Split, Split]:
         """(gate_up, down) of an expert whose words are on the device."""
         take = lambda a: jax.lax.dynamic_index_in_dim(a, number, 0, keepdims=False)
         low = jax.tree.map(take, (self.gate_up, self.down))
@@ -220,6 +220,9 @@ def over_parts(
 
 
 def decode_layer(layer: Layer) -> Layer:
-    """The layer with every `Split` decoded to a plain matrix. Other arrays are unchanged."""
+    """The layer with every `Split` decoded to a plain matrix. Other arrays are unchanged.
+
+    It must not have experts in two parts, which `subspec_jax.residual.stacks` decodes.
+    """
     whole = lambda w: residual_decode(w.residual, w.substitute) if is_split(w) else w
     return jax.tree.map(whole, layer, is_leaf=is_split)

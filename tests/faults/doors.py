@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tiny_experts
 from mutations import mutated_bytes, mutated_json, mutated_lines
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -201,6 +202,12 @@ def converted(name: str) -> Callable[[Path], Path]:
         return convert(open_checkpoint(source), cfg, folder / "out", group=16).path / name
 
     return make
+
+
+def converted_experts(folder: Path) -> Path:
+    checkpoint = open_checkpoint(tiny_experts.write(folder / "model", layers=2)[0])
+    cfg = checkpoint.config("bfloat16")
+    return convert(checkpoint, cfg, folder / "out", group=16).path / "layer-00000.safetensors"
 
 
 def converted_weights(path: Path) -> str:
@@ -393,6 +400,7 @@ DOORS = {
     "converted layer": Door(
         converted("layer-00000.safetensors"), converted_weights, "bytes", checked=True
     ),
+    "converted experts": Door(converted_experts, converted_weights, "bytes", checked=True),
     "converted tables": Door(
         converted("model.safetensors"), converted_weights, "bytes", checked=True
     ),

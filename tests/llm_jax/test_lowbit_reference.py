@@ -19,6 +19,8 @@ from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.load import load_target
 from subspec_jax.plan import make_plan
 from subspec_jax.propose import ModelDraft
+from subspec_jax.residual.convert import convert
+from subspec_jax.residual.files import ResidualError
 from subspec_jax.sources import find_source
 from subspec_jax.tree import TreeSpec
 
@@ -152,6 +154,10 @@ def test_gpt_oss_with_experts_in_mxfp4(tmp_path):
     decoder = Decoder(target, ModelDraft(low, cfg, spec), max_length=96, chunk=16)
     prompt = tokens[0].tolist()
     assert decoder.generate(prompt, 16) == generate(params, prompt, cfg, 16)
+
+    with pytest.raises(ResidualError, match="the experts are stored in MXFP4, "):
+        convert(checkpoint, checkpoint.config("bfloat16"), tmp_path / "out", group=32)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -251,6 +251,25 @@ def test_residuals_of_experts_give_the_same_tokens():
     assert all(r.experts.fetched.sum() for r in got[1:])
 
 
+def test_whole_layers_of_residuals_can_be_streamed_too():
+    params, cfg = model("shared", dtype="bfloat16")
+    shapes = split_shapes(cfg, 4, 32, gaussian_room(cfg, 4, 32))
+    both, raw = (
+        dataclasses.replace(params, layers=tuple(map(offload, layers)))
+        for layers in ([split_layer(layer, shapes, 20) for layer in params.layers], params.layers)
+    )
+    method = make_method("subspec", TreeSpec(depth=4, width=2), Draft(bits=4, group=32))
+    found = []
+    for given in (both, raw):
+        proposer = method.proposer(cfg, make_draft(given, method.draft))
+        decoder = Decoder(Target(given, cfg), proposer, max_length=96, chunk=16)
+        found.append(list(decoder.rounds(PROMPT, 12)))
+    assert [r.tokens for r in found[0]] == [r.tokens for r in found[1]]
+    for given, rounds in zip((both, raw), found, strict=True):
+        whole = sum(map(streamed_bytes, given.layers))
+        assert all(r.streamed_bytes == whole for r in rounds[1:])
+
+
 def test_a_plan_keeps_hot_experts(tmp_path):
     _, cfg = model(dtype="bfloat16", layers=4)
     spec, draft = TreeSpec(depth=2, width=2), Draft(bits=4, group=32)

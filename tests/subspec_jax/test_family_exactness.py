@@ -3,9 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_cases import CASES, METHODS, RESIDUAL, T, saved
+from family_cases import CASES, METHODS, RESIDUAL, RESIDUAL_EXPERTS, T, saved
 
 from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
@@ -17,7 +18,9 @@ from subspec_jax.load import load_target
 from subspec_jax.methods import make_method
 from subspec_jax.offload import place
 from subspec_jax.plan import make_plan
+from subspec_jax.residual import split as residual_split
 from subspec_jax.residual.convert import convert
+from subspec_jax.residual.split import is_split
 from subspec_jax.tree import TreeSpec
 from subspec_jax.verify import Target
 
@@ -100,3 +103,42 @@ def test_residuals_give_the_tokens_of_the_raw_weights(converted, name):
 
 UNSHARED = dataclasses.replace(DRAFT, share_resident=False)
 """A target of residuals has substitutes of all its layers."""
+
+
+def widened(tree):
+    """The tree with float32 arrays in place of 16-bit ones; what is in two parts stays."""
+    wide = lambda a: a if is_split(a) or a.dtype.itemsize != 2 else a.astype(jnp.float32)
+    return jax.tree.map(wide, tree, is_leaf=is_split)
+
+
+@pytest.fixture(scope="module", params=RESIDUAL_EXPERTS)
+def converted_experts(request, tmp_path_factory):
+    """(the config in float32, the texts of plain decoding with the bfloat16 weights, the target
+    whose residuals are streamed, some experts at a time)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = open_checkpoint(saved(request.param, folder / "model")[0])
+    cfg = checkpoint.config("bfloat16")
+    split = convert(checkpoint, cfg, folder / "split", DRAFT.bits, DRAFT.group)
+    plan = make_plan(cfg, 2**30, SPEC, DRAFT, LENGTH, CHUNK, model=split.model)
+    target, params = load_target(split, plan), widened(checkpoint.load(cfg))
+    cfg = dataclasses.replace(cfg, dtype="float32")
+    want = [generate(params, PROMPT, cfg, STEPS, sampler, seed=3) for sampler in SAMPLERS]
+    assert len(set(want[1])) > 1
+    yield cfg, want, widened(target.params)
+    jax.clear_caches()
+
+
+@pytest.mark.quick_cases("qwen3-moe-mixed-subspec")
+@pytest.mark.parametrize("name", METHODS)
+def test_residuals_of_experts_give_the_tokens_of_plain_decoding(
+    converted_experts, name, monkeypatch
+):
+    """Sums are in float32, so that passes of other widths round alike: the decoded weights, which
+    are bfloat16, are widened."""
+    cfg, want, params = converted_experts
+    decode = residual_split.residual_decode
+    wide = lambda *given: decode(*given).astype(jnp.float32)
+    monkeypatch.setattr(residual_split, "residual_decode", wide)
+    target = Target(params, cfg, experts=ExpertCache(params.layers, capacity=6, ring=4))
+    method = make_method(name, SPEC, DRAFT)
+    assert texts(target, dataclasses.replace(method, draft=UNSHARED), 0) == want

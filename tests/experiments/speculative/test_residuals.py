@@ -4,10 +4,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import tiny_experts
 from command import BASE, CFG, call
 
 from experiments import convert
 from subspec_jax import sources
+from subspec_jax.residual.files import Converted
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +102,36 @@ def test_what_cannot_be_converted_gets_one_line(models, tmp_path, flags, message
     found = converting(flags.format(to=tmp_path / "out", **models))
     assert found.code == 2 and found.err.startswith("error: ") and message in found.err
     assert "Traceback" not in found.err
+
+
+@pytest.mark.slow
+def test_experts_of_a_checkpoint_stream_as_residuals(run, tmp_path):
+    """Converted by its command, then used by another one, with the text of plain decoding."""
+    source, folder = (
+        tiny_experts.write(tmp_path / "source")[0],
+        tmp_path / "to",
+    )
+    made = converting(f"--checkpoint {source} --to {folder} --draft-group 16")
+    assert made.code == 0, made.err
+    # two layers of six experts; one of q, k, v, o and an MLP
+    assert convert.split_weights(Converted(folder).cfg) == 2 * 6 * 3 * 64 * 32 + 64 * (
+        192 + 3 * 128
+    )
+    assert "bits a weight to stream" in made.out and "GB for all experts in place of" in made.out
+    flags = f"--stream residual --converted {folder} --dtype bfloat16 --verify-weights"
+    flags += " --check-lossless --compare chain --resident None --memory-limit 4MB"
+    found = run(flags, tmp_path / "run", source)
+    plain = found.by_method["vanilla"]
+    for name in ("subspec", "chain"):
+        record = found.by_method[name]
+        assert record["lossless"]["identical"] and record["token_ids"] == plain["token_ids"]
+        assert any(map(any, record["rounds"]["experts_needed"]))
+    assert "Converting" not in found.out and "12 of 12 experts kept" in found.out
+    whole = run(f"{flags} --experts all --compare", tmp_path / "all", source)
+    assert whole.by_method["subspec"]["token_ids"] == plain["token_ids"]
+    damaged = folder / "layer-00002.safetensors"
+    raw = bytearray(damaged.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    damaged.write_bytes(raw)
+    refused = call(f"{BASE} --checkpoint {source} --output {tmp_path / 'no'} {flags}")
+    assert refused.code == 2 and f"{damaged} is damaged" in refused.err.replace("\n", " ")

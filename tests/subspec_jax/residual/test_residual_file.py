@@ -11,21 +11,19 @@ import numpy as np
 import pytest
 
 from llm_jax import CheckpointError
-from llm_jax.config import Experts
 from llm_jax.formats import open_checkpoint
 from llm_jax.packed import packed
 from llm_jax.params import unjoined
 from llm_jax.quantize import quantize
 from llm_jax.stream import to_device
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
-from subspec_jax.draft_model import Draft, substitute_layer, substitutes
+from subspec_jax.draft_model import substitute_layer, substitutes
 from subspec_jax.offload import offload, streamed_bytes
 from subspec_jax.residual import convert as residual_convert
 from subspec_jax.residual import files as residual_file
 from subspec_jax.residual import split as residual_device
 from subspec_jax.residual.convert import convert
 from subspec_jax.residual.files import Converted, ResidualError, partition
-from subspec_jax.sources import Source, add_converted
 
 CFG = tiny_config("qwen2", layers=3, dtype="bfloat16", d_ff=128)
 GROUP = 32
@@ -211,16 +209,6 @@ def test_another_checkpoint_is_refused(converted, tmp_path):
     other = write_safetensors(tmp_path / "other", tiny_params(CFG, 1), CFG, tokenizer=False)
     with pytest.raises(ResidualError, match=r"source is .* asked for is"):
         convert(open_checkpoint(other), CFG, converted.path, group=GROUP)
-
-
-def test_experts_are_refused_before_anything_is_written(source, tmp_path):
-    cfg = dataclasses.replace(CFG, experts=Experts(count=4, chosen=2, d_ff=32))
-    words = "qwen2 models have experts, and experts cannot be converted yet; .*--stream raw"
-    with pytest.raises(ResidualError, match=words):
-        convert(source, cfg, tmp_path / "out", group=GROUP)
-    with pytest.raises(ResidualError, match=words):
-        add_converted(Source("some", cfg, source), Draft(4, GROUP), folder=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_converted(source, tmp_path):
