@@ -29,6 +29,7 @@ from subspec_jax.load import all_on_device, load_target, random_split, random_ta
 from subspec_jax.methods import MethodError
 from subspec_jax.offload import separate_shapes
 from subspec_jax.plan import Plan, make_plan
+from subspec_jax.predict_experts import Routing
 from subspec_jax.residual.convert import check_family, convert, is_complete
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
@@ -129,6 +130,14 @@ class Source:
         if not plan.streams_residuals:
             return init_layer(jax.random.key(0), self.cfg)
         return self._random_split(plan) if self.converted is None else self.converted.layer(0)
+
+    def routing(self) -> Routing | None:
+        """How tokens are routed, before any was counted: as random weights do, or all experts are
+        as likely. None for models without experts."""
+        if (e := self.cfg.experts) is None:
+            return None
+        zipf = self.zipf if self.checkpoint is None else 0.0
+        return Routing.random(self.cfg.layers, e.count, e.chosen, zipf)
 
     def _random_split(self, plan: Plan) -> Layer:
         """A random layer in two parts, encoded once and kept on the host."""
