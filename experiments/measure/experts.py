@@ -137,13 +137,11 @@ def measure(args: ExpertTimes, method: str) -> list[dict[str, Any]]:
         if not plain and engine.device["platform"] == "gpu":
             # While the device is empty: the compiler times its candidates on buffers of its own.
             for depth in args.depths:
-                spec = dataclasses.replace(deepest, depth=depth)
-                plan = dataclasses.replace(engine.plan, spec=spec)
+                plan = dataclasses.replace(engine.plan, spec=_spec(engine, depth))
                 precompile.compile_ahead(plan, engine.options.sampler, None, True)
         depths = [0] if plain else sorted(args.depths)
-        costs = {d: _costs(engine, d) for d in depths}  # while the device is empty
+        costs, lines = {d: _costs(engine, d) for d in depths}, []  # while the device is empty
         engine.load()
-        lines = []
         for depth in depths:
             whole = dataclasses.replace(engine.method, spec=_spec(engine, depth))
             line, decoder, rounds = _timed(args, method, engine, whole, depth)
@@ -163,18 +161,18 @@ def _spec(engine: Engine, depth: int) -> TreeSpec:
 def _costs(engine: Engine, depth: int) -> RoundCosts | None:
     """Times of a round's parts with a tree of that depth; None where rounds are not predicted."""
     plan = dataclasses.replace(engine.plan, spec=_spec(engine, depth))
-    given = plan, engine.source.one_layer(plan), engine.options.sampler, 2 * PROMPT
-    return None if why_not(plan) else measure_round(*given)
+    if why_not(plan):
+        return None
+    return measure_round(plan, engine.source.one_layer(plan), engine.options.sampler, 2 * PROMPT)
 
 
 def _predicted(engine: Engine, costs: RoundCosts, line: dict, decoder: Decoder) -> dict[str, Any]:
     """The seconds of a round, predicted before and with counted routing, over those measured."""
     plan = dataclasses.replace(engine.plan, spec=_spec(engine, line["depth"]))
-    cache, chosen = decoder.target.experts, engine.cfg.experts.chosen
-    counted = Routing.counted(cache.score_LE, chosen, line["foreseen_rate"])
-    link, measured = engine.link_bytes_per_s, line["tau"] / line["tokens_per_s"]
-    seconds = lambda routing: round_seconds(plan, costs, link, routing)
-    before, after = seconds(engine.source.routing()), seconds(counted)
+    given, measured = (plan, costs, engine.link_bytes_per_s), line["tau"] / line["tokens_per_s"]
+    popular = decoder.target.experts.score_LE, engine.cfg.experts.chosen
+    before = round_seconds(*given, engine.source.routing())
+    after = round_seconds(*given, Routing.counted(*popular, line["foreseen_rate"]))
     return dict(
         predicted_s=dataclasses.asdict(costs) | {"round": before, "counted": after},
         predicted_over_measured=before / measured,
