@@ -13,9 +13,10 @@ from llm_jax.testing import tiny_config
 from subspec_jax import experts
 from subspec_jax.draft_model import NO_DRAFT, Draft
 from subspec_jax.experts import ExpertCache
-from subspec_jax.plan import make_plan
+from subspec_jax.plan import expert_bytes, make_plan
 from subspec_jax.predict import RoundCosts, round_seconds, why_not
-from subspec_jax.predict_experts import Routing, routed_pass_seconds
+from subspec_jax.predict_experts import Routing, expected_experts, routed_pass_seconds
+from subspec_jax.sources import Source
 from subspec_jax.tree import TreeSpec
 
 CFG = tiny_config("qwen3", layers=3, d_model=128, d_ff=128, experts=Experts(16, 4, 64))
@@ -182,6 +183,32 @@ def test_what_is_not_predicted_says_why():
     mixed = dataclasses.replace(CFG, experts=Experts(16, 4, 64, dense_layers=(0,)))
     assert "beside others" in why_not(plan_for(cfg=mixed))
     assert "another model" in why_not(plan_for(draft=Draft(None, own_cache=True, model=CFG)))
+
+
+def test_fewer_bits_keep_more_experts_and_hardly_save_bytes():
+    """The table of docs/design/046, by hand: what the substitutes of a bit less leave, as experts
+    with their larger residuals. Qwen3-30B-A3B in 24 GB, 17 tokens."""
+    cfg = dataclasses.replace(registry.find_model("qwen3-30b-a3b").config, dtype="bfloat16")
+    spec, weights, kept, size, away = TreeSpec("chain", 16, 1), 3 * 2048 * 768, {}, {}, {}
+    for bits in (4, 3, 2):
+        source = Source("qwen3-30b-a3b", cfg, residual=True)
+        model = source.shapes(Draft(bits, 64))
+        plan = make_plan(cfg, 24 * 2**30, spec, Draft(bits, 64), 512, 64, model=model)
+        kept[bits], size[bits] = plan.hot, expert_bytes(plan)
+        low = 48 * 128 * weights * (bits + 0.5) / 8
+        assert plan.device["substitutes"] == pytest.approx(low, rel=1e-3)
+        popular = [Routing.random(48, 128, 8, zipf) for zipf in (0.0, 1.0)]
+        away[bits] = [expected_experts(r.chance_LE, 17, 8, plan.hot) for r in popular]
+        alike = (6144 - plan.hot) * (1 - (15 / 16) ** 17)
+        assert away[bits][0] == pytest.approx(alike)
+    ring = lambda bits: (8 + 2**28 // size[bits]) * size[bits]
+    for bits in (3, 2):
+        room = (kept[4] * size[4] + ring(4) - ring(bits)) + (4 - bits) * 6144 * weights / 8
+        assert kept[bits] == pytest.approx(room / size[bits], rel=0.01)
+    assert [kept[bits] for bits in (4, 3, 2)] == pytest.approx([1235, 1801, 2178], abs=2)
+    gigabytes = np.array([[n * size[bits] / 1e9 for n in away[bits]] for bits in (4, 3, 2)])
+    np.testing.assert_allclose(gigabytes[:, 0], [14.6, 14.7, 15.6], atol=0.06)
+    np.testing.assert_allclose(gigabytes[:, 1], [2.75, 1.82, 1.50], atol=0.02)
 
 
 CASES = {
