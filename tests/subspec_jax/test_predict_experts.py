@@ -3,19 +3,30 @@
 import dataclasses
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import subspec_jax
 from llm_jax import registry
+from llm_jax.attention import caches_for, causal_step
 from llm_jax.config import Experts
+from llm_jax.params import Params, init_layer
+from llm_jax.stream import to_device
 from llm_jax.testing import tiny_config
-from subspec_jax import experts
+from subspec_jax import experts, predict_experts
 from subspec_jax.draft_model import NO_DRAFT, Draft
-from subspec_jax.experts import ExpertCache
+from subspec_jax.experts import ExpertCache, routed_block
+from subspec_jax.offload import offload
 from subspec_jax.plan import expert_bytes, make_plan
 from subspec_jax.predict import RoundCosts, round_seconds, why_not
-from subspec_jax.predict_experts import Routing, expected_experts, routed_pass_seconds
+from subspec_jax.predict_experts import (
+    Routing,
+    expected_experts,
+    routed_block_seconds,
+    routed_pass_seconds,
+)
 from subspec_jax.sources import Source
 from subspec_jax.tree import TreeSpec
 
@@ -153,6 +164,28 @@ def test_a_pass_as_the_cache_runs_it(seed, monkeypatch):
     counts = np.array([held_L, foreseen_L, missed_L])
     got = routed_pass_seconds(counts, layer, groups, copy, send, ring)
     assert got == pytest.approx(max(clock.host, clock.device))
+
+
+def test_a_layer_and_its_programs_are_told_apart(monkeypatch):
+    """With a clock that counts programs: 5 s for a layer, 2 and 3 s for few and more experts."""
+    plan = plan_for()
+    exact = offload(init_layer(jax.random.key(0), CFG))
+    step = causal_step(0, 4, 16)
+    cache = to_device(caches_for(Params(None, (exact,), None, None), CFG, 1, 16, 0))[0]
+    state, asked = [jnp.ones((1, 4, 128)), cache], []
+
+    def seconds(block):
+        asked.clear()
+        assert np.isfinite(block())
+        return 5 + sum({2: 2, 4: 3}[n] for n in asked)
+
+    def run(*given):
+        asked.extend(len(some) for some in given[6].take(0, np.ones(16)))
+        return routed_block(*given)
+
+    monkeypatch.setattr(predict_experts, "routed_block", run)
+    layer, groups = routed_block_seconds(exact, state, step, plan.spec.nodes, 4, CFG, seconds)
+    assert (layer, groups) == (5, {2: 2, 4: 3})
 
 
 def plan_for(spec=SPEC, draft=None, limit=2**30, cfg=CFG, **options):
