@@ -249,6 +249,7 @@ CASES = {
     "raw": ("chain", "raw", None),
     "fewer": ("chain", "raw", 2),
     "residual": ("chain", "residual", None),
+    "mxfp4": ("chain", "raw", None),
 }
 
 
@@ -256,12 +257,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_an_engine_predicts_all_parts(name, monkeypatch):
     method, stream, fewer = CASES[name]
-    tiny = registry.RegisteredModel("tiny", "a/tiny", CFG)
+    cfg = dataclasses.replace(CFG, family="gpt_oss") if name == "mxfp4" else CFG
+    tiny = registry.RegisteredModel("tiny", "a/tiny", cfg)
     monkeypatch.setitem(registry.MODELS, "tiny", tiny)
     how = dict(weights="random", quantizer="nearest", zipf=1.0, max_length=128, chunk=16)
     how |= dict(stream=stream, dtype="bfloat16", tree=SPEC, draft=Draft(4, 64, experts=fewer))
     with subspec_jax.open("tiny", "2GB", method=method, **how) as engine:
         plan = engine.plan
+        assert engine.source.mxfp4 == (name == "mxfp4")
         engine.plans[engine.method.name] = dataclasses.replace(plan, hot=10)
         parts = engine.predict()
         assert set(parts["groups"]) == {2, 4} and min(parts["groups"].values()) >= 0
