@@ -7,9 +7,8 @@ Weights are random, acceptance is replayed as published for chains (a chance of 
 routers follow a law of Zipf. Each line of the output is one way to decode: all experts streamed;
 the fair baseline, plain decoding that brings only the experts it is routed to and keeps hot ones;
 and speculation. A line has tokens/s, bytes a pass, what the pass found on the device and what the
-draft foresaw, layer by layer, and the bytes that the counted popularity of experts predicts. It
-also has the seconds of a round that were predicted, from layers that were timed before the model
-was loaded: as random routers choose experts, and as they were counted.
+draft foresaw, layer by layer, and predictions: the bytes that the counted popularity of experts
+gives, and seconds of a round from timed layers, with assumed and with counted popularity.
 
 Every method runs in a process of its own, because a limit holds for a process.
 """
@@ -145,10 +144,8 @@ def measure(args: ExpertTimes, method: str) -> list[dict[str, Any]]:
         for depth in depths:
             whole = dataclasses.replace(engine.method, spec=_spec(engine, depth))
             line, decoder, rounds = _timed(args, method, engine, whole, depth)
-            if rounds[0].experts:
-                line |= _of_experts(rounds, decoder, depth, engine)
-            if costs[depth] is not None:
-                line |= _predicted(engine, costs[depth], line, decoder)
+            line |= _of_experts(rounds, decoder, depth, engine) if rounds[0].experts else {}
+            line |= _predicted(engine, costs[depth], line, decoder) if costs[depth] else {}
             lines.append(line)
             print(json.dumps({k: v for k, v in lines[-1].items() if k in SHOWN}), flush=True)
         return lines
