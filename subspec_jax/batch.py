@@ -56,7 +56,7 @@ class BatchDecoder:
         chunk: int = 512,
         sizes: Sequence[int] = (),
     ):
-        if reason := why_not(method):
+        if reason := why_not_together(method):
             raise MethodError(reason)
         self.target, self.method, self.draft = target, method, draft
         self.max_length, self.chunk = max_length, chunk
@@ -351,7 +351,7 @@ class BatchDecoder:
         return [t.new for t in texts]
 
 
-def why_not(method: Method) -> str | None:
+def why_not_together(method: Method) -> str | None:
     """Why a method cannot decode several sequences together; None where it can."""
     reasons = {
         "drafts during verification, below the tree of one sequence": method.spec.extra > 0,

@@ -18,12 +18,11 @@ import jax
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.files import cache_folder
 from llm_jax.generation import checked_seed, checked_tokens
-from llm_jax.params import Attention, Experts
 from llm_jax.progress import Reporter, default_reporter
 from llm_jax.tokenizer import StreamDecoder
 from subspec_jax import SubspecError, precompile, probe
 from subspec_jax.accept import Gate
-from subspec_jax.batch import BatchDecoder, why_not
+from subspec_jax.batch import BatchDecoder, why_not_together
 from subspec_jax.check import NotFiniteError
 from subspec_jax.decoder import Decoder, LengthError
 from subspec_jax.draft_model import Draft, make_draft
@@ -32,7 +31,8 @@ from subspec_jax.load import arrange
 from subspec_jax.methods import Method, MethodError, make_method
 from subspec_jax.options import Options, default_tree
 from subspec_jax.plan import Plan, PlanError
-from subspec_jax.predict import RoundCosts, measure, round_seconds
+from subspec_jax.predict import RoundCosts, measure, round_seconds, verify_seconds, why_not
+from subspec_jax.predict_experts import Routing
 from subspec_jax.prefix_cache import Text
 from subspec_jax.propose import Round
 from subspec_jax.sources import (
@@ -208,24 +208,25 @@ class Engine:
                     work[name] = precompile.compile_ahead(self.plans[name], *how)
         self.timings |= {"compile_s": time.perf_counter() - began, "compiled_work_space": work}
 
-    def predict(self, name: str | None = None) -> dict[str, float] | None:
+    def predict(self, name: str | None = None, routing: Routing | None = None) -> dict | None:
         """Seconds of a round and of its parts, of the current method or the named one.
 
         One layer of each kind is timed on a device without weights, so a loaded model is unloaded
-        first. None: methods with another draft model, and layers of other kinds, are not predicted.
+        first. Of a model with experts, `routing` says which a pass needs; None: what random routers
+        do, or all experts are as likely. None: the plan is not predicted (`predict.why_not`).
         """
         self.start()
         name = name or self.method.name
         p = self.plans[name]
-        own_layers = self.source.shapes(p.draft).layers
-        if p.draft.model is not None or not (p.streams_residuals or _are_plain(own_layers)):
+        if why_not(p) is not None:
             return None
         if name not in self.costs:
             self._unload()
             with self.reporter.status(f"Timing a layer for {name}"):
                 self.costs[name] = measure(p, self.source.one_layer(p), self.options.sampler)
-        seconds = round_seconds(p, self.costs[name], self.link_bytes_per_s)
-        return dataclasses.asdict(self.costs[name]) | {"round": seconds}
+        costs, given = self.costs[name], (self.link_bytes_per_s, routing or self.source.routing())
+        seconds = verify_seconds(p, costs, *given), round_seconds(p, costs, *given)
+        return dataclasses.asdict(costs) | dict(zip(("verify", "round"), seconds, strict=True))
 
     def load(self) -> None:
         """Loads the target where the first method's plan wants it, if it is not loaded."""
@@ -266,7 +267,7 @@ class Engine:
         """
         method = method or self.method
         m = self.methods[method] if isinstance(method, str) else method
-        if reason := why_not(m):
+        if reason := why_not_together(m):
             raise MethodError(reason)
         self._arrange(m)
         options = self.options
@@ -463,8 +464,3 @@ class Engine:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def _are_plain(layers: tuple) -> bool:
-    of_one_kind = lambda l: isinstance(l.attn, Attention) and not isinstance(l.mlp, Experts)
-    return all(map(of_one_kind, layers))

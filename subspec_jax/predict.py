@@ -2,7 +2,8 @@
 
 Weights are random; times do not depend on them. Measured: a block of the verify pass, the draft's
 whole tree with two and with four layers, and a round's end. Computed: the pipeline of copies and
-blocks, as `llm_jax.stream.Stream` runs it, and the draft with all its layers.
+blocks, as `llm_jax.stream.Stream` runs it, and the draft with all its layers. Where passes bring
+experts one by one, their pipeline is that of `subspec_jax.predict_experts`.
 """
 
 import dataclasses
@@ -17,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.attention import caches_for
-from llm_jax.params import Layer, Params
+from llm_jax.params import Attention, JoinedAttention, Layer, Params
 from llm_jax.sample import Sampler
 from llm_jax.stream import StreamedLayer, to_device
 from subspec_jax.draft import Drafting, grow
 from subspec_jax.draft_model import drafted_layers, make_draft
-from subspec_jax.offload import offload, streamed_bytes
-from subspec_jax.plan import Plan
+from subspec_jax.experts import apart, room_for
+from subspec_jax.offload import offload, separate_experts, streamed_bytes
+from subspec_jax.plan import Plan, expert_bytes
+from subspec_jax.predict_experts import Routing, routed_block_seconds, routed_pass_seconds
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, lay_out
 
@@ -42,7 +45,9 @@ class RoundCosts:
     rest: float
     """The round's end (logits, walk, moving cache rows) and sending the tree's first inputs."""
     send: float = 0.0
-    """The host's time to start the copy of a layer."""
+    """The host's time to start the copy of a layer, or of an expert."""
+    groups: dict[int, float] = dataclasses.field(default_factory=dict)
+    """A program that applies some experts, by how many; `block` is a layer without them then."""
 
 
 def pass_seconds(
@@ -78,26 +83,45 @@ def pass_seconds(
     return now
 
 
-def expected_experts(tokens_LE: np.ndarray, tokens: int, chosen: int, kept: int) -> float:
-    """Experts that a pass over `tokens` tokens is expected to fetch, if they are routed alone by
-    how popular experts are.
+def round_seconds(
+    plan: Plan, costs: RoundCosts, link: float, routing: Routing | None = None
+) -> float:
+    """Seconds of one round of the plan: draft, pass and end. `link` is in bytes per second.
 
-    `tokens_LE` counts the tokens of each expert, of which each has `chosen`; the `kept` most
-    popular of all layers are on the device.
+    `routing` is needed where passes bring experts one by one.
     """
-    total_L1 = np.maximum(tokens_LE.sum(1, keepdims=True), 1e-9)
-    chance_LE = np.clip(tokens_LE / total_L1 * chosen, 0, 1)
-    needed_LE = 1 - (1 - chance_LE) ** tokens
-    away = np.argsort(-tokens_LE, axis=None, kind="stable")[kept:]
-    return float(needed_LE.reshape(-1)[away].sum())
+    return costs.draft + verify_seconds(plan, costs, link, routing) + costs.rest
 
 
-def round_seconds(plan: Plan, costs: RoundCosts, link: float) -> float:
-    """Seconds of one round of the plan: draft, pass and end. `link` is in bytes per second."""
+def verify_seconds(
+    plan: Plan, costs: RoundCosts, link: float, routing: Routing | None = None
+) -> float:
+    """Seconds of the plan's pass, as in `round_seconds`."""
+    if plan.hot is not None:
+        spec, size = plan.spec, expert_bytes(plan)
+        forwarded = 1 + (spec.steps - 1) * spec.width if plan.draft.bits and spec.steps else 0
+        share = (plan.draft.experts or plan.cfg.experts.chosen) / plan.cfg.experts.chosen
+        drawn = routing.draw(spec.nodes, forwarded, plan.hot, share)
+        ring, _ = room_for(plan.cfg, size)
+        given = costs.block, costs.groups, size / link, costs.send, ring
+        return statistics.fmean(routed_pass_seconds(counts, *given) for counts in drawn)
     layers = enumerate(plan.model.layers)
     sizes = [0 if i in plan.stays else streamed_bytes(layer) for i, layer in layers]
-    verify = pass_seconds(sizes, costs.block, link, plan.ahead, costs.draft, costs.send)
-    return costs.draft + verify + costs.rest
+    return pass_seconds(sizes, costs.block, link, plan.ahead, costs.draft, costs.send)
+
+
+def why_not(plan: Plan) -> str | None:
+    """Why rounds of the plan are not predicted; None if they are."""
+    cfg, layers = plan.cfg, plan.model.layers
+    if plan.draft.model is not None:
+        return "a draft that is another model is not predicted"
+    if plan.hot is None and cfg.experts is not None:
+        return "whole layers of experts are not predicted"
+    if plan.hot is not None and not all(map(cfg.has_experts, range(cfg.layers))):
+        return "layers with experts beside others are not predicted"
+    if not all(isinstance(l.attn, Attention | JoinedAttention) for l in layers):
+        return "another kind of attention is not predicted"
+    return None
 
 
 def measure(
@@ -106,43 +130,61 @@ def measure(
     """The measured times of the plan's parts. The device should hold nothing else.
 
     `exact` is a layer of the target, on host or device. `length` is the expected number of tokens;
-    None: a quarter of the plan's `max_length`. Raises ValueError if the draft is another model.
+    None: a quarter of the plan's `max_length`. Raises ValueError for what is not predicted
+    (`why_not`).
     """
-    if plan.draft.model is not None:
-        raise ValueError("a draft that is another model is not predicted")
-    cfg, spec = plan.cfg, plan.spec
+    if (reason := why_not(plan)) is not None:
+        raise ValueError(reason)
+    cfg, spec, by_expert = plan.cfg, plan.spec, plan.hot is not None
     length = length or max(1, plan.max_length // 4)
     slots = cache_slots(plan.max_length, spec)
     live = next(size for size in live_sizes(slots) if size >= length + spec.places)
     at, key = to_device(jnp.int32(length)), jax.random.key(0)
-    send = _send_seconds(exact) if plan.streamed else 0.0
-    exact = to_device(exact)
+    if by_expert:
+        in_mxfp4 = getattr(apart(plan.model.layers[0]), "mxfp4", False)
+        exact = offload(separate_experts(exact, in_mxfp4, exact=False))
+    send = _send_seconds(exact, by_expert) if plan.streamed else 0.0
+    exact = exact if by_expert else to_device(exact)
     model = _model(plan, (exact,))
     caches = lambda n: to_device(
         caches_for(_model(plan, (exact,) * n), cfg, 1, slots, spec.places + 1)
     )
 
     tree = to_device(seedling(jnp.int32(0), spec))
+    draft_cfg = cfg
+    if plan.draft.experts is not None:
+        fewer = dataclasses.replace(cfg.experts, chosen=plan.draft.experts)
+        draft_cfg = dataclasses.replace(cfg, experts=fewer)
     _, tokens, step = lay_out(tree, at, spec, live)
     state = [to_device(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype)), caches(1)[0]]
+
+    times = {}
 
     def block():
         state[0], state[1], done = jit_block(exact, state[0], state[1], step, cfg)
         return done
 
-    times = {"block": _seconds(block, 8)}
+    groups = {}
+    if by_expert:
+        _, at_once = room_for(cfg, expert_bytes(plan))
+        clock = functools.partial(_seconds, calls=8)
+        given = exact, state, step, spec.nodes, at_once, cfg, clock
+        times["block"], groups = routed_block_seconds(*given)
+    else:
+        times["block"] = _seconds(block, 8)
     drafted = {}
     if plan.draft.bits is not None:
         for name, draft in _draft_kinds(plan, model).items():
             for n in (FEW, MORE):
                 layers = tuple(jax.tree.map(jnp.copy, draft.layers[0]) for _ in range(n))
+                routed = (n, cfg.experts.count) if by_expert else None
                 given = Drafting(
                     params=dataclasses.replace(draft, layers=layers),
-                    tree=tree,
+                    tree=to_device(seedling(jnp.int32(0), spec, routed)),
                     caches=caches(n),
                     at=at,
                     key=key,
-                    cfg=cfg,
+                    cfg=draft_cfg,
                     spec=spec,
                     sampler=sampler,
                     live=live,
@@ -175,15 +217,18 @@ def measure(
         return jax.device_get((finished.emitted_P, finished.length, finished.last))
 
     times["rest"] = _seconds(end, 1)
-    return RoundCosts(_draft_seconds(plan, drafted), times["block"], times["rest"], send)
+    drafting = _draft_seconds(plan, drafted)
+    return RoundCosts(drafting, times["block"], times["rest"], send, groups)
 
 
-def _send_seconds(exact: Layer, repeats: int = 5) -> float:
-    """Median seconds that a `Stream` takes to start a copy, without the copy itself."""
-    layer, times = StreamedLayer.of(offload(exact)), []
+def _send_seconds(exact: Layer, by_expert: bool, repeats: int = 5) -> float:
+    """Median seconds to start the copy of a layer, or of an expert, without the copy itself."""
+    layer, times = offload(exact), []
+    one = functools.partial(to_device, apart(layer).each[0]) if by_expert else None
+    send = one or StreamedLayer.of(layer).send
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        copies = layer.send()
+        copies = send()
         times.append(time.perf_counter() - began)
         jax.block_until_ready(copies)
     return statistics.median(times[1:])

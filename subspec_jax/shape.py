@@ -8,13 +8,14 @@ Letters: L levels, W widths.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from subspec_jax.draft_model import NO_DRAFT
 from subspec_jax.methods import Method
+from subspec_jax.predict_experts import Routing
 from subspec_jax.propose import Round
 
 FIRST_TOKENS = 128
@@ -23,7 +24,8 @@ FIRST_TOKENS = 128
 
 @dataclasses.dataclass(frozen=True)
 class TreeCosts:
-    """Measured seconds. Values between two measurements are interpolated linearly.
+    """Measured seconds. Values between two measurements are interpolated linearly: those of a step
+    by its width, those of a pass by what it `needs`.
 
     Outside the measured range, the nearest measurement counts.
     """
@@ -34,6 +36,9 @@ class TreeCosts:
     """Seconds of the target's pass, by number of verified places, with the root."""
     other_s: float = 0.0
     """Seconds of the rest of a round."""
+    needs: Callable[[int], float] = float
+    """What the seconds of a pass grow with, by its nodes: these themselves, or the experts that
+    they are expected to need (`Routing.experts`), whose number grows ever more slowly."""
 
     def step_s(self, width: int) -> float:
         """Seconds of a draft step of `width` nodes."""
@@ -41,23 +46,25 @@ class TreeCosts:
 
     def pass_s(self, nodes: int) -> float:
         """Seconds of the target's pass over `nodes` places."""
-        return _between(self.verify_s, nodes)
+        return _between({self.needs(n): s for n, s in self.verify_s.items()}, self.needs(nodes))
 
     def round_s(self, depth: int, width: int) -> float:
         """Seconds of a round with a whole tree of that shape."""
         return depth * self.step_s(width) + self.pass_s(1 + depth * width) + self.other_s
 
 
-def _between(measured: Mapping[int, float], at: int) -> float:
+def _between(measured: Mapping[Any, float], at: float) -> float:
     places = sorted(measured)
     return float(np.interp(at, places, [measured[p] for p in places]))
 
 
-def measured_costs(trees: Mapping[tuple[int, int], Iterable[Round]]) -> TreeCosts:
+def measured_costs(
+    trees: Mapping[tuple[int, int], Iterable[Round]], routing: Routing | None = None
+) -> TreeCosts:
     """The median costs of rounds, which are given by (depth, width) of their trees.
 
-    Trees may have stopped early, but the pass always computes all places. Raises ValueError if a
-    shape has no rounds.
+    Trees may have stopped early, but the pass always computes all places. `routing`: how tokens
+    choose experts, where a pass brings them one by one. Raises ValueError if a shape has no rounds.
     """
     draft, verify, other = {}, {}, []
     for (depth, width), rounds in trees.items():
@@ -69,7 +76,8 @@ def measured_costs(trees: Mapping[tuple[int, int], Iterable[Round]]) -> TreeCost
         verify.setdefault(1 + depth * width, []).append(typical[1])
         other.append(typical[2])
     mean = lambda found: {at: float(np.mean(values)) for at, values in found.items()}
-    return TreeCosts(mean(draft), mean(verify), float(np.mean(other)))
+    needs = float if routing is None else routing.experts
+    return TreeCosts(mean(draft), mean(verify), float(np.mean(other)), needs)
 
 
 def reached(
@@ -149,8 +157,10 @@ def choose_tree(
 
     `engine` is a `subspec_jax.engine.Engine`. It decodes the prompt with the method's own tree,
     which is the largest, and with a very small one, to find the cost of a node and of a step.
-    `depth` and `width` fix one of the two. Times are measured, so the choice may vary. If the
-    answer ends with its first token, the method is unchanged and the rate is None.
+    `depth` and `width` fix one of the two. Times are measured, so the choice may vary. Of a model
+    with experts, the time of a pass between the two grows with the experts that its nodes are
+    expected to need, by how often each was asked for. If the answer ends with its first token, the
+    method is unchanged and the rate is None.
     """
     whole = method.spec
     small = dataclasses.replace(whole, depth=min(2, whole.depth), width=1)
@@ -166,7 +176,10 @@ def choose_tree(
     if not found:
         return method, None
     paths, depths = [r.path for r in found], [r.depth for r in found]
-    costs = measured_costs(rounds)
+    cache, routing = engine.decoder.target.experts, None
+    if cache is not None:
+        routing = Routing.counted(cache.score_LE, engine.cfg.experts.chosen)
+    costs = measured_costs(rounds, routing)
     depth, width, rate = best_shape(paths, depths, whole.width, costs, depth, width)
     chosen = dataclasses.replace(whole, depth=depth, width=width)
     return dataclasses.replace(method, spec=chosen), rate

@@ -29,6 +29,7 @@ from subspec_jax.load import all_on_device, load_target, random_splits, random_t
 from subspec_jax.methods import MethodError
 from subspec_jax.offload import separate_shapes
 from subspec_jax.plan import Plan, make_plan
+from subspec_jax.predict_experts import Routing
 from subspec_jax.residual.convert import check_convertible, convert, is_complete
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
@@ -124,6 +125,14 @@ class Source:
         if self.converted is None:
             return self._random_splits(plan)[self.cfg.has_experts(0)]
         return self.converted.layer(0)
+
+    def routing(self) -> Routing | None:
+        """How tokens are routed, before any was counted: as random weights do, or all experts are
+        as likely. None for models without experts."""
+        if (e := self.cfg.experts) is None:
+            return None
+        zipf = self.zipf if self.checkpoint is None else 0.0
+        return Routing.random(self.cfg.layers, e.count, e.chosen, zipf)
 
     def _random_splits(self, plan: Plan) -> dict[bool, Layer]:
         """`random_splits`, encoded once and kept on the host."""

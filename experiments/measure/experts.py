@@ -7,7 +7,8 @@ Weights are random, acceptance is replayed as published for chains (a chance of 
 routers follow a law of Zipf. Each line of the output is one way to decode: all experts streamed;
 the fair baseline, plain decoding that brings only the experts it is routed to and keeps hot ones;
 and speculation. A line has tokens/s, bytes a pass, what the pass found on the device and what the
-draft foresaw, layer by layer, and the bytes that the counted popularity of experts predicts.
+draft foresaw, layer by layer, and predictions: the bytes that the counted popularity of experts
+gives, and seconds of a round from timed layers, with assumed and with counted popularity.
 
 Every method runs in a process of its own, because a limit holds for a process.
 """
@@ -32,8 +33,12 @@ from experiments.speculative.replay import acceptance_trace
 from llm_jax.progress import default_reporter
 from llm_jax.sample import Sampler
 from subspec_jax import precompile
+from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import Draft
-from subspec_jax.predict import expected_experts
+from subspec_jax.engine import Engine
+from subspec_jax.predict import RoundCosts, round_seconds, why_not
+from subspec_jax.predict import measure as measure_round
+from subspec_jax.predict_experts import Routing, expected_experts
 from subspec_jax.propose import Round
 from subspec_jax.tree import TreeSpec
 
@@ -131,22 +136,48 @@ def measure(args: ExpertTimes, method: str) -> list[dict[str, Any]]:
         if not plain and engine.device["platform"] == "gpu":
             # While the device is empty: the compiler times its candidates on buffers of its own.
             for depth in args.depths:
-                spec = dataclasses.replace(deepest, depth=depth)
-                plan = dataclasses.replace(engine.plan, spec=spec)
+                plan = dataclasses.replace(engine.plan, spec=_spec(engine, depth))
                 precompile.compile_ahead(plan, engine.options.sampler, None, True)
+        depths = [0] if plain else sorted(args.depths)
+        costs, lines = {d: _costs(engine, d) for d in depths}, []  # while the device is empty
         engine.load()
-        lines = []
-        for depth in [0] if plain else sorted(args.depths):
-            whole = engine.methods[next(iter(engine.methods))]
-            if not plain:
-                spec = dataclasses.replace(whole.spec, depth=depth)
-                whole = dataclasses.replace(whole, spec=spec)
-            lines.append(_timed(args, method, engine, whole, depth))
+        for depth in depths:
+            whole = dataclasses.replace(engine.method, spec=_spec(engine, depth))
+            line, decoder, rounds = _timed(args, method, engine, whole, depth)
+            line |= _of_experts(rounds, decoder, depth, engine) if rounds[0].experts else {}
+            line |= _predicted(engine, costs[depth], line, decoder) if costs[depth] else {}
+            lines.append(line)
             print(json.dumps({k: v for k, v in lines[-1].items() if k in SHOWN}), flush=True)
         return lines
 
 
-def _timed(args, method, engine, whole, depth) -> dict[str, Any]:
+def _spec(engine: Engine, depth: int) -> TreeSpec:
+    return dataclasses.replace(engine.plan.spec, depth=depth)
+
+
+def _costs(engine: Engine, depth: int) -> RoundCosts | None:
+    """Times of a round's parts with a tree of that depth; None where rounds are not predicted."""
+    plan = dataclasses.replace(engine.plan, spec=_spec(engine, depth))
+    if why_not(plan):
+        return None
+    return measure_round(plan, engine.source.one_layer(plan), engine.options.sampler, 2 * PROMPT)
+
+
+def _predicted(engine: Engine, costs: RoundCosts, line: dict, decoder: Decoder) -> dict[str, Any]:
+    """The seconds of a round, predicted before and with counted routing, over those measured."""
+    plan = dataclasses.replace(engine.plan, spec=_spec(engine, line["depth"]))
+    given, measured = (plan, costs, engine.link_bytes_per_s), line["tau"] / line["tokens_per_s"]
+    popular = decoder.target.experts.score_LE, engine.cfg.experts.chosen
+    before = round_seconds(*given, engine.source.routing())
+    after = round_seconds(*given, Routing.counted(*popular, line["foreseen_rate"]))
+    return dict(
+        predicted_s=dataclasses.asdict(costs) | {"round": before, "counted": after},
+        predicted_over_measured=before / measured,
+        counted_over_measured=after / measured,
+    )
+
+
+def _timed(args, method, engine, whole, depth) -> tuple[dict[str, Any], Decoder, list[Round]]:
     count = {"all": 4, "plain": 4 * args.rounds, "tree": args.rounds}[method]
     prompt = np.random.default_rng(0).integers(0, engine.cfg.vocab, PROMPT).tolist()
     trace = acceptance_trace("published", whole)
@@ -185,7 +216,7 @@ def _timed(args, method, engine, whole, depth) -> dict[str, Any]:
         device=engine.device,
         environment=records.environment(),
     )
-    return line | (_of_experts(rounds, decoder, depth, engine) if rounds[0].experts else {})
+    return line, decoder, rounds
 
 
 def _median(seconds) -> float:
@@ -214,7 +245,8 @@ def _of_experts(rounds: Sequence[Round], decoder, depth: int, engine) -> dict[st
 
 SHOWN = (
     "method", "stream", "depth", "tau", "tokens_per_s", "draft_ms", "pass_ms", "bytes_a_pass",
-    "predicted_bytes_a_pass", "hit_rate", "foreseen_rate", "needed_a_layer", "peak_gib",
+    "predicted_bytes_a_pass", "predicted_over_measured", "counted_over_measured",
+    "hit_rate", "foreseen_rate", "needed_a_layer", "peak_gib",
 )  # fmt: skip
 COLUMNS = ("method", "depth", "tau", "tokens/s", "x plain", "draft ms", "pass ms", "GB a pass",
            "predicted", "held", "foreseen")  # fmt: skip
@@ -252,6 +284,10 @@ def show(args: ExpertTimes, console: Console) -> None:
             percent("foreseen_rate"),
         )
     console.print(table)
+    for r in (r for r in mine.values() if "predicted_over_measured" in r):
+        before, after = r["predicted_over_measured"], r["counted_over_measured"]
+        said = f"predicted / measured {before:.2f}, with counted routing {after:.2f}"
+        console.print(f"{r['method']}, depth {r['depth']}: {said}")
 
 
 def cli(words: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ sum_d x_d, so the inner loop neither scales nor shifts a weight. Both factors co
 cores, too: a block's scales [S, K] times a matrix [K, rows] of zeros with a 1 at the step's K (or a
 -128 there and a 1 at the offset's) gives them where the sums lie, in every row, the step exact and
 the other rounded once. So all that a program reads feeds products, which is what lets Triton copy
-it ahead in the background. A program of many rows has too many products already: it loads its scales.
+it ahead in the background. A program of many rows has many products already and loads its scales.
 
 Letters: M rows, X splits of the groups; the others as in `packing`.
 """

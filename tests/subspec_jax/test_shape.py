@@ -1,10 +1,20 @@
 """Predictions for smaller trees, against simulating those trees."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+import subspec_jax
+from llm_jax import registry
+from llm_jax.config import Experts
+from llm_jax.testing import tiny_config
+from subspec_jax import shape
+from subspec_jax.draft_model import Draft
+from subspec_jax.predict_experts import Routing
 from subspec_jax.propose import Round
 from subspec_jax.shape import TreeCosts, best_shape, measured_costs, predicted, reached
+from subspec_jax.tree import TreeSpec
 
 DEPTH, WIDE = 14, 5
 COSTS = {
@@ -106,6 +116,58 @@ def test_costs_are_medians_of_rounds():
     assert costs.other_s == pytest.approx(0.2)
     with pytest.raises(ValueError, match="no rounds were recorded with depth 4 and width 3"):
         measured_costs({(4, 3): []})
+
+
+def test_a_wider_tree_needs_more_experts_but_ever_fewer_new_ones():
+    """Tokens choose 2 of 16 experts, whose weights differ, in 3 layers; each expert takes 1 ms."""
+    rng, weights = np.random.default_rng(6), 1.0 / np.arange(1, 17)
+
+    def token():
+        return np.argsort(rng.gumbel(size=(3, 16)) + np.log(weights), axis=1)[:, -2:]
+
+    def needed(nodes):
+        tokens = np.stack([token() for _ in range(nodes)])
+        return sum(len(np.unique(tokens[:, layer])) for layer in range(3))
+
+    def rounds(depth, width, count):
+        passes = [needed(1 + depth * width) for _ in range(count)]
+        return [Round([1], depth=depth, verify_s=0.01 + 1e-3 * n) for n in passes]
+
+    popular_LE = np.zeros((3, 16))
+    for _ in range(4000):
+        np.add.at(popular_LE, (np.arange(3)[:, None], token()), 1)
+    shapes = {(2, 1): rounds(2, 1, 200), (16, 6): rounds(16, 6, 200)}
+    costs = measured_costs(shapes, Routing.counted(popular_LE, 2))
+    straight = measured_costs(shapes)
+    for depth, width in ((5, 2), (4, 4), (16, 3)):
+        true = 0.01 + 1e-3 * np.mean([needed(1 + depth * width) for _ in range(200)])
+        assert costs.round_s(depth, width) == pytest.approx(true, rel=0.03)
+        assert straight.round_s(depth, width) < 0.93 * true
+    assert costs.pass_s(97) == straight.pass_s(97) and costs.pass_s(3) == straight.pass_s(3)
+
+
+@pytest.mark.slow
+def test_a_tree_is_chosen_by_the_experts_that_were_counted(monkeypatch):
+    cfg = tiny_config("qwen3", layers=3, d_model=128, d_ff=128, experts=Experts(16, 4, 64))
+    tiny = registry.RegisteredModel("tiny", "a/tiny", cfg)
+    monkeypatch.setitem(registry.MODELS, "tiny", tiny)
+    given, real = [], shape.measured_costs
+    monkeypatch.setattr(shape, "measured_costs", lambda *a: given.append(a) or real(*a))
+    how = dict(weights="random", quantizer="nearest", max_length=192, chunk=16)
+    how |= dict(tree=TreeSpec("beam", depth=4, width=3), draft=Draft(4, 64))
+    with subspec_jax.open("tiny", "2GB", method="subspec", **how) as engine:
+        plan = engine.plan
+        engine.plans["subspec"] = dataclasses.replace(plan, hot=10)
+        prompt = np.random.default_rng(0).integers(0, cfg.vocab, 16).tolist()
+        method, rate = shape.choose_tree(engine, engine.method, prompt)
+    ((rounds, routing),) = given
+    assert rate > 0 and 1 <= method.spec.depth <= 4 and 1 <= method.spec.width <= 3
+    np.testing.assert_allclose(routing.chance_LE.sum(1), 4)
+    for (depth, width), found in rounds.items():
+        count = np.mean([r.experts.needed.sum() for r in found])
+        # Tokens of a tree are routed more alike than alone.
+        assert 12 <= count <= 1.15 * routing.experts(1 + depth * width)
+        assert all(r.pass_bytes == r.experts.fetched.sum() * 3 * 128 * 64 * 4 for r in found)
 
 
 def test_no_trees_no_shape():

@@ -31,9 +31,18 @@ def test_plain_passes_and_trees_are_timed(tmp_path, monkeypatch, capsys):
     assert two["needed_a_layer"] >= 4 and 1 < two["tau"] <= 3 and 1 < three["tau"] <= 4
     size = 3 * 128 * 64 * 4
     assert whole["bytes_a_pass"] % (16 * size) == 0  # whole layers
+    assert "predicted_s" not in whole
+    for line in (plain, two, three):
+        parts, measured = line["predicted_s"], line["tau"] / line["tokens_per_s"]
+        assert line["predicted_over_measured"] == pytest.approx(parts["round"] / measured)
+        assert line["counted_over_measured"] == pytest.approx(parts["counted"] / measured)
+        assert 0 < parts["block"] < parts["round"]
+    assert plain["predicted_s"]["draft"] == 0 < two["predicted_s"]["draft"]
     assert str(tmp_path) not in json.dumps([plain, two, three, whole])
     said = capsys.readouterr().out
     assert "tiny in 13MB" in said and "tree, raw" in said
+    ratio = f"{three['predicted_over_measured']:.2f}"
+    assert f"tree, depth 3: predicted / measured {ratio}, with counted routing" in said
 
 
 def test_flags_are_passed_on():
