@@ -270,8 +270,11 @@ def _check_traces(args: Speculative, methods: Iterable[Method]) -> None:
         replay.acceptance_trace(args.replay_acceptance, method, args.seed)
 
 
-def opened(args: Speculative, reporter: Reporter) -> engine.Engine:
-    """The engine that the flags ask for, planned and not loaded."""
+def opened(args: Speculative, reporter: Reporter, shorten: bool = False) -> engine.Engine:
+    """The engine that the flags ask for, planned and not loaded.
+
+    With `shorten`, conversations are as long as the memory allows, in place of --max-length.
+    """
     check(args)
     model = args.model if args.checkpoint is None else args.checkpoint
     if args.palu is not None:
@@ -308,7 +311,7 @@ def opened(args: Speculative, reporter: Reporter) -> engine.Engine:
         verify_weights=args.verify_weights,
         quantizer=args.quantizer,
         weights=args.weights,
-        max_length=args.max_length,
+        max_length=None if shorten else args.max_length,
         chunk=args.chunk,
         seed=args.seed,
         resident=args.resident,
