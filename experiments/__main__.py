@@ -12,6 +12,7 @@ COMMANDS = {
         "experiments.speculative.__main__",
         "decode a model that does not fit, speculatively and without loss, and compare methods",
     ),
+    "chat": ("experiments.chat", "talk to a model that does not fit, in the shell"),
     "serve": (
         "experiments.serve.__main__",
         "serve a model that does not fit to OpenAI's clients, and a chat page",

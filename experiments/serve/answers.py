@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
-from experiments.serve.wire import Answer
+from experiments.common.answer import Answer
 from subspec_jax.requests import Request, Update
 from subspec_jax.scheduler import Scheduler
 

@@ -1,56 +1,12 @@
 """The objects that answer /v1/chat/completions and /v1/completions, whole or in pieces."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.common.answer import Answer
 from experiments.serve.asked import Asked
 from subspec_jax import __version__
-from subspec_jax.requests import Request, Update
-
-
-@dataclasses.dataclass
-class Answer:
-    """One choice: the sum of the updates that came so far."""
-
-    request: Request
-    text: str = ""
-    tokens: int = 0
-    accepted: int = 0
-    cached: int = 0
-    passes: int = 0
-    """Rounds behind the prompt."""
-    decoded: int = 0
-    """Tokens of these rounds."""
-    seconds: float = 0.0
-    """Of these rounds."""
-    streamed_bytes: int = 0
-    """In these rounds."""
-    finish: str | None = None
-    error: str = ""
-
-    def add(self, update: Update) -> None:
-        self.text += update.text
-        self.tokens += len(update.tokens)
-        self.accepted += update.accepted
-        self.cached = max(self.cached, update.cached)
-        self.finish, self.error = update.finish, update.error
-        if update.tokens and not update.prefill:
-            self.passes += 1
-            self.decoded += len(update.tokens)
-            self.seconds += update.seconds
-            self.streamed_bytes += update.streamed_bytes
-
-    def thimble(self) -> dict[str, Any]:
-        """What is special here: how many tokens the draft proposed, tokens a pass, and speeds."""
-        rate = lambda amount: round(amount / self.seconds, 4) if self.seconds else None
-        return {
-            "tokens": self.tokens,
-            "accepted": self.accepted,
-            "tau": round(self.decoded / self.passes, 4) if self.passes else None,
-            "tokens_per_s": rate(self.decoded),
-            "streamed_gb_s": rate(self.streamed_bytes / 1e9),
-        }
+from subspec_jax.requests import Update
 
 
 def usage(answers: Sequence[Answer], asked: Asked) -> dict[str, Any]:
@@ -81,7 +37,7 @@ class Wire:
             message = {"role": "assistant", "content": a.text, "refusal": None}
             body = {"message": message} if self._chat else {"text": a.text}
             choice = {"index": i, **body, "logprobs": None, "finish_reason": a.finish}
-            choices.append(choice | {"thimble": a.thimble()})
+            choices.append(choice | {"thimble": a.speeds()})
         kind = "chat.completion" if self._chat else "text_completion"
         end = {"choices": choices, "usage": usage(answers, self.asked)}
         return {"object": kind, **self._head, **end}
@@ -95,7 +51,7 @@ class Wire:
         body = {"content": update.text} if self._chat else update.text
         chunk = self._chunk(index, body, update.finish)
         parts = [list(part) for part in update.parts]
-        return chunk | {"thimble": answer.thimble() | {"parts": parts}}
+        return chunk | {"thimble": answer.speeds() | {"parts": parts}}
 
     def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The last piece, where it is asked for."""

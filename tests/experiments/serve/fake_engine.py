@@ -33,14 +33,14 @@ class FakeEngine:
         self.samplers = []
 
     def rounds(self, prompt, new_tokens, seed, eos):
-        text = self.tokenizer.decode(prompt)
+        text = said(self.tokenizer.decode(prompt))
         self.samplers.append((self.decoder.sampler, seed))
         reply = answer(text, new_tokens)
         self.running += 1
         try:
             for n, at in enumerate(range(-3, len(reply), 4)):
                 if "slow" in text:
-                    self.gate.acquire()
+                    assert self.gate.acquire(timeout=60), "no test let this round end"
                 if "broken" in text and n == 2:
                     raise NotFiniteError("the model computes NaN")
                 tokens = reply[max(at, 0) : at + 4]
@@ -51,9 +51,13 @@ class FakeEngine:
             self.running -= 1
 
 
-def answer(prompt: str, new_tokens: int) -> list[int]:
-    """The tokens of the reply: the last thing that was said, in capitals; "bye" ends a turn."""
-    said = prompt.removesuffix("\nassistant:").rsplit(": ", 1)[-1]
+def said(prompt: str) -> str:
+    """The last thing that was said in a conversation."""
+    return prompt.removesuffix("\nassistant:").rsplit(": ", 1)[-1]
+
+
+def answer(said: str, new_tokens: int) -> list[int]:
+    """The tokens of the reply: what was said, in capitals; "bye" ends a turn."""
     words = f"{said.upper()} "
     if "bye" in said:
         return [*words.encode(), 256][:new_tokens]
