@@ -1,8 +1,11 @@
 """What is answered, and what is refused: statuses and the error's fields."""
 
 import json
+from pathlib import Path
 
 import pytest
+
+from experiments.serve import page
 
 JSON = {"content-type": "application/json"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -309,3 +312,9 @@ def test_models_health_and_metrics(server):
 def read_metrics(server):
     lines = server.ask("GET", "/metrics")[2].splitlines()
     return {k: float(v) for k, v in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def test_the_page_is_one_small_file():
+    text = Path(page.PAGE).read_text()
+    assert len(text) < 40_000 and text.count("<script") == text.count("<style") == 1
+    assert "innerHTML" not in text and "eval(" not in text and "document.write" not in text
