@@ -53,6 +53,10 @@ class Process:
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
+    def files(self) -> int:
+        """Open files and connections."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
     def end(self, sent=signal.SIGTERM, seconds=90.0) -> int:
         """Sends a signal and returns the exit status."""
         if self.process.poll() is None:

@@ -1,5 +1,6 @@
 """The command as a process, with OpenAI's own client: texts, signals, and coming back."""
 
+import re
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ CFG = tiny_config("qwen2", layers=3)
 FLAGS = "--memory-limit 16MB --depth 3 --width 2 --draft-group 16 --resident 1 --max-length 256"
 FLAGS = [*FLAGS.split(), "--chunk", "64", "--port", "0"]
 FAST = dict(JAX_DISABLE_MOST_OPTIMIZATIONS="true")
+README = Path(__file__).parents[3] / "README.md"
 SMOLLM2 = Path.home() / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -88,6 +90,17 @@ def test_a_text_is_continued(client, alone):
         model="thumb", prompt=alone.tokenizer.encode("in the"), max_tokens=12
     )
     assert ids.choices[0].text == expected[0]
+
+
+def test_the_readmes_example_runs(server, alone, capsys):
+    (snippet,) = re.findall(r"```py\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(list(filter(None, snippet.splitlines()))) == 3
+    snippet = snippet.replace("http://127.0.0.1:8000", server.url).replace("smollm2-135m", "thumb")
+    names = {}
+    exec(snippet, names)
+    names["client"].close()
+    expected, _ = alone(alone.tokenizer.encode("A thimble is"), 16)
+    assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_stop_strings_cut_the_text(client, alone):
