@@ -7,6 +7,7 @@ The page is at http://127.0.0.1:8000, the interface below /v1. Ctrl-C, or SIGTER
 answers end first. `docs/serving.md` says what is supported.
 """
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -26,6 +27,8 @@ from subspec_jax.memory import parse_bytes
 from subspec_jax.scheduler import Scheduler
 
 KEY = "THIMBLE_API_KEY"
+MOST = 1_000_000
+"""Of requests in a queue or a minute, and of seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ def main(args: Serve, console: Console) -> int:
     from experiments.serve.settings import Settings
 
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _check(args)
+    check(args)
     settings = Settings(
         name=args.name or name_of(args.model),
         temperature=args.temperature,
@@ -73,7 +76,7 @@ def main(args: Serve, console: Console) -> int:
         rate_limit=args.rate_limit,
         body_limit=parse_bytes(args.body_limit),
     )
-    with _bound(args.host, args.port) as listener:
+    with bound(args.host, args.port) as listener:
         address, port = listener.getsockname()[:2]
         with open_engine(args, ConsoleReporter(console)) as engine:
             engine.start()
@@ -87,24 +90,26 @@ def main(args: Serve, console: Console) -> int:
     return 0
 
 
-def _check(args: Serve) -> None:
+def check(args: Serve) -> None:
     """Raises the error of the first flag that is wrong, before anything is loaded."""
     Sampler(args.temperature)
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port is {args.port}; expected 0 to {2**16 - 1}")
     for name in ("queue", "rate_limit", "grace"):
-        if getattr(args, name) < 0:
+        if not 0 <= getattr(args, name) <= MOST:
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {getattr(args, name)}; expected 0 or more")
+            raise UserError(f"--{flag} is {getattr(args, name)}; expected 0 to {MOST:,}")
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
     """A socket at the address, before the model is loaded: a port in use is told at once."""
     try:
         kind, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
+        with contextlib.ExitStack() as undo:
+            listener = undo.enter_context(socket.socket(kind))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+            undo.pop_all()
     except OSError as error:
         raise UserError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
     return listener

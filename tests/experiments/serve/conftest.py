@@ -61,7 +61,7 @@ class Served:
         return self.ask("POST", path, text, {"content-type": "application/json"} | dict(headers))
 
 
-def wait_until(condition, seconds=20.0):
+def wait_until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
