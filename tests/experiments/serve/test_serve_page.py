@@ -177,6 +177,23 @@ def test_conversations_stay_after_a_reload_and_can_be_deleted(opened, until):
     assert len(opened.kept()) == 1
 
 
+def test_two_tabs_have_the_same_conversations(opened, until):
+    first = opened.driver.current_window_handle
+    opened.say("one bye")
+    until(lambda: opened.idle and opened.texts() == ["ONE BYE "])
+    opened.driver.switch_to.new_window("tab")
+    try:
+        opened.open().say("two bye")
+        until(lambda: opened.idle and opened.texts() == ["ONE BYE ", "TWO BYE "])
+        opened.driver.close()
+    finally:
+        opened.driver.switch_to.window(first)
+    until(lambda: opened.texts() == ["ONE BYE ", "TWO BYE "])
+    opened.say("three bye")
+    until(lambda: opened.idle and len(opened.texts()) == 3)
+    assert [len(c["messages"]) for c in opened.kept()] == [6]
+
+
 def test_a_message_can_be_edited(opened, until):
     for text in ("one bye", "two bye"):
         opened.say(text)

@@ -150,6 +150,11 @@ def test_the_port_is_tried_before_the_model_is_loaded(server, folder):
         raise RuntimeError("it started")
 
 
+def test_ctrl_c_ends_it(server):
+    """The last test of this server."""
+    assert server.end(signal.SIGINT) == 0 and "Traceback" not in server.output
+
+
 def test_a_key_from_the_environment_and_the_end_by_sigterm(folder):
     flags = ["--model", folder, *FLAGS, "--grace", "0.2"]
     with process(flags, THIMBLE_API_KEY="sesame", **FAST) as server:
