@@ -7,7 +7,8 @@ from subspec_jax.scheduler import Scheduler
 
 
 class Worker(threading.Thread):
-    """Runs from `start` to `stop`. `alive` is false, too, if a step failed: that is a fault."""
+    """Runs from `start` to `stop`. It ends by itself only if a step fails, which is a fault; then
+    no request waits for ever."""
 
     def __init__(self, scheduler: Scheduler):
         super().__init__(name="engine", daemon=True)
@@ -20,6 +21,7 @@ class Worker(threading.Thread):
                     self._scheduler.wait(0.5)
         except BaseException:
             logging.exception("the engine's thread ended")
+            self._scheduler.abandon("the engine failed; the server's log says where")
 
     def stop(self, seconds: float) -> bool:
         """Ends it behind the round that runs; whether it ended within so many seconds."""

@@ -29,6 +29,15 @@ def read_all(link):
     return out.decode()
 
 
+def read_some(link):
+    """What comes until the engine is blamed."""
+    text = ""
+    with link:
+        while "the engine failed" not in text:
+            text += link.recv(65536).decode()
+    return text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_takes_its_sequences_along(serve, until, stream):
     server = serve()
@@ -225,16 +234,21 @@ def test_a_reader_that_does_not_read_stops_nobody_else(serve, until):
     until(lambda: not server.service.live)
 
 
-def test_an_engine_whose_thread_ended_is_told(serve, monkeypatch, caplog):
+def test_an_engine_whose_thread_ended_is_told(serve, until, monkeypatch, caplog):
     server = serve()
+    links = [opened(server), opened(server, stream=True)]
+    until(lambda: server.scheduler.stats()["queued"] == 1)
 
-    def fault():
+    def fault(running):
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(server.scheduler, "step", fault)
+    monkeypatch.setattr(server.scheduler, "_round", fault)
+    server.engine.gate.release()
+    assert " 500 " in read_some(links[0]) and "the engine failed" in read_some(links[1])
     server.service.worker.join(10)
     assert server.ask("GET", "/health")[::2] == (503, {"status": "failed"})
     assert server.post()[0] == 503 and "the engine's thread ended" in caplog.text
+    assert server.scheduler.stats()["running"] == server.scheduler.stats()["queued"] == 0
 
 
 def test_many_clients_at_once_get_their_own_answers(serve):
