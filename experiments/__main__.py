@@ -12,6 +12,11 @@ COMMANDS = {
         "experiments.speculative.__main__",
         "decode a model that does not fit, speculatively and without loss, and compare methods",
     ),
+    "chat": ("experiments.chat", "talk to a model that does not fit, in the shell"),
+    "serve": (
+        "experiments.serve.__main__",
+        "serve a model that does not fit to OpenAI's clients, and a chat page",
+    ),
     "palu": (
         "experiments.palu.__main__",
         "compress the KV cache of a model and measure what is lost",

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from subspec_jax.options import Options
     from subspec_jax.plan import Plan, make_plan
     from subspec_jax.propose import ModelDraft, PromptLookup, Round
+    from subspec_jax.requests import Request, Update
+    from subspec_jax.scheduler import Scheduler
     from subspec_jax.tree import TreeSpec
     from subspec_jax.verify import Target
 
@@ -43,10 +45,13 @@ _HOMES = {  # name -> the module it is in, imported when the name is first used
     "Options": "subspec_jax.options",
     "Plan": "subspec_jax.plan",
     "PromptLookup": "subspec_jax.propose",
+    "Request": "subspec_jax.requests",
     "Round": "subspec_jax.propose",
     "Sampler": "llm_jax.sample",
+    "Scheduler": "subspec_jax.scheduler",
     "Target": "subspec_jax.verify",
     "TreeSpec": "subspec_jax.tree",
+    "Update": "subspec_jax.requests",
     "load_target": "subspec_jax.load",
     "make_draft": "subspec_jax.draft_model",
     "make_method": "subspec_jax.methods",
@@ -64,11 +69,14 @@ __all__ = [
     "Options",
     "Plan",
     "PromptLookup",
+    "Request",
     "Round",
     "Sampler",
+    "Scheduler",
     "SubspecError",
     "Target",
     "TreeSpec",
+    "Update",
     "__version__",
     "load_target",
     "make_draft",

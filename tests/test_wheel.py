@@ -27,7 +27,8 @@ def test_the_wheel_is_small_and_holds_no_data(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     kept = [n for n in names if n.startswith(PACKAGES)]
     assert all(
-        n.endswith((".py", "py.typed", "tuned.json", "prompts.jsonl", "texts.jsonl")) for n in kept
+        n.endswith((".py", "py.typed", "tuned.json", "prompts.jsonl", "texts.jsonl", "page.html"))
+        for n in kept
     )
     for package in PACKAGES:
         assert f"{package}/__init__.py" in names and f"{package}/py.typed" in names

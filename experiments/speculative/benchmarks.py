@@ -46,12 +46,16 @@ class Conversation:
     turns: tuple[str, ...]
     plain: bool = False
     """Whether the model continues the text as it stands, without a chat template."""
+    system: str | None = None
+    """What the model is told before."""
 
     def prompt(self, tokenizer: Any, answers: Sequence[str] = ()) -> list[int]:
         """Ids of the conversation up to the turn behind these answers to the earlier turns."""
         if self.plain:
             return tokenizer.encode(self.turns[0])
         messages = [{"role": "user", "content": self.turns[0]}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
         for answer, turn in zip(answers, self.turns[1:], strict=False):
             messages.append({"role": "assistant", "content": answer})
             messages.append({"role": "user", "content": turn})

@@ -113,6 +113,12 @@ class Speculative:
     benchmark: BenchmarkName = "builtin"
     """Prompts. builtin: questions; texts: beginnings for a base model to continue, without a chat
     template. Both need nothing; the others come from --data-dir or the network."""
+    prompt: str | None = None
+    """A question of your own in place of a benchmark's; -: standard input."""
+    system: str | None = None
+    """What the model is told before each conversation."""
+    stop: tuple[str, ...] = ()
+    """An answer ends before the first of these texts."""
     data_dir: Path | None = None
     """Folder with benchmark data; without it they come from the hub or tensorflow-datasets."""
     samples: int = 3
@@ -180,6 +186,12 @@ def check(args: Speculative) -> None:
         raise MethodError(f"--zipf is {args.zipf}; expected a number from 0 to 10")
     if args.zipf and args.weights != "random":
         raise MethodError("--zipf needs --weights random; a checkpoint has its own routers")
+    if not all(args.stop):
+        raise MethodError("--stop has an empty text, which would end every answer at once")
+    if args.prompt is not None and args.benchmark != "builtin":
+        raise MethodError("--prompt takes the place of --benchmark; drop one of them")
+    if args.system is not None and args.benchmark == "texts":
+        raise MethodError("--benchmark texts has no conversations, which --system would begin")
     if args.replay_acceptance:
         _check_replay(args)
     if args.stream == "residual":
@@ -208,6 +220,8 @@ def check(args: Speculative) -> None:
 
 
 def _check_replay(args: Speculative) -> None:
+    if args.stop:
+        raise MethodError("a replayed run's text means nothing; drop --stop")
     if args.check_lossless:
         raise MethodError("a replayed run's text means nothing; it cannot be checked")
     if args.method in FROM_TEXT or args.lookup:
@@ -270,8 +284,11 @@ def _check_traces(args: Speculative, methods: Iterable[Method]) -> None:
         replay.acceptance_trace(args.replay_acceptance, method, args.seed)
 
 
-def opened(args: Speculative, reporter: Reporter) -> engine.Engine:
-    """The engine that the flags ask for, planned and not loaded."""
+def opened(args: Speculative, reporter: Reporter, shorten: bool = False) -> engine.Engine:
+    """The engine that the flags ask for, planned and not loaded.
+
+    With `shorten`, conversations are as long as the memory allows, in place of --max-length.
+    """
     check(args)
     model = args.model if args.checkpoint is None else args.checkpoint
     if args.palu is not None:
@@ -308,7 +325,7 @@ def opened(args: Speculative, reporter: Reporter) -> engine.Engine:
         verify_weights=args.verify_weights,
         quantizer=args.quantizer,
         weights=args.weights,
-        max_length=args.max_length,
+        max_length=None if shorten else args.max_length,
         chunk=args.chunk,
         seed=args.seed,
         resident=args.resident,

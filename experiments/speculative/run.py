@@ -19,7 +19,6 @@ from experiments.speculative.benchmarks import Conversation
 from experiments.speculative.flags import Speculative
 from llm_jax.digest import file_digest, json_digest
 from llm_jax.progress import bar
-from llm_jax.tokenizer import StreamDecoder
 from subspec_jax import memory
 from subspec_jax.check import compare_with_plain
 from subspec_jax.decoder import Decoder
@@ -28,12 +27,13 @@ from subspec_jax.limits import plan_for
 from subspec_jax.methods import VANILLA, Method
 from subspec_jax.plan import published_tau
 from subspec_jax.propose import Round
+from subspec_jax.requests import TextUntil
 from subspec_jax.shape import can_choose, choose_tree
 from subspec_jax.tree import cache_slots
 
 ASIDE = ("output", "show", "compare", "method", "samples", "predict")
-ASIDE += ("check_files", "verify_weights")
-"""Flags that do not change what a method decodes."""
+ASIDE += ("check_files", "verify_weights", "prompt")
+"""Flags that do not change what a method decodes. The prompt is the question, which is compared."""
 PATHS = ("checkpoint", "adapter", "draft_checkpoint", "data_dir", "palu", "converted")
 """Where something is. The model counts by its content, and so does each question."""
 
@@ -203,28 +203,34 @@ class Run:
             self.console.rule(title)
             self.console.print(sample.turns[turn], style="bold", markup=False, highlight=False)
         peak = Peak(decoder, engine.device["platform"])
-        text, tokens, rounds = StreamDecoder(engine.tokenizer), [], []
+        text, shown, tokens, rounds = TextUntil(engine.tokenizer, args.stop), "", [], []
         if method.name not in self.traces:  # a trace continues from turn to turn
             self.traces[method.name] = self.trace(method)
         trace = self.traces[method.name]
         for result in engine.rounds(prompt, args.max_new_tokens, replay=trace):
-            rounds.append(result)
-            tokens.extend(result.tokens)
+            kept = _until_stop(result.tokens, text)
+            rounds.append(dataclasses.replace(result, tokens=kept))
+            tokens.extend(kept)
+            shown += (piece := _shown(text))
             if aloud:
-                for token in result.tokens:
-                    _write(text.push(token))
+                _write(piece)
             elif step:
-                step.add(len(result.tokens))
+                step.add(len(kept))
+            if text.stopped:
+                break
+        text.flush()
+        shown += (piece := _shown(text, last=True))
         if aloud:
-            _write(text.flush() + "\n")
+            _write(piece + "\n")
         answer = engine.tokenizer.decode([t for t in tokens if t not in engine.eos])
+        answer = shown if text.stopped else answer
         self.answers.setdefault((sample.id, turn), answer)
         lossless = None
         if args.check_lossless and method.name != "vanilla":
             lossless = self.check(decoder, sample, turn, prompt, tokens)
         return {
             "method": method.name,
-            "benchmark": args.benchmark,
+            "benchmark": args.benchmark if args.prompt is None else "prompt",
             "sample": sample.id,
             "turn": turn,
             "question": question(sample, turn),
@@ -333,13 +339,23 @@ def round_columns(rounds: list[Round]) -> dict[str, list]:
 
 def output_folder(args: Speculative) -> Path:
     """The folder of the run, made. Raises RecordError where it cannot be."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = args.output or Path("runs") / f"speculative-{args.model}-{args.benchmark}-{stamp}"
+    stamp, what = time.strftime("%Y%m%d-%H%M%S"), "prompt" if args.prompt else args.benchmark
+    folder = args.output or Path("runs") / f"speculative-{args.model}-{what}-{stamp}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecordError(f"the folder {folder} cannot be made: {error.strerror}") from error
     return folder
+
+
+def _until_stop(tokens: list[int], text: TextUntil) -> list[int]:
+    """The tokens up to the one that completes a stop string, while their text is added."""
+    last = next((i for i, token in enumerate(tokens) if text.push(token)), len(tokens))
+    return tokens[: last + 1]
+
+
+def _shown(text: TextUntil, last: bool = False) -> str:
+    return "".join(piece for piece, _ in text.take(last))
 
 
 def _write(text: str) -> None:

@@ -77,7 +77,7 @@ def test_words_reach_the_command(capsys):
     assert "--samples and --max-new-tokens must be at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["speculative", "palu", "qyolop", "convert"])
+@pytest.mark.parametrize("name", ["speculative", "chat", "serve", "palu", "qyolop", "convert"])
 def test_help_is_for_people(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])

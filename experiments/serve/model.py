@@ -1,0 +1,74 @@
+"""The flags that say which model is talked to, and how it is decoded; and the engine they open."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from experiments.speculative.flags import Speculative, opened
+from llm_jax.progress import Reporter
+from subspec_jax.engine import Engine
+from subspec_jax.methods import MethodName
+from subspec_jax.sources import Dtype, Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlags:
+    """A model within a memory limit. All of these are flags of experiments.speculative too."""
+
+    model: str = "smollm2-135m"
+    """A registered name (--list-models), a local folder with safetensors, or a GGUF file."""
+    adapter: Path | None = None
+    """A folder with a LoRA adapter that is merged into the model."""
+    palu: Path | None = None
+    """A folder that experiments.palu --save wrote: the model with a low-rank KV cache."""
+    memory_limit: str = "auto"
+    """Device memory, such as 8GB; enforced on a GPU, planned for on a CPU. auto: the card's; where
+    the whole model fits, a limit that holds a quarter of its layers. full: the card's."""
+    dtype: Dtype = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""
+    stream: Literal["raw", "residual"] = "raw"
+    """residual: of a streamed layer only what its substitute lacks is moved."""
+    converted: Path | None = None
+    """Folder of the converted model for --stream residual (see experiments.convert)."""
+    method: MethodName = "subspec"
+    """How tokens are proposed; vanilla: not at all."""
+    draft_bits: Literal[2, 3, 4, 8] = 4
+    """Bits a weight of the substitutes."""
+    draft_group: int = 64
+    """Weights that share a step and an offset."""
+    quantizer: Quantizer = "hqq"
+    """hqq, or nearest: round to nearest, quicker and less exact."""
+    draft_model: str | None = None
+    """The small model of the method classic."""
+    depth: int | None = None
+    """Levels of the draft tree; 48 on a GPU, 8 on a CPU."""
+    width: int | None = None
+    """Nodes added a step; 6 on a GPU, 2 on a CPU."""
+    resident: int | None = None
+    """Layers to keep on the device; as many as fit if not given."""
+    max_length: int | None = None
+    """Most tokens of a conversation; the KV cache is made for it. If not given: 2048, or a half or
+    a quarter of that where the memory holds no more."""
+    chunk: int = 512
+    """Prompt tokens of one prefill pass; every pass streams all offloaded layers."""
+
+
+def path_of(model: str) -> Path | None:
+    """The folder or file that a model is named by, or None where it is a registered name."""
+    path = Path(model).expanduser()
+    return path if path.exists() else None
+
+
+def name_of(model: str) -> str:
+    """What the model is called in answers: its registered name, or that of its file."""
+    path = path_of(model)
+    return model if path is None else path.resolve().name.removesuffix(".gguf")
+
+
+def open_engine(flags: ModelFlags, reporter: Reporter) -> Engine:
+    """The engine that the flags ask for, planned and not loaded."""
+    given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(ModelFlags)}
+    if shorten := flags.max_length is None:
+        del given["max_length"]
+    args = Speculative(checkpoint=path_of(flags.model), compare=(), max_new_tokens=1, **given)
+    return opened(args, reporter, shorten)
