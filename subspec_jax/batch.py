@@ -7,7 +7,7 @@ Letters: B texts of a round, M tokens of a pass, T tokens of a text.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -336,6 +336,17 @@ class BatchDecoder:
         return foreseen
 
     # ------------------------------------------------------------------ all at once
+
+    def warm_up(
+        self,
+        prompt: Sequence[int],
+        new_tokens: int,
+        replay: Callable[[], Iterable[int]] | None = None,
+    ) -> None:
+        """Decodes a few tokens with every number of texts that there are programs for."""
+        given = replay or (lambda: None)
+        for n in self.ladder:
+            self.generate([Text(prompt, min(4, new_tokens), replay=given()) for _ in range(n)])
 
     def generate(self, texts: Sequence[Text]) -> list[list[int]]:
         """The new tokens of each text; they join as rows are free. Raises NotFiniteError."""

@@ -311,7 +311,7 @@ class Engine:
         method: str | Method | None = None,
         replay: Callable[[], Iterable[int]] | None = None,
         tries: int = 3,
-    ) -> Decoder:
+    ) -> Decoder | BatchDecoder:
         """A decoder that has compiled what a text like this needs.
 
         If memory runs out, because the allocator needs more than the plan expects, the plan gets
@@ -321,7 +321,7 @@ class Engine:
         m = self.methods[method] if isinstance(method, str) else method
         for n in range(tries + 1):
             try:
-                decoder = self.use(m)
+                decoder = self.batch(m) if self.plans[m.name].ladder else self.use(m)
                 with self.reporter.status(f"Compiling for {m.name}"):
                     decoder.warm_up(prompt, new_tokens, replay)
                 return decoder
@@ -331,7 +331,7 @@ class Engine:
                 last = n == tries or self.options.resident is not None or less == 0
                 if last or "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-            decoder = self.decoder = self._draft = self._draft_key = None
+            decoder = self.decoder = self.together = self._draft = self._draft_key = None
             what, fewer = "resident layers", less - 1
             if old.hot is not None:
                 what, fewer = "experts kept", less - max(1, less // 10)
@@ -384,7 +384,10 @@ class Engine:
 
     def _alone(self, text: Text, seed: int | None, eos: Sequence[int] | None) -> Iterator[Round]:
         """The rounds of one text in an engine that is made for several."""
-        decoder = self.together or self.batch()
+        decoder = self.together
+        if decoder is None:
+            on_gpu, given = self._on_gpu(), (text.prompt, text.new_tokens)
+            decoder = self.warm_up(*given) if on_gpu else self.batch()
         text.sampler = self.options.sampler
         text.seed = self.options.seed if seed is None else seed
         text.eos = self.eos if eos is None else checked_tokens(eos, self.cfg.vocab).tolist()

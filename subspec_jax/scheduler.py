@@ -1,4 +1,4 @@
-"""Many requests over one engine: a queue, one round at a time, and an update for each round.
+"""Many requests over one engine: a queue, one pass at a time, and an update for each round.
 
     scheduler = Scheduler(engine)
     ticket = scheduler.submit(Request(tuple(ids), 64), lambda update: print(update.text, end=""))
@@ -14,10 +14,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-
-import jax
 
 from llm_jax import LLMError
 from llm_jax.generation import checked_prompt, checked_seed
@@ -26,12 +24,10 @@ from subspec_jax.decoder import LengthError
 from subspec_jax.engine import Engine
 from subspec_jax.propose import Round
 from subspec_jax.requests import QueueFull, Request, TextUntil, Update
+from subspec_jax.runners import runner_for
 
-SAMPLERS = 16
-"""Different samplers whose programs are kept. Each has programs of its own, so that a server whose
-clients ask for ever new temperatures would fill its memory with them."""
 RECENT = 64
-"""Rounds of which speeds are told."""
+"""Passes of which speeds are told."""
 OnUpdate = Callable[[Update], None]
 
 
@@ -51,32 +47,42 @@ class Ticket:
 @dataclasses.dataclass
 class _Running:
     ticket: Ticket
-    rounds: Iterator[Round]
+    handle: Any
+    """What the runner knows it by."""
     text: TextUntil
     count: int = 0
     """Tokens of the answer so far."""
+    reads: bool = True
+    """Whether its prompt is still being read."""
     began: float = dataclasses.field(default_factory=time.monotonic)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    tokens: int
+    texts: int
+    seconds: float
+    streamed_bytes: int
+    prefill: bool
 
 
 class Scheduler:
     """Requests in the order in which they came; `most` of them run at a time, `queue` may wait.
 
     An answer is what its request gives alone: nothing of another request, or of how many tokens a
-    round brings, is in it. This engine decodes one sequence, so `most` is 1.
+    round brings, is in it. `most` is what the engine was opened for (`Options.texts`).
     """
 
-    def __init__(self, engine: Engine, most: int = 1, queue: int = 64):
-        if most != 1:
-            raise SubspecError(f"{most} sequences at a time: this engine decodes 1")
+    def __init__(self, engine: Engine, queue: int = 64):
         if queue < 0:
             raise SubspecError(f"the queue is to hold {queue} requests; expected 0 or more")
-        self.most, self.queue = most, queue
+        self.runner = runner_for(engine)
+        self.most, self.queue = self.runner.most, queue
         self._engine = engine
         self._changed = threading.Condition()
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._running: list[_Running] = []
-        self._samplers: set[Any] = set()
-        self._recent: collections.deque[Update] = collections.deque(maxlen=RECENT)
+        self._recent: collections.deque[_Pass] = collections.deque(maxlen=RECENT)
         self._took: collections.deque[float] = collections.deque([1.0], maxlen=16)
         self._totals = collections.Counter()
 
@@ -124,24 +130,28 @@ class Scheduler:
     def stats(self) -> dict[str, Any]:
         """Numbers of the moment, speeds of the last rounds, and totals since the start.
 
-        tau is the number of tokens a pass, prefills left out; None before the first pass.
+        tau is the number of tokens that a pass gives each request, and batch the number of requests
+        that share it, prefills left out; None before the first pass.
         """
         with self._changed:
             recent, totals = list(self._recent), dict(self._totals)
             queued, running = sum(not t.cancelled for t in self._waiting), len(self._running)
-        decoded = [u for u in recent if not u.prefill]
-        seconds = sum(u.seconds for u in recent)
+        decoded = [p for p in recent if not p.prefill]
+        seconds = sum(p.seconds for p in recent)
         rate = lambda amount: amount / seconds if seconds else 0.0
+        texts = sum(p.texts for p in decoded)
         names = ("requests", "tokens", "passes", "prompt_tokens", "cached_tokens", "streamed_bytes")
         ends = ("stop", "length", "cancelled", "error")
         return {
             "queued": queued,
             "running": running,
+            "most": self.most,
             **{name: totals.get(name, 0) for name in names},
             "finished": {end: totals.get(end, 0) for end in ends},
-            "tau": sum(len(u.tokens) for u in decoded) / len(decoded) if decoded else None,
-            "tokens_per_s": rate(sum(len(u.tokens) for u in recent)),
-            "bytes_per_s": rate(sum(u.streamed_bytes for u in recent)),
+            "batch": texts / len(decoded) if decoded else None,
+            "tau": sum(p.tokens for p in decoded) / texts if texts else None,
+            "tokens_per_s": rate(sum(p.tokens for p in recent)),
+            "bytes_per_s": rate(sum(p.streamed_bytes for p in recent)),
         }
 
     def _wake(self) -> None:
@@ -151,61 +161,89 @@ class Scheduler:
     # ------------------------------------------------------------------ the engine's thread
 
     def step(self) -> bool:
-        """Lets requests leave and enter, runs one round of each that runs; False: none is there."""
+        """Lets requests leave and enter, and runs one pass for those that run; False: none is
+        there."""
         with self._changed:
             gone = [t for t in self._waiting if t.cancelled]
             for ticket in gone:
                 self._waiting.remove(ticket)
         for ticket in gone:
             self._tell(ticket, Update([], finish="cancelled"))
-        while len(self._running) < self.most and self._waiting:
-            with self._changed:
-                ticket = self._waiting.popleft()
-                running = _Running(ticket, self._rounds(ticket.request), self._text(ticket))
-                self._running.append(running)
-        for running in list(self._running):
-            self._tell(running.ticket, update := self._round(running))
-            if update.finish:
-                self._leave(running)
+        for running in [r for r in self._running if r.ticket.cancelled]:
+            self._end(running, Update([], finish="cancelled"))
+        self._enter()
+        if self._running:
+            self._pass()
         return bool(self._running or self._waiting)
 
-    def abandon(self, why: str) -> None:
-        """Ends all requests with an error: no more rounds will come."""
-        with self._changed:
-            left = [*(running.ticket for running in self._running), *self._waiting]
-            self._running.clear()
-            self._waiting.clear()
-        for ticket in left:
-            self._tell(ticket, Update([], finish="error", error=why))
+    def _enter(self) -> None:
+        while len(self._running) < self.most:
+            with self._changed:
+                if not self._waiting:
+                    return
+                ticket = self._waiting.popleft()
+                text = TextUntil(self._engine.tokenizer, ticket.request.stop)
+                running = _Running(ticket, None, text)
+                self._running.append(running)
+            try:
+                running.handle = self.runner.start(ticket.request)
+            except Exception as error:
+                self._end(running, self._fault(error))
 
-    def _text(self, ticket: Ticket) -> TextUntil:
-        return TextUntil(self._engine.tokenizer, ticket.request.stop)
-
-    def _rounds(self, request: Request) -> Iterator[Round]:
-        """The engine's rounds. The first one makes programs for a sampler that is new."""
-        engine = self._engine
-        if request.sampler not in self._samplers:
-            if len(self._samplers) >= SAMPLERS:
-                jax.clear_caches()
-                self._samplers.clear()
-            self._samplers.add(request.sampler)
-        decoder = engine.decoder or engine.warm_up(request.prompt, request.new_tokens)
-        decoder.sampler = request.sampler
-        yield from engine.rounds(request.prompt, request.new_tokens, request.seed, request.eos)
-
-    def _round(self, running: _Running) -> Update:
-        if running.ticket.cancelled:
-            return Update([], finish="cancelled")
+    def _pass(self) -> None:
+        """One pass: of all that run, or of those that the engine takes first."""
         try:
-            result = next(running.rounds)
+            results = self.runner.step()
         except Exception as error:
-            if not isinstance(error, (SubspecError, LLMError)):
-                logging.exception("a round failed")
-                self._engine.decoder = (
-                    None  # its caches may be gone; the next request makes new ones
-                )
-            return Update([], finish="error", error=str(error) or type(error).__name__)
-        return self._update(running, result)
+            fault = self._fault(error)
+            for running in list(self._running):
+                self._end(running, fault)
+            return
+        of = {id(running.handle): running for running in self._running}
+        found = [(of[id(handle)], result) for handle, result in results]
+        updates = [(running, self._update(running, result)) for running, result in found]
+        self._count(updates)
+        for running, update in updates:
+            if why := self.runner.error(running.handle):
+                update = Update([], finish="error", error=why)
+            if update.finish:
+                self._end(running, update)
+            elif update.tokens:
+                self._tell(running.ticket, update)
+
+    def _fault(self, error: Exception) -> Update:
+        """What a pass that failed means to those that took part in it."""
+        if not isinstance(error, (SubspecError, LLMError)):
+            logging.exception("a round failed")
+            self.runner.reset()
+        return Update([], finish="error", error=str(error) or type(error).__name__)
+
+    def _count(self, updates: list[tuple[_Running, Update]]) -> None:
+        seconds = max((u.seconds for _, u in updates), default=0.0)  # all have the same
+        tokens = sum(len(u.tokens) for _, u in updates)
+        streamed = sum(u.streamed_bytes for _, u in updates)
+        prefill = any(running.reads for running, _ in updates)
+        with self._changed:
+            if updates:
+                self._recent.append(_Pass(tokens, len(updates), seconds, streamed, prefill))
+            self._totals["passes"] += bool(updates)
+            self._totals["tokens"] += tokens
+            self._totals["streamed_bytes"] += streamed
+            for running, update in updates:
+                if update.prefill:
+                    self._totals["prompt_tokens"] += len(running.ticket.request.prompt)
+                    self._totals["cached_tokens"] += update.cached
+                running.reads = running.reads and not update.tokens
+
+    def _end(self, running: _Running, update: Update) -> None:
+        if running.handle is not None:
+            self.runner.leave(running.handle)
+        with self._changed:
+            if running not in self._running:
+                return  # it was abandoned, and told so
+            self._running.remove(running)
+            self._took.append(time.monotonic() - running.began)
+        self._tell(running.ticket, update)
 
     def _update(self, running: _Running, result: Round) -> Update:
         """What a round means to its request: tokens behind the end are left out."""
@@ -228,29 +266,16 @@ class Scheduler:
             accepted=min(result.accepted, len(tokens)),
             text="".join(piece for piece, _ in parts),
             finish=finish,
+            cached=self.runner.cached(running.handle),
             parts=parts,
-            prefill=first,
+            prefill=first and bool(tokens),
             seconds=result.seconds,
             streamed_bytes=result.streamed_bytes,
         )
 
-    def _leave(self, running: _Running) -> None:
-        running.rounds.close()
-        with self._changed:
-            self._running.remove(running)
-            self._took.append(time.monotonic() - running.began)
-
     def _tell(self, ticket: Ticket, update: Update) -> None:
         """Counts an update and hands it on. Whoever cannot take it any more is left alone."""
         with self._changed:
-            if update.tokens:
-                self._recent.append(update)
-                self._totals["tokens"] += len(update.tokens)
-                self._totals["passes"] += 1
-                self._totals["streamed_bytes"] += update.streamed_bytes
-            if update.prefill:
-                self._totals["prompt_tokens"] += len(ticket.request.prompt)
-                self._totals["cached_tokens"] += update.cached
             if update.finish:
                 self._totals["requests"] += 1
                 self._totals[update.finish] += 1

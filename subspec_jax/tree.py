@@ -111,8 +111,9 @@ class TreeSpec:
         return children if self.kind != "best-first" else max(children, self.places)
 
 
-PASS_NODES = 2400
-"""Most nodes that a pass verifies for several texts together: eight whole trees of 48 x 6."""
+PASS_NODES = 1200
+"""Most nodes that a pass verifies for several texts together: four whole trees of 48 x 6. On an
+H100, eight texts of Qwen2.5-7B in 8 GB make 536 tokens/s with 24 levels and 490 with 48."""
 
 
 def shared_spec(spec: TreeSpec, texts: int, most: int = PASS_NODES) -> TreeSpec:

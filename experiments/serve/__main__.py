@@ -27,6 +27,8 @@ from subspec_jax.memory import parse_bytes
 from subspec_jax.scheduler import Scheduler
 
 KEY = "THIMBLE_API_KEY"
+PARALLEL = 4
+"""Answers that are decoded together where no flag says how many."""
 MOST = 1_000_000
 """Of requests in a queue or a minute, and of seconds."""
 
@@ -78,7 +80,7 @@ def main(args: Serve, console: Console) -> int:
     )
     with bound(args.host, args.port) as listener:
         address, port = listener.getsockname()[:2]
-        with open_engine(args, ConsoleReporter(console)) as engine:
+        with open_engine(args, ConsoleReporter(console), PARALLEL) as engine:
             engine.start()
             say(str(engine.plan))
             _warm_up(engine)
@@ -120,7 +122,10 @@ def _warm_up(engine: Engine) -> None:
     prompt = engine.tokenizer.chat([{"role": "user", "content": "Hello"}])
     room = engine.options.max_length - len(prompt)
     on_gpu = engine.device["platform"] == "gpu"
-    engine.warm_up(prompt, room if on_gpu else min(8, room))
+    if on_gpu or not engine.plan.ladder:
+        engine.warm_up(prompt, room if on_gpu else min(8, room))
+    else:  # for one answer; programs for more are made when there are more
+        engine.generate(prompt, min(4, room))
 
 
 def cli(words: Sequence[str] | None = None) -> int:

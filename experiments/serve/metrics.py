@@ -13,6 +13,7 @@ PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/
 GAUGES = {
     "queued": "Requests that wait",
     "running": "Requests that are decoded",
+    "batch": "Requests that shared a pass in the last rounds, prefills left out",
     "tau": "Tokens a pass of the last rounds, prefills left out",
     "tokens_per_s": "Tokens a second of the last rounds",
     "bytes_per_s": "Bytes of weights a second that streamed in the last rounds",

@@ -4,11 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from experiments.common.cli import UserError
 from experiments.speculative.flags import Speculative, opened
 from llm_jax.progress import Reporter
 from subspec_jax.engine import Engine
 from subspec_jax.methods import MethodName
 from subspec_jax.sources import Dtype, Quantizer
+from subspec_jax.tree import ladder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,15 @@ class ModelFlags:
     a quarter of that where the memory holds no more."""
     chunk: int = 512
     """Prompt tokens of one prefill pass; every pass streams all offloaded layers."""
+    parallel: int | None = None
+    """Answers that are decoded together and share every pass; each has a KV cache of its own, from
+    which a later prompt with the same beginning goes on. If not given: 4 for a server and 1 for the
+    shell; methods that cannot do this decode one answer after another, and keep no cache."""
+
+
+MOST_PARALLEL = 256
+ALONE = ("classic", "subspec-lossy", "subspec-post", "subspec-lookup", "subspec-own-cache")
+"""Methods for one text alone; `subspec_jax.batch.why_not_together` says why."""
 
 
 def path_of(model: str) -> Path | None:
@@ -65,10 +76,23 @@ def name_of(model: str) -> str:
     return model if path is None else path.resolve().name.removesuffix(".gguf")
 
 
-def open_engine(flags: ModelFlags, reporter: Reporter) -> Engine:
-    """The engine that the flags ask for, planned and not loaded."""
+def open_engine(flags: ModelFlags, reporter: Reporter, parallel: int = 1) -> Engine:
+    """The engine that the flags ask for, planned and not loaded.
+
+    `parallel` is the number of answers together where no flag says it.
+    """
     given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(ModelFlags)}
+    asked = given.pop("parallel")
+    if asked is not None and not 1 <= asked <= MOST_PARALLEL:
+        raise UserError(f"--parallel is {asked}; expected 1 to {MOST_PARALLEL}")
     if shorten := flags.max_length is None:
         del given["max_length"]
     args = Speculative(checkpoint=path_of(flags.model), compare=(), max_new_tokens=1, **given)
-    return opened(args, reporter, shorten)
+    texts = asked or parallel
+    alone = flags.method in ALONE
+    if alone and asked is not None and asked > 1:
+        raise UserError(
+            f"--method {flags.method} decodes one answer at a time; leave --parallel out"
+        )
+    together = {} if alone else dict(texts=texts, ladder=ladder(texts))
+    return opened(args, reporter, shorten, **together)

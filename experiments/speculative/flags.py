@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from experiments.speculative import replay
 from experiments.speculative.benchmarks import BenchmarkName
@@ -284,10 +284,13 @@ def _check_traces(args: Speculative, methods: Iterable[Method]) -> None:
         replay.acceptance_trace(args.replay_acceptance, method, args.seed)
 
 
-def opened(args: Speculative, reporter: Reporter, shorten: bool = False) -> engine.Engine:
+def opened(
+    args: Speculative, reporter: Reporter, shorten: bool = False, **more: Any
+) -> engine.Engine:
     """The engine that the flags ask for, planned and not loaded.
 
-    With `shorten`, conversations are as long as the memory allows, in place of --max-length.
+    With `shorten`, conversations are as long as the memory allows, in place of --max-length. `more`
+    are fields of `subspec_jax.Options` that have no flag.
     """
     check(args)
     model = args.model if args.checkpoint is None else args.checkpoint
@@ -334,6 +337,7 @@ def opened(args: Speculative, reporter: Reporter, shorten: bool = False) -> engi
         experts=args.experts,
         zipf=args.zipf,
         replay=args.replay_acceptance is not None,
+        **more,
     )
     if args.replay_acceptance:
         _check_traces(args, list(found.methods.values()))

@@ -103,11 +103,11 @@ def test_texts_come_and_go_at_random():
 
 
 def test_texts_fill_the_largest_pass_and_no_more():
-    """With whole trees of 48 x 6, eight texts are 2,312 nodes; more texts get less deep trees."""
+    """Four whole trees of 48 x 6 are 1,156 nodes; more texts get trees of fewer levels."""
     spec = TreeSpec(depth=48, width=6)
-    assert [shared_spec(spec, n).nodes for n in (1, 2, 8, 16, 32)] == [289, 289, 289, 145, 73]
-    assert pass_nodes(spec, 8) == 2312 and pass_nodes(spec, 16) == 2320
-    assert shared_spec(TreeSpec("best-first", 48, 6, budget=288), 16).nodes == 145
+    assert [shared_spec(spec, n).nodes for n in (1, 2, 4, 8, 16)] == [289, 289, 289, 145, 73]
+    assert pass_nodes(spec, 4) == 1156 and pass_nodes(spec, 16) == 1168
+    assert shared_spec(TreeSpec("best-first", 48, 6, budget=288), 8).nodes == 145
     assert shared_spec(TreeSpec("chain", depth=0), 4000).nodes == 1
     assert ladder(1) == (1,) and ladder(6) == (1, 2, 4, 6) and ladder(8) == (1, 2, 4, 8)
 

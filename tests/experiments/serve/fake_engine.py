@@ -23,7 +23,7 @@ class FakeEngine:
         self.cfg = SimpleNamespace(vocab=257)
         self.options = SimpleNamespace(max_length=LONGEST)
         self.plan = SimpleNamespace(
-            streamed_bytes=10**9, resident=3, cfg=SimpleNamespace(layers=12)
+            streamed_bytes=10**9, resident=3, cfg=SimpleNamespace(layers=12), ladder=()
         )
         self.method = SimpleNamespace(name="subspec")
         self.decoder = SimpleNamespace(sampler=None)
