@@ -23,12 +23,15 @@ from palu_jax import store
 from palu_jax.convert import Recipe, to_palu
 from palu_jax.latent import LatentFormat
 from palu_jax.rank import group_sizes, uniform_ranks
+from subspec_jax.batch import BatchDecoder
 from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import Draft, make_draft, substitute
 from subspec_jax.load import load_target
+from subspec_jax.methods import make_method
 from subspec_jax.offload import place
 from subspec_jax.plan import make_plan
 from subspec_jax.precompile import compile_ahead, use_cache
+from subspec_jax.prefix_cache import Text
 from subspec_jax.propose import ModelDraft, Vanilla
 from subspec_jax.sources import Source
 from subspec_jax.tree import TreeSpec, cache_slots
@@ -93,6 +96,25 @@ def test_a_tree_behind_windows_and_two_bases(tree):
     rounds = list(Decoder(target, draft, max_length=64, chunk=16).rounds(PROMPT, STEPS))
     assert [t for r in rounds for t in r.tokens] == generate(params, PROMPT, cfg, STEPS)
     assert sum(r.accepted for r in rounds) > 3
+
+
+@pytest.mark.quick_cases("2 bits, sinks and window")
+@pytest.mark.parametrize("form", FORMATS)
+def test_texts_together_over_low_rank_caches(form):
+    """Rows of such caches, too: what a text has is right whoever had its row before."""
+    params = palu(FORMATS[form])
+    target = Target(dataclasses.replace(params, layers=place(params.layers, 0)), CFG)
+    method = make_method("subspec", TREES["beam"], Draft(4, 16))
+    draft = substitute(target.params, 4, 16)
+    decoder = BatchDecoder(target, method, draft, rows=3, max_length=64, chunk=16)
+    prompts = [PROMPT, PROMPT[:3], [9, 8, 7, *PROMPT], [*PROMPT, 4, 4], PROMPT[:1]]
+    some = [Text(p, STEPS, i, Sampler(0.8 * (i % 2))) for i, p in enumerate(prompts)]
+    want = [generate(params, t.prompt, CFG, STEPS, t.sampler, t.seed) for t in some]
+    assert decoder.generate(some) == want
+    kept = next(t for t in some if decoder.rows.held[t.row] == t.tokens[: t.at])
+    again = Text([*kept.tokens, 5], 4)  # goes on from its row
+    assert decoder.generate([again]) == [generate(params, again.prompt, CFG, 4)]
+    assert again.cached == len(kept.tokens) - 1
 
 
 CASES = {

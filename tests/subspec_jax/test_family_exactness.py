@@ -11,6 +11,7 @@ from family_cases import CASES, METHODS, RESIDUAL, RESIDUAL_EXPERTS, T, saved
 from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
 from llm_jax.sample import Sampler
+from subspec_jax.batch import BatchDecoder
 from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.experts import ExpertCache
@@ -18,6 +19,7 @@ from subspec_jax.load import load_target
 from subspec_jax.methods import make_method
 from subspec_jax.offload import place
 from subspec_jax.plan import make_plan
+from subspec_jax.prefix_cache import Text
 from subspec_jax.residual import split as residual_split
 from subspec_jax.residual.convert import convert
 from subspec_jax.residual.split import is_split
@@ -76,6 +78,23 @@ def test_tokens_are_those_of_plain_decoding(family, name):
     assert method.lossless
     target = Target(params, cfg, experts=experts)
     assert texts(target, method, resident) == want
+
+
+@pytest.mark.quick_cases("gemma3", "gpt-oss")
+def test_texts_together_are_those_of_plain_decoding(family):
+    """Five texts in rows for three: sampled and greedy ones beside each other, a shared beginning,
+    prompts longer than every window and of one token."""
+    cfg, want, params, resident = family
+    experts = None if cfg.experts is None else ExpertCache(params.layers, capacity=6, ring=4)
+    target, method = Target(params, cfg, experts=experts), make_method("subspec", SPEC, DRAFT)
+    low = make_draft(target.params, method.draft, resident)
+    decoder = BatchDecoder(target, method, low, 3, LENGTH, CHUNK)
+    short = Text(PROMPT[:1], STEPS, 5)
+    some = [short, *(Text(PROMPT, STEPS, 3, sampler) for sampler in SAMPLERS * 2)]
+    [first, *rest] = decoder.generate(some)
+    assert rest == want * 2
+    assert first == Decoder(target, max_length=LENGTH, chunk=CHUNK).generate(PROMPT[:1], STEPS)
+    assert some[-1].cached == len(PROMPT) - 1
 
 
 @pytest.fixture(scope="module", params=RESIDUAL)

@@ -239,10 +239,10 @@ def test_an_engine_whose_thread_ended_is_told(serve, until, monkeypatch, caplog)
     links = [opened(server), opened(server, stream=True)]
     until(lambda: server.scheduler.stats()["queued"] == 1)
 
-    def fault(running):
+    def fault():
         raise RuntimeError("a fault")
 
-    monkeypatch.setattr(server.scheduler, "_round", fault)
+    monkeypatch.setattr(server.scheduler, "_pass", fault)
     server.engine.gate.release()
     assert " 500 " in read_some(links[0]) and "the engine failed" in read_some(links[1])
     server.service.worker.join(10)
