@@ -176,6 +176,15 @@ class Scheduler:
             self._pass()
         return bool(self._running or self._waiting)
 
+    def abandon(self, why: str) -> None:
+        """Ends all requests with an error: no more rounds will come."""
+        with self._changed:
+            left = [*(running.ticket for running in self._running), *self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+        for ticket in left:
+            self._tell(ticket, Update([], finish="error", error=why))
+
     def _enter(self) -> None:
         while len(self._running) < self.most:
             with self._changed:
