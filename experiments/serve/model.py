@@ -6,6 +6,7 @@ from typing import Literal
 
 from experiments.speculative.flags import Speculative, opened
 from llm_jax.progress import Reporter
+from llm_jax.sample import Sampler
 from subspec_jax.engine import Engine
 from subspec_jax.methods import MethodName
 from subspec_jax.sources import Dtype, Quantizer
@@ -65,10 +66,21 @@ def name_of(model: str) -> str:
     return model if path is None else path.resolve().name.removesuffix(".gguf")
 
 
-def open_engine(flags: ModelFlags, reporter: Reporter) -> Engine:
-    """The engine that the flags ask for, planned and not loaded."""
+def open_engine(flags: ModelFlags, reporter: Reporter, sampler: Sampler) -> Engine:
+    """The engine that the flags ask for, planned and not loaded; `sampler` is the usual one."""
     given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(ModelFlags)}
     if shorten := flags.max_length is None:
         del given["max_length"]
+    given |= dataclasses.asdict(sampler)
     args = Speculative(checkpoint=path_of(flags.model), compare=(), max_new_tokens=1, **given)
     return opened(args, reporter, shorten)
+
+
+def warm_up(engine: Engine) -> None:
+    """Loads, and compiles before anybody waits: on a GPU for every length, on a CPU for a short
+    text and its answer."""
+    engine.start()
+    prompt = engine.tokenizer.chat([{"role": "user", "content": "Hello"}])
+    room = engine.options.max_length - len(prompt)
+    on_gpu = engine.device["platform"] == "gpu"
+    engine.warm_up(prompt, room if on_gpu else min(8, room))
