@@ -21,7 +21,7 @@ from rich.console import Console
 from experiments.common import cli as command_line
 from experiments.common.answer import Answer
 from experiments.common.cli import UserError
-from experiments.serve.model import ModelFlags, name_of, open_engine
+from experiments.serve.model import ModelFlags, name_of, open_engine, warm_up
 from llm_jax import LLMError
 from llm_jax.files import atomic_file, cache_folder
 from llm_jax.generation import checked_seed
@@ -211,15 +211,15 @@ def stats(answer: Answer | None) -> str:
 
 
 def main(args: Chat, console: Console) -> int:
-    Sampler(args.temperature, args.top_k, args.top_p, args.min_p)
+    sampler = Sampler(args.temperature, args.top_k, args.top_p, args.min_p)
     checked_seed(args.seed)
     if not all(args.stop):
         raise UserError("--stop has an empty text, which would end every answer at once")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; expected at least 1")
-    with open_engine(args, ConsoleReporter(console)) as engine:
-        engine.load()
+    with open_engine(args, ConsoleReporter(console), sampler) as engine:
         console.print(str(engine.plan), highlight=False, style="dim")
+        warm_up(engine)
         with _history():
             Shell(engine, args, _line, _write).run()
     return 0

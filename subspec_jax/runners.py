@@ -61,7 +61,10 @@ class Alone:
                 jax.clear_caches()
                 self.samplers.clear()
             self.samplers.add(request.sampler)
-        decoder = engine.decoder or engine.warm_up(request.prompt, request.new_tokens)
+        engine.start()
+        if engine.decoder is None and engine.device["platform"] == "gpu":
+            engine.warm_up(request.prompt, request.new_tokens)  # the plan may be a little too tight
+        decoder = engine.decoder or engine.use(engine.method)
         decoder.sampler = request.sampler
         yield from engine.rounds(request.prompt, request.new_tokens, request.seed, request.eos)
 

@@ -18,11 +18,10 @@ from rich.console import Console
 
 from experiments.common import cli as command_line
 from experiments.common.cli import UserError
-from experiments.serve.model import ModelFlags, name_of, open_engine
+from experiments.serve.model import ModelFlags, name_of, open_engine, warm_up
 from llm_jax.extras import need
 from llm_jax.progress import ConsoleReporter
 from llm_jax.sample import Sampler
-from subspec_jax.engine import Engine
 from subspec_jax.memory import parse_bytes
 from subspec_jax.scheduler import Scheduler
 
@@ -70,6 +69,7 @@ def main(args: Serve, console: Console) -> int:
 
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
     check(args)
+    usual = Sampler(args.temperature)
     settings = Settings(
         name=args.name or name_of(args.model),
         temperature=args.temperature,
@@ -80,10 +80,9 @@ def main(args: Serve, console: Console) -> int:
     )
     with bound(args.host, args.port) as listener:
         address, port = listener.getsockname()[:2]
-        with open_engine(args, ConsoleReporter(console), PARALLEL) as engine:
-            engine.start()
+        with open_engine(args, ConsoleReporter(console), usual, PARALLEL) as engine:
             say(str(engine.plan))
-            _warm_up(engine)
+            warm_up(engine)
             if settings.api_key is None and args.host not in LOOPBACK:
                 say(f"Anybody who reaches {address} may ask: there is no --api-key")
             shown = f"[{address}]" if ":" in address else address
@@ -94,7 +93,6 @@ def main(args: Serve, console: Console) -> int:
 
 def check(args: Serve) -> None:
     """Raises the error of the first flag that is wrong, before anything is loaded."""
-    Sampler(args.temperature)
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port is {args.port}; expected 0 to {2**16 - 1}")
     for name in ("queue", "rate_limit", "grace"):
@@ -115,17 +113,6 @@ def bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
     return listener
-
-
-def _warm_up(engine: Engine) -> None:
-    """Compiles before anybody waits: on a GPU for every length, on a CPU for a short text."""
-    prompt = engine.tokenizer.chat([{"role": "user", "content": "Hello"}])
-    room = engine.options.max_length - len(prompt)
-    on_gpu = engine.device["platform"] == "gpu"
-    if on_gpu or not engine.plan.ladder:
-        engine.warm_up(prompt, room if on_gpu else min(8, room))
-    else:  # for one answer; programs for more are made when there are more
-        engine.generate(prompt, min(4, room))
 
 
 def cli(words: Sequence[str] | None = None) -> int:

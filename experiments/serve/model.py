@@ -7,6 +7,7 @@ from typing import Literal
 from experiments.common.cli import UserError
 from experiments.speculative.flags import Speculative, opened
 from llm_jax.progress import Reporter
+from llm_jax.sample import Sampler
 from subspec_jax.engine import Engine
 from subspec_jax.methods import MethodName
 from subspec_jax.sources import Dtype, Quantizer
@@ -76,10 +77,12 @@ def name_of(model: str) -> str:
     return model if path is None else path.resolve().name.removesuffix(".gguf")
 
 
-def open_engine(flags: ModelFlags, reporter: Reporter, parallel: int = 1) -> Engine:
+def open_engine(
+    flags: ModelFlags, reporter: Reporter, sampler: Sampler, parallel: int = 1
+) -> Engine:
     """The engine that the flags ask for, planned and not loaded.
 
-    `parallel` is the number of answers together where no flag says it.
+    `sampler` is the usual one, and `parallel` the number of answers together where no flag says it.
     """
     given = {f.name: getattr(flags, f.name) for f in dataclasses.fields(ModelFlags)}
     asked = given.pop("parallel")
@@ -87,6 +90,7 @@ def open_engine(flags: ModelFlags, reporter: Reporter, parallel: int = 1) -> Eng
         raise UserError(f"--parallel is {asked}; expected 1 to {MOST_PARALLEL}")
     if shorten := flags.max_length is None:
         del given["max_length"]
+    given |= dataclasses.asdict(sampler)
     args = Speculative(checkpoint=path_of(flags.model), compare=(), max_new_tokens=1, **given)
     texts = asked or parallel
     alone = flags.method in ALONE
@@ -96,3 +100,16 @@ def open_engine(flags: ModelFlags, reporter: Reporter, parallel: int = 1) -> Eng
         )
     together = {} if alone else dict(texts=texts, ladder=ladder(texts))
     return opened(args, reporter, shorten, **together)
+
+
+def warm_up(engine: Engine) -> None:
+    """Loads, and compiles before anybody waits: on a GPU for every length, on a CPU for a short
+    text and its answer."""
+    engine.start()
+    prompt = engine.tokenizer.chat([{"role": "user", "content": "Hello"}])
+    room = engine.options.max_length - len(prompt)
+    on_gpu = engine.device["platform"] == "gpu"
+    if on_gpu or not engine.plan.ladder:
+        engine.warm_up(prompt, room if on_gpu else min(8, room))
+    else:  # for one answer; programs for more are made when there are more
+        engine.generate(prompt, min(4, room))

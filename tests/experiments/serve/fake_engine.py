@@ -26,11 +26,15 @@ class FakeEngine:
             streamed_bytes=10**9, resident=3, cfg=SimpleNamespace(layers=12), ladder=()
         )
         self.method = SimpleNamespace(name="subspec")
+        self.device = {"platform": "cpu"}
         self.decoder = SimpleNamespace(sampler=None)
         self.gate = threading.Semaphore(0)
         self.running = 0
         """Generators that were begun and not ended."""
         self.samplers = []
+
+    def start(self):
+        """Touches no device."""
 
     def rounds(self, prompt, new_tokens, seed, eos):
         text = said(self.tokenizer.decode(prompt))
