@@ -136,12 +136,16 @@ def test_text_streams_and_can_be_stopped(opened, until):
         until(lambda n=n: opened.texts() == [("SLOW " * 3)[:n]])
     opened.one("#stop").click()
     until(lambda: opened.idle and "stopped" in opened.one("article.assistant .tools").text)
+    running = opened.server.scheduler._running
+    heard = lambda: all(r.ticket.cancelled for r in running)  # before a further round begins
+    until(heard)
     gate.release()
     until(lambda: stats()["finished"]["cancelled"] == 1)
     assert opened.texts() == [("SLOW " * 3)[:9]]
     opened.say("slow")
     until(lambda: stats()["running"] == 1)
     opened.one("#text").send_keys(Keys.ESCAPE)
+    until(heard)
     gate.release()
     until(lambda: opened.idle and stats()["finished"]["cancelled"] == 2)
     opened.say("then bye")
