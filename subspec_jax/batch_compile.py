@@ -50,8 +50,9 @@ def _of(
 ) -> Iterator[jax.stages.Lowered]:
     """The programs for `texts` texts that look at `live` slots."""
     cfg, spec = plan.cfg, shared_spec(plan.spec, texts)
-    array = lambda *shape, dtype=cfg.dtype: placed(jax.ShapeDtypeStruct(shape, dtype))
-    number_B = array(texts, dtype=np.int32)
+    of_kind = lambda dtype, *shape: placed(jax.ShapeDtypeStruct(shape, dtype))
+    array = functools.partial(of_kind, cfg.dtype)
+    number_B = of_kind(np.int32, texts)
     samplers = placed(jax.eval_shape(lambda: Samplers.of([Sampler()] * texts, [0] * texts)))
     seats = Seats(number_B, number_B, number_B, samplers)
     trees = placed(jax.eval_shape(functools.partial(programs.only_roots, spec=spec), seats))
@@ -65,7 +66,7 @@ def _of(
     for length in sizes:
         causal = lambda at, row, real: causal_steps(at, length, live, row, real)  # noqa: B023
         steps = placed(jax.eval_shape(causal, number_B, number_B, number_B))
-        counted_M = array(texts * length, dtype=jnp.bool_)
+        counted_M = of_kind(jnp.bool_, texts * length)
         passes.append((array(texts, length, cfg.d_model), steps, counted_M))
     seen: set[str] = set()
     for i, layer in enumerate(params.layers):
@@ -104,7 +105,7 @@ def _of(
             params=draft,
             caches=caches,
             seats=seats,
-            least_L=array(max(spec.steps, 1), dtype=jnp.float32),
+            least_L=of_kind(jnp.float32, max(spec.steps, 1)),
             cfg=cfg,
             spec=spec,
             slots=live,
