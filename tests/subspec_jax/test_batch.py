@@ -77,11 +77,15 @@ def test_every_method_gives_each_text_its_own_tokens(name):
     assert found == [alone(params, cfg, t) for t in some]
 
 
-def test_texts_come_and_go_at_random():
+@pytest.mark.parametrize(
+    "count, name",
+    [(40, "subspec"), *(pytest.param(300, name, marks=pytest.mark.slow) for name in METHODS)],
+)
+def test_texts_come_and_go_at_random(count, name):
     """Joins, leaves before the end and prompts that share beginnings, in random order."""
     params, cfg = model()
-    decoder, rng = batch(params, cfg, rows=5), np.random.default_rng(3)
-    waiting, done, left = texts(cfg, 40, seed=1), [], 0
+    decoder, rng = batch(params, cfg, name, rows=5), np.random.default_rng(3)
+    waiting, done, left = texts(cfg, count, seed=1), [], 0
     for i, t in enumerate(waiting):
         if i % 3:  # goes on from an earlier text
             t.prompt = (waiting[rng.integers(i)].prompt + t.prompt)[:50]
@@ -99,7 +103,8 @@ def test_texts_come_and_go_at_random():
     for t in started:
         want = alone(params, cfg, t)
         assert t.new == (want if t.done else want[: len(t.new)])
-    assert sum(t.done for t in started) == 40 - left
+    assert sum(t.done for t in started) == count - left
+    assert sum(len(t.new) for t in started) > 10 * count
 
 
 def test_texts_fill_the_largest_pass_and_no_more():
