@@ -106,9 +106,13 @@ class BatchDecoder:
 
     def leave(self, text: Text) -> None:
         """Frees the text's row, whether it is done or not."""
-        if text in self.running:
-            self.running.remove(text)
-            self.rows.leave(text)
+        if text not in self.running:
+            return
+        self.running.remove(text)
+        if text.failed:
+            text.at = 0
+            self.caches = programs.clear_row(self.caches, to_device(np.int32(text.row)))
+        self.rows.leave(text)
 
     # ------------------------------------------------------------------ rounds
 

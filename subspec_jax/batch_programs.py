@@ -306,3 +306,9 @@ def copy_row(caches: tuple, source: jax.Array, to: jax.Array) -> tuple:
     is_cache = lambda c: hasattr(c, "move")
     copy = lambda c: put_row(c, one_row(c, source), to)
     return jax.tree.map(copy, caches, is_leaf=is_cache)
+
+
+@functools.partial(jax.jit, donate_argnames="caches")
+def clear_row(caches: tuple, row: jax.Array) -> tuple:
+    """The caches with zeros in one row. A NaN would spoil whoever has it next, seen or not."""
+    return jax.tree.map(lambda a: a.at[row].set(jnp.zeros((), a.dtype)), caches)

@@ -1,6 +1,5 @@
 """How a scheduler's requests are decoded: one after another, or several together."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +37,8 @@ class Alone:
         return 0
 
     def step(self) -> list[tuple[Any, Round]]:
-        """(handle, round) of each request that took part in the next pass."""
+        """(handle, round) of each request that took part in the next pass; all rounds tell the
+        seconds and the bytes of that pass."""
         return [(self._rounds, next(self._rounds))]
 
     def error(self, handle: Any) -> str | None:
@@ -87,13 +87,7 @@ class Together:
         return handle.cached
 
     def step(self) -> list[tuple[Text, Round]]:
-        results = self._decoder.step()
-        if not results:
-            return []
-        # A pass is shared, so its bytes are told once.
-        (first, result), *others = results
-        free = lambda r: dataclasses.replace(r, streamed_bytes=0)
-        return [(first, result), *((text, free(r)) for text, r in others)]
+        return self._decoder.step()
 
     def error(self, handle: Text) -> str | None:
         return handle.failed

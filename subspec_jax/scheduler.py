@@ -228,9 +228,9 @@ class Scheduler:
         return Update([], finish="error", error=str(error) or type(error).__name__)
 
     def _count(self, updates: list[tuple[_Running, Update]]) -> None:
-        seconds = max((u.seconds for _, u in updates), default=0.0)  # all have the same
+        seconds = max((u.seconds for _, u in updates), default=0.0)  # all have the same,
+        streamed = max((u.streamed_bytes for _, u in updates), default=0)  # for one pass
         tokens = sum(len(u.tokens) for _, u in updates)
-        streamed = sum(u.streamed_bytes for _, u in updates)
         prefill = any(running.reads for running, _ in updates)
         with self._changed:
             if updates:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from llm_jax import LLMError
-from llm_jax.sample import LEAST_TEMPERATURE, Sampler, noise
+from llm_jax.sample import LEAST_TEMPERATURE, Sampler, Samplers, noise
 
 LOGITS = np.array([1.3, -0.4, 2.1, 2.1, 0.6, -3.0, 1.0, 0.9])
 SAMPLERS = [
@@ -156,3 +156,17 @@ def test_the_least_temperature_draws_the_largest_of_large_logits():
     logits = jnp.asarray(np.random.default_rng(0).normal(0, 1000, (200, 50)), jnp.float32)
     drawn = Sampler(LEAST_TEMPERATURE).draw(logits, jax.random.key(0), jnp.arange(200))
     assert (drawn == logits.argmax(-1)).all()
+
+
+def test_samplers_beside_each_other_are_what_each_is_alone():
+    """As arrays, in one program, greedy ones among them; rows in any order."""
+    some, rng = [Sampler(), *SAMPLERS, Sampler(0.7, top_k=2, top_p=0.5)], np.random.default_rng(0)
+    of = Samplers.of(some, range(len(some)))
+    of_X = jnp.asarray(rng.integers(0, len(some), 60), jnp.int32)
+    logits = jnp.asarray(rng.normal(0, 2, (60, 40)).round(1), jnp.float32)  # with ties
+    position = jnp.asarray(rng.integers(0, 100, 60), jnp.int32)
+    scores, draws = of.scores(logits, of_X), of.draw(logits, of_X, position)
+    for x, n in enumerate(of_X.tolist()):
+        np.testing.assert_array_equal(scores[x], some[n].scores(logits[x][None])[0])
+        want = some[n].draw(logits[x][None], jax.random.key(n), position[x][None])
+        assert draws[x] == want[0]

@@ -10,9 +10,10 @@ import pytest
 from llm_jax.attention import caches_for
 from llm_jax.config import Experts
 from llm_jax.generation import decode_loop, prefill
-from llm_jax.sample import Sampler
+from llm_jax.sample import Sampler, Samplers
 from llm_jax.testing import tiny_config, tiny_params
 from subspec_jax.batch import BatchDecoder
+from subspec_jax.check import NotFiniteError
 from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.experts import ExpertCache
 from subspec_jax.methods import make_method
@@ -180,3 +181,27 @@ def test_rows_share_the_longest_beginning_and_forget_the_oldest():
     rows.leave(text)
     assert rows.take(seat([1, 2, 3, 9, 9]))[2] == 0  # the newest tokens are kept apart
     assert Rows(1).take(seat([5]))[2] == 0
+
+
+def test_a_text_that_fails_fails_alone():
+    """A token whose embedding is NaN, in a prompt and drawn later: the row is clean afterwards."""
+    params, cfg = model()
+    bad = dataclasses.replace(params, embed_VD=params.embed_VD.at[7].set(jnp.nan))
+    some = [Text([1, 2, 3], 12), Text([4, 7, 5], 12), Text(list(range(10, 30)), 12)]
+    decoder = batch(bad, cfg, "vanilla", rows=3)
+    with pytest.raises(NotFiniteError, match="NaN"):
+        decoder.generate(some)
+    assert [bool(t.failed) for t in some] == [False, True, False]
+    for t in (some[0], some[2]):
+        assert t.new == alone(params, cfg, t) and 7 not in t.new
+    for rest in range(3):  # also the one in the row of the text that failed
+        t = Text([30 + rest, 2, 3, 4], 12)
+        assert decoder.generate([t]) == [alone(params, cfg, t)]
+
+
+def test_seeds_of_32_bits_are_those_of_one_text():
+    for seed in (0, 5, 2**31 - 1, 2**31, 2**32 - 1):
+        of = Samplers.of([Sampler(1.0)], [seed])
+        want = Sampler(1.0).draw(jnp.zeros((4, 50)), jax.random.key(seed), jnp.arange(4))
+        got = of.draw(jnp.zeros((4, 50)), jnp.zeros(4, jnp.int32), jnp.arange(4))
+        np.testing.assert_array_equal(got, want)

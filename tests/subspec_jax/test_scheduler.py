@@ -98,8 +98,8 @@ def test_answers_are_those_of_plain_decoding_alone(engine, params):
     assert stats["prompt_tokens"] == sum(len(request(seed).prompt) for seed in range(6))
     if engine.plan.ladder:  # passes are shared, and their bytes are counted once
         assert stats["passes"] < len(rounds) and stats["batch"] > 1 and stats["tau"] > 1
-        sizes = {u.streamed_bytes for u in rounds}
-        assert len(sizes) == 2 and stats["streamed_bytes"] == stats["passes"] * max(sizes)
+        [size] = {u.streamed_bytes for u in rounds}
+        assert stats["streamed_bytes"] == stats["passes"] * size > 0
         return
     assert stats["passes"] == len(rounds) and all(u.streamed_bytes > 0 for u in rounds)
     recent = rounds[-scheduler_module.RECENT :]
