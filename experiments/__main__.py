@@ -38,6 +38,11 @@ COMMANDS = {
         "experiments.measure.offload",
         "time every way to decode a model that does not fit, each in a process of its own",
     ),
+    "measure.batch": ("experiments.measure.batch", "time several texts that share every pass"),
+    "measure.turns": (
+        "experiments.measure.turns",
+        "time a chat's turns, with a prefix cache or none",
+    ),
     "measure.experts": (
         "experiments.measure.experts",
         "time a model with experts that does not fit: plain passes and trees",
