@@ -21,8 +21,9 @@ from llm_jax.sample import Sampler, Samplers
 from llm_jax.stream import to_device
 from subspec_jax import batch_programs as programs
 from subspec_jax.batch_programs import Growing, Seats, Verifying
-from subspec_jax.check import NotFiniteError
-from subspec_jax.decoder import LengthError
+from subspec_jax.check import NotFiniteError, no_numbers
+from subspec_jax.decoder import check_lengths
+from subspec_jax.experts import of_all_layers, recorded
 from subspec_jax.methods import Method, MethodError
 from subspec_jax.prefix_cache import Rows, Text
 from subspec_jax.propose import PromptLookup, Round
@@ -81,13 +82,7 @@ class BatchDecoder:
         """Raises LengthError or GenerationError for a text that cannot be decoded here."""
         prompt = checked_prompt(text.prompt, self.target.cfg.vocab).tolist()
         checked_seed(text.seed)
-        if text.new_tokens < 1:
-            raise LengthError(f"{text.new_tokens} new tokens were asked for; give at least 1")
-        if len(prompt) + text.new_tokens > self.max_length:
-            raise LengthError(
-                f"{len(prompt)} prompt tokens and {text.new_tokens} new ones do not fit into "
-                f"{self.max_length}; shorten the prompt, ask for fewer tokens, or raise max_length"
-            )
+        check_lengths(len(prompt), text.new_tokens, self.max_length)
 
     def join(self, text: Text) -> bool:
         """Gives the text a row; False where all are taken. It takes part from the next round on."""
@@ -243,7 +238,7 @@ class BatchDecoder:
         jax.block_until_ready(tokens_BE)
         experts = target.experts
         if experts is not None:
-            experts.begin(None if routed is None else self._foreseen(routed))
+            experts.begin(None if routed is None else of_all_layers(routed, cfg))
         t1 = time.perf_counter()
         arrived, caches = stream.arrived_bytes(), list(self.caches)
         x = run_pass(target, stream, tokens_BE, caches, step, self._between, real_M)
@@ -320,24 +315,14 @@ class BatchDecoder:
             self.watch()
 
     def _not_finite(self, text: Text) -> str:
-        return (
-            f"the model computes NaN or infinity after {text.at} tokens; its weights are damaged, "
-            f"or their numbers do not fit into {self.target.cfg.dtype}: take bfloat16 or float32"
-        )
+        return no_numbers(f"after {text.at} tokens", self.target.cfg)
 
     @property
     def _experts(self) -> tuple[int, int] | None:
         """(layers with experts, experts) whose routing the draft records."""
         if self.target.experts is None or not self.proposer.routes:
             return None
-        size = lambda c: (sum(map(c.has_experts, range(c.layers))), c.experts.count)
-        return size(self.target.cfg)
-
-    def _foreseen(self, routed_LE) -> np.ndarray:
-        cfg = self.target.cfg
-        foreseen = np.zeros((cfg.layers, cfg.experts.count), bool)
-        foreseen[[i for i in range(cfg.layers) if cfg.has_experts(i)]] = np.asarray(routed_LE)
-        return foreseen
+        return recorded(self.target.cfg, self.proposer.cfg)
 
     # ------------------------------------------------------------------ all at once
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from llm_jax.attention import caches_for, causal_step
 from llm_jax.cache import KV
+from llm_jax.config import Config
 from llm_jax.generation import chunks
 from llm_jax.stream import to_device
 from subspec_jax import SubspecError
@@ -71,6 +72,14 @@ def compare_with_plain(
             moved = float(jnp.abs(again - logits).max())
             result["tolerance"] = max(result["tolerance"], moved)
     return result
+
+
+def no_numbers(where: str, cfg: Config) -> str:
+    """What is said of a model that computes NaN or infinity there."""
+    return (
+        f"the model computes NaN or infinity {where}; its weights are damaged, or their numbers do "
+        f"not fit into {cfg.dtype}: take bfloat16 or float32"
+    )
 
 
 def not_finite(target: Target, tokens: Sequence[int], caches: list[Any], chunk: int) -> str:

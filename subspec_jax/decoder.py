@@ -19,7 +19,8 @@ from llm_jax.sample import Sampler
 from llm_jax.stream import to_device
 from subspec_jax import SubspecError
 from subspec_jax.accept import Gate
-from subspec_jax.check import NotFiniteError, not_finite
+from subspec_jax.check import NotFiniteError, no_numbers, not_finite
+from subspec_jax.experts import of_all_layers, recorded
 from subspec_jax.propose import Proposer, Round, State
 from subspec_jax.tree import cache_slots, live_sizes, path_to, seedling, step_gains
 from subspec_jax.verify import Target, Verified, finish_round, lay_out, run_pass, streamed_prefill
@@ -29,6 +30,17 @@ jit_seedling = jax.jit(seedling, static_argnames=("spec", "experts"))
 
 class LengthError(SubspecError):
     """A prompt and its answer do not fit into the cache, or a number of tokens is not valid."""
+
+
+def check_lengths(prompt: int, new_tokens: int, most: int) -> None:
+    """Raises LengthError if so many tokens of a prompt and of its answer cannot be."""
+    if new_tokens < 1:
+        raise LengthError(f"{new_tokens} new tokens were asked for; give at least 1")
+    if prompt + new_tokens > most:
+        raise LengthError(
+            f"{prompt} prompt tokens and {new_tokens} new ones do not fit into {most}; shorten the "
+            "prompt, ask for fewer tokens, or raise max_length"
+        )
 
 
 @dataclasses.dataclass
@@ -77,13 +89,7 @@ class Decoder:
         computes NaN or infinity.
         """
         prompt = checked_prompt(prompt, self.target.cfg.vocab).tolist()
-        if new_tokens < 1:
-            raise LengthError(f"{new_tokens} new tokens were asked for; give at least 1")
-        if len(prompt) + new_tokens > self.max_length:
-            raise LengthError(
-                f"{len(prompt)} prompt tokens and {new_tokens} new ones do not fit into "
-                f"{self.max_length}; shorten the prompt, ask for fewer tokens, or raise max_length"
-            )
+        check_lengths(len(prompt), new_tokens, self.max_length)
         spec, cfg = self.proposer.spec, self.target.cfg
         lengths = None if replay is None else iter(replay)
         key = jax.random.key(checked_seed(seed))
@@ -203,11 +209,7 @@ class Decoder:
 
     def _fail(self, tokens: list[int]) -> None:
         where = not_finite(self.target, tokens, self.caches, self.chunk)
-        raise NotFiniteError(
-            f"the model computes NaN or infinity {where}, after {len(tokens)} tokens; its weights "
-            f"are damaged, or their numbers do not fit into {self.target.cfg.dtype}: take bfloat16 "
-            "or float32"
-        )
+        raise NotFiniteError(no_numbers(f"{where}, after {len(tokens)} tokens", self.target.cfg))
 
     def _live(self, tokens) -> int:
         """Slots that attention has to look at: those of the committed tokens and of a tree."""
@@ -217,20 +219,15 @@ class Decoder:
     @property
     def _experts(self) -> tuple[int, int] | None:
         """(layers with experts, experts) whose routing the draft records."""
-        cfg = self.target.cfg
         if self.target.experts is None or not self.proposer.routes:
             return None
-        size = lambda c: (sum(map(c.has_experts, range(c.layers))), c.experts.count)
-        return size(cfg) if size(self.proposer.cfg) == size(cfg) else None
+        return recorded(self.target.cfg, self.proposer.cfg)
 
     def _foreseen(self, tree) -> np.ndarray | None:
         """[layers, experts] that the draft was routed to, for every layer of the target."""
         if tree.routed_LE is None:
             return None
-        cfg = self.target.cfg
-        foreseen = np.zeros((cfg.layers, cfg.experts.count), bool)
-        foreseen[[i for i in range(cfg.layers) if cfg.has_experts(i)]] = np.asarray(tree.routed_LE)
-        return foreseen
+        return of_all_layers(tree.routed_LE, self.target.cfg)
 
     def _between(self, state):
         def between(layer):

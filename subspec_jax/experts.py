@@ -177,6 +177,25 @@ def lowered(
         yield _put_experts.lower(stacks, (one,) * size, number, h_MD, expert_Mc, y_McD, cfg)
 
 
+def recorded(cfg: Config, draft: Config) -> tuple[int, int] | None:
+    """(layers with experts, experts) that a draft's routing is recorded for; None where the draft
+    has others than the target."""
+    size = lambda c: (len(routed_layers(c)), c.experts.count)
+    return size(cfg) if size(draft) == size(cfg) else None
+
+
+def routed_layers(cfg: Config) -> list[int]:
+    """The numbers of the layers with experts."""
+    return [i for i in range(cfg.layers) if cfg.has_experts(i)]
+
+
+def of_all_layers(routed_LE: Any, cfg: Config) -> np.ndarray:
+    """What is recorded of the layers with experts, as bool [all layers, experts]."""
+    foreseen = np.zeros((cfg.layers, cfg.experts.count), bool)
+    foreseen[routed_layers(cfg)] = np.asarray(routed_LE)
+    return foreseen
+
+
 def apart(layer: Layer) -> SeparateExperts | SplitExperts | None:
     """The layer's experts, if they are arrays of their own."""
     stacks = layer.mlp.expert_gate_up if isinstance(layer.mlp, Experts) else None
