@@ -98,7 +98,7 @@ def test_a_tree_behind_windows_and_two_bases(tree):
     assert sum(r.accepted for r in rounds) > 3
 
 
-@pytest.mark.quick_cases("2 bits, sinks and window")
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_texts_together_over_low_rank_caches(form):
     """Rows of such caches, too: what a text has is right whoever had its row before."""

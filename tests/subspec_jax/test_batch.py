@@ -70,6 +70,7 @@ def alone(params, cfg, t):
     return tokens[: min(ends, default=len(tokens))]
 
 
+@pytest.mark.quick_cases("vanilla", "subspec", "ngram")
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_gives_each_text_its_own_tokens(name):
     params, cfg = model()
@@ -118,6 +119,7 @@ def test_texts_fill_the_largest_pass_and_no_more():
     assert ladder(1) == (1,) and ladder(6) == (1, 2, 4, 6) and ladder(8) == (1, 2, 4, 8)
 
 
+@pytest.mark.slow
 def test_more_texts_than_whole_trees_fit(monkeypatch):
     """Trees of fewer levels where a pass would have too many nodes."""
     monkeypatch.setattr(shared_spec, "__defaults__", (20,))
@@ -128,6 +130,7 @@ def test_more_texts_than_whole_trees_fit(monkeypatch):
     assert found == [alone(params, cfg, t) for t in some]
 
 
+@pytest.mark.slow
 def test_experts_are_shared_by_the_texts():
     params, cfg = model(experts=Experts(count=8, chosen=2, d_ff=32))
     some = texts(cfg, 6, seed=2)

@@ -272,6 +272,7 @@ print(subspec_jax.__version__)
         _ = subspec_jax.opne
 
 
+@pytest.mark.slow
 def test_several_texts_together_are_what_they_are_alone(folder, prompt, plain, checkpoint):
     """Through the front door: one text, and several with the caches of all of them planned for."""
     prompts = [prompt, prompt[:5], prompt[3:]]

@@ -80,7 +80,7 @@ def test_tokens_are_those_of_plain_decoding(family, name):
     assert texts(target, method, resident) == want
 
 
-@pytest.mark.quick_cases("gemma3", "gpt-oss")
+@pytest.mark.quick_cases("gemma3")
 def test_texts_together_are_those_of_plain_decoding(family):
     """Five texts in rows for three: sampled and greedy ones beside each other, a shared beginning,
     prompts longer than every window and of one token."""

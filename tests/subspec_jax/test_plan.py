@@ -213,14 +213,14 @@ def scratch(cfg, spec, draft, slots, chunk):
 
 
 def test_products_of_many_rows_make_a_matrix_dense():
-    """With kernels from 65 rows on, at most 40 million weights at a time; without, always a whole
+    """With kernels from 129 rows on, at most 40 million weights at a time; without, always a whole
     matrix, the output head among them if it is of low bits."""
     cfg = dataclasses.replace(MODELS["qwen2.5-7b"].config, dtype="bfloat16")
     layer, head = 2 * cfg.d_model * cfg.d_ff, cfg.d_model * cfg.vocab
     of = lambda width, kernels, **more: work_bytes(
-        cfg, TreeSpec("beam", 1, width), Draft(4, 64, **more), 512, 128, kernels=kernels
+        cfg, TreeSpec("beam", 1, width), Draft(4, 64, **more), 512, 129, kernels=kernels
     )
-    more = of(65, True) - of(64, True)
+    more = of(129, True) - of(128, True)
     assert 80_000_000 < more < 81_000_000 + 12 * cfg.vocab
     assert of(6, True) < 60_000_000 and of(6, True, own_cache=True) > 100_000_000
     whole, low = of(6, False), of(6, False, head_bits=4)

@@ -143,7 +143,7 @@ def test_another_plan_needs_other_programs(compiled):
     assert LARGE & compiled() == {"jit_block", "finish_round"}
 
 
-@pytest.mark.quick_cases("subspec")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["subspec", "sampled", "experts", "replay"])
 def test_texts_together_compile_no_large_program_again(compiled, name, monkeypatch):
     """One, two and three texts, that share beginnings, join late and end early."""
