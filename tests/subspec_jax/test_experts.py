@@ -251,6 +251,7 @@ def test_residuals_of_experts_give_the_same_tokens():
     assert all(r.experts.fetched.sum() for r in got[1:])
 
 
+@pytest.mark.slow
 def test_whole_layers_of_residuals_can_be_streamed_too():
     params, cfg = model("shared", dtype="bfloat16")
     shapes = split_shapes(cfg, 4, 32, gaussian_room(cfg, 4, 32))
@@ -293,6 +294,7 @@ def test_a_plan_keeps_hot_experts(tmp_path):
     assert target.experts.capacity == plan.hot
 
 
+@pytest.mark.slow
 def test_experts_in_mxfp4_are_brought_in_their_own_form():
     """A model whose experts have MXFP4's numbers decodes as if they were dense; fewer bytes."""
     params, cfg = model("clamped", dtype="bfloat16")

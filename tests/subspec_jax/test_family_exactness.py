@@ -80,7 +80,7 @@ def test_tokens_are_those_of_plain_decoding(family, name):
     assert texts(target, method, resident) == want
 
 
-@pytest.mark.quick_cases("gemma3")
+@pytest.mark.slow
 def test_texts_together_are_those_of_plain_decoding(family):
     """Five texts in rows for three: sampled and greedy ones beside each other, a shared beginning,
     prompts longer than every window and of one token."""
@@ -107,7 +107,7 @@ def converted(request, tmp_path_factory):
     jax.clear_caches()
 
 
-@pytest.mark.quick_cases("olmo2-subspec")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("vanilla", "subspec", "subspec-post"))
 def test_residuals_give_the_tokens_of_the_raw_weights(converted, name):
     """The same method on both: in bfloat16 passes of other widths may round otherwise."""
@@ -147,7 +147,7 @@ def converted_experts(request, tmp_path_factory):
     jax.clear_caches()
 
 
-@pytest.mark.quick_cases("qwen3-moe-mixed-subspec")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_residuals_of_experts_give_the_tokens_of_plain_decoding(
     converted_experts, name, monkeypatch

@@ -33,6 +33,7 @@ def test_texts_are_timed_together(tmp_path, monkeypatch, capsys):
     assert "tiny in 100MB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_later_turns_compute_what_is_new(tmp_path, capsys):
     cfg = tiny_config("qwen2", max_length=4096)
     folder = write_safetensors(tmp_path / "model", tiny_params(cfg), cfg)

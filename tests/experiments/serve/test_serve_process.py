@@ -180,6 +180,7 @@ def test_a_key_from_the_environment_and_the_end_by_sigterm(folder):
         assert "Traceback" not in server.output
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_answers_as_before(folder, alone):
     """At the same port at once, while a client is in the middle of an answer."""
     expected, _ = alone(alone.tokenizer.chat(said("again")), 20)
