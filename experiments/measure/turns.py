@@ -20,7 +20,7 @@ from rich.table import Table
 
 from experiments.common import records
 from experiments.common.cli import run
-from experiments.serve.model import ModelFlags, open_engine
+from experiments.serve.model import ModelFlags, name_of, open_engine
 from llm_jax.progress import default_reporter
 from llm_jax.sample import Sampler
 from subspec_jax.engine import Engine
@@ -45,7 +45,7 @@ def main(args: ChatTurns, console: Console) -> int:
     page = "\n\n".join(texts)
     with open_engine(args, default_reporter(), Sampler()) as engine:
         lines = [line for cached in (False, True) for line in chat(engine, args, page, cached)]
-    table = Table(title=f"{args.model} in {args.memory_limit}")
+    table = Table(title=f"{name_of(args.model)} in {args.memory_limit}")
     for name in ("cache", "turn", "prompt", "cached", "passes", "first token, s", "GB streamed"):
         table.add_column(name, justify="right")
     for line in lines:
@@ -87,7 +87,7 @@ def chat(engine: Engine, args: ChatTurns, page: str, cached: bool) -> list[dict[
             messages.append({"role": "assistant", "content": tokenizer.decode(reply)})
             lines.append(
                 dict(
-                    model=args.model,
+                    model=name_of(args.model),
                     memory_limit=args.memory_limit,
                     cache=cached,
                     turn=turn,
