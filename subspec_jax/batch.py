@@ -72,7 +72,6 @@ class BatchDecoder:
         self.sizes = programs.slot_sizes(self.slots, plain)
         self.stop = StopRule(method.stop_gain, self.spec.steps)
         self.running: list[Text] = []
-        self.watch: Callable[[], None] | None = None
         self._prefilled = False
         self._samplers: tuple[Any, Samplers | None] = (), None
 
@@ -170,9 +169,8 @@ class BatchDecoder:
             target.experts.begin()
         of_text_M = (np.arange(T) < real[:, None]) & (np.arange(size) < len(texts))[:, None]
         caches = list(self.caches)
-        x = run_pass(
-            target, stream, tokens_BT, caches, step, self._between, to_device(of_text_M.reshape(-1))
-        )
+        given = target, stream, tokens_BT, caches, step
+        x = run_pass(*given, real=to_device(of_text_M.reshape(-1)))
         self.caches = tuple(caches)
         draw_B, finite_B = jax.device_get(
             programs.first_draws(target.top, x, seats, real_B, target.cfg)
@@ -241,7 +239,7 @@ class BatchDecoder:
             experts.begin(None if routed is None else of_all_layers(routed, cfg))
         t1 = time.perf_counter()
         arrived, caches = stream.arrived_bytes(), list(self.caches)
-        x = run_pass(target, stream, tokens_BE, caches, step, self._between, real_M)
+        x = run_pass(target, stream, tokens_BE, caches, step, real=real_M)
         jax.block_until_ready(x)
         t2 = time.perf_counter()
         end = programs.finish_each(
@@ -309,10 +307,6 @@ class BatchDecoder:
         hits = np.isin(np.arange(len(result.gains)), steps)
         given = result.seconds, len(result.tokens), result.draft_s, result.steps
         self.stop.learn(result.gains, hits, *given)
-
-    def _between(self, layer: int) -> None:
-        if self.watch is not None:
-            self.watch()
 
     def _not_finite(self, text: Text) -> str:
         return no_numbers(f"after {text.at} tokens", self.target.cfg)
