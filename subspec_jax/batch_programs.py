@@ -40,7 +40,7 @@ from subspec_jax.tree import (
     pass_nodes,
     seedling,
 )
-from subspec_jax.verify import GREEDY_ROWS, LOGIT_ROWS, SPLIT_ROWS, likeliest
+from subspec_jax.verify import GREEDY_ROWS, LOGIT_ROWS, SPLIT_ROWS, likeliest, some_at_a_time
 
 
 def slot_sizes(slots: int, plain: bool) -> list[int]:
@@ -219,22 +219,17 @@ def draws(
     """The target's draw after every node, int32 [X]; logits of some nodes at a time."""
     split = is_split(top.head_DV)
 
-    def by_rows(f, most, *arrays):
-        X = len(arrays[0])
-        rows = math.ceil(X / math.ceil(X / most))
-        fold = lambda a: jnp.pad(a, [(0, -X % rows)] + [(0, 0)] * (a.ndim - 1)).reshape(
-            -1, rows, *a.shape[1:]
-        )
-        return jax.lax.map(f, tuple(map(fold, arrays))).reshape(-1)[:X]
-
     def some(args):
         x_rD, of_r, position_r = args
         return samplers.draw(unembed(top, x_rD[None], cfg)[0], of_r, position_r)
 
-    whole = lambda: by_rows(some, SPLIT_ROWS if split else LOGIT_ROWS, x_XD, of_X, position_X)
+    equal = lambda most: math.ceil(len(x_XD) / math.ceil(len(x_XD) / most))
+    most = SPLIT_ROWS if split else LOGIT_ROWS
+    whole = lambda: some_at_a_time(some, equal(most), x_XD, of_X, position_X)
     if not split:
         return whole()
-    greedy = lambda: by_rows(lambda args: likeliest(top, args[0], cfg), GREEDY_ROWS, x_XD)
+    least = lambda args: likeliest(top, args[0], cfg)
+    greedy = lambda: some_at_a_time(least, equal(GREEDY_ROWS), x_XD)
     return jax.lax.cond((samplers.temperature_B > 0).any(), whole, greedy)
 
 

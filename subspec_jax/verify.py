@@ -207,6 +207,16 @@ def rows_at_a_time(nodes: int, split_head: bool) -> int:
     return math.ceil(nodes / math.ceil(nodes / SPLIT_ROWS))
 
 
+def some_at_a_time(f: Callable, rows: int, *arrays: jax.Array) -> Any:
+    """`f` of a tuple of arrays [X, …], applied to `rows` of the X entries at a time."""
+    X = len(arrays[0])
+    fold = lambda a: jnp.pad(a, [(0, -X % rows)] + [(0, 0)] * (a.ndim - 1)).reshape(
+        -1, rows, *a.shape[1:]
+    )
+    found = jax.lax.map(f, tuple(map(fold, arrays)))
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:X], found)
+
+
 def likeliest(top: Params, x_ED: jax.Array, cfg: Config) -> jax.Array:
     """The token of the largest logit after every node, int32 [E], for an output head in two parts.
 
@@ -250,10 +260,6 @@ def judge(
         return Judged(likeliest(top, x_1ED[0], cfg))
     E = x_1ED.shape[1]
     rows = rows_at_a_time(E, is_split(top.head_DV))
-    padding = -E % rows
-    fold = lambda a: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(
-        -1, rows, *a.shape[1:]
-    )
 
     def some(args):
         x_rD, position_r = args
@@ -266,8 +272,7 @@ def judge(
         entropy_r = -jnp.sum(jnp.where(p_rV > 0, p_rV * logp_rV, 0.0), -1) / np.log(cfg.vocab)
         return draw_r, entropy_r.astype(jnp.float32), p_rV[:, tree.token_E]
 
-    found = jax.lax.map(some, (fold(x_1ED[0]), fold(at + tree.depth_E + 1)))
-    draw_E, *rest = (a.reshape(-1, *a.shape[2:])[:E] for a in found)
+    draw_E, *rest = some_at_a_time(some, rows, x_1ED[0], at + tree.depth_E + 1)
     if gate is None:
         return Judged(draw_E)
     entropy_E, p_EE = rest
