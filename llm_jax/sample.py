@@ -20,6 +20,10 @@ from llm_jax import LLMError
 LEAST_TEMPERATURE = 1e-5
 """Above 0. Far below it, logits become infinite, and the draw is not the largest."""
 
+SORTED_ROWS = 16
+"""Rows of logits that are sorted at a time, where several texts are sampled: sorting takes five
+times the memory of its rows."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -115,17 +119,22 @@ class Samplers:
         z = jnp.where(greedy, z, z / jnp.where(greedy, 1.0, temperature))
         by_rank = ~greedy & (((top_k > 0) & (top_k < V)) | (top_p < 1))
 
-        def among_the_first(z):
-            order = jnp.sort(z, axis=-1, descending=True)
+        def among_the_first(row):
+            z, top_k, top_p = row
+            order = jnp.sort(z, descending=True)
             k = jnp.where((top_k > 0) & (top_k < V), top_k, V)
-            of_k = jnp.take_along_axis(order, k - 1, axis=-1)
+            of_k = order[k - 1]
             z, order = (jnp.where(a < of_k, -jnp.inf, a) for a in (z, order))
-            p = jax.nn.softmax(order, axis=-1)
-            kept = (jnp.cumsum(p, axis=-1) - p < top_p) | (top_p == 1)
-            least = jnp.min(jnp.where(kept, order, jnp.inf), axis=-1, keepdims=True)
+            p = jax.nn.softmax(order)
+            kept = (jnp.cumsum(p) - p < top_p) | (top_p == 1)
+            least = jnp.min(jnp.where(kept, order, jnp.inf))
             return jnp.where(z < least, -jnp.inf, z)
 
-        chosen = jax.lax.cond(by_rank.any(), among_the_first, lambda z: z, z)
+        def by_ranks(z):
+            rows = z, top_k[:, 0], top_p[:, 0]
+            return jax.lax.map(among_the_first, rows, batch_size=SORTED_ROWS)
+
+        chosen = jax.lax.cond(by_rank.any(), by_ranks, lambda z: z, z)
         z = jnp.where(by_rank, chosen, z)
         floor = jnp.max(z, axis=-1, keepdims=True) + jnp.log(min_p)
         return jnp.where(~greedy & (min_p > 0) & (z < floor), -jnp.inf, z)

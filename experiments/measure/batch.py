@@ -27,7 +27,7 @@ import subspec_jax
 from experiments.common import records
 from experiments.common.cli import UserError, run
 from experiments.measure.experts import words_of
-from experiments.speculative.replay import acceptance_trace
+from experiments.speculative.replay import BLOCK, acceptance_trace
 from llm_jax.progress import default_reporter
 from subspec_jax.draft_model import Draft
 from subspec_jax.options import default_tree
@@ -49,8 +49,8 @@ class BatchTimes:
     width: int | None = None
     prompt: int = 256
     """Tokens of each prompt."""
-    rounds: int = 16
-    """Rounds that are timed, after two that are not."""
+    rounds: int = BLOCK
+    """Rounds that are timed, after two that are not; `BLOCK` have the published mean."""
     max_length: int = 2048
     output: Path = Path("batch.jsonl")
     """File that lines are added to."""
@@ -128,6 +128,7 @@ def measure(args: BatchTimes, texts: int, method: str) -> dict[str, Any]:
             texts=texts,
             stream="raw" if plain else args.stream,
             memory_limit=args.memory_limit,
+            max_length=args.max_length,
             acceptance=None if plain else "published",
             nodes=1 + spent[0].drafted,
             rounds=len(rounds),

@@ -170,3 +170,11 @@ def test_samplers_beside_each_other_are_what_each_is_alone():
         np.testing.assert_array_equal(scores[x], some[n].scores(logits[x][None])[0])
         want = some[n].draw(logits[x][None], jax.random.key(n), position[x][None])
         assert draws[x] == want[0]
+
+
+def test_sorting_for_several_texts_takes_the_memory_of_few_rows():
+    """Beside the logits one more array of their size, where sorting all rows at once takes four."""
+    samplers, V = Samplers.of([Sampler(1.0, top_k=50, top_p=0.9)] * 2, [0, 1]), 20_000
+    rows = jax.ShapeDtypeStruct((128, V), jnp.float32), jax.ShapeDtypeStruct((128,), jnp.int32)
+    compiled = jax.jit(lambda s, z, of: s.scores(z, of)).lower(samplers, *rows).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * rows[0].size * 4
