@@ -6,6 +6,7 @@ seed. Programs are compiled for a small ladder of numbers of texts.
 Letters: B texts of a round, M tokens of a pass, T tokens of a text.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -44,6 +45,7 @@ class BatchDecoder:
     """A target, a draft and caches of `rows` rows. Every text is the target's own, as if alone.
 
     `sizes` are the numbers of texts that programs are made for; none: those of `tree.ladder`.
+    `spec_of` gives the tree for each of these, no larger than `tree.shared_spec` (None) makes it.
     Raises MethodError for a method that cannot decode several texts.
     """
 
@@ -56,6 +58,7 @@ class BatchDecoder:
         max_length: int = 2048,
         chunk: int = 512,
         sizes: Sequence[int] = (),
+        spec_of: Callable[[int], TreeSpec] | None = None,
     ):
         if reason := why_not_together(method):
             raise MethodError(reason)
@@ -63,6 +66,7 @@ class BatchDecoder:
         self.max_length, self.chunk = max_length, chunk
         self.proposer = method.proposer(target.cfg, draft)
         self.spec = self.proposer.spec
+        self.spec_of = spec_of or functools.partial(shared_spec, self.spec)
         self.slots = cache_slots(max_length, self.spec)
         given = target.params, target.cfg, rows, self.slots, self.spec.places + 1
         self.caches = to_device(caches_for(*given))
@@ -204,7 +208,7 @@ class BatchDecoder:
         t0 = time.perf_counter()
         target, cfg = self.target, self.target.cfg
         size, rows = self._size(texts), len(self.rows.users)
-        spec = shared_spec(self.spec, size)
+        spec = self.spec_of(size)
         slots = self._live(max(t.at for t in texts) + spec.places)
         accepted = [next(t.replay) if t.replay is not None else -1 for t in texts]
         replay = any(t.replay is not None for t in texts)

@@ -19,7 +19,7 @@ from subspec_jax.draft_model import make_draft
 from subspec_jax.experts import lowered, room_for
 from subspec_jax.offload import separate_shapes
 from subspec_jax.plan import Plan, expert_bytes
-from subspec_jax.tree import cache_slots, shared_spec
+from subspec_jax.tree import cache_slots
 from subspec_jax.verify import jit_block
 
 
@@ -49,7 +49,7 @@ def _of(
     plan: Plan, texts: int, live: int, params: Params, top: Params, draft, caches, placed, replay
 ) -> Iterator[jax.stages.Lowered]:
     """The programs for `texts` texts that look at `live` slots."""
-    cfg, spec = plan.cfg, shared_spec(plan.spec, texts)
+    cfg, spec = plan.cfg, plan.spec_of(texts)
     of_kind = lambda dtype, *shape: placed(jax.ShapeDtypeStruct(shape, dtype))
     array = functools.partial(of_kind, cfg.dtype)
     number_B = of_kind(np.int32, texts)

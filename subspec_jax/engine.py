@@ -20,7 +20,7 @@ from llm_jax.files import cache_folder
 from llm_jax.generation import checked_seed, checked_tokens
 from llm_jax.progress import Reporter, default_reporter
 from llm_jax.tokenizer import StreamDecoder
-from subspec_jax import SubspecError, precompile, probe
+from subspec_jax import SubspecError, precompile, predict_batch, probe
 from subspec_jax.accept import Gate
 from subspec_jax.batch import BatchDecoder, why_not_together
 from subspec_jax.check import NotFiniteError
@@ -161,8 +161,8 @@ class Engine:
         self.link_bytes_per_s = self.memory_bytes_per_s = 0.0
         """Measured bandwidths of the link and of device memory."""
         self.timings: dict[str, Any] = {"load_s": 0.0, "quantize_s": {}}
-        self.costs: dict[str, RoundCosts] = {}
-        """What `predict` measured, by method."""
+        self.costs: dict[tuple[str, int], RoundCosts] = {}
+        """What `predict` measured, by method and number of texts."""
         self.target = self.decoder = self.together = None
         self._draft = self._draft_key = self._layers = None
         self._totals = {"tokens": 0, "passes": 0, "seconds": 0.0}
@@ -208,25 +208,61 @@ class Engine:
                     work[name] = precompile.compile_ahead(self.plans[name], *how)
         self.timings |= {"compile_s": time.perf_counter() - began, "compiled_work_space": work}
 
-    def predict(self, name: str | None = None, routing: Routing | None = None) -> dict | None:
+    def predict(
+        self, name: str | None = None, routing: Routing | None = None, texts: int = 1
+    ) -> dict | None:
         """Seconds of a round and of its parts, of the current method or the named one.
 
         One layer of each kind is timed on a device without weights, so a loaded model is unloaded
         first. Of a model with experts, `routing` says which a pass needs; None: what random routers
-        do, or all experts are as likely. None: the plan is not predicted (`predict.why_not`).
+        do, or all experts are as likely. `texts`: of a round that so many texts share, a number of
+        `Plan.ladder`. None: the plan is not predicted (`predict.why_not`, and for several texts
+        `predict_batch.why_not_together`).
         """
         self.start()
         name = name or self.method.name
         p = self.plans[name]
-        if why_not(p) is not None:
+        if texts > 1 and texts not in p.ladder:
+            raise SubspecError(f"{texts} texts; this engine decodes {p.ladder or 1} together")
+        if why_not(p) is not None or (texts > 1 and predict_batch.why_not_together(p)):
             return None
-        if name not in self.costs:
+        if (name, texts) not in self.costs:
             self._unload()
             with self.reporter.status(f"Timing a layer for {name}"):
-                self.costs[name] = measure(p, self.source.one_layer(p), self.options.sampler)
-        costs, given = self.costs[name], (self.link_bytes_per_s, routing or self.source.routing())
-        seconds = verify_seconds(p, costs, *given), round_seconds(p, costs, *given)
+                layer = self.source.one_layer(p)
+                if texts == 1:
+                    costs = measure(p, layer, self.options.sampler)
+                else:
+                    costs = predict_batch.measure_together(p, layer, texts, p.spec_of(texts))
+                self.costs[name, texts] = costs
+        costs, link = self.costs[name, texts], self.link_bytes_per_s
+        given = p, costs, link, routing or self.source.routing()
+        seconds = verify_seconds(*given), round_seconds(*given)
         return dataclasses.asdict(costs) | dict(zip(("verify", "round"), seconds, strict=True))
+
+    def choose_levels(self, name: str | None = None) -> dict[int, tuple[int, float]] | None:
+        """Sets how deep the trees of the method are for each number of texts together.
+
+        One layer is timed with the fewest and the most texts, on a device without weights, and the
+        fastest depth at published acceptance is chosen. Returns (levels, predicted tokens/s of all
+        texts) by number of texts; None and no change where this is not predicted.
+        """
+        self.start()
+        name = name or self.method.name
+        p = self.plans[name]
+        if not p.ladder or why_not(p) or predict_batch.why_not_together(p):
+            return None
+        if "compile_s" in self.timings:
+            raise SubspecError("the depth of trees is chosen before the model is loaded")
+        shapes, timed, layer = predict_batch.timed_shapes(p), {}, self.source.one_layer(p)
+        with self.reporter.bar(f"Timing trees for {name}", len(shapes)) as step:
+            for done, (texts, levels) in enumerate(shapes, 1):
+                spec = dataclasses.replace(p.spec_of(texts), depth=levels)
+                timed[texts, levels] = predict_batch.measure_together(p, layer, texts, spec)
+                step(done)
+        found = predict_batch.best_levels(p, timed, self.link_bytes_per_s)
+        self.plans[name] = dataclasses.replace(p, levels=tuple(d for d, _ in found.values()))
+        return found
 
     def load(self) -> None:
         """Loads the target where the first method's plan wants it, if it is not loaded."""
@@ -271,8 +307,10 @@ class Engine:
             raise MethodError(reason)
         self._arrange(m)
         options = self.options
-        sizes = options.texts, options.max_length, options.chunk, self.plans[m.name].ladder
-        self.together = BatchDecoder(self.target, m, self._draft, *sizes)
+        p = self.plans[m.name]
+        sizes = options.texts, options.max_length, options.chunk, p.ladder
+        spec_of = p.spec_of if m.spec == p.spec else None
+        self.together = BatchDecoder(self.target, m, self._draft, *sizes, spec_of)
         return self.together
 
     def _arrange(self, m: Method) -> None:
@@ -341,7 +379,7 @@ class Engine:
             )
             if old.hot is None:
                 how = self.source, m, self.options, self.limit, fewer, old.table_on_host
-                self.plans[m.name] = plan_for(*how)
+                self.plans[m.name] = dataclasses.replace(plan_for(*how), levels=old.levels)
             else:
                 self.plans[m.name] = dataclasses.replace(old, hot=fewer)
         raise AssertionError("the loop returns or raises")

@@ -30,7 +30,7 @@ from subspec_jax.experts import room_for
 from subspec_jax.memory import show_bytes
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual.split import Split, SplitExperts, has_split, is_split
-from subspec_jax.tree import TreeSpec, cache_slots, pass_nodes
+from subspec_jax.tree import TreeSpec, cache_slots, pass_nodes, shared_spec
 from subspec_jax.work_space import work_bytes
 
 
@@ -67,6 +67,17 @@ class Plan:
     ladder: tuple[int, ...] = ()
     """The numbers of texts that programs are made for, ascending up to `texts`; none: texts are
     decoded one after another."""
+    levels: tuple[int, ...] = ()
+    """The most levels of a tree for each number of texts in the ladder; none: `shared_spec` alone
+    says it."""
+
+    def spec_of(self, texts: int) -> TreeSpec:
+        """The tree of each of `texts` texts, a number of the ladder."""
+        spec = shared_spec(self.spec, texts)
+        if not self.levels or spec.budget is not None:
+            return spec
+        most = self.levels[self.ladder.index(texts)]
+        return dataclasses.replace(spec, depth=min(spec.depth, most))
 
     @property
     def streamed(self) -> int:

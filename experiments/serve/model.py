@@ -43,8 +43,9 @@ class ModelFlags:
     """hqq, or nearest: round to nearest, quicker and less exact."""
     draft_model: str | None = None
     """The small model of the method classic."""
-    depth: int | None = None
-    """Levels of the draft tree; 48 on a GPU, 8 on a CPU."""
+    depth: int | Literal["auto"] | None = None
+    """Levels of the draft tree; 48 on a GPU, 8 on a CPU, and fewer for many answers together. auto:
+    for each number of answers the number up to that which timing a layer promises most of."""
     width: int | None = None
     """Nodes added a step; 6 on a GPU, 2 on a CPU."""
     resident: int | None = None
@@ -99,7 +100,11 @@ def open_engine(
             f"--method {flags.method} decodes one answer at a time; leave --parallel out"
         )
     together = {} if alone else dict(texts=texts, ladder=ladder(texts))
-    return opened(args, reporter, shorten, **together)
+    engine = opened(args, reporter, shorten, **together)
+    if flags.depth == "auto" and (found := engine.choose_levels()):
+        shapes = (f"{n}: {levels} ({rate:.1f} tokens/s)" for n, (levels, rate) in found.items())
+        reporter.say(f"Levels of trees by answers together, as predicted: {', '.join(shapes)}")
+    return engine
 
 
 def warm_up(engine: Engine) -> None:
