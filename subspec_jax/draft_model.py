@@ -7,6 +7,7 @@ has four matrices in place of seven: q, k and v are one, gate and up are one.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Container
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import Config
+from llm_jax.int8 import int8
 from llm_jax.mxfp4 import Mxfp4, dense
 from llm_jax.packed import packed
 from llm_jax.params import (
@@ -41,6 +43,9 @@ class Draft:
 
     bits: int | None = 4
     group: int = 64
+    """Weights that share a step and an offset. 0, with 8 bits: one scale for each output and every
+    layer, resident or not, and the head in this form (`llm_jax.int8`), in which a CPU multiplies
+    fastest."""
     head_bits: int | None = None
     """Bits of an output head of the draft's own; None shares the target's."""
     experts: int | None = None
@@ -50,16 +55,23 @@ class Draft:
     own_cache: bool = False
     model: Config | None = None
 
+    @property
+    def int8(self) -> bool:
+        """Whether substitutes are `llm_jax.int8` matrices."""
+        return self.bits == 8 and self.group == 0
 
+
+INT8 = Draft(8, 0)
 NO_DRAFT = Draft(bits=None)
 
 
 def drafted_layers(layers: tuple, draft: Draft, resident: int) -> range:
     """The numbers of the layers that have substitutes: all but the first `resident` ones.
 
-    Where layers are `Split`, every one has its substitute already, resident or not.
+    Where layers are `Split`, every one has its substitute already, resident or not. On a CPU an
+    int8 copy of a resident layer is quicker than the layer.
     """
-    shares = draft.share_resident and not has_split(layers)
+    shares = draft.share_resident and not draft.int8 and not has_split(layers)
     return range(resident if shares else 0, len(layers))
 
 
@@ -110,11 +122,18 @@ def substitute(
     table, head = params.embed_VD, params.head_DV
     if is_split(head):
         head = substitutes(head)
-    elif head_bits is not None:
+    elif head_bits is not None or not group:
         head = substitute_head(params, head_bits, group)
     if isinstance(table, np.ndarray) if table_on_host is None else table_on_host:
         table = substitute_table(table, bits, group)
     return dataclasses.replace(params, embed_VD=table, layers=tuple(drafted), head_DV=head)
+
+
+def _low(bits: int, group: int, iterations: int, *matrices: jax.Array):
+    """The matrices [D, F], [D, F'] … as one low-bit matrix."""
+    if not group:
+        return int8(jnp.concatenate(matrices, axis=1))
+    return packed(*(quantize(w, bits, group, iterations) for w in matrices))
 
 
 def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: int = 20) -> Layer:
@@ -132,6 +151,8 @@ def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: i
         return _layer_shapes(structure, alike, bits, group)
 
     def low(*matrices):
+        if not group:
+            return jax.block_until_ready(_low(bits, group, 0, *map(to_device, matrices)))
         some = [
             jax.block_until_ready(quantize(to_device(w), bits, group, iterations)) for w in matrices
         ]
@@ -170,7 +191,7 @@ def _put(stacks, one, e):
 
 @functools.cache
 def _layer_shapes(structure, leaves: tuple, bits: int, group: int) -> Layer:
-    low = lambda *matrices: packed(*(quantize(w, bits, group, 0) for w in matrices))
+    low = functools.partial(_low, bits, group, 0)
     layer = jax.tree.unflatten(structure, leaves)
     return jax.eval_shape(lambda l: _replaced(l, low, keep=lambda w: w), layer)
 
@@ -200,7 +221,7 @@ def substitutes(tree):
 
 def substitute_head(params: Params, bits: int = 4, group: int = 64):
     """A low-bit output head [D, V]; of the embedding table if the head is tied to it."""
-    low = lambda head: packed(quantize(head, bits, group, 0))
+    low = functools.partial(_low, bits, group, 0)
     turn = lambda table: low(table.T)
     tied = params.head_DV is None
     whole = params.embed_VD if tied else params.head_DV
@@ -211,6 +232,7 @@ def substitute_head(params: Params, bits: int = 4, group: int = 64):
 
 def substitute_table(table_VD, bits: int = 4, group: int = 64) -> QuantizedTable:
     """A low-bit embedding table on the device, made in blocks of rows to need little memory."""
+    group = group or math.gcd(64, table_VD.shape[1])
     if _are_shapes([table_VD]):
         return jax.eval_shape(lambda t: QuantizedTable(quantize(t.T, bits, group, 0)), table_VD)
     blocks = (table_VD[i : i + 8192].T for i in range(0, table_VD.shape[0], 8192))

@@ -29,7 +29,7 @@ from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.limits import chosen_limit, plan_for
 from subspec_jax.load import arrange
 from subspec_jax.methods import Method, MethodError, make_method
-from subspec_jax.options import Options, default_tree
+from subspec_jax.options import Options, default_draft, default_tree
 from subspec_jax.plan import Plan, PlanError
 from subspec_jax.predict import RoundCosts, measure, round_seconds, verify_seconds, why_not
 from subspec_jax.predict_experts import Routing
@@ -53,7 +53,7 @@ def open(
     method: str | Method = "subspec",
     also: Sequence[str | Method] = (),
     tree: TreeSpec | None = None,
-    draft: Draft = Draft(),
+    draft: Draft | None = None,
     gate: Gate = Gate(),
     stop_gain: float | str = 0.0,
     longest: int = 3,
@@ -71,10 +71,11 @@ def open(
     quarter of its layers.
 
     `method` is a name of `subspec_jax.methods.METHOD_NAMES`; `also` names further methods that this
-    engine can change to (`Engine.use`); they share the limit. `tree`, `draft`, `gate`,
-    `stop_gain`, `longest` (the longest n-gram that is looked up) and `draft_model` shape them.
-    `adapter` is the folder of a LoRA adapter that is merged into the model; such a folder as
-    `model` brings the model that it was trained on.
+    engine can change to (`Engine.use`); they share the limit. `tree`, `draft` (None: what suits the
+    machine, see `options.default_tree` and `default_draft`), `gate`, `stop_gain`, `longest` (the
+    longest n-gram that is looked up) and `draft_model` shape them. `adapter` is the folder of a
+    LoRA adapter that is merged into the model; such a folder as `model` brings the model that it
+    was trained on.
     Fields of `Options` may be given by name. `reporter` shows what takes long; None: bars on a
     terminal. Raises a SubspecError, such as a limit that no plan meets, or an LLMError, such as a
     checkpoint that cannot be used.
@@ -92,6 +93,9 @@ def open(
             f"--max-length {longest_text} is more than the {source.cfg.max_length} positions "
             "this model was made for (its sliding window, where it has one)"
         )
+    draft = draft or default_draft(source.cfg, residual)
+    if residual and not draft.group:
+        raise PlanError("--stream residual needs substitutes in groups; leave --draft-group out")
     small = None if draft_model is None else find_draft_model(draft_model, source, reporter)
     made = functools.partial(
         make_method,

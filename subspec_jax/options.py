@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from llm_jax.config import Config
 from llm_jax.sample import Sampler
 from subspec_jax import memory
+from subspec_jax.draft_model import INT8, Draft
 from subspec_jax.sources import Dtype, Quantizer
 from subspec_jax.tree import TreeSpec
 
@@ -52,6 +54,13 @@ class Options:
     replay: bool = False
     """Rounds accept what a trace says, right or wrong, to time the engine; the text means nothing.
     """
+
+
+def default_draft(cfg: Config, residual: bool = False) -> Draft:
+    """The substitutes for this machine: 4 bits in groups of 64 on a GPU; on a CPU int8 matrices,
+    unless residuals or experts are streamed."""
+    on_cpu = memory.card_bytes() is None
+    return INT8 if on_cpu and not residual and cfg.experts is None else Draft()
 
 
 def default_tree(**changes: Any) -> TreeSpec:

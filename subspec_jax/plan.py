@@ -13,6 +13,7 @@ import jax
 
 from llm_jax.attention import caches_for
 from llm_jax.config import DTYPES, Config
+from llm_jax.int8 import Int8
 from llm_jax.params import Attention, Experts, JoinedAttention, Params, abstract
 from llm_jax.quantize import check_grouping
 from pallas_kernels.residual_decode import why_not
@@ -213,7 +214,9 @@ def _substitute_bytes(layer, draft: Draft) -> int:
     low = substitute_layer(layer, draft.bits, draft.group)
     if isinstance(layer.mlp, Experts):  # all else is shared
         return tree_bytes((low.mlp.expert_gate_up, low.mlp.expert_down))
-    return tree_bytes([leaf for leaf in jax.tree.leaves(low) if leaf.ndim > 1])
+    # A low-bit matrix counts as a whole, with the scales of its outputs.
+    leaves = jax.tree.leaves(low, is_leaf=lambda w: isinstance(w, Int8))
+    return tree_bytes([leaf for leaf in leaves if leaf.ndim > 1])
 
 
 def cache_bytes(model: Params, cfg: Config, slots: int, scratch: int, texts: int = 1) -> int:
@@ -265,7 +268,8 @@ class _Layout:
     @functools.cached_property
     def low_head(self) -> int:
         """Bytes of a low-bit head."""
-        return tree_bytes(substitute_head(self.model, self.draft.head_bits, self.draft.group))
+        bits = self.draft.head_bits or self.draft.bits
+        return tree_bytes(substitute_head(self.model, bits, self.draft.group))
 
     @functools.cached_property
     def low_table(self) -> int:
@@ -334,7 +338,7 @@ class _Layout:
             if not self.kept:
                 drafted = drafted_layers(model.layers, draft, resident)
                 items["substitutes"] = sum(self.own[i] for i in drafted)
-            if draft.head_bits is not None and not is_split(model.head_DV):
+            if (draft.head_bits is not None or draft.int8) and not is_split(model.head_DV):
                 items["draft head"] = self.low_head
             if table_on_host:
                 items["substitute embedding"] = self.low_table
@@ -362,6 +366,15 @@ def share_of_experts(cfg: Config, tokens: int) -> float:
     """The part of a layer's experts that some tokens are routed to, if all are as likely."""
     e = cfg.experts
     return 1 - (1 - e.chosen / e.count) ** tokens
+
+
+def _why_not_int8(cfg: Config, draft: Draft, model: Params | None) -> str | None:
+    """Why the model cannot have such substitutes; None where it can."""
+    if draft.bits != 8 or draft.head_bits not in (None, 8):
+        return "they have 8 bits, the head's too; give a group for other numbers"
+    if cfg.experts is not None:
+        return "experts have groups"
+    return "residuals have groups" if has_split(model) else None
 
 
 MOST_AHEAD = 1000
@@ -412,7 +425,10 @@ def make_plan(
         raise PlanError(f"{resident} resident layers were asked for; the model has {cfg.layers}")
     if table_on_host and cfg.tied:
         raise PlanError("this model's head is its embedding table, which must be on the device")
-    if draft.bits is not None and not has_split(model):
+    if draft.bits is not None and not draft.group:
+        if reason := _why_not_int8(cfg, draft, model):
+            raise PlanError(f"substitutes with one scale for each output: {reason}")
+    elif draft.bits is not None and not has_split(model):
         try:
             for path, leaf in jax.tree.leaves_with_path((model or abstract(cfg)).layers):
                 name = getattr(path[-1], "name", "")

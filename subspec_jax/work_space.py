@@ -68,7 +68,9 @@ def work_bytes(
     step = rows * cfg.vocab * 4 * 3 + block(rows)
     if draft.bits is not None:
         low = max(largest, cfg.d_model * cfg.vocab) if draft.head_bits is not None else largest
-        if not kernels:
+        if draft.int8:
+            step += 4 * rows * (cfg.d_ff + cfg.d_model)  # sums as int32
+        elif not kernels:
             step += low * size  # a matrix is made dense
         elif max(rows, draft.own_cache * chunk) > LARGEST:
             step = max(step, block(chunk)) + min(low, DENSE_WEIGHTS) * size  # a part of it is

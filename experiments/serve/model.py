@@ -35,10 +35,12 @@ class ModelFlags:
     """Folder of the converted model for --stream residual (see experiments.convert)."""
     method: MethodName = "subspec"
     """How tokens are proposed; vanilla: not at all."""
-    draft_bits: Literal[2, 3, 4, 8] = 4
-    """Bits a weight of the substitutes."""
-    draft_group: int = 64
-    """Weights that share a step and an offset."""
+    draft_bits: Literal[2, 3, 4, 8] | None = None
+    """Bits a weight of the substitutes. If neither these nor a group are given: 4 in groups of 64;
+    on a CPU 8 with one scale for each output, unless residuals or experts are streamed."""
+    draft_group: int | None = None
+    """Weights that share a step and an offset; 64 if not given. 0: one scale for each output, with
+    8 bits, which a CPU multiplies as whole numbers."""
     quantizer: Quantizer = "hqq"
     """hqq, or nearest: round to nearest, quicker and less exact."""
     draft_model: str | None = None

@@ -62,10 +62,12 @@ class Speculative:
     """The method whose text is shown."""
     compare: tuple[MethodName, ...] = ("chain", "ngram", "vanilla")
     """Methods decoded on the same prompts for the table; pass nothing behind it for none."""
-    draft_bits: Literal[2, 3, 4, 8] = 4
-    """Bits a weight of the substitutes."""
-    draft_group: int = 64
-    """Weights that share a step and an offset."""
+    draft_bits: Literal[2, 3, 4, 8] | None = None
+    """Bits a weight of the substitutes. If neither these nor a group are given: 4 in groups of 64;
+    on a CPU 8 with one scale for each output, unless residuals or experts are streamed."""
+    draft_group: int | None = None
+    """Weights that share a step and an offset; 64 if not given. 0: one scale for each output, with
+    8 bits, which a CPU multiplies as whole numbers."""
     draft_head_bits: Literal[2, 3, 4, 8] | None = None
     """Bits of an output head of the draft's own; the target's is shared if not given. With --stream
     residual and as many bits as --draft-bits, an untied head is kept as a substitute and a residual
@@ -250,6 +252,16 @@ def _tree(args: Speculative) -> TreeSpec:
     )
 
 
+def _draft(args: Speculative) -> Draft | None:
+    """The substitutes that were asked for; None: what suits the machine."""
+    given = args.draft_bits, args.draft_group, args.draft_head_bits, args.draft_experts
+    if all(value is None for value in given):
+        return None
+    group = 64 if args.draft_group is None else args.draft_group
+    bits = args.draft_bits or (4 if group else 8)
+    return Draft(bits, group, args.draft_head_bits, experts=args.draft_experts)
+
+
 def _gate(args: Speculative) -> Gate:
     return Gate(args.gate, args.gate_threshold, args.gate_window)
 
@@ -311,9 +323,7 @@ def opened(
         method=first,
         also=others,
         tree=_tree(args),
-        draft=Draft(
-            args.draft_bits, args.draft_group, args.draft_head_bits, experts=args.draft_experts
-        ),
+        draft=_draft(args),
         gate=_gate(args),
         stop_gain=_stop_gain(args),
         longest=args.ngram,

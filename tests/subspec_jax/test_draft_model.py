@@ -12,6 +12,7 @@ from placement import is_offloaded
 from llm_jax.attention import causal_step
 from llm_jax.cache import KV
 from llm_jax.config import Config
+from llm_jax.int8 import int8
 from llm_jax.linear import embedding_rows, linear
 from llm_jax.model import block, unembed
 from llm_jax.packed import packed
@@ -21,6 +22,8 @@ from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.quantized_matmul.packing import packed_bytes
 from pallas_kernels.quantized_matmul.reference import dequantized
 from subspec_jax.draft_model import (
+    INT8,
+    make_draft,
     substitute,
     substitute_layer,
     substitute_table,
@@ -187,3 +190,25 @@ def test_shapes_are_those_of_the_substitutes(params, layer):
 def test_groups_that_do_not_fit_raise(params):
     with pytest.raises(ValueError, match="not a multiple of group 64; these fit"):
         substitute(params, 4, 64)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_on_a_cpu_every_layer_and_the_head_are_int8(tied):
+    """Resident layers too, because their copies are quicker; norms and biases are shared."""
+    whole = tiny_params(dataclasses.replace(CFG, tied=tied))
+    found = make_draft(whole, INT8, RESIDENT)
+    for own, exact in zip(found.layers, whole.layers, strict=True):
+        joined = jnp.concatenate([exact.mlp.gate, exact.mlp.up], axis=1)
+        chex.assert_trees_all_equal(own.mlp.gate_up, int8(joined))
+        chex.assert_trees_all_equal(own.attn.o, int8(exact.attn.o))
+        assert same_buffer(own.attn_norm, exact.attn_norm)
+    head = whole.embed_VD.T if tied else whole.head_DV
+    chex.assert_trees_all_equal(found.head_DV, int8(head))
+    assert found.embed_VD is whole.embed_VD
+
+
+def test_int8_shapes_are_those_of_the_arrays():
+    whole = tiny_params(CFG)
+    shapes = make_draft(jax.eval_shape(lambda: whole), INT8, RESIDENT)
+    alike = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+    assert alike(shapes) == alike(make_draft(whole, INT8, RESIDENT))

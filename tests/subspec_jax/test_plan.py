@@ -15,15 +15,16 @@ from jax.tree_util import register_dataclass
 from placement import is_offloaded
 
 from llm_jax.cache import empty_caches
+from llm_jax.int8 import Int8
 from llm_jax.params import abstract
 from llm_jax.registry import MODELS
 from llm_jax.testing import tiny_config, tiny_params
 from pallas_kernels.quantized_matmul.packing import packed_bytes
-from subspec_jax.draft_model import NO_DRAFT, Draft, make_draft
+from subspec_jax.draft_model import INT8, NO_DRAFT, Draft, make_draft
 from subspec_jax.load import random_target
 from subspec_jax.memory import AmountError, parse_bytes, show_bytes
 from subspec_jax.offload import streamed_bytes
-from subspec_jax.plan import PlanError, make_plan, published_tau
+from subspec_jax.plan import PlanError, make_plan, published_tau, tree_bytes
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
 from subspec_jax.work_space import work_bytes
@@ -424,3 +425,29 @@ def test_residuals_that_move_are_spread_from_the_first_layer_to_the_last(layers)
             assert (moved[0], moved[-1]) == (0, layers - 1)
             gaps = np.diff(moved)
             assert gaps.max() - gaps.min() <= 1
+
+
+def test_int8_substitutes_are_counted_as_they_are():
+    """Every layer, resident or not, and a head of the draft's own; nothing is made dense."""
+    cfg = tiny_config("llama", layers=4)
+    make = lambda draft: make_plan(cfg, 2**30, TreeSpec(depth=2, width=2), draft, resident=2)
+    plan, four = make(INT8), make(Draft(4, 16))
+    draft = make_draft(plan.model, INT8, 2)
+    is_int8 = lambda w: isinstance(w, Int8)
+    low = lambda tree: [w for w in jax.tree.leaves(tree, is_leaf=is_int8) if is_int8(w)]
+    assert plan.device["substitutes"] == tree_bytes(low(draft.layers))
+    assert plan.device["draft head"] == tree_bytes(draft.head_DV)
+    assert plan.device["work space"] <= four.device["work space"]
+
+
+@pytest.mark.parametrize(
+    "model, draft, reason",
+    [
+        ("qwen2.5-0.5b", Draft(4, 0), "8 bits"),
+        ("qwen2.5-0.5b", Draft(8, 0, head_bits=4), "8 bits"),
+        ("olmoe-7b-a1b", INT8, "experts have groups"),
+    ],
+)
+def test_one_scale_for_an_output_is_for_8_bits_of_plain_layers(model, draft, reason):
+    with pytest.raises(PlanError, match=reason):
+        make_plan(MODELS[model].config, 2**34, TreeSpec(depth=2, width=2), draft)
