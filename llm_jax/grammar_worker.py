@@ -52,10 +52,9 @@ def matcher_of(tokens: Any, kind: str, text: str, lenient: bool) -> Any:
     matcher = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
     trial = matcher.deep_copy()
     trial.compute_bitmask()
-    if trial.stop_reason() == "NoExtensionBias":
-        raise ValueError("no text follows this grammar")
-    if trial.is_error():
-        raise ValueError(trial.get_error())
+    if wrong := trial.get_error():
+        nothing = wrong.startswith("NoExtension")
+        raise ValueError("no text follows this grammar" if nothing else wrong)
     return matcher
 
 

@@ -1,4 +1,4 @@
-"""Texts with grammars: each is what plain decoding of its masked logits gives, whoever is beside."""
+"""Texts with grammars: each is what plain decoding of its masked logits gives."""
 
 import functools
 import json
