@@ -20,7 +20,10 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from llm_jax.grammar import GrammarError, Walk
+from llm_jax.params import Params
 from llm_jax.stream import to_device
+from pallas_kernels.quantized_matmul import Packed
+from pallas_kernels.quantized_matmul.reference import dequantized
 from subspec_jax.batch_programs import (
     Allowed,
     Growing,
@@ -115,7 +118,7 @@ class Guided:
 
     def grow(self, g: Growing) -> Grown:
         """The trees of `batch_programs.grow_each`, of tokens that the grammars allow."""
-        spec, caches = g.spec, g.caches
+        spec, caches, params = g.spec, g.caches, opened(g.params, g.cfg.dtype)
         sprout = sprouted(g.seats, spec, g.experts)
         while True:
             larger, first_B = sprout.larger, sprout.trees.size
@@ -127,7 +130,8 @@ class Guided:
             sprout, caches = grow_step(
                 GuidedGrowing(
                     **{f.name: getattr(g, f.name) for f in dataclasses.fields(g)}
-                    | dict(caches=caches, sprout=sprout, allowed=self._masks(first_B, spec.width))
+                    | dict(params=params, caches=caches, sprout=sprout)
+                    | dict(allowed=self._masks(first_B, spec.width))
                 )
             )
         trees = last_nodes(sprout.trees, sprout.larger, spec)
@@ -171,7 +175,19 @@ _beside = concurrent.futures.ThreadPoolExecutor(1, "grammars")
 """Walks while the engine's thread waits for layers."""
 
 
+def opened(params: Params, dtype: str) -> Params:
+    """The draft as single steps run it fastest: on a CPU with dense matrices, which XLA makes once
+    for a whole loop, but again for each step that is a program of its own."""
+    if jax.default_backend() != "cpu":
+        return params
+    is_low = lambda w: isinstance(w, Packed) and w.words_BNSc.ndim == 4
+    dense = lambda w: _dense(w, dtype) if is_low(w) else w
+    return jax.tree.map(dense, params, is_leaf=is_low)
+
+
 # ------------------------------------------------------------------ programs
+
+_dense = jax.jit(dequantized, static_argnames="dtype")
 
 
 @register_dataclass
