@@ -11,6 +11,7 @@ words of a mask.
 import concurrent.futures
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,6 +38,10 @@ from subspec_jax.batch_programs import (
 from subspec_jax.prefix_cache import Text
 from subspec_jax.program import Program, donated
 from subspec_jax.tree import Tree, TreeSpec, add_candidates, commit, seedling
+
+SECONDS = 2.0
+"""Time of the processor for the masks of a text's tree. Usual ones take some thousandths; a grammar
+that can be read in many ways would hold up everybody."""
 
 
 def checked(text: Text, vocab: int) -> None:
@@ -73,6 +78,7 @@ class Branches:
 
     def __init__(self, walk: Walk, places: int):
         self._walks: list[Walk | None] = [walk]
+        self._seconds = 0.0
         self.dead: dict[int, str] = {}
         """Places behind which there is no way on, as where limits are passed, and why."""
         root = walk.mask()
@@ -81,14 +87,18 @@ class Branches:
 
     def extend(self, token_E: np.ndarray, parent_E: np.ndarray, size: int) -> None:
         """Walks to the nodes that are new since the last call."""
+        began = time.thread_time() - self._seconds
         for place in range(len(self._walks), min(size, len(self.mask_EW))):
             before = self._walks[parent_E[place]] if parent_E[place] >= 0 else None
             walk = None if before is None else before.fork()
             if walk is not None and not walk.take(int(token_E[place])):
                 walk = None
             self._walks.append(walk)
-            if walk is not None and not walk.over:
+            if self._seconds > SECONDS and walk is not None:
+                self.dead[place] = f"its masks take longer than {SECONDS:g} s a round"
+            elif walk is not None and not walk.over:
                 self._put(place, walk.mask())
+            self._seconds = time.thread_time() - began
 
     def _put(self, place: int, mask_W: np.ndarray) -> None:
         if mask_W.any():

@@ -11,10 +11,14 @@ from test_batch import alone, batch, texts
 
 from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
-from llm_jax.grammar import Guide
+from llm_jax.grammar import GrammarError, Guide
 from llm_jax.model import forward
 from llm_jax.testing import tiny_config, tiny_params, tiny_tokenizer
 from llm_jax.tokenizer import wrap
+from subspec_jax import batch_programs as programs
+from subspec_jax import guided
+from subspec_jax.check import NotFiniteError
+from subspec_jax.prefix_cache import Text
 
 library = pytest.importorskip("llguidance", reason="it follows the grammars")
 VOCAB, LONGEST = 400, 128
@@ -108,7 +112,7 @@ def wanted(params, cfg, t, i):
     return alone(params, cfg, t) if i is None else masked_plainly(params, cfg, t, *GRAMMARS[i])
 
 
-@pytest.mark.quick_cases("subspec-4", "ngram-2")
+@pytest.mark.quick_cases("subspec-2", "ngram-4")
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
@@ -119,7 +123,149 @@ def wanted(params, cfg, t, i):
 )
 def test_a_text_is_what_plain_decoding_of_masked_logits_gives(small, name, rows):
     params, cfg = small
-    some, which = some_texts(cfg, 14, seed=rows)
+    some, which = some_texts(cfg, 12, seed=rows)
     found = batch(params, cfg, name, rows=rows, max_length=LONGEST - 8).generate(some)
     assert found == [wanted(params, cfg, *given) for given in zip(some, which, strict=True)]
     assert sum(t.complete for t in some) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("subspec", "ngram"))
+def test_texts_with_grammars_come_and_go_at_random(small, name):
+    params, cfg = small
+    decoder, rng = (
+        batch(params, cfg, name, rows=3, max_length=LONGEST - 8),
+        np.random.default_rng(5),
+    )
+    some, which = some_texts(cfg, 60, seed=11)
+    started, left = [], set()
+    waiting = list(enumerate(some))
+    while waiting or decoder.running:
+        while waiting and rng.random() < 0.5 and decoder.join(waiting[0][1]):
+            started.append(waiting.pop(0))
+        decoder.step()
+        if decoder.running and rng.random() < 0.05:
+            gone = decoder.running[rng.integers(len(decoder.running))]
+            decoder.leave(gone)
+            left.add(id(gone))
+    assert left and any(t.cached for _, t in started)
+    for i, t in started:
+        want = wanted(params, cfg, t, which[i])
+        assert t.new == (want[: len(t.new)] if id(t) in left else want)
+
+
+def test_rounds_without_a_grammar_run_their_own_programs(small, monkeypatch):
+    params, cfg = small
+    seen = []
+    whole, step = programs.grow_each, guided.grow_step
+    monkeypatch.setattr(programs, "grow_each", lambda g: (seen.append("whole"), whole(g))[1])
+    monkeypatch.setattr(guided, "grow_step", lambda g: (seen.append("step"), step(g))[1])
+    finish = programs.finish_each
+    masked = lambda v: (seen.append("free" if v.allowed is None else "masked"), finish(v))[1]
+    monkeypatch.setattr(programs, "finish_each", masked)
+    decoder = batch(params, cfg, rows=2, max_length=LONGEST - 8)
+    decoder.generate([Text([1, 2, 3], 6), Text([4, 5], 6)])
+    assert set(seen) == {"whole", "free"}
+    seen.clear()
+    decoder.generate([Text([1, 2, 3], 6, grammar=grammar(6)), Text([4, 5], 3)])
+    assert set(seen) == {"step", "masked"}
+
+
+def test_what_the_draft_proposes_is_allowed(small):
+    """So a grammar that leaves no choice is followed as fast as the tree is deep."""
+    params, cfg = small
+    decoder = batch(params, cfg, rows=2, max_length=LONGEST - 8)
+    text = Text([5, 6, 7], 60, grammar=guide().grammar("regex", "[0-9]the thing in the hand[.]"))
+    assert decoder.join(text)
+    rounds = []
+    while not text.done:
+        rounds += [r for _, r in decoder.step()]
+    want = masked_plainly(params, cfg, text, "regex", "[0-9]the thing in the hand[.]")
+    assert text.new == want and text.complete
+    assert [len(r.tokens) for r in rounds[1:-1]] == [5] * (len(rounds) - 2) and len(rounds) > 2
+
+
+def test_the_end_of_a_grammar_ends_the_text(small):
+    """Also one that nothing may follow but an end, and one that is full."""
+    params, cfg = small
+    eos = wrap(tiny_tokenizer(VOCAB)).eos
+    texts = [
+        Text([9, 8], 30, grammar=guide().grammar("regex", pattern), eos=eos)
+        for pattern in ("the", "(the)?", "")
+    ]
+    found = batch(params, cfg, rows=2, max_length=LONGEST - 8).generate(texts)
+    assert texts[0].complete and "".join(map(spelled, found[0])) == "the"
+    assert found[1][-1] in eos or texts[1].complete
+    assert len(found[2]) == 1 and found[2][0] in eos
+
+
+def spelled(token):
+    return wrap(tiny_tokenizer(VOCAB - 7)).decode([token])
+
+
+@pytest.mark.parametrize("name", ("subspec", "vanilla"))
+def test_a_grammar_that_fails_ends_its_own_text_alone(small, monkeypatch, name):
+    """After so many masks of a tree none is made any more, as where a limit of llguidance is
+    passed."""
+    params, cfg = small
+    wrong, good = Text([5, 6, 7], 40, grammar=grammar(3)), Text([5, 6, 9], 40, grammar=grammar(0))
+    free = Text([1, 2, 3], 20)
+    start, calls = wrong.grammar.start, []
+    monkeypatch.setattr(wrong.grammar, "start", lambda: Failing(start(), calls))
+    decoder = batch(params, cfg, name, rows=2, max_length=LONGEST - 8)
+    with pytest.raises(NotFiniteError, match="the grammar fails: too hard"):
+        decoder.generate([wrong, good, free])
+    assert len(calls) >= 9 and not good.failed and not free.failed
+    assert wrong.new == masked_plainly(params, cfg, wrong, *GRAMMARS[3])[: len(wrong.new)]
+    assert good.new == masked_plainly(params, cfg, good, *GRAMMARS[0])
+    assert free.new == alone(params, cfg, free)
+    monkeypatch.undo()
+    again = Text([5, 6, 7], 12, grammar=grammar(3))
+    assert decoder.generate([again]) == [masked_plainly(params, cfg, again, *GRAMMARS[3])]
+
+
+class Failing:
+    """A walk whose masks end after eight tokens."""
+
+    def __init__(self, walk, calls, taken=0):
+        self._walk, self._calls, self._taken = walk, calls, taken
+
+    def fork(self):
+        return Failing(self._walk.fork(), self._calls, self._taken)
+
+    def take(self, token):
+        self._taken += 1
+        return self._walk.take(token)
+
+    @property
+    def over(self):
+        return self._walk.over
+
+    @property
+    def error(self):
+        return "too hard" if self._taken > 8 else ""
+
+    def mask(self):
+        self._calls.append(self._taken)
+        mask = self._walk.mask()
+        return mask * 0 if self._taken > 8 else mask
+
+
+def test_masks_that_take_too_long_end_the_text(small, monkeypatch):
+    params, cfg = small
+    monkeypatch.setattr(guided, "SECONDS", -1.0)
+    text = Text([5, 6, 7], 40, grammar=grammar(2))
+    with pytest.raises(NotFiniteError, match="its masks take longer than -1 s a round"):
+        batch(params, cfg, rows=2, max_length=LONGEST - 8).generate([text])
+    assert text.new == masked_plainly(params, cfg, text, *GRAMMARS[2])[: len(text.new)]
+
+
+def test_grammars_that_do_not_fit(small):
+    params, cfg = small
+    decoder = batch(params, cfg, rows=1)
+    with pytest.raises(GrammarError, match="of 300 tokens, and the model has 400"):
+        of_another = Guide(wrap(tiny_tokenizer(VOCAB - 7)), 300).grammar("regex", "a")
+        decoder.join(Text([1], 4, grammar=of_another))
+    with pytest.raises(GrammarError, match="replayed"):
+        decoder.join(Text([1], 4, grammar=grammar(0), replay=[1]))
+    assert not decoder.running
