@@ -133,11 +133,11 @@ def test_a_text_is_what_plain_decoding_of_masked_logits_gives(small, name, rows)
 @pytest.mark.parametrize("name", ("subspec", "ngram"))
 def test_texts_with_grammars_come_and_go_at_random(small, name):
     params, cfg = small
-    decoder, rng = (
-        batch(params, cfg, name, rows=3, max_length=LONGEST - 8),
-        np.random.default_rng(5),
-    )
-    some, which = some_texts(cfg, 60, seed=11)
+    decoder = batch(params, cfg, name, rows=3, max_length=LONGEST - 8)
+    rng, (some, which) = np.random.default_rng(5), some_texts(cfg, 60, seed=11)
+    for i, t in enumerate(some):
+        if i % 3:  # goes on from an earlier text
+            t.prompt = (some[rng.integers(i)].prompt + t.prompt)[:50]
     started, left = [], set()
     waiting = list(enumerate(some))
     while waiting or decoder.running:
