@@ -12,11 +12,11 @@ import json
 import resource
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
-MEMORY = 4 << 30
-"""Bytes of address space that this process may have; the tokens of a large vocabulary need one
-GiB."""
+MEMORY = 1 << 29
+"""Bytes that this process may have for grammars, beyond what the tokenizer needs."""
 LIMITS = dict(max_lexer_states=50_000, verbose_errors=False)
 """States take up to 2 kB each; 250,000 of them, llguidance's own limit, would be half a GB."""
 
@@ -59,12 +59,14 @@ def matcher_of(tokens: Any, kind: str, text: str, lenient: bool) -> Any:
 
 
 def main() -> None:
-    granted = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = MEMORY if granted == resource.RLIM_INFINITY else min(MEMORY, granted)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
     tokens = tokens_of(**json.loads(sys.stdin.readline()))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    granted = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = pages * resource.getpagesize() + MEMORY
+    limit = limit if granted == resource.RLIM_INFINITY else min(limit, granted)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin:
         request = json.loads(line)
         # The processor's time, so that a busy machine does not count.

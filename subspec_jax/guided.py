@@ -11,6 +11,7 @@ words of a mask.
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -185,12 +186,17 @@ _beside = concurrent.futures.ThreadPoolExecutor(1, "grammars")
 """Walks while the engine's thread waits for layers."""
 
 
+DENSE = 2**28
+"""Most weights of a draft that are made dense: a GiB."""
+
+
 def opened(params: Params, dtype: str) -> Params:
-    """The draft as single steps run it fastest: on a CPU with dense matrices, which XLA makes once
-    for a whole loop, but again for each step that is a program of its own."""
-    if jax.default_backend() != "cpu":
-        return params
+    """The draft as single steps run it fastest: on a CPU with dense matrices for a round, where
+    they are few. A step that is a program of its own dequantized for half of its time there."""
     is_low = lambda w: isinstance(w, Packed) and w.words_BNSc.ndim == 4
+    low = [w for w in jax.tree.leaves(params, is_leaf=is_low) if is_low(w)]
+    if jax.default_backend() != "cpu" or sum(math.prod(w.shape) for w in low) > DENSE:
+        return params
     dense = lambda w: _dense(w, dtype) if is_low(w) else w
     return jax.tree.map(dense, params, is_leaf=is_low)
 
