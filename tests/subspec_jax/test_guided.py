@@ -11,6 +11,7 @@ from test_batch import alone, batch, texts
 
 from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
+from llm_jax.config import Experts
 from llm_jax.grammar import GrammarError, Guide
 from llm_jax.model import forward
 from llm_jax.testing import tiny_config, tiny_params, tiny_tokenizer
@@ -152,6 +153,17 @@ def test_texts_with_grammars_come_and_go_at_random(small, name):
     for i, t in started:
         want = wanted(params, cfg, t, which[i])
         assert t.new == (want[: len(t.new)] if id(t) in left else want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", (dict(experts=Experts(8, 2, 32)), dict(tied=True)), ids=str)
+def test_other_models_follow_grammars(changes):
+    """With experts whose routing the draft records, and with a tied head."""
+    cfg = tiny_config("qwen3", layers=2, vocab=VOCAB, **changes)
+    params = tiny_params(cfg)
+    some, which = some_texts(cfg, 8, seed=21)
+    found = batch(params, cfg, rows=2, max_length=LONGEST - 8).generate(some)
+    assert found == [wanted(params, cfg, *given) for given in zip(some, which, strict=True)]
 
 
 def test_rounds_without_a_grammar_run_their_own_programs(small, monkeypatch):
