@@ -1,5 +1,6 @@
 """Texts with grammars: each is what plain decoding of its masked logits gives."""
 
+import dataclasses
 import functools
 import json
 
@@ -13,13 +14,18 @@ from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
 from llm_jax.config import Experts
 from llm_jax.grammar import GrammarError, Guide
-from llm_jax.model import forward
+from llm_jax.model import forward, unembed
+from llm_jax.packed import packed
+from llm_jax.quantize import quantize
+from llm_jax.sample import Sampler, Samplers
 from llm_jax.testing import tiny_config, tiny_params, tiny_tokenizer
 from llm_jax.tokenizer import wrap
 from subspec_jax import batch_programs as programs
 from subspec_jax import guided
 from subspec_jax.check import NotFiniteError
 from subspec_jax.prefix_cache import Text
+from subspec_jax.residual.encode import encode
+from subspec_jax.residual.split import Split
 
 library = pytest.importorskip("llguidance", reason="it follows the grammars")
 VOCAB, LONGEST = 400, 128
@@ -155,8 +161,42 @@ def test_texts_with_grammars_come_and_go_at_random(small, name):
         assert t.new == (want[: len(t.new)] if id(t) in left else want)
 
 
+@pytest.mark.parametrize("kind", ("whole", "split"))
+def test_draws_are_those_of_masked_logits(kind):
+    """Of three texts, of which the second and third have masks; also for a head in two parts."""
+    cfg = tiny_config("qwen3", layers=1, vocab=250, dtype="bfloat16")
+    D, (B, E), rng = cfg.d_model, (3, 5), np.random.default_rng(0)
+    w = (rng.standard_normal((D, 256)) * 0.1).astype(jnp.bfloat16)  # padded, as heads in parts are
+    head = jnp.asarray(w[:, :250])
+    if kind == "split":
+        low = quantize(jnp.asarray(w), 4, 32)
+        head = jax.tree.map(jnp.asarray, Split(packed(low), encode(w, low)))
+    top = dataclasses.replace(tiny_params(cfg), layers=(), head_DV=head)
+    x_XD = jnp.asarray(rng.standard_normal((B * E, D)), jnp.bfloat16)
+    mask_GTW = rng.integers(0, 2**32, (4, E, 8), np.uint32)
+    allowed = programs.Allowed(jnp.asarray(mask_GTW), jnp.array([-1, 1, 0]))
+    samplers = Samplers.of([Sampler(), Sampler(0.9, top_k=3), Sampler()], [1, 2, 3])
+    samplers = jax.tree.map(jnp.asarray, samplers)
+    of_X, position_X = jnp.repeat(jnp.arange(B), E), jnp.tile(jnp.arange(E), B)
+    given = top, x_XD, of_X, position_X, samplers, cfg
+    found = np.asarray(programs.draws(*given, allowed)).reshape(B, E)
+    logits_XV = np.array(
+        unembed(dataclasses.replace(top, head_DV=jnp.asarray(w)), x_XD[None], cfg)[0]
+    )
+    for b, which in enumerate((None, 1, 0)):
+        for e in range(E):
+            for v in range(250 if which is not None else 0):
+                if not mask_GTW[which, e, v // 32] >> (v % 32) & 1:
+                    logits_XV[b * E + e, v] = -np.inf
+    want = np.asarray(samplers.draw(logits_XV, of_X, position_X)).reshape(B, E)
+    np.testing.assert_array_equal(found, want)
+    np.testing.assert_array_equal(np.asarray(programs.draws(*given)).reshape(B, E)[0], want[0])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", (dict(experts=Experts(8, 2, 32)), dict(tied=True)), ids=str)
+@pytest.mark.parametrize(
+    "changes", (dict(experts=Experts(8, 2, 32)), dict(tied=True)), ids=("experts", "tied")
+)
 def test_other_models_follow_grammars(changes):
     """With experts whose routing the draft records, and with a tied head."""
     cfg = tiny_config("qwen3", layers=2, vocab=VOCAB, **changes)
