@@ -5,18 +5,13 @@ that the system stops; one such process serves all templates, and is started aga
 """
 
 import atexit
-import contextlib
 import importlib.metadata
-import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 from llm_jax import CheckpointError, shown
+from llm_jax.bounded import Worker, ending
 from llm_jax.extras import MissingPackage, need
 
 SECONDS = 2.0
@@ -40,7 +35,9 @@ def render(
     own = sum(len(str(value)) for message in messages for value in message.values())
     given = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
     what = dict(template=template, most=CHARACTERS + 2 * own, variables=tokens | given)
-    reply = _worker.ask(json.dumps(dict(seconds=SECONDS, render=what)))
+    reply = _worker.ask(dict(seconds=SECONDS, render=what))
+    if isinstance(reply, int):
+        reply = {"error": ending(reply, SECONDS, "rendering it")}
     if "error" in reply:
         raise CheckpointError(
             f"the chat template of {source} cannot be used: {shown(reply['error'])}; correct it, "
@@ -49,72 +46,16 @@ def render(
     return reply["text"]
 
 
-class _Worker:
-    """The process, started when it is first asked."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen[str] | None = None
-
-    def ask(self, request: str) -> dict[str, str]:
-        with self.lock:
-            process = self.process
-            if process is None or process.poll() is not None:
-                self.stop()
-                process = self.start()
-            try:
-                process.stdin.write(request + "\n")
-                process.stdin.flush()
-                reply = process.stdout.readline()
-            except BrokenPipeError:
-                reply = ""
-            except BaseException:  # Ctrl-C: the reply would be taken for that of the next request
-                self.stop()
-                raise
-            if not reply.endswith("\n"):
-                return {"error": _ending(self.stop())}
-            return json.loads(reply)
-
-    def start(self) -> subprocess.Popen[str]:
-        version = importlib.metadata.version("jinja2")
-        if [int(number) for number in re.findall(r"\d+", version)[:3]] < [3, 1, 6]:
-            raise MissingPackage(
-                f"a chat template needs jinja2 3.1.6 or newer, and {version} is installed; the "
-                "sandbox of older ones does not hold: pip install -U jinja2"
-            )
-        self.process = subprocess.Popen(
-            # -P: the modules beside the script are not for `import`
-            [sys.executable, "-P", str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is for us; it ends when its input does
+def _require_sandbox() -> None:
+    """Raises MissingPackage where jinja is too old."""
+    version = importlib.metadata.version("jinja2")
+    if [int(number) for number in re.findall(r"\d+", version)[:3]] < [3, 1, 6]:
+        raise MissingPackage(
+            f"a chat template needs jinja2 3.1.6 or newer, and {version} is installed; the "
+            "sandbox of older ones does not hold: pip install -U jinja2"
         )
-        return self.process
-
-    def stop(self) -> int:
-        """Ends the process; its exit status, which is negative for a signal."""
-        process, self.process = self.process, None
-        if process is None:
-            return 0
-        process.kill()  # an exit status that it already has stays
-        process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        return process.wait()
-
-    def forget(self) -> None:
-        """In the child of a fork: the process belongs to the parent."""
-        self.__init__()
 
 
-def _ending(status: int) -> str:
-    if status == -signal.SIGPROF:
-        return f"it takes longer than {SECONDS:g} s"
-    return f"rendering it ended with {f'signal {-status}' if status < 0 else f'status {status}'}"
-
-
-_worker = _Worker()
+_worker = Worker(WORKER, check=_require_sandbox)
 atexit.register(_worker.stop)
 os.register_at_fork(after_in_child=_worker.forget)

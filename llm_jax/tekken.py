@@ -106,8 +106,8 @@ def _tokens(vocab: list[dict[str, Any]], count: int) -> dict[bytes, int]:
 def _built(special: list[str], tokens: dict[bytes, int], pattern: str) -> Any:
     """The tokenizer of `transformers`."""
     library, t = transformers(), need("tokenizers", "models", "reading a tokenizer")
-    letters = _letters()
-    spelled = {token: token.decode("latin-1").translate(letters) for token in tokens}
+    table = letters()
+    spelled = {token: token.decode("latin-1").translate(table) for token in tokens}
     vocab = {name: i for i, name in enumerate(special)}
     # What is spelled like a special token is always read as that one.
     own = {token: name for token, name in spelled.items() if name not in vocab}
@@ -139,7 +139,7 @@ def _built(special: list[str], tokens: dict[bytes, int], pattern: str) -> Any:
     )
 
 
-def _letters() -> dict[int, int]:
+def letters() -> dict[int, int]:
     """Byte -> the letter that byte-level BPE writes for it: itself, or one above 255."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in plain)

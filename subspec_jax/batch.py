@@ -25,7 +25,8 @@ from subspec_jax.batch_programs import Growing, Seats, Verifying
 from subspec_jax.check import NotFiniteError, no_numbers
 from subspec_jax.decoder import check_lengths
 from subspec_jax.experts import of_all_layers, recorded
-from subspec_jax.methods import Method, MethodError
+from subspec_jax.guided import Guided, checked, follow
+from subspec_jax.methods import VANILLA, Method, MethodError
 from subspec_jax.prefix_cache import Rows, Text
 from subspec_jax.propose import PromptLookup, Round
 from subspec_jax.stop import StopRule
@@ -85,6 +86,7 @@ class BatchDecoder:
         """Raises LengthError or GenerationError for a text that cannot be decoded here."""
         prompt = checked_prompt(text.prompt, self.target.cfg.vocab).tolist()
         checked_seed(text.seed)
+        checked(text, self.target.cfg.vocab)
         check_lengths(len(prompt), text.new_tokens, self.max_length)
 
     def join(self, text: Text) -> bool:
@@ -96,6 +98,7 @@ class BatchDecoder:
         text.prompt = [int(t) for t in text.prompt]
         text.tokens, text.at = list(text.prompt), text.cached
         text.replay = None if text.replay is None else iter(text.replay)
+        text.walk = None if text.grammar is None else text.grammar.start()
         if source != text.row:
             numbers = to_device((np.int32(source), np.int32(text.row)))
             self.caches = programs.copy_row(self.caches, *numbers)
@@ -176,8 +179,10 @@ class BatchDecoder:
         given = target, stream, tokens_BT, caches, step
         x = run_pass(*given, real=to_device(of_text_M.reshape(-1)))
         self.caches = tuple(caches)
+        guided = Guided.of(texts, size, VANILLA.spec)
+        given = target.cfg, guided and guided.first()
         draw_B, finite_B = jax.device_get(
-            programs.first_draws(target.top, x, seats, real_B, target.cfg)
+            programs.first_draws(target.top, x, seats, real_B, *given)
         )
         seconds = time.perf_counter() - began
         streamed = stream.bytes + (target.experts.bytes if target.experts else 0)
@@ -186,10 +191,11 @@ class BatchDecoder:
             text.at += len(piece)
             emitted = []
             if text.at == len(text.prompt):
-                if finite_B[b]:
-                    emitted = self._emit(text, [int(draw_B[b])])
-                else:
+                text.failed = guided and guided.lost(b)
+                if not finite_B[b]:
                     text.failed = self._not_finite(text)
+                if not text.failed:
+                    emitted = self._emit(text, [int(draw_B[b])])
             results.append((text, Round(emitted, other_s=seconds, streamed_bytes=streamed)))
         return results
 
@@ -198,8 +204,10 @@ class BatchDecoder:
         kept = tokens[: text.new_tokens - len(text.new)]
         if hit := [i for i, t in enumerate(kept) if t in text.eos]:
             kept = kept[: hit[0] + 1]
+        if text.walk is not None:
+            kept = follow(text, kept)
         text.tokens.extend(kept)
-        text.done = bool(hit) or len(text.new) == text.new_tokens
+        text.done = bool(hit) or len(text.new) == text.new_tokens or text.complete
         return kept
 
     def _round(self, texts: list[Text]) -> list[tuple[Text, Round]]:
@@ -221,8 +229,10 @@ class BatchDecoder:
             else:
                 trees = programs.only_roots(seats, spec)
         stream, routed = target.stream(), None
+        guided = Guided.of(texts, size, spec)
         if self.draft is not None:
-            grown = programs.grow_each(
+            grow = programs.grow_each if guided is None else guided.grow
+            grown = grow(
                 Growing(
                     params=self.draft,
                     caches=self.caches,
@@ -238,6 +248,8 @@ class BatchDecoder:
             trees, self.caches, routed = grown
         trees, tokens_BE, step, real_M = programs.lay_out_each(trees, seats, spec, slots, rows)
         jax.block_until_ready(tokens_BE)
+        if guided is not None:
+            guided.look(trees)
         experts = target.experts
         if experts is not None:
             experts.begin(None if routed is None else of_all_layers(routed, cfg))
@@ -254,6 +266,7 @@ class BatchDecoder:
                 caches=tuple(caches),
                 seats=seats,
                 accepted_B=accepted_B,
+                allowed=guided and guided.verified(),
                 cfg=cfg,
                 spec=spec,
                 replay=replay,
@@ -266,13 +279,15 @@ class BatchDecoder:
         streamed = stream.bytes + (experts.bytes if experts else 0)
         passed = streamed - arrived
         results = []
-        for text, emitted_P, length, last, finite, parent_E, depth_E, score_E, n in zip(
-            texts, *host, strict=False
+        for b, (text, emitted_P, length, last, finite, parent_E, depth_E, score_E, n) in enumerate(
+            zip(texts, *host, strict=False)
         ):
-            emitted = emitted_P[:length].tolist()
+            emitted, path = emitted_P[:length].tolist(), path_to(last, parent_E)
             text.at += int(length)
+            text.failed = guided and guided.lost(b, path)
             if not finite:
                 text.failed = self._not_finite(text)
+            if text.failed:
                 emitted = []
             drafted = int((parent_E >= 0).sum())
             # What is behind the last kept token stays in the row, but is not the text's.
@@ -284,7 +299,7 @@ class BatchDecoder:
                 drafted=drafted,
                 depth=int(np.max(np.where(parent_E >= 0, depth_E, 0))),
                 steps=0 if self.draft is None else 1 + max(0, drafted - 1) // spec.width,
-                path=path_to(last, parent_E),
+                path=path,
                 gains=step_gains(score_E[:n], spec.width) if self.draft is not None else (),
                 draft_s=t1 - t0,
                 verify_s=t2 - t1,

@@ -20,6 +20,7 @@ from llm_jax.attention import Step
 from llm_jax.cache import move_each, one_row, put_row
 from llm_jax.config import Config
 from llm_jax.generation import chunk_sizes
+from llm_jax.grammar import only
 from llm_jax.mlp import recorded_routing
 from llm_jax.model import forward, unembed
 from llm_jax.params import Params
@@ -68,6 +69,23 @@ class Seats:
     row_B: jax.Array
     """The row of the caches; one that does not exist fills a place of the program's shape."""
     samplers: Samplers
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """The tokens that may follow, for G texts with a grammar; others are free."""
+
+    mask_GTW: jax.Array
+    """As of `grammar.Walk.mask`, of T nodes of each."""
+    which_B: jax.Array
+    """Of each sequence, which of the G it is; -1: it has no grammar."""
+
+    def only(self, logits_XV: jax.Array, of_X: jax.Array, node_X: jax.Array) -> jax.Array:
+        """The logits, -inf for what may not follow; X rows are nodes of the sequences `of_X`."""
+        which_X = self.which_B[of_X]
+        masked_XV = only(logits_XV, self.mask_GTW[jnp.maximum(which_X, 0), node_X])
+        return jnp.where((which_X < 0)[:, None], logits_XV, masked_XV)
 
 
 def steps_of(
@@ -123,8 +141,9 @@ class Grown(NamedTuple):
     routed_LE: jax.Array | None
 
 
-def _forward(g: Growing, trees: Tree, caches, routed_LE, first_B):
-    """(scores [B, w, V], caches, routed_LE) of the nodes in the w places from `first_B` on."""
+def forward_step(g: Growing, trees: Tree, caches, routed_LE, first_B, allowed=None):
+    """(scores [B, w, V], caches, routed_LE) of the nodes in the w places from `first_B` on, of
+    which `allowed` says what may follow; None: anything."""
     w, E = g.spec.width, g.spec.places
     rows_Bw = first_B[:, None] + jnp.arange(w)[None]
     step = steps_of(trees, rows_Bw, g.seats, E, g.slots)
@@ -140,6 +159,8 @@ def _forward(g: Growing, trees: Tree, caches, routed_LE, first_B):
     B, _, V = logits_BwV.shape
     of_X = jnp.repeat(jnp.arange(B), w)
     logits_XV, samplers = logits_BwV.reshape(-1, V), g.seats.samplers
+    if allowed is not None:
+        logits_XV = allowed.only(logits_XV, of_X, jnp.tile(jnp.arange(w), B))
     if g.spec.coupled:
         z_XV = samplers.perturbed(logits_XV, of_X, step.position_BT.reshape(-1) + 1)
     else:
@@ -147,9 +168,26 @@ def _forward(g: Growing, trees: Tree, caches, routed_LE, first_B):
     return z_XV.reshape(B, w, V), caches, routed_LE
 
 
-def _where(chosen_B, new: Tree, old: Tree) -> Tree:
+def where(chosen_B: jax.Array, new: Tree, old: Tree) -> Tree:
+    """The new trees of the chosen sequences, the old ones of the others."""
     some = lambda a, b: jnp.where(chosen_B.reshape(-1, *[1] * (a.ndim - 1)), a, b)
     return jax.tree.map(some, new, old)
+
+
+def unfinished(g: Growing, trees: Tree) -> jax.Array:
+    """[B] whether a tree grows by a step whose nodes are forwarded."""
+    spec = g.spec
+    room_B = trees.size + 2 * spec.width <= spec.nodes
+    step_B = jnp.clip((trees.size - 1) // spec.width, 0, len(g.least_L) - 1)
+    pays_B = jax.vmap(functools.partial(gain, spec=spec))(trees) > g.least_L[step_B]
+    return (trees.size == 0) | (room_B & pays_B)
+
+
+def last_level(larger: Tree, trees: Tree, spec: TreeSpec) -> Tree:
+    """The trees with the nodes of a last step, which `larger` has, where they have room."""
+    gains_B = jax.vmap(functools.partial(gain, spec=spec))(trees)
+    more_B = (trees.size + spec.width <= spec.nodes) & jnp.isfinite(gains_B)
+    return where(more_B, larger, trees)
 
 
 @Program
@@ -160,24 +198,18 @@ def grow_each(g: Growing) -> Grown:
     trees = of_each(seedling)(g.seats.root_B)
     routed_LE = None if g.experts is None else jnp.zeros(g.experts, bool)
 
-    def unfinished_B(trees):
-        room_B = trees.size + 2 * spec.width <= spec.nodes
-        step_B = jnp.clip((trees.size - 1) // spec.width, 0, len(g.least_L) - 1)
-        pays_B = of_each(gain)(trees) > g.least_L[step_B]
-        return (trees.size == 0) | (room_B & pays_B)
-
     def body(carry):
         trees, caches, routed_LE = carry
-        goes_on_B, first_B = unfinished_B(trees), trees.size
+        goes_on_B, first_B = unfinished(g, trees), trees.size
         larger = of_each(commit)(trees)
-        scores, caches, routed_LE = _forward(g, larger, caches, routed_LE, first_B)
+        scores, caches, routed_LE = forward_step(g, larger, caches, routed_LE, first_B)
         larger = jax.vmap(functools.partial(add_candidates, spec=spec))(larger, first_B, scores)
-        return _where(goes_on_B, larger, trees), caches, routed_LE
+        return where(goes_on_B, larger, trees), caches, routed_LE
 
     start = trees, g.caches, routed_LE
-    trees, caches, routed_LE = jax.lax.while_loop(lambda c: unfinished_B(c[0]).any(), body, start)
-    more_B = (trees.size + spec.width <= spec.nodes) & jnp.isfinite(of_each(gain)(trees))
-    return Grown(_where(more_B, of_each(commit)(trees), trees), caches, routed_LE)
+    going = lambda carry: unfinished(g, carry[0]).any()
+    trees, caches, routed_LE = jax.lax.while_loop(going, body, start)
+    return Grown(last_level(of_each(commit)(trees), trees, spec), caches, routed_LE)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -215,18 +247,24 @@ def draws(
     position_X: jax.Array,
     samplers: Samplers,
     cfg: Config,
+    allowed: Allowed | None = None,
 ) -> jax.Array:
-    """The target's draw after every node, int32 [X]; logits of some nodes at a time."""
+    """The target's draw after every node, int32 [X]; logits of some nodes at a time. The nodes of a
+    sequence are neighbours, as many as every other one has."""
     split = is_split(top.head_DV)
+    node_X = jnp.arange(len(of_X)) % (len(of_X) // len(samplers.temperature_B))
 
     def some(args):
-        x_rD, of_r, position_r = args
-        return samplers.draw(unembed(top, x_rD[None], cfg)[0], of_r, position_r)
+        x_rD, of_r, position_r, node_r = args
+        logits_rV = unembed(top, x_rD[None], cfg)[0]
+        if allowed is not None:
+            logits_rV = allowed.only(logits_rV, of_r, node_r)
+        return samplers.draw(logits_rV, of_r, position_r)
 
     equal = lambda most: math.ceil(len(x_XD) / math.ceil(len(x_XD) / most))
     most = SPLIT_ROWS if split else LOGIT_ROWS
-    whole = lambda: some_at_a_time(some, equal(most), x_XD, of_X, position_X)
-    if not split:
+    whole = lambda: some_at_a_time(some, equal(most), x_XD, of_X, position_X, node_X)
+    if not split or allowed is not None:
         return whole()
     least = lambda args: likeliest(top, args[0], cfg)
     greedy = lambda: some_at_a_time(least, equal(GREEDY_ROWS), x_XD)
@@ -248,6 +286,8 @@ class Verifying:
     cfg: Config = static()
     spec: TreeSpec = static()
     replay: bool = static(default=False)
+    allowed: Allowed | None = None
+    """What may follow each node; None: no text has a grammar."""
 
 
 class Ended(NamedTuple):
@@ -267,7 +307,8 @@ def finish_each(v: Verifying) -> Ended:
     places, trees, at_B = v.spec.deepest + 1, v.trees, v.seats.at_B
     of_X = jnp.repeat(jnp.arange(B), E)
     position_X = (at_B[:, None] + trees.depth_E + 1).reshape(-1)
-    draw_X = draws(v.top, v.x_BED.reshape(-1, D), of_X, position_X, v.seats.samplers, v.cfg)
+    given = v.seats.samplers, v.cfg, v.allowed
+    draw_X = draws(v.top, v.x_BED.reshape(-1, D), of_X, position_X, *given)
 
     def path(tree, draw_E, accepted):
         nodes = tree.token_E, tree.parent_E
@@ -284,15 +325,22 @@ def finish_each(v: Verifying) -> Ended:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def first_draws(
-    top: Params, x_BTD: jax.Array, seats: Seats, real_B: jax.Array, cfg: Config
+    top: Params,
+    x_BTD: jax.Array,
+    seats: Seats,
+    real_B: jax.Array,
+    cfg: Config,
+    allowed: Allowed | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(the token that follows each prompt, int32 [B]; whether its logits are finite, bool [B]).
 
     The last token of a prompt is the last of the `real_B` that the pass brought."""
     x_B1D = jnp.take_along_axis(x_BTD, (real_B - 1)[:, None, None], axis=1)
-    logits_BV = unembed(top, x_B1D, cfg)[:, 0]
-    draw_B = seats.samplers.draw(logits_BV, jnp.arange(len(real_B)), seats.at_B + real_B)
-    return draw_B, jnp.isfinite(logits_BV).all(1)
+    logits_BV, of_B = unembed(top, x_B1D, cfg)[:, 0], jnp.arange(len(real_B))
+    finite_B = jnp.isfinite(logits_BV).all(1)
+    if allowed is not None:
+        logits_BV = allowed.only(logits_BV, of_B, jnp.zeros_like(of_B))
+    return seats.samplers.draw(logits_BV, of_B, seats.at_B + real_B), finite_B
 
 
 @functools.partial(jax.jit, donate_argnames="caches")

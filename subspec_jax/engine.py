@@ -18,6 +18,7 @@ import jax
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.files import cache_folder
 from llm_jax.generation import checked_seed, checked_tokens
+from llm_jax.grammar import Guide
 from llm_jax.progress import Reporter, default_reporter
 from llm_jax.tokenizer import StreamDecoder
 from subspec_jax import SubspecError, precompile, predict_batch, probe
@@ -180,6 +181,11 @@ class Engine:
     def identity(self) -> list[str | None]:
         """What identifies the model and the draft model, if any, by their content."""
         return [source.identity() for source in (self.source, self._small) if source is not None]
+
+    @functools.cached_property
+    def guide(self) -> Guide:
+        """Makes grammars for `Text.grammar` and `Request.grammar`; takes up to some seconds."""
+        return Guide(self.tokenizer, self.cfg.vocab)
 
     # ------------------------------------------------------------------ loading
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from llm_jax.grammar import Grammar, Walk
 from llm_jax.sample import Sampler
 
 LEAST_SHARED = 16
@@ -26,6 +27,10 @@ class Text:
     eos: Sequence[int] = ()
     replay: Iterable[int] | None = None
     """As in `Decoder.rounds`."""
+    grammar: Grammar | None = None
+    """What its new tokens must follow. The text ends where the grammar does."""
+    walk: Walk | None = None
+    """Where in its grammar it stands."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     """The prompt and all emitted tokens."""
     row: int = -1
@@ -43,6 +48,11 @@ class Text:
     def new(self) -> list[int]:
         """The emitted tokens."""
         return self.tokens[len(self.prompt) :]
+
+    @property
+    def complete(self) -> bool:
+        """Whether its grammar allows nothing more."""
+        return self.walk is not None and self.walk.over
 
 
 class Rows:

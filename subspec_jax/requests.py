@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from llm_jax.grammar import Grammar
 from llm_jax.sample import Sampler
 from llm_jax.tokenizer import StreamDecoder
 from subspec_jax import SubspecError
@@ -34,6 +35,8 @@ class Request:
     """The answer ends before the first of these texts."""
     logprobs: int | None = None
     """How many of the likeliest tokens are told with their probabilities."""
+    grammar: Grammar | None = None
+    """What the answer must follow; it ends where the grammar does."""
 
     def __post_init__(self):
         if not all(self.stop):

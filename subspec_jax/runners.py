@@ -27,6 +27,11 @@ class Alone:
         self.samplers: set[Any] = set()
         """Those that there are programs for."""
 
+    @property
+    def why_no_grammar(self) -> str | None:
+        """Why no request can have a grammar; None: it can."""
+        return f"the method {self._engine.method.name} decodes alone, and follows no grammar"
+
     def start(self, request: Request) -> Any:
         """A handle of the request."""
         self._rounds = self._of(request)
@@ -40,6 +45,10 @@ class Alone:
         """(handle, round) of each request that took part in the next pass; all rounds tell the
         seconds and the bytes of that pass."""
         return [(self._rounds, next(self._rounds))]
+
+    def complete(self, handle: Any) -> bool:
+        """Whether the request's grammar has ended."""
+        return False
 
     def error(self, handle: Any) -> str | None:
         """Why this request cannot go on, where the others can."""
@@ -75,10 +84,11 @@ class Together:
 
     def __init__(self, engine: Engine):
         self._engine, self.most = engine, engine.options.texts
+        self.why_no_grammar = None
 
     def start(self, request: Request) -> Text:
         how = request.new_tokens, request.seed, request.sampler, request.eos
-        text = Text(request.prompt, *how)
+        text = Text(request.prompt, *how, grammar=request.grammar)
         if not self._decoder.join(text):
             raise SubspecError("all texts that this engine can decode together are running")
         return text
@@ -88,6 +98,9 @@ class Together:
 
     def step(self) -> list[tuple[Text, Round]]:
         return self._decoder.step()
+
+    def complete(self, handle: Text) -> bool:
+        return handle.complete
 
     def error(self, handle: Text) -> str | None:
         return handle.failed

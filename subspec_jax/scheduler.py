@@ -19,6 +19,7 @@ from typing import Any
 
 from llm_jax import LLMError
 from llm_jax.generation import checked_prompt, checked_seed
+from llm_jax.grammar import GrammarError
 from subspec_jax import SubspecError
 from subspec_jax.decoder import LengthError
 from subspec_jax.engine import Engine
@@ -92,8 +93,8 @@ class Scheduler:
         """Queues a request. `on_update` gets its updates, from the thread that calls `step`.
 
         Raises QueueFull; LengthError for a prompt that cannot fit with its answer; GenerationError
-        for one with unknown tokens, and for a seed that cannot be; SubspecError for what this
-        engine does not do.
+        for one with unknown tokens, and for a seed that cannot be; GrammarError where none can be
+        followed; SubspecError for what this engine does not do.
         """
         self.check(request)
         ticket = Ticket(request, on_update, self._wake)
@@ -110,6 +111,8 @@ class Scheduler:
         """Raises what `submit` would raise for this request if there were room."""
         if request.logprobs is not None:
             raise SubspecError("the probabilities of tokens are not kept; leave logprobs out")
+        if request.grammar is not None and self.runner.why_no_grammar:
+            raise GrammarError(self.runner.why_no_grammar)
         checked_prompt(request.prompt, self._engine.cfg.vocab)
         checked_seed(request.seed)
         most, asked = self._engine.options.max_length, len(request.prompt) + request.new_tokens
@@ -260,7 +263,8 @@ class Scheduler:
         tokens, finish = [], None
         for i, token in enumerate(result.tokens):
             tokens.append(token)
-            if token in request.eos or text.push(token, i < result.accepted):
+            ended = token in request.eos or text.push(token, i < result.accepted)
+            if ended or (i + 1 == len(result.tokens) and self.runner.complete(running.handle)):
                 finish = "stop"
             elif running.count + len(tokens) >= request.new_tokens:
                 finish = "length"

@@ -21,6 +21,7 @@ from experiments.serve.body import Body
 from experiments.serve.errors import JSON, ApiError, refusal
 from experiments.serve.guard import Guard, Rate
 from experiments.serve.metrics import Counted, Metrics
+from experiments.serve.response_format import unsupported
 from experiments.serve.settings import Settings
 from experiments.serve.stream import Stream, failure, sent, until_gone
 from experiments.serve.wire import Wire
@@ -56,7 +57,7 @@ class Service:
         self.created = int(time.time())
         self.closing = False
         self.live: dict[str, Answers] = {}
-        self._tokenizing = asyncio.Lock()
+        self._tokenizing, self._compiling = asyncio.Lock(), asyncio.Lock()
         self._page, self._policy = page.load()
 
     def app(self) -> Counted:
@@ -130,8 +131,14 @@ class Service:
         began = time.monotonic()
         body = Body(await self._read(request))
         asked = parse(kind, body, self.settings.name, self.settings.temperature)
+        grammar = None
+        if asked.format is not None:
+            if why := self.scheduler.runner.why_no_grammar:
+                raise unsupported(why)
+            async with self._compiling:  # one at a time: the others' threads are for tokenizing
+                grammar = await asyncio.to_thread(asked.format.grammar, self.engine)
         async with self._tokenizing:  # one at a time: tokenizers and templates are not for threads
-            requests = await asyncio.to_thread(asked.requests, self.engine)
+            requests = await asyncio.to_thread(asked.requests, self.engine, grammar)
         answers = self._submit(requests)
         id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
         wire = Wire(asked, id, int(time.time()), self.settings.name)

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from experiments.serve.body import Body
 from experiments.serve.errors import ApiError
+from experiments.serve.response_format import Format, format_of, unsupported
 from llm_jax import LLMError, shown
+from llm_jax.grammar import Grammar, GrammarError
 from llm_jax.sample import Sampler
 from subspec_jax import SubspecError
 from subspec_jax.decoder import LengthError
@@ -22,7 +24,7 @@ LEGACY_TOKENS = 16
 """Tokens of /v1/completions where none are asked for, as OpenAI has it."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 COMMON = ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stop")
-COMMON += ("stream", "stream_options")
+COMMON += ("stream", "stream_options", "response_format")
 KNOWN = {
     "chat": (*COMMON, "messages", "max_completion_tokens"),
     "text": (*COMMON, "prompt"),
@@ -47,8 +49,10 @@ class Asked:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    format: Format | None
+    """What the answer is to be; None: any text."""
 
-    def requests(self, engine: Engine) -> list[Request]:
+    def requests(self, engine: Engine, grammar: Grammar | None = None) -> list[Request]:
         """One for each answer. Takes a while: it tokenizes. Raises ApiError."""
         out, most = [], engine.options.max_length
         try:
@@ -66,7 +70,7 @@ class Asked:
             for i in range(self.n):
                 seed = (self.seed + i) % 2**32
                 how = seed, self.sampler, engine.eos, self.stop
-                out.append(Request(tuple(prompt), new, *how))
+                out.append(Request(tuple(prompt), new, *how, grammar=grammar))
         return out
 
 
@@ -98,11 +102,14 @@ def parse(kind: Kind, body: Body, model: str, temperature: float) -> Asked:
         _stop(body),
         body.flag("stream"),
         _include_usage(body),
+        format_of(body),
     )
 
 
 def unfit(error: SubspecError | LLMError) -> ApiError:
     """The error of a request that the scheduler refuses."""
+    if isinstance(error, GrammarError):
+        return unsupported(error)
     code = "context_length_exceeded" if isinstance(error, LengthError) else None
     return ApiError(400, str(error), "messages" if code else None, code)
 

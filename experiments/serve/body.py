@@ -13,7 +13,6 @@ from llm_jax.files import parse_json
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # field -> the values that change nothing
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),

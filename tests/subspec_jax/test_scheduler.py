@@ -1,6 +1,8 @@
 """The scheduler on a tiny checkpoint: every answer is what its request gives alone."""
 
+import dataclasses
 import random
+import re
 import threading
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 import subspec_jax
 from llm_jax.formats import open_checkpoint
 from llm_jax.generation import GenerationError, generate
+from llm_jax.grammar import GrammarError
 from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from llm_jax.tokenizer import StreamDecoder
@@ -72,6 +75,29 @@ class Heard(list):
     def finish(self):
         assert not any(update.finish for update in self[:-1])
         return self[-1].finish
+
+
+@pytest.mark.parametrize(
+    "pattern, most, matches, finish",
+    [
+        ("[0-9]{3}", 20, "[0-9]{3}", "stop"),
+        ("the hand", 8, "the hand", "stop"),
+        ("[0-9]{9}", 4, "[0-9]{4}", "length"),
+    ],
+)
+def test_an_answer_ends_with_its_grammar(engine, pattern, most, matches, finish):
+    pytest.importorskip("llguidance")
+    scheduler, heard = Scheduler(engine), Heard()
+    asked = dataclasses.replace(request(1), new_tokens=most)
+    asked = dataclasses.replace(asked, grammar=engine.guide.grammar("regex", pattern))
+    if scheduler.most == 1:
+        with pytest.raises(GrammarError, match="subspec decodes alone, and follows no grammar"):
+            scheduler.submit(asked, heard.append)
+        return
+    scheduler.submit(asked, heard.append)
+    while scheduler.step():
+        pass
+    assert re.fullmatch(matches, heard.text) and heard.finish == finish
 
 
 def test_answers_are_those_of_plain_decoding_alone(engine, params):

@@ -119,7 +119,7 @@ def test_the_clients_errors(client):
     for changes, kind in (
         (dict(max_tokens=5000), openai.BadRequestError),
         (dict(model="gpt-7"), openai.NotFoundError),
-        (dict(response_format={"type": "json_object"}), openai.BadRequestError),
+        (dict(response_format={"type": "xml"}), openai.BadRequestError),
         (dict(extra_body={"chat_template": "{{ 1 }}"}), openai.BadRequestError),
     ):
         with pytest.raises(kind) as found:
