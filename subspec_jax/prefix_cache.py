@@ -26,6 +26,8 @@ class Text:
     eos: Sequence[int] = ()
     replay: Iterable[int] | None = None
     """As in `Decoder.rounds`."""
+    logprobs: bool = False
+    """Whether its rounds tell `Round.logprobs`."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     """The prompt and all emitted tokens."""
     row: int = -1

@@ -108,8 +108,6 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raises what `submit` would raise for this request if there were room."""
-        if request.logprobs is not None:
-            raise SubspecError("the probabilities of tokens are not kept; leave logprobs out")
         checked_prompt(request.prompt, self._engine.cfg.vocab)
         checked_seed(request.seed)
         most, asked = self._engine.options.max_length, len(request.prompt) + request.new_tokens
@@ -258,9 +256,10 @@ class Scheduler:
         """What a round means to its request: tokens behind the end are left out."""
         request, text, first = running.ticket.request, running.text, running.count == 0
         tokens, finish = [], None
+        said = result.logprobs or [None] * len(result.tokens)
         for i, token in enumerate(result.tokens):
             tokens.append(token)
-            if token in request.eos or text.push(token, i < result.accepted):
+            if token in request.eos or text.push(token, i < result.accepted, said[i]):
                 finish = "stop"
             elif running.count + len(tokens) >= request.new_tokens:
                 finish = "length"
@@ -277,6 +276,7 @@ class Scheduler:
             finish=finish,
             cached=self.runner.cached(running.handle),
             parts=parts,
+            logprobs=text.told(),
             prefill=first and bool(tokens),
             seconds=result.seconds,
             streamed_bytes=result.streamed_bytes,
