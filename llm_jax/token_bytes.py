@@ -17,8 +17,8 @@ class TokenBytes:
         self._hf, self._count = hf, len(hf)
         added = hf.added_tokens_decoder
         self._special = {i: token.special for i, token in added.items()}
-        self._letters = None
-        if '"ByteLevel"' in hf.backend_tokenizer.decoder.__getstate__().decode():
+        self._letters, decoder = None, hf.backend_tokenizer.decoder
+        if decoder is not None and b'"ByteLevel"' in decoder.__getstate__():
             moved = letters()
             self._letters = {chr(moved.get(byte, byte)): byte for byte in range(256)}
 

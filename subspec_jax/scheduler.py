@@ -256,7 +256,8 @@ class Scheduler:
         """What a round means to its request: tokens behind the end are left out."""
         request, text, first = running.ticket.request, running.text, running.count == 0
         tokens, finish = [], None
-        said = result.logprobs or [None] * len(result.tokens)
+        said = [one._replace(top=one.top[: request.logprobs]) for one in result.logprobs]
+        said = said or [None] * len(result.tokens)
         for i, token in enumerate(result.tokens):
             tokens.append(token)
             if token in request.eos or text.push(token, i < result.accepted, said[i]):

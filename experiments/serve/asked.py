@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from experiments.serve.body import Body
 from experiments.serve.errors import ApiError
+from experiments.serve.logprobs import asked_logprobs
 from llm_jax import LLMError, shown
 from llm_jax.sample import Sampler
 from subspec_jax import SubspecError
@@ -22,9 +23,9 @@ LEGACY_TOKENS = 16
 """Tokens of /v1/completions where none are asked for, as OpenAI has it."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 COMMON = ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stop")
-COMMON += ("stream", "stream_options")
+COMMON += ("stream", "stream_options", "logprobs")
 KNOWN = {
-    "chat": (*COMMON, "messages", "max_completion_tokens"),
+    "chat": (*COMMON, "messages", "max_completion_tokens", "top_logprobs"),
     "text": (*COMMON, "prompt"),
 }
 Kind = Literal["chat", "text"]
@@ -47,6 +48,8 @@ class Asked:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    logprobs: int | None
+    """The likeliest tokens that are told with each token; None: no token is told."""
 
     def requests(self, engine: Engine) -> list[Request]:
         """One for each answer. Takes a while: it tokenizes. Raises ApiError."""
@@ -66,7 +69,7 @@ class Asked:
             for i in range(self.n):
                 seed = (self.seed + i) % 2**32
                 how = seed, self.sampler, engine.eos, self.stop
-                out.append(Request(tuple(prompt), new, *how))
+                out.append(Request(tuple(prompt), new, *how, logprobs=self.logprobs))
         return out
 
 
@@ -98,6 +101,7 @@ def parse(kind: Kind, body: Body, model: str, temperature: float) -> Asked:
         _stop(body),
         body.flag("stream"),
         _include_usage(body),
+        asked_logprobs(kind, body),
     )
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from experiments.common.answer import Answer
 from experiments.serve.asked import Asked
+from experiments.serve.logprobs import logprobs_of
 from subspec_jax import __version__
-from subspec_jax.requests import Update
+from subspec_jax.requests import Told, Update
 
 
 def usage(answers: Sequence[Answer], asked: Asked) -> dict[str, Any]:
@@ -24,8 +25,8 @@ def usage(answers: Sequence[Answer], asked: Asked) -> dict[str, Any]:
 class Wire:
     """The objects of one HTTP request's answer, by OpenAI's names."""
 
-    def __init__(self, asked: Asked, id: str, created: int, model: str):
-        self.asked = asked
+    def __init__(self, asked: Asked, id: str, created: int, model: str, tokenizer: Any):
+        self.asked, self._tokenizer = asked, tokenizer
         self._chat = asked.kind == "chat"
         self._head = {"id": id, "created": created, "model": model}
         self._head["system_fingerprint"] = f"thimble-jax-{__version__}"
@@ -36,7 +37,8 @@ class Wire:
         for i, a in enumerate(answers):
             message = {"role": "assistant", "content": a.text, "refusal": None}
             body = {"message": message} if self._chat else {"text": a.text}
-            choice = {"index": i, **body, "logprobs": None, "finish_reason": a.finish}
+            logprobs = self._logprobs(a.logprobs)
+            choice = {"index": i, **body, "logprobs": logprobs, "finish_reason": a.finish}
             choices.append(choice | {"thimble": a.speeds()})
         kind = "chat.completion" if self._chat else "text_completion"
         end = {"choices": choices, "usage": usage(answers, self.asked)}
@@ -44,12 +46,12 @@ class Wire:
 
     def first(self, index: int) -> dict[str, Any]:
         """The piece that a streamed chat message begins with."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None)
+        return self._chunk(index, {"role": "assistant", "content": ""}, None, None)
 
     def piece(self, index: int, answer: Answer, update: Update) -> dict[str, Any]:
         """The piece of one round."""
         body = {"content": update.text} if self._chat else update.text
-        chunk = self._chunk(index, body, update.finish)
+        chunk = self._chunk(index, body, update.finish, self._logprobs(update.logprobs))
         parts = [list(part) for part in update.parts]
         return chunk | {"thimble": answer.speeds() | {"parts": parts}}
 
@@ -57,9 +59,16 @@ class Wire:
         """The last piece, where it is asked for."""
         return self._outer([]) | {"usage": usage(answers, self.asked)}
 
-    def _chunk(self, index: int, body: Any, finish: str | None) -> dict[str, Any]:
+    def _chunk(self, index: int, body: Any, finish: str | None, logprobs: Any) -> dict[str, Any]:
         body = {"delta": body} if self._chat else {"text": body}
-        return self._outer([{"index": index, **body, "logprobs": None, "finish_reason": finish}])
+        return self._outer(
+            [{"index": index, **body, "logprobs": logprobs, "finish_reason": finish}]
+        )
+
+    def _logprobs(self, told: Sequence[Told]) -> dict[str, Any] | None:
+        if self.asked.logprobs is None:
+            return None
+        return logprobs_of(self.asked.kind, told, self._tokenizer.token)
 
     def _outer(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"

@@ -1,10 +1,12 @@
 """An engine without a model: it answers at once, or a round whenever a test lets it."""
 
+import math
 import threading
 from types import SimpleNamespace
 
 from llm_jax.tokenizer import ByteTokenizer
 from subspec_jax.check import NotFiniteError
+from subspec_jax.logprobs import Logprob
 from subspec_jax.propose import Round
 
 LONGEST = 2000
@@ -27,7 +29,7 @@ class FakeEngine:
         )
         self.method = SimpleNamespace(name="subspec")
         self.device = {"platform": "cpu"}
-        self.decoder = SimpleNamespace(sampler=None)
+        self.decoder = SimpleNamespace(sampler=None, logprobs=False)
         self.gate = threading.Semaphore(0)
         self.running = 0
         """Generators that were begun and not ended."""
@@ -50,9 +52,16 @@ class FakeEngine:
                 tokens = reply[max(at, 0) : at + 4]
                 if tokens:
                     took = dict(verify_s=0.25, streamed_bytes=10**9)
-                    yield Round(tokens, accepted=3 if n else 0, **took)
+                    told = map(logprob, tokens) if self.decoder.logprobs else ()
+                    yield Round(tokens, accepted=3 if n else 0, logprobs=tuple(told), **took)
         finally:
             self.running -= 1
+
+
+def logprob(token: int) -> Logprob:
+    """The next bytes are likelier, each by one; byte 0 cannot be."""
+    top = tuple(((token + 20 - i) % 256, -float(i)) for i in range(20))
+    return Logprob(token, -20.0, (*top[:19], (0, -math.inf)))
 
 
 def said(prompt: str) -> str:
