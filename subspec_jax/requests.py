@@ -33,6 +33,8 @@ class Request:
     """Tokens that end the answer. They are among its tokens and not in its text."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these texts."""
+    shows: tuple[str, ...] = ()
+    """Special tokens that are in the text by their names; others are not."""
     logprobs: int | None = None
     """How many of the likeliest tokens are told with each token's log-probability; None: it is not
     told either."""

@@ -189,7 +189,8 @@ class Scheduler:
                 if not self._waiting:
                     return
                 ticket = self._waiting.popleft()
-                text = TextUntil(self._engine.tokenizer, ticket.request.stop)
+                shown = self._engine.tokenizer.showing(ticket.request.shows)
+                text = TextUntil(shown, ticket.request.stop)
                 running = _Running(ticket, None, text)
                 self._running.append(running)
             try:

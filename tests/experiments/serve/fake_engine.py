@@ -4,6 +4,7 @@ import math
 import threading
 from types import SimpleNamespace
 
+from llm_jax import chat_template
 from llm_jax.tokenizer import ByteTokenizer
 from subspec_jax.check import NotFiniteError
 from subspec_jax.logprobs import Logprob
@@ -19,8 +20,10 @@ class FakeEngine:
     its third round. Rounds have four tokens, of which the draft proposed three.
     """
 
-    def __init__(self):
-        self.tokenizer = ByteTokenizer()
+    def __init__(self, template=None):
+        self.tokenizer = ByteTokenizer() if template is None else Templated(template)
+        self.script = None
+        """What it says, whatever it was told; None: that."""
         self.eos = self.tokenizer.eos
         self.cfg = SimpleNamespace(vocab=257)
         self.options = SimpleNamespace(max_length=LONGEST)
@@ -42,6 +45,8 @@ class FakeEngine:
         text = said(self.tokenizer.decode(prompt))
         self.samplers.append((self.decoder.sampler, seed))
         reply = answer(text, new_tokens)
+        if self.script is not None:
+            reply = [*self.script.encode(), 256][:new_tokens]
         self.running += 1
         try:
             for n, at in enumerate(range(-3, len(reply), 4)):
@@ -56,6 +61,20 @@ class FakeEngine:
                     yield Round(tokens, accepted=3 if n else 0, logprobs=tuple(told), **took)
         finally:
             self.running -= 1
+
+
+class Templated(ByteTokenizer):
+    """Bytes, with a chat template; its special tokens are text."""
+
+    def __init__(self, template):
+        super().__init__()
+        object.__setattr__(self, "source", template)
+
+    def template(self, tools=False):
+        return self.source
+
+    def chat(self, messages, tools=None):
+        return self.encode(chat_template.render(self.source, messages, {}, "a test", tools))
 
 
 def logprob(token: int) -> Logprob:
