@@ -27,6 +27,8 @@ TURN_ENDS = (
     "<|end_of_text|>",
     "<|end|>",
     "<end_of_turn>",
+    "<|return|>",
+    "<|call|>",
     "</s>",
 )
 """Added tokens that end a turn in some model family, besides the eos that a checkpoint names."""
@@ -202,6 +204,8 @@ def wrap(hf: Any, extra_eos: Iterable[int] = (), source: object = "a tokenizer")
     added = {token.content: i for i, token in hf.added_tokens_decoder.items()}
     if "</b>" in added:  # Gemma has the tags of HTML, of which </s> ends text that is struck out
         added.pop("</s>", None)
+    if "<|channel|>" in added:  # gpt-oss ends a message so, of which a turn has several
+        added.pop("<|end|>", None)
     ends = [hf.eos_token_id, *extra_eos, *(added.get(name) for name in TURN_ENDS)]
     eos = tuple(dict.fromkeys(int(i) for i in ends if i is not None))
     tokenizer = Tokenizer(hf, eos, str(source))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from experiments.serve.body import Body
+from experiments.serve.calls import Format
 from experiments.serve.errors import ApiError
 from experiments.serve.logprobs import asked_logprobs
 from experiments.serve.tools import (
@@ -63,10 +64,14 @@ class Asked:
     tools: Tools | None
     """What a chat may call."""
 
+    def form(self, tokenizer: Any) -> Format | None:
+        """How calls are written in the answer; None: it is text alone. Raises ApiError."""
+        return format_for(tokenizer, self.tools) if self.kind == "chat" else None
+
     def requests(self, engine: Engine) -> list[Request]:
         """One for each answer. Takes a while: it tokenizes. Raises ApiError."""
         out, most = [], engine.options.max_length
-        form = format_for(engine.tokenizer, self.tools)
+        form = self.form(engine.tokenizer)
         shows = () if form is None else form.shows
         try:
             if self.kind == "chat":

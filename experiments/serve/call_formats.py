@@ -165,8 +165,8 @@ FORMATS = (
         shows=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), short_ids=True,
     ),
     Format(
-        "harmony", ("<|channel|>", "to=functions."), HARMONY[:3], _harmony,
-        bare="to=functions.", shows=HARMONY,
+        "harmony", ("<|channel|>", "<|call|>", "functions"), HARMONY[:3], _harmony,
+        bare="to=functions.", shows=HARMONY, always=True,
     ),
     Format(
         "llama", ("dictionary of argument name", "tool_calls"), ("<|python_tag|>",), _llama,

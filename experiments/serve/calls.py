@@ -66,6 +66,8 @@ class Format:
     """Special tokens that are part of the format."""
     short_ids: bool = False
     """Whether the template wants ids of nine letters and digits."""
+    always: bool = False
+    """Whether answers have its markup where there are no tools, too."""
 
 
 class Reader:

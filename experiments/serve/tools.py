@@ -17,6 +17,8 @@ from llm_jax.files import parse_json
 FIELDS = ("tools", "tool_choice", "parallel_tool_calls")
 MOST, DEEPEST = 128, 32
 """Tools of a request, and levels of a schema or of arguments."""
+NOTHING = {"type": "object", "properties": {}}
+"""The parameters of a tool that states none."""
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -25,7 +27,8 @@ class Tools:
     """What a chat may call; the model decides whether it does."""
 
     given: list[dict[str, Any]]
-    """As the request has them, for the template; all have `parameters`, and none `strict`."""
+    """As the request has them, for the template; all have `description` and `parameters`, which
+    templates rely on, and none `strict`."""
     several: bool = True
     """Whether more than the first call of an answer is told."""
 
@@ -72,7 +75,7 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
         raise ApiError(400, f"{where} is {shown(repr(name), 80)}; {expected}", where)
     _check_depth(function, where)
     own = {k: v for k, v in function.items() if k != "strict" and v is not None}
-    own.setdefault("parameters", {"type": "object", "properties": {}})
+    own = {"name": name, "description": "", "parameters": NOTHING} | own
     return {"type": "function", "function": own}
 
 
@@ -154,11 +157,12 @@ def object_of(arguments: str) -> Any:
 
 
 def format_for(tokenizer: Any, tools: Tools | None) -> Format | None:
-    """How the model writes calls; None where there are no tools. Raises ApiError where it has no
-    way to be told of tools, or writes calls in an unknown one."""
+    """How the model writes calls; None where its answers are text alone. Raises ApiError where it
+    has no way to be told of tools, or writes calls in an unknown one."""
+    template = tokenizer.template(tools is not None)
     if tools is None:
-        return None
-    template = tokenizer.template(tools=True)
+        found = format_of(template) if isinstance(template, str) else None
+        return found if found is not None and found.always else None
     if not isinstance(template, str) or not re.search(r"\btools\b", template):
         raise ApiError(400, "this model's chat template has no tools; leave them out", "tools")
     if (found := format_of(template)) is None:
@@ -218,9 +222,9 @@ def wants_text(tokenizer: Any, tools: list[dict[str, Any]] | None) -> bool:
 class Turn:
     """The content and the calls of an answer, as its text comes."""
 
-    def __init__(self, form: Format, tools: Tools):
-        self._form, self._several = form, tools.several
-        self._reader, self._count = Reader(form, tools.schemas), 0
+    def __init__(self, form: Format, tools: Tools | None):
+        self._form, self._tools = form, tools
+        self._reader, self._count = Reader(form, tools.schemas if tools else {}), 0
 
     def read(
         self, text: str, finish: str | None
@@ -234,7 +238,9 @@ class Turn:
         for piece in pieces:
             if isinstance(piece, str):
                 content += piece
-            elif self._several or not self._count:
+            elif self._tools is None:  # nobody asked for a call
+                content += f"{piece.name} {piece.arguments}"
+            elif self._tools.several or not self._count:
                 calls[self._count] = _told(piece, self._form)
                 self._count += 1
         ended = "tool_calls" if self._count and finish == "stop" else finish

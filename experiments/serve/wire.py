@@ -6,7 +6,7 @@ from typing import Any
 from experiments.common.answer import Answer
 from experiments.serve.asked import Asked
 from experiments.serve.logprobs import logprobs_of
-from experiments.serve.tools import Turn, format_for
+from experiments.serve.tools import Turn
 from subspec_jax import __version__
 from subspec_jax.requests import Told, Update
 
@@ -28,7 +28,7 @@ class Wire:
 
     def __init__(self, asked: Asked, id: str, created: int, model: str, tokenizer: Any):
         self.asked, self._tokenizer = asked, tokenizer
-        self._form = format_for(tokenizer, asked.tools)
+        self._form = asked.form(tokenizer)
         self._turns: dict[int, Turn] = {}
         self._chat = asked.kind == "chat"
         self._head = {"id": id, "created": created, "model": model}

@@ -1,5 +1,6 @@
 """The scheduler on a tiny checkpoint: every answer is what its request gives alone."""
 
+import dataclasses
 import random
 import threading
 
@@ -137,6 +138,20 @@ def run(engine, asked: Request) -> Heard:
     while scheduler.step():
         continue
     return updates
+
+
+def test_special_tokens_are_shown_to_those_who_ask(engine, params):
+    """A stop string that is a special token, at the place where the model writes one."""
+    special = {256: "<|endoftext|>", 257: "<|im_start|>", 258: "<|im_end|>"}
+    asked = next(r for r in map(request, range(100)) if special.keys() & set(alone(params, r)[1:]))
+    whole = alone(params, asked)
+    at, name = next((i, special[t]) for i, t in enumerate(whole) if t in special)
+    shown = dataclasses.replace(asked, shows=(name,))
+    assert name not in run(engine, asked).text
+    assert name in run(engine, shown).text
+    updates = run(engine, dataclasses.replace(shown, stop=(name,)))
+    assert updates.tokens == whole[: at + 1] and updates.finish == "stop"
+    assert updates.text == engine.tokenizer.decode(whole[:at])
 
 
 def test_cancelled_ones_leave_at_the_next_round_and_change_nothing_for_others(engine, params):

@@ -82,6 +82,13 @@ def serve():
 
 
 @pytest.fixture(scope="module")
+def servers():
+    """f(**settings) -> a server for the tests of a file."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(Served(**settings))
+
+
+@pytest.fixture(scope="module")
 def server():
     """One server for the tests of a file that leave nothing behind."""
     with Served() as server:

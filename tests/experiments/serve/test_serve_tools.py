@@ -1,10 +1,12 @@
 """Tools over HTTP, with OpenAI's own client and a model that says what a test tells it to."""
 
+import contextlib
+import functools
 import json
 
 import openai
 import pytest
-from tool_templates import CODER, HERMES, MISTRAL, NO_TOOLS, UNKNOWN
+from tool_templates import CODER, HARMONY, HERMES, MISTRAL, NO_TOOLS, UNKNOWN
 
 from experiments.serve.body import Body
 from experiments.serve.tools import asked_tools, call_schema
@@ -25,21 +27,15 @@ CALLS += '<tool_call>\n{"name": "later", "arguments": {}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
-def served():
+def served(servers):
     """f(template) -> (a server, its client), one for each template."""
-    import contextlib
-
-    from conftest import Served
-
     with contextlib.ExitStack() as stack:
-        known = {}
 
+        @functools.cache
         def of(template=HERMES):
-            if template not in known:
-                server = stack.enter_context(Served(template=template))
-                how = dict(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-                known[template] = server, stack.enter_context(openai.OpenAI(**how))
-            return known[template]
+            server = servers(template=template)
+            how = dict(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+            return server, stack.enter_context(openai.OpenAI(**how))
 
         yield of
 
@@ -254,3 +250,27 @@ def test_the_schema_of_all_calls():
         ({"name": "other", "arguments": {}}, False),
     ):
         assert validator.is_valid(call) == fine
+
+
+def test_the_channels_of_gpt_oss_are_no_text_of_an_answer(served):
+    """With tools and without; a call that nobody asked for is told as content."""
+    server, client = served(HARMONY)
+    thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    server.engine.script = f"{thought}<|channel|>final<|message|>It is noon."
+    call = f'{thought}<|channel|>commentary to=functions.now <|constrain|>json<|message|>{{"a": 1}}'
+    for tools in (ASK["tools"], []):
+        server.engine.script = f"{thought}<|channel|>final<|message|>It is noon."
+        choice = client.chat.completions.create(**ASK | dict(tools=tools)).choices[0]
+        assert choice.message.content == "Hm.\n\nIt is noon."
+        assert joined(client.chat.completions.create(**ASK | dict(tools=tools), stream=True)) == (
+            choice.message.content, [], "stop"
+        )  # fmt: skip
+        server.engine.script = call
+        choice = client.chat.completions.create(**ASK | dict(tools=tools)).choices[0]
+        if tools:
+            assert choice.message.tool_calls[0].function.name == "now"
+            assert choice.message.content == "Hm."
+        else:
+            assert choice.message.content == 'Hm.now {"a": 1}' and choice.finish_reason == "stop"
+    text = client.completions.create(model="tiny", prompt="a", max_tokens=200).choices[0].text
+    assert text == call

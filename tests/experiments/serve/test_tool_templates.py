@@ -21,7 +21,10 @@ TOOLS = [
         "type": "function",
         "function": {"name": "weather", "description": "It's\nhow → it is", "parameters": SCHEMA},
     },
-    {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}},
+    {
+        "type": "function",
+        "function": {"name": "now", "description": "", "parameters": {"type": "object"}},
+    },
 ]
 
 

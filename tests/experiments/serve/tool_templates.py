@@ -61,7 +61,7 @@ MISTRAL_TEXT = """\
 {%- endif %}{% endfor %}{{ tools | tojson if tools }}"""
 
 HARMONY = """\
-{%- if tools %}<|start|>developer<|message|># Tools
+{%- if tools %}<|start|>developer<|message|># Tools in namespace functions
 {% for tool in tools %}type {{ tool.function.name }} = {{ tool.function.parameters | tojson }}
 {% endfor %}<|end|>{% endif %}
 {%- for m in messages %}
