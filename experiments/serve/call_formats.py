@@ -29,13 +29,22 @@ def format_of(template: str) -> Format | None:
     return next((f for f in FORMATS if all(mark in template for mark in f.marks)), None)
 
 
+HERMES = (("<tool_call>", "</tool_call>"), ("```json", "```"), ("", ""))
+
+
 def _hermes(text: str, last: bool, known: Known) -> Found | None:
-    """<tool_call> {"name", "arguments"} </tool_call>: Hermes, Qwen 2.5 and 3."""
-    at = skip_space(text, len("<tool_call>"))
+    """<tool_call> {"name", "arguments"} </tool_call>: Hermes, Qwen 2.5 and 3.
+
+    Small ones forget the tag, or write a fence in its place. Then the name must be a tool's."""
+    opening, closing = next(pair for pair in HERMES if text.startswith(pair[0]))
+    at = skip_space(text, len(opening))
     if at == len(text) or (end := json_end(text, at, known)) is None:
         return None
-    call = call_of(value_of(text[at:end]))
-    behind = closed(text, end, "</tool_call>", last)
+    tagged = opening == "<tool_call>"
+    call = call_of(value_of(text[at:end]), required=not tagged)
+    if not tagged and call.name not in known.schemas:
+        raise NoCall
+    behind = closed(text, end, closing, last) if closing else end
     return None if behind is None else Found([call], behind)
 
 
@@ -159,18 +168,18 @@ def _harmony(text: str, last: bool, known: Known) -> Found | None:
 
 FORMATS = (
     Format("coder", ("<function=", "<parameter="), ("<tool_call>", "<function="), _coder),
-    Format("hermes", ("<tool_call>",), ("<tool_call>",), _hermes),
+    Format("hermes", ("<tool_call>",), ("<tool_call>",), _hermes, bare=("```json", "{")),
     Format(
         "mistral", ("[TOOL_CALLS]",), ("[TOOL_CALLS]",), _mistral,
         shows=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), short_ids=True,
     ),
     Format(
         "harmony", ("<|channel|>", "<|call|>", "functions"), HARMONY[:3], _harmony,
-        bare="to=functions.", shows=HARMONY, always=True,
+        bare=("to=functions.",), shows=HARMONY, always=True,
     ),
     Format(
         "llama", ("dictionary of argument name", "tool_calls"), ("<|python_tag|>",), _llama,
-        bare="{", between=SPACE + ";", shows=("<|python_tag|>",),
+        bare=("{",), between=SPACE + ";", shows=("<|python_tag|>",),
     ),
 )  # fmt: skip
 """The first one that a template has the marks of is its own."""

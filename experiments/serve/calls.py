@@ -58,8 +58,8 @@ class Format:
     read: Callable[[str, bool, Known], Found | None]
     """Of a text that begins so, and whether it is all: the call; None while it is not complete.
     Raises NoCall."""
-    bare: str = ""
-    """Begins a call where nothing but calls is before it."""
+    bare: tuple[str, ...] = ()
+    """Texts that begin a call where nothing but calls is before them."""
     between: str = SPACE
     """Characters behind a call that are no content."""
     shows: tuple[str, ...] = ()
@@ -103,7 +103,7 @@ class Reader:
             except NoCall:
                 self._known.ends.clear()
                 self._from, self._called = at + len(opening), False
-                self._content = self._content or opening == self._form.bare
+                self._content = self._content or opening in self._form.bare
                 continue
             yield from self._release(len(self._held[:at].rstrip(SPACE)))
             if found is None:
@@ -120,9 +120,9 @@ class Reader:
         opens = self._form.opens
         found = [(at, o) for o in opens if (at := self._held.find(o, self._from)) >= 0]
         start = len(self._held) - len(self._held.lstrip(SPACE))
-        bare = self._form.bare
-        if bare and not self._content and self._held.startswith(bare, start):
-            found.append((start, bare))
+        if not self._content:
+            bare = (b for b in self._form.bare if self._held.startswith(b, start))
+            found += [(start, b) for b in bare]
         return min(found, default=(0, None))
 
     def _end_of_content(self, last: bool) -> int:
@@ -130,8 +130,9 @@ class Reader:
         end = len(self._held)
         if last:
             return end
-        held, bare = self._held[self._from :], self._form.bare
-        if not (self._content or self._from) and bare.startswith(held.lstrip(SPACE)):
+        held = self._held[self._from :]
+        begun = any(bare.startswith(held.lstrip(SPACE)) for bare in self._form.bare)
+        if begun and not (self._content or self._from):
             return 0
         parts = (o[:n] for o in self._form.opens for n in range(1, len(o)))
         end -= max((len(part) for part in parts if held.endswith(part)), default=0)

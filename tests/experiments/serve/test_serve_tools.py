@@ -3,14 +3,17 @@
 import contextlib
 import functools
 import json
+from pathlib import Path
 
 import openai
 import pytest
+from processes import process
 from tool_templates import CODER, HARMONY, HERMES, MISTRAL, NO_TOOLS, UNKNOWN
 
 from experiments.serve.body import Body
 from experiments.serve.tools import asked_tools, call_schema
 
+QWEN = Path.home() / "models" / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 SUM = {
     "type": "function",
     "function": {
@@ -274,3 +277,39 @@ def test_the_channels_of_gpt_oss_are_no_text_of_an_answer(served):
             assert choice.message.content == 'Hm.now {"a": 1}' and choice.finish_reason == "stop"
     text = client.completions.create(model="tiny", prompt="a", max_tokens=200).choices[0].text
     assert text == call
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not QWEN.exists(), reason=f"{QWEN} is not there")
+def test_qwen_calls_a_tool_and_reads_its_result():
+    flags = ["--model", QWEN, "--memory-limit", "1500MB", "--max-length", "1024", "--port", "0"]
+    weather = {
+        "name": "get_weather",
+        "description": "Get the current weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    }
+    with process([*flags, "--name", "qwen"]) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+            messages = [{"role": "user", "content": "What is the weather in Paris right now?"}]
+            ask = dict(model="qwen", max_tokens=60)
+            ask |= dict(tools=[{"type": "function", "function": weather}], messages=messages)
+            (choice,) = client.chat.completions.create(**ask).choices
+            (call,) = choice.message.tool_calls
+            assert choice.finish_reason == "tool_calls" and choice.message.content is None
+            assert call.function.name == "get_weather"
+            assert json.loads(call.function.arguments) == {"city": "Paris"}
+            content, calls, end = joined(client.chat.completions.create(**ask, stream=True))
+            assert (content, end) == ("", "tool_calls")
+            assert [(c["name"], c["arguments"]) for c in calls] == [
+                (call.function.name, call.function.arguments)
+            ]
+            messages.append(choice.message.model_dump(exclude_none=True))
+            result = {"role": "tool", "tool_call_id": call.id, "content": "17 degrees, rain"}
+            messages.append(result)
+            reply = client.chat.completions.create(**ask)
+            assert "17" in reply.choices[0].message.content
+            assert reply.usage.prompt_tokens_details.cached_tokens > 100

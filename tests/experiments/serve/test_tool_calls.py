@@ -45,6 +45,11 @@ EXAMPLES = [
     ("hermes", CALL.removesuffix("\n</tool_call>"), "", [SUM]),  # its end is no matter
     ("hermes", CALL.removesuffix("call>"), "", [SUM]),
     ("hermes", f"{CALL.removesuffix('</tool_call>')}{CALL}", "", [SUM, SUM]),
+    # without a tag the name must be a tool's
+    ("hermes", '{"name": "run", "arguments": {"times": 3}}\n', "", [("run", {"times": 3})]),
+    ("hermes", '```json\n{\n  "name": "run",\n  "arguments": {}\n}\n```', "", [("run", {})]),
+    ("hermes", '```json\n{"name": "run", "arguments": {}}', "", [("run", {})]),
+    ("hermes", '{"name": "run", "arguments": {}}\n' + CALL, "", [("run", {}), SUM]),
     # what never becomes a call is content, as it was written
     *(("hermes", f"Hm.\n{text}", f"Hm.\n{text}", []) for text in (
         "<tool_call>", "<tool_call>\n", "<tool_call>\nsum(1)\n</tool_call>\n",
@@ -57,6 +62,11 @@ EXAMPLES = [
         '<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>',
         '<tool_call>{"name": "f", "arguments": {"a": [1}]}</tool_call>',
         '<tool_call>' + '{"a":' * 3000 + "1" + "}" * 3000, "<tool_call>" * 3,
+        '{"name": "run", "arguments": {}}', '```json\n{"name": "run", "arguments": {}}\n```',
+    )),
+    *(("hermes", text, text, []) for text in (
+        '{"name": "sum", "arguments": {}}', '{"name": "run"}', '{"name": "run", "arguments": {}',
+        '```json\n{"name": "sum", "arguments": {}}\n```', "```json\n[1]\n```", "```js", "```\n{}",
     )),
     ("hermes", f"<tool_call>{{oh}}</tool_call>\n{CALL}", "<tool_call>{oh}</tool_call>", [SUM]),
     ("hermes", f"<tool_call>{CALL}", "<tool_call>", [SUM]),
