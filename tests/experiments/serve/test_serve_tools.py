@@ -292,24 +292,26 @@ def test_qwen_calls_a_tool_and_reads_its_result():
             "required": ["city"],
         },
     }
-    with process([*flags, "--name", "qwen"]) as server:
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
-            messages = [{"role": "user", "content": "What is the weather in Paris right now?"}]
-            ask = dict(model="qwen", max_tokens=60)
-            ask |= dict(tools=[{"type": "function", "function": weather}], messages=messages)
-            (choice,) = client.chat.completions.create(**ask).choices
-            (call,) = choice.message.tool_calls
-            assert choice.finish_reason == "tool_calls" and choice.message.content is None
-            assert call.function.name == "get_weather"
-            assert json.loads(call.function.arguments) == {"city": "Paris"}
-            content, calls, end = joined(client.chat.completions.create(**ask, stream=True))
-            assert (content, end) == ("", "tool_calls")
-            assert [(c["name"], c["arguments"]) for c in calls] == [
-                (call.function.name, call.function.arguments)
-            ]
-            messages.append(choice.message.model_dump(exclude_none=True))
-            result = {"role": "tool", "tool_call_id": call.id, "content": "17 degrees, rain"}
-            messages.append(result)
-            reply = client.chat.completions.create(**ask)
-            assert "17" in reply.choices[0].message.content
-            assert reply.usage.prompt_tokens_details.cached_tokens > 100
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(process([*flags, "--name", "qwen"]))
+        how = dict(base_url=f"{server.url}/v1", api_key="-", max_retries=0)
+        client = stack.enter_context(openai.OpenAI(**how))
+        messages = [{"role": "user", "content": "What is the weather in Paris right now?"}]
+        ask = dict(model="qwen", max_tokens=60)
+        ask |= dict(tools=[{"type": "function", "function": weather}], messages=messages)
+        (choice,) = client.chat.completions.create(**ask).choices
+        (call,) = choice.message.tool_calls
+        assert choice.finish_reason == "tool_calls" and choice.message.content is None
+        assert call.function.name == "get_weather"
+        assert json.loads(call.function.arguments) == {"city": "Paris"}
+        content, calls, end = joined(client.chat.completions.create(**ask, stream=True))
+        assert (content, end) == ("", "tool_calls")
+        assert [(c["name"], c["arguments"]) for c in calls] == [
+            (call.function.name, call.function.arguments)
+        ]
+        messages.append(choice.message.model_dump(exclude_none=True))
+        result = {"role": "tool", "tool_call_id": call.id, "content": "17 degrees, rain"}
+        messages.append(result)
+        ask["tool_choice"] = "none"  # so small a model would call again and again
+        reply = client.chat.completions.create(**ask)
+        assert "rain" in reply.choices[0].message.content
