@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from llm_jax import CheckpointError, shown
 from llm_jax.bounded import Worker, ending
@@ -22,18 +23,23 @@ WORKER = Path(__file__).with_name("template_worker.py")
 
 
 def render(
-    template: str, messages: list[dict[str, str]], tokens: dict[str, str], source: object
+    template: str,
+    messages: list[dict[str, Any]],
+    tokens: dict[str, str],
+    source: object,
+    tools: list[Any] | None = None,
 ) -> str:
     """The text of a conversation up to the reply's start, as `transformers` renders it.
 
     `tokens` are special tokens by their names, such as bos_token; `source` is the file or folder,
-    for messages. Raises `CheckpointError` if the template is broken, refuses the messages, or
-    passes a bound.
+    for messages; `tools` are JSON schemas of functions. Raises `CheckpointError` if the template is
+    broken, refuses the messages, or passes a bound.
     """
     need("jinja2", "models", "a chat template")
     messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
     own = sum(len(str(value)) for message in messages for value in message.values())
-    given = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
+    own += len(str(tools))
+    given = dict(messages=messages, tools=tools, documents=None, add_generation_prompt=True)
     what = dict(template=template, most=CHARACTERS + 2 * own, variables=tokens | given)
     reply = _worker.ask(dict(seconds=SECONDS, render=what))
     if isinstance(reply, int):

@@ -24,7 +24,7 @@ from llm_jax import LLMError, shown
 from llm_jax.bounded import Worker, ending
 from llm_jax.extras import need
 from llm_jax.grammar_worker import matcher_of, tokens_of
-from llm_jax.tekken import letters
+from llm_jax.token_bytes import letters
 from llm_jax.tokenizer import ByteTokenizer
 
 Kind = Literal["json", "regex", "lark"]

@@ -13,6 +13,7 @@ from typing import Any
 from llm_jax import CheckpointError
 from llm_jax.extras import need
 from llm_jax.sentencepiece import template_of
+from llm_jax.token_bytes import letters
 from llm_jax.tokenizer import Tokenizer, named_errors, transformers, wrap
 from llm_jax.untrusted import read_object
 from llm_jax.values import ConfigError, Values, short
@@ -106,8 +107,8 @@ def _tokens(vocab: list[dict[str, Any]], count: int) -> dict[bytes, int]:
 def _built(special: list[str], tokens: dict[bytes, int], pattern: str) -> Any:
     """The tokenizer of `transformers`."""
     library, t = transformers(), need("tokenizers", "models", "reading a tokenizer")
-    table = letters()
-    spelled = {token: token.decode("latin-1").translate(table) for token in tokens}
+    moved = letters()
+    spelled = {token: token.decode("latin-1").translate(moved) for token in tokens}
     vocab = {name: i for i, name in enumerate(special)}
     # What is spelled like a special token is always read as that one.
     own = {token: name for token, name in spelled.items() if name not in vocab}
@@ -137,10 +138,3 @@ def _built(special: list[str], tokens: dict[bytes, int], pattern: str) -> Any:
         eos_token="</s>",
         **named,
     )
-
-
-def letters() -> dict[int, int]:
-    """Byte -> the letter that byte-level BPE writes for it: itself, or one above 255."""
-    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = (byte for byte in range(256) if byte not in plain)
-    return {byte: 256 + n for n, byte in enumerate(others)}

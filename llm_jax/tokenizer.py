@@ -5,15 +5,18 @@ All have the methods encode, decode, chat, stream, `eos` (every id that ends a t
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 from llm_jax import CheckpointError, LLMError, chat_template, shown
 from llm_jax.extras import need
+from llm_jax.token_bytes import TokenBytes, readable
+from llm_jax.token_stream import StreamDecoder
 from llm_jax.untrusted import inside, read_object, require_text_file
 
 TURN_ENDS = (
@@ -24,6 +27,8 @@ TURN_ENDS = (
     "<|end_of_text|>",
     "<|end|>",
     "<end_of_turn>",
+    "<|return|>",
+    "<|call|>",
     "</s>",
 )
 """Added tokens that end a turn in some model family, besides the eos that a checkpoint names."""
@@ -32,9 +37,26 @@ TURN_ENDS = (
 class _Interface:
     """What all tokenizers share: all of it follows from `encode` and `decode`."""
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation (dictionaries with role and content) up to the reply's start."""
+    def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[int]:
+        """Ids of a conversation (dictionaries with role and content) up to the reply's start.
+
+        Templates that know of tools may show these, and have `tool_calls` of messages.
+        """
         return self.encode(plain_chat(messages))
+
+    def template(self, tools: bool = False) -> str | None:
+        """The chat template, or that for conversations with tools; None: there is none."""
+        return None
+
+    def showing(self, names: Collection[str]) -> Self:
+        """A tokenizer that decodes these special tokens to their names, not to nothing."""
+        return self
+
+    def token(self, token: int) -> tuple[str, bytes | None]:
+        """(name, bytes) of an id; part of a character is named by its bytes. Special tokens have no
+        bytes (None)."""
+        text = self.decode([token])
+        return text, text.encode()
 
     @property
     def chat_fallback(self) -> str | None:
@@ -61,6 +83,8 @@ class Tokenizer(_Interface):
     """The file or folder that it is from, for messages."""
     rows: int | None = None
     """Rows of the model's embedding table; a text with a token beyond them is refused."""
+    shown: frozenset[int] = frozenset()
+    """Special tokens that are decoded to their names."""
 
     @property
     def vocab(self) -> int:
@@ -77,20 +101,45 @@ class Tokenizer(_Interface):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without special tokens."""
         with named_errors(self.source, "decode these ids"):
-            return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
+            some = [int(i) for i in ids]
+            if self.shown:
+                some = [i for i in some if i in self.shown or i not in self._special]
+            return self.hf.decode(some, skip_special_tokens=not self.shown)
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def showing(self, names: Collection[str]) -> Self:
+        shown = frozenset(i for i, name in self._special.items() if name in names)
+        return dataclasses.replace(self, shown=shown)
+
+    @functools.cached_property
+    def _special(self) -> dict[int, str]:
+        added = self.hf.added_tokens_decoder.items()
+        return {i: token.content for i, token in added if token.special}
+
+    def token(self, token: int) -> tuple[str, bytes | None]:
+        return self._token_bytes(token)
+
+    @functools.cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.hf)
+
+    def template(self, tools: bool = False) -> str | None:
+        template = self.hf.chat_template  # one, or several by name
+        if isinstance(template, dict):
+            template = (tools and template.get("tool_use")) or template.get("default")
+        return template
+
+    def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[int]:
         if self.chat_fallback:
             return super().chat(messages)
-        template = self.hf.chat_template  # one, or several by name
-        template = template.get("default") if isinstance(template, dict) else template
+        template = self.template(tools is not None)
         if not isinstance(template, str):
             found = "several and none is 'default'" if template is None else f"{template!r:.80}"
             raise CheckpointError(
                 f"the chat template of {self.source} is no text but {found}; correct it, or remove "
                 "it to have messages joined as plain text"
             )
-        text = chat_template.render(template, messages, self.hf.special_tokens_map, self.source)
+        given = messages, self.hf.special_tokens_map, self.source, tools
+        text = chat_template.render(template, *given)
         return self._ids(text, special=False)
 
     def _ids(self, text: str, special: bool) -> list[int]:
@@ -123,36 +172,10 @@ class ByteTokenizer(_Interface):
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
-
-class StreamDecoder:
-    """Turns ids into text; keeps ids back until their bytes are whole characters."""
-
-    def __init__(self, tokenizer):
-        self._decode = tokenizer.decode
-        self._shown: list[int] = []  # the last ids shown: decoding may depend on what is in front
-        self._held: list[int] = []
-
-    def push(self, token: int) -> str:
-        """The text that this id completes; empty while a character is unfinished."""
-        self._held.append(int(token))
-        # A character has at most four bytes; 64 ids without a whole one are not UTF-8.
-        return (
-            self._release() if not self._text().endswith("\ufffd") or len(self._held) > 64 else ""
-        )
-
-    def flush(self) -> str:
-        """The text of the ids that are still kept back; U+FFFD stands for incomplete characters."""
-        return self._release()
-
-    def _text(self) -> str:
-        return self._decode(self._shown + self._held)[len(self._decode(self._shown)) :]
-
-    def _release(self) -> str:
-        text = self._text()
-        if text:
-            self._shown = self._held
-        self._held = []
-        return text
+    def token(self, token: int) -> tuple[str, bytes | None]:
+        if token >= 256:
+            return "<end>", None
+        return readable(bytes([token])), bytes([token])
 
 
 def valid(text: str) -> str:
@@ -181,6 +204,8 @@ def wrap(hf: Any, extra_eos: Iterable[int] = (), source: object = "a tokenizer")
     added = {token.content: i for i, token in hf.added_tokens_decoder.items()}
     if "</b>" in added:  # Gemma has the tags of HTML, of which </s> ends text that is struck out
         added.pop("</s>", None)
+    if "<|channel|>" in added:  # gpt-oss ends a message so, of which a turn has several
+        added.pop("<|end|>", None)
     ends = [hf.eos_token_id, *extra_eos, *(added.get(name) for name in TURN_ENDS)]
     eos = tuple(dict.fromkeys(int(i) for i in ends if i is not None))
     tokenizer = Tokenizer(hf, eos, str(source))

@@ -26,6 +26,7 @@ from subspec_jax.check import NotFiniteError, no_numbers
 from subspec_jax.decoder import check_lengths
 from subspec_jax.experts import of_all_layers, recorded
 from subspec_jax.guided import Guided, checked, follow
+from subspec_jax.logprobs import told
 from subspec_jax.methods import VANILLA, Method, MethodError
 from subspec_jax.prefix_cache import Rows, Text
 from subspec_jax.propose import PromptLookup, Round
@@ -197,7 +198,7 @@ class BatchDecoder:
                 if not text.failed:
                     emitted = self._emit(text, [int(draw_B[b])])
             results.append((text, Round(emitted, other_s=seconds, streamed_bytes=streamed)))
-        return results
+        return told(results, x, [[n - 1] for n in map(len, pieces)], target.top, target.cfg)
 
     def _emit(self, text: Text, tokens: list[int]) -> list[int]:
         """Those of the tokens that belong to the text; it may end there."""
@@ -310,7 +311,7 @@ class BatchDecoder:
             )
             self._learn(result)
             results.append((text, result))
-        return results
+        return told(results, x, [(0, *r.path) for _, r in results], target.top, cfg)
 
     def _from_text(self, texts: list[Text], size: int, spec: TreeSpec) -> Tree:
         """Trees of what followed the last tokens earlier in each text."""

@@ -21,6 +21,7 @@ from subspec_jax import SubspecError
 from subspec_jax.accept import Gate
 from subspec_jax.check import NotFiniteError, no_numbers, not_finite
 from subspec_jax.experts import of_all_layers, recorded
+from subspec_jax.logprobs import tell, tell_logits
 from subspec_jax.propose import Proposer, Round, State
 from subspec_jax.tree import cache_slots, live_sizes, path_to, seedling, step_gains
 from subspec_jax.verify import Target, Verified, finish_round, lay_out, run_pass, streamed_prefill
@@ -70,6 +71,8 @@ class Decoder:
         self.sizes = live_sizes(self.slots) if plain else [self.slots]
         self.watch: Callable[[], None] | None = None
         """Called between the layers of a pass, to look at memory."""
+        self.logprobs = False
+        """Whether rounds tell `Round.logprobs`."""
 
     def rounds(
         self,
@@ -106,7 +109,8 @@ class Decoder:
         self.proposer.start(state, self.slots, self.chunk)
         jax.block_until_ready(state.caches)
         seconds = time.perf_counter() - began
-        yield Round(tokens[-1:], other_s=seconds, streamed_bytes=streamed)
+        said = tell_logits(logits, tokens[-1:]) if self.logprobs else ()
+        yield Round(tokens[-1:], other_s=seconds, streamed_bytes=streamed, logprobs=said)
 
         left, ended = new_tokens - 1, tokens[-1] in eos
         while left > 0 and not ended:
@@ -168,12 +172,16 @@ class Decoder:
             left -= len(kept)
             drafted = int((parent_E >= 0).sum())
             effort = self.proposer.effort(drafted)
+            path, said = path_to(last, parent_E), ()
+            if self.logprobs:
+                where = [(0, place) for place in (0, *path)]
+                said = tell(self.target.top, x, where[: len(kept)], kept, cfg)
             result = Round(
                 tokens=kept,
                 accepted=int(length) - 1,
                 drafted=drafted,
                 depth=int(np.max(np.where(parent_E >= 0, depth_E, 0))),
-                path=path_to(last, parent_E),
+                path=path,
                 gains=() if effort.get("copied") else step_gains(score_E[:size], spec.width),
                 **effort,
                 draft_s=t1 - t0,
@@ -182,6 +190,7 @@ class Decoder:
                 streamed_bytes=stream.bytes + (experts.bytes if experts else 0),
                 pass_bytes=stream.bytes - arrived + (experts.bytes if experts else 0),
                 experts=experts and experts.counts,
+                logprobs=said,
             )
             self.proposer.learn(result)
             yield result

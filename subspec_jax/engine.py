@@ -20,7 +20,7 @@ from llm_jax.files import cache_folder
 from llm_jax.generation import checked_seed, checked_tokens
 from llm_jax.grammar import Guide
 from llm_jax.progress import Reporter, default_reporter
-from llm_jax.tokenizer import StreamDecoder
+from llm_jax.token_stream import StreamDecoder
 from subspec_jax import SubspecError, precompile, predict_batch, probe
 from subspec_jax.accept import Gate
 from subspec_jax.batch import BatchDecoder, why_not_together

@@ -31,6 +31,8 @@ class Text:
     """What its new tokens must follow. The text ends where the grammar does."""
     walk: Walk | None = None
     """Where in its grammar it stands."""
+    logprobs: bool = False
+    """Whether its rounds tell `Round.logprobs`."""
     tokens: list[int] = dataclasses.field(default_factory=list)
     """The prompt and all emitted tokens."""
     row: int = -1

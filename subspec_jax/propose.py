@@ -71,6 +71,8 @@ class Round:
     """What the pass needed and found, where it brings experts one by one."""
     pass_bytes: int = 0
     """The part of `streamed_bytes` that moved during `verify_s`; some copies may finish earlier."""
+    logprobs: tuple[Any, ...] = ()
+    """A `logprobs.Logprob` for each token, where the text asks for them."""
 
     @property
     def seconds(self) -> float:

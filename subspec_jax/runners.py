@@ -74,7 +74,7 @@ class Alone:
         if engine.decoder is None and engine.device["platform"] == "gpu":
             engine.warm_up(request.prompt, request.new_tokens)  # the plan may be a little too tight
         decoder = engine.decoder or engine.use(engine.method)
-        decoder.sampler = request.sampler
+        decoder.sampler, decoder.logprobs = request.sampler, request.logprobs is not None
         yield from engine.rounds(request.prompt, request.new_tokens, request.seed, request.eos)
 
 
@@ -88,7 +88,8 @@ class Together:
 
     def start(self, request: Request) -> Text:
         how = request.new_tokens, request.seed, request.sampler, request.eos
-        text = Text(request.prompt, *how, grammar=request.grammar)
+        more = dict(grammar=request.grammar, logprobs=request.logprobs is not None)
+        text = Text(request.prompt, *how, **more)
         if not self._decoder.join(text):
             raise SubspecError("all texts that this engine can decode together are running")
         return text

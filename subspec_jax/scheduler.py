@@ -109,8 +109,6 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raises what `submit` would raise for this request if there were room."""
-        if request.logprobs is not None:
-            raise SubspecError("the probabilities of tokens are not kept; leave logprobs out")
         if request.grammar is not None and self.runner.why_no_grammar:
             raise GrammarError(self.runner.why_no_grammar)
         checked_prompt(request.prompt, self._engine.cfg.vocab)
@@ -194,7 +192,8 @@ class Scheduler:
                 if not self._waiting:
                     return
                 ticket = self._waiting.popleft()
-                text = TextUntil(self._engine.tokenizer, ticket.request.stop)
+                shown = self._engine.tokenizer.showing(ticket.request.shows)
+                text = TextUntil(shown, ticket.request.stop)
                 running = _Running(ticket, None, text)
                 self._running.append(running)
             try:
@@ -261,9 +260,11 @@ class Scheduler:
         """What a round means to its request: tokens behind the end are left out."""
         request, text, first = running.ticket.request, running.text, running.count == 0
         tokens, finish = [], None
+        said = [one._replace(top=one.top[: request.logprobs]) for one in result.logprobs]
+        said = said or [None] * len(result.tokens)
         for i, token in enumerate(result.tokens):
             tokens.append(token)
-            ended = token in request.eos or text.push(token, i < result.accepted)
+            ended = token in request.eos or text.push(token, i < result.accepted, said[i])
             if ended or (i + 1 == len(result.tokens) and self.runner.complete(running.handle)):
                 finish = "stop"
             elif running.count + len(tokens) >= request.new_tokens:
@@ -281,6 +282,7 @@ class Scheduler:
             finish=finish,
             cached=self.runner.cached(running.handle),
             parts=parts,
+            logprobs=text.told(),
             prefill=first and bool(tokens),
             seconds=result.seconds,
             streamed_bytes=result.streamed_bytes,

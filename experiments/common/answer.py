@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from subspec_jax.requests import Request, Update
+from subspec_jax.requests import Request, Told, Update
 
 
 @dataclasses.dataclass
@@ -12,6 +12,8 @@ class Answer:
 
     request: Request
     text: str = ""
+    logprobs: list[Told] = dataclasses.field(default_factory=list)
+    """Of the tokens in `text`, where the request asks."""
     tokens: int = 0
     accepted: int = 0
     cached: int = 0
@@ -28,6 +30,7 @@ class Answer:
 
     def add(self, update: Update) -> None:
         self.text += update.text
+        self.logprobs += update.logprobs
         self.tokens += len(update.tokens)
         self.accepted += update.accepted
         self.cached = max(self.cached, update.cached)

@@ -141,7 +141,8 @@ class Service:
             requests = await asyncio.to_thread(asked.requests, self.engine, grammar)
         answers = self._submit(requests)
         id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
-        wire = Wire(asked, id, int(time.time()), self.settings.name)
+        now, tokenizer = int(time.time()), self.engine.tokenizer
+        wire = Wire(asked, id, now, self.settings.name, tokenizer)
         self.live[id] = answers
         gone = asyncio.ensure_future(until_gone(request.receive))
         updates = self._timed(answers.updates(gone, PAUSE), began)

@@ -6,8 +6,19 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from experiments.serve.body import Body
+from experiments.serve.calls import Format
 from experiments.serve.errors import ApiError
-from experiments.serve.response_format import Format, format_of, unsupported
+from experiments.serve.logprobs import asked_logprobs
+from experiments.serve.response_format import ResponseFormat, format_of, unsupported
+from experiments.serve.tools import (
+    FIELDS,
+    Tools,
+    asked_tools,
+    calls_of,
+    format_for,
+    rendered,
+    tool_result,
+)
 from llm_jax import LLMError, shown
 from llm_jax.grammar import Grammar, GrammarError
 from llm_jax.sample import Sampler
@@ -23,10 +34,11 @@ STOPS, STOP_LENGTH = 16, 256
 LEGACY_TOKENS = 16
 """Tokens of /v1/completions where none are asked for, as OpenAI has it."""
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES["tool"] = "tool"
 COMMON = ("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stop")
-COMMON += ("stream", "stream_options", "response_format")
+COMMON += ("stream", "stream_options", "logprobs", "response_format")
 KNOWN = {
-    "chat": (*COMMON, "messages", "max_completion_tokens"),
+    "chat": (*COMMON, "messages", "max_completion_tokens", "top_logprobs", *FIELDS),
     "text": (*COMMON, "prompt"),
 }
 Kind = Literal["chat", "text"]
@@ -37,7 +49,7 @@ class Asked:
     """A checked request; its text is not in tokens yet."""
 
     kind: Kind
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     prompts: list[str | tuple[int, ...]]
     """Of a chat none; of /v1/completions one or several."""
     n: int
@@ -49,15 +61,25 @@ class Asked:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
-    format: Format | None
+    format: ResponseFormat | None
     """What the answer is to be; None: any text."""
+    logprobs: int | None
+    """The likeliest tokens that are told with each token; None: no token is told."""
+    tools: Tools | None
+    """What a chat may call."""
+
+    def form(self, tokenizer: Any) -> Format | None:
+        """How calls are written in the answer; None: it is text alone. Raises ApiError."""
+        return format_for(tokenizer, self.tools) if self.kind == "chat" else None
 
     def requests(self, engine: Engine, grammar: Grammar | None = None) -> list[Request]:
         """One for each answer. Takes a while: it tokenizes. Raises ApiError."""
         out, most = [], engine.options.max_length
+        form = self.form(engine.tokenizer)
+        shows = () if form is None else form.shows
         try:
             if self.kind == "chat":
-                ids = [engine.tokenizer.chat(self.messages)]
+                ids = [rendered(engine.tokenizer, self.messages, self.tools)]
             else:
                 encode = engine.tokenizer.encode
                 ids = [tuple(encode(p)) if isinstance(p, str) else p for p in self.prompts]
@@ -70,7 +92,8 @@ class Asked:
             for i in range(self.n):
                 seed = (self.seed + i) % 2**32
                 how = seed, self.sampler, engine.eos, self.stop
-                out.append(Request(tuple(prompt), new, *how, grammar=grammar))
+                more = dict(logprobs=self.logprobs, shows=shows, grammar=grammar)
+                out.append(Request(tuple(prompt), new, *how, **more))
         return out
 
 
@@ -103,6 +126,8 @@ def parse(kind: Kind, body: Body, model: str, temperature: float) -> Asked:
         body.flag("stream"),
         _include_usage(body),
         format_of(body),
+        asked_logprobs(kind, body),
+        asked_tools(body) if kind == "chat" else None,
     )
 
 
@@ -117,26 +142,32 @@ def unfit(error: SubspecError | LLMError) -> ApiError:
 # ------------------------------------------------------------------ fields
 
 
-def _messages(body: Body) -> list[dict[str, str]]:
+def _messages(body: Body) -> list[dict[str, Any]]:
     found = body.get("messages")
     if not isinstance(found, list) or not found:
         body.refuse("messages", "a list of at least one message")
-    out = []
+    out, called = [], {}
     for i, message in enumerate(found):
         where = f"messages[{i}]"
         if not isinstance(message, dict):
             raise ApiError(400, f"{where} is no object; expected role and content", where)
         role = message.get("role")
-        if role in ("tool", "function") or message.get("tool_calls"):
-            raise ApiError(
-                400, f"{where}: tools are not supported by this server", where, "unsupported"
-            )
         if not isinstance(role, str) or role not in ROLES:
             raise ApiError(
                 400, f"{where}.role is {shown(repr(role), 40)}; expected one of {', '.join(ROLES)}",
                 f"{where}.role",
             )  # fmt: skip
-        out.append({"role": ROLES[role], "content": _content(message.get("content"), where)})
+        content, calls = message.get("content"), message.get("tool_calls")
+        if calls and role != "assistant":
+            raise ApiError(400, f"{where}.tool_calls is for the role assistant", where)
+        text = "" if calls and content is None else _content(content, where)
+        if role == "tool":
+            out.append(tool_result(message, text, where, called))
+            continue
+        out.append({"role": ROLES[role], "content": text})
+        if calls:
+            out[-1]["tool_calls"] = calls_of(message, where)
+            called |= {call["id"]: call["function"]["name"] for call in out[-1]["tool_calls"]}
     return out
 
 

@@ -17,7 +17,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
     "frequency_penalty": (0,),

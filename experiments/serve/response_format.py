@@ -25,7 +25,7 @@ SCHEMA_FIELDS = {"name", "schema", "strict", "description"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class ResponseFormat:
     """A grammar that is not compiled yet."""
 
     kind: Kind
@@ -47,7 +47,7 @@ def unsupported(why: object) -> ApiError:
     return ApiError(400, f"{FIELD} is not supported: {why}", FIELD, "unsupported")
 
 
-def format_of(body: Body) -> Format | None:
+def format_of(body: Body) -> ResponseFormat | None:
     """None: any text. Raises ApiError, which names what is wrong."""
     found = body.get(FIELD)
     if found is None:
@@ -61,15 +61,15 @@ def format_of(body: Body) -> Format | None:
         case "text":
             return None
         case "json_object":
-            return Format("json", '{"type": "object"}')
+            return ResponseFormat("json", '{"type": "object"}')
         case "json_schema":
             return _schema(found.get("json_schema"))
         case "regex":
-            return Format("regex", _text(found.get("pattern"), "pattern"))
-    return Format("lark", _text(found.get("grammar"), "grammar"))
+            return ResponseFormat("regex", _text(found.get("pattern"), "pattern"))
+    return ResponseFormat("lark", _text(found.get("grammar"), "grammar"))
 
 
-def _schema(found: Any) -> Format:
+def _schema(found: Any) -> ResponseFormat:
     if not isinstance(found, dict) or not isinstance(found.get("schema"), dict):
         refuse('.json_schema is no object with an object "schema"')
     if extra := found.keys() - SCHEMA_FIELDS:
@@ -78,7 +78,7 @@ def _schema(found: Any) -> Format:
     if strict is not None and not isinstance(strict, bool):
         refuse(".json_schema.strict is neither true nor false")
     text = json.dumps(found["schema"])
-    return Format("json", _text(text, "json_schema.schema"), lenient=not strict)
+    return ResponseFormat("json", _text(text, "json_schema.schema"), lenient=not strict)
 
 
 def _text(found: Any, name: str) -> str:

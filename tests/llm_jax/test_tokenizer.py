@@ -128,6 +128,9 @@ def test_gemma_ends_turns_with_a_token_of_its_own_and_strikes_text_out_with_anot
 
     assert eos("</s>", "</b>") == (1, 2)
     assert eos("</s>") == (1, 2, 3)
+    # gpt-oss writes several messages in a turn; Phi's turn is one
+    assert eos("<|end|>", "<|channel|>", "<|return|>", "<|call|>") == (1, 2, 5, 6)
+    assert eos("<|end|>") == (1, 3, 2)
 
 
 @pytest.mark.parametrize(("stated", "expected"), (([7, 9], (258, 7, 9, 256)), (7, (258, 7, 256))))

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from llm_jax.testing import tiny_tokenizer
-from llm_jax.tokenizer import ByteTokenizer, StreamDecoder, wrap
+from llm_jax.token_stream import StreamDecoder
+from llm_jax.tokenizer import ByteTokenizer, wrap
 from subspec_jax import SubspecError
 from subspec_jax.requests import Request, TextUntil
 

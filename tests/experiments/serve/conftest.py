@@ -18,8 +18,8 @@ from subspec_jax.scheduler import Scheduler
 class Served:
     """A running server: its address, its parts, and what it said."""
 
-    def __init__(self, queue=64, grace=5.0, **settings):
-        self.engine, self.lines = FakeEngine(), []
+    def __init__(self, queue=64, grace=5.0, template=None, **settings):
+        self.engine, self.lines = FakeEngine(template), []
         self.scheduler = Scheduler(self.engine, queue=queue)
         how = Settings(**({"name": "tiny"} | settings))
         self.service = run.make(self.engine, self.scheduler, how, self.lines.append)
@@ -77,6 +77,13 @@ def until():
 @pytest.fixture
 def serve():
     """f(**settings) -> a server of this test's own."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(Served(**settings))
+
+
+@pytest.fixture(scope="module")
+def servers():
+    """f(**settings) -> a server for the tests of a file."""
     with contextlib.ExitStack() as stack:
         yield lambda **settings: stack.enter_context(Served(**settings))
 

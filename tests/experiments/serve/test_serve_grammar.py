@@ -11,7 +11,7 @@ from processes import process
 
 from experiments.serve.body import Body
 from experiments.serve.errors import ApiError
-from experiments.serve.response_format import MOST, Format, format_of
+from experiments.serve.response_format import MOST, ResponseFormat, format_of
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 
 pytest.importorskip("llguidance", reason="it follows the grammars")
@@ -45,11 +45,11 @@ def of_schema(schema, **more):
     [
         (None, None),
         ({"type": "text"}, None),
-        ({"type": "json_object"}, Format("json", '{"type": "object"}')),
-        (of_schema({"type": "null"}), Format("json", '{"type": "null"}', lenient=True)),
-        (of_schema({}, strict=True, description="x"), Format("json", "{}", lenient=False)),
-        ({"type": "regex", "pattern": "a+"}, Format("regex", "a+")),
-        ({"type": "grammar", "grammar": "start: A"}, Format("lark", "start: A")),
+        ({"type": "json_object"}, ResponseFormat("json", '{"type": "object"}')),
+        (of_schema({"type": "null"}), ResponseFormat("json", '{"type": "null"}', lenient=True)),
+        (of_schema({}, strict=True, description="x"), ResponseFormat("json", "{}", lenient=False)),
+        ({"type": "regex", "pattern": "a+"}, ResponseFormat("regex", "a+")),
+        ({"type": "grammar", "grammar": "start: A"}, ResponseFormat("lark", "start: A")),
     ],
 )
 def test_the_forms(asked, expected):

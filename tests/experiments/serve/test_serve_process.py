@@ -7,12 +7,16 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
 from processes import process
 
+from llm_jax.attention import causal_step
+from llm_jax.cache import empty_caches
 from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
+from llm_jax.model import forward
 from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 
@@ -112,6 +116,37 @@ def test_stop_strings_cut_the_text(client, alone):
         )
         assert found.choices[0].message.content == text[: text.index(stop)]
         assert found.choices[0].finish_reason == "stop"
+
+
+def test_log_probabilities_are_those_of_a_plain_pass(client, alone, folder):
+    """The names and bytes of the tokens, and numbers in float64 behind logits of the whole text."""
+    model, tokenizer = open_checkpoint(folder).load(CFG), alone.tokenizer
+    for text, how in (("a thimble", dict()), ("→ é", dict(temperature=0.8, seed=3))):
+        prompt, sampler = tokenizer.chat(said(text)), Sampler(how.get("temperature", 0.0))
+        tokens = generate(model, prompt, CFG, 20, sampler, how.get("seed", 0), tokenizer.eos)
+        behind = log_probabilities(model, [*prompt, *tokens])[len(prompt) - 1 :]
+        found = client.chat.completions.create(
+            model="thumb", messages=said(text), max_tokens=20, logprobs=True, top_logprobs=4, **how
+        )
+        content = found.choices[0].logprobs.content
+        assert len(content) > 5
+        for one, token, behind_V in zip(content, tokens, behind, strict=False):
+            assert one.logprob == pytest.approx(behind_V[token], abs=1e-3)
+            assert (one.token, one.bytes) == shown(tokenizer, token)
+            for near, other in zip(one.top_logprobs, np.argsort(-behind_V), strict=False):
+                assert near.logprob == pytest.approx(behind_V[other], abs=1e-3)
+            assert len(one.top_logprobs) == 4
+
+
+def log_probabilities(model, tokens):
+    caches, step = empty_caches(CFG, 1, 128), causal_step(0, len(tokens), 128)
+    z_TV = np.asarray(forward(model, np.array([tokens]), caches, step, CFG)[0][0], np.float64)
+    return z_TV - np.log(np.exp(z_TV).sum(-1, keepdims=True))
+
+
+def shown(tokenizer, token):
+    name, text = tokenizer.token(token)
+    return name, None if text is None else list(text)
 
 
 def test_the_clients_errors(client):

@@ -10,7 +10,7 @@ from command import call
 
 from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
-from llm_jax.tokenizer import StreamDecoder
+from llm_jax.token_stream import StreamDecoder
 
 ONE = "--compare vanilla --check-lossless"
 
