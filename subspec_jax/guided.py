@@ -11,7 +11,6 @@ words of a mask.
 import concurrent.futures
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,10 +21,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from llm_jax.grammar import GrammarError, Walk
-from llm_jax.params import Params
 from llm_jax.stream import to_device
-from pallas_kernels.quantized_matmul import Packed
-from pallas_kernels.quantized_matmul.reference import dequantized
 from subspec_jax.batch_programs import (
     Allowed,
     Growing,
@@ -129,7 +125,7 @@ class Guided:
 
     def grow(self, g: Growing) -> Grown:
         """The trees of `batch_programs.grow_each`, of tokens that the grammars allow."""
-        spec, caches, params = g.spec, g.caches, opened(g.params, g.cfg.dtype)
+        spec, caches = g.spec, g.caches
         sprout = sprouted(g.seats, spec, g.experts)
         while True:
             larger, first_B = sprout.larger, sprout.trees.size
@@ -141,7 +137,7 @@ class Guided:
             sprout, caches = grow_step(
                 GuidedGrowing(
                     **{f.name: getattr(g, f.name) for f in dataclasses.fields(g)}
-                    | dict(params=params, caches=caches, sprout=sprout)
+                    | dict(caches=caches, sprout=sprout)
                     | dict(allowed=self._masks(first_B, spec.width))
                 )
             )
@@ -186,24 +182,7 @@ _beside = concurrent.futures.ThreadPoolExecutor(1, "grammars")
 """Walks while the engine's thread waits for layers."""
 
 
-DENSE = 2**28
-"""Most weights of a draft that are made dense: a GiB."""
-
-
-def opened(params: Params, dtype: str) -> Params:
-    """The draft as single steps run it fastest: on a CPU with dense matrices for a round, where
-    they are few. A step that is a program of its own dequantized for half of its time there."""
-    is_low = lambda w: isinstance(w, Packed) and w.words_BNSc.ndim == 4
-    low = [w for w in jax.tree.leaves(params, is_leaf=is_low) if is_low(w)]
-    if jax.default_backend() != "cpu" or sum(math.prod(w.shape) for w in low) > DENSE:
-        return params
-    dense = lambda w: _dense(w, dtype) if is_low(w) else w
-    return jax.tree.map(dense, params, is_leaf=is_low)
-
-
 # ------------------------------------------------------------------ programs
-
-_dense = jax.jit(dequantized, static_argnames="dtype")
 
 
 @register_dataclass
