@@ -94,29 +94,36 @@ def open(
             f"--max-length {longest_text} is more than the {source.cfg.max_length} positions "
             "this model was made for (its sliding window, where it has one)"
         )
-    draft = draft or default_draft(source.cfg, residual)
-    if residual and not draft.group:
-        raise PlanError("--stream residual needs substitutes in groups; leave --draft-group out")
     small = None if draft_model is None else find_draft_model(draft_model, source, reporter)
-    made = functools.partial(
-        make_method,
-        spec=tree or default_tree(),
-        draft=draft,
-        gate=gate,
-        stop_gain=stop_gain,
-        draft_model=small and small.cfg,
-        longest=longest,
-    )
-    named = [m if isinstance(m, Method) else made(m) for m in (method, *also)]
-    methods = {m.name: m for m in named}
-    if residual:
-        add_converted(source, draft, options.quantizer, options.converted, reporter)
     shorten = options.max_length is None
     options = dataclasses.replace(options, max_length=longest_text)
-    limit, pool = chosen_limit(memory, source, methods.values(), options, reporter)
-    if shorten:
-        options = _fitting(source, methods, options, limit)
-    return Engine(source, methods, options, limit, pool, reporter, small)
+
+    def planned(draft: Draft) -> Engine:
+        if residual and not draft.group:
+            raise PlanError("residuals need substitutes in groups; leave --draft-group out")
+        made = functools.partial(
+            make_method,
+            spec=tree or default_tree(),
+            draft=draft,
+            gate=gate,
+            stop_gain=stop_gain,
+            draft_model=small and small.cfg,
+            longest=longest,
+        )
+        named = [m if isinstance(m, Method) else made(m) for m in (method, *also)]
+        methods = {m.name: m for m in named}
+        if residual:
+            add_converted(source, draft, options.quantizer, options.converted, reporter)
+        limit, pool = chosen_limit(memory, source, methods.values(), options, reporter)
+        fitting = _fitting(source, methods, options, limit) if shorten else options
+        return Engine(source, methods, fitting, limit, pool, reporter, small)
+
+    if draft is not None:
+        return planned(draft)
+    try:
+        return planned(default_draft(source.cfg, residual))
+    except PlanError:
+        return planned(Draft())  # 4 bits take less room than a CPU's 8
 
 
 LONGEST, SHORTEST = 2048, 512

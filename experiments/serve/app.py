@@ -131,13 +131,15 @@ class Service:
         began = time.monotonic()
         body = Body(await self._read(request))
         asked = parse(kind, body, self.settings.name, self.settings.temperature)
-        grammar = None
-        if asked.format is not None:
-            if why := self.scheduler.runner.why_no_grammar:
-                raise unsupported(why)
-            async with self._compiling:  # one at a time: the others' threads are for tokenizing
-                grammar = await asyncio.to_thread(asked.format.grammar, self.engine)
         async with self._tokenizing:  # one at a time: tokenizers and templates are not for threads
+            shape = await asyncio.to_thread(asked.shape, self.engine.tokenizer)
+        grammar = None
+        if shape is not None:
+            if why := self.scheduler.runner.why_no_grammar:
+                raise unsupported(why, shape.field)
+            async with self._compiling:  # one at a time: the others' threads are for tokenizing
+                grammar = await asyncio.to_thread(shape.grammar, self.engine)
+        async with self._tokenizing:
             requests = await asyncio.to_thread(asked.requests, self.engine, grammar)
         answers = self._submit(requests)
         id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"

@@ -15,6 +15,7 @@ from experiments.serve.tools import (
     Tools,
     asked_tools,
     calls_of,
+    forced_call,
     format_for,
     rendered,
     tool_result,
@@ -71,6 +72,15 @@ class Asked:
     def form(self, tokenizer: Any) -> Format | None:
         """How calls are written in the answer; None: it is text alone. Raises ApiError."""
         return format_for(tokenizer, self.tools) if self.kind == "chat" else None
+
+    def shape(self, tokenizer: Any) -> ResponseFormat | None:
+        """What the answer is made to be; None: any text. Raises ApiError."""
+        if self.tools is None or not self.tools.forced:
+            return self.format
+        if self.format is not None:
+            words = "a call that must be made has a form of its own; leave response_format out"
+            raise ApiError(400, words, "tool_choice")
+        return forced_call(self.form(tokenizer), self.tools)
 
     def requests(self, engine: Engine, grammar: Grammar | None = None) -> list[Request]:
         """One for each answer. Takes a while: it tokenizes. Raises ApiError."""

@@ -168,7 +168,10 @@ def _harmony(text: str, last: bool, known: Known) -> Found | None:
 
 FORMATS = (
     Format("coder", ("<function=", "<parameter="), ("<tool_call>", "<function="), _coder),
-    Format("hermes", ("<tool_call>",), ("<tool_call>",), _hermes, bare=("```json", "{")),
+    Format(
+        "hermes", ("<tool_call>",), ("<tool_call>",), _hermes, bare=("```json", "{"),
+        arguments="arguments",
+    ),
     Format(
         "mistral", ("[TOOL_CALLS]",), ("[TOOL_CALLS]",), _mistral,
         shows=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), short_ids=True,
@@ -179,7 +182,7 @@ FORMATS = (
     ),
     Format(
         "llama", ("dictionary of argument name", "tool_calls"), ("<|python_tag|>",), _llama,
-        bare=("{",), between=SPACE + ";", shows=("<|python_tag|>",),
+        bare=("{",), between=SPACE + ";", shows=("<|python_tag|>",), arguments="parameters",
     ),
 )  # fmt: skip
 """The first one that a template has the marks of is its own."""

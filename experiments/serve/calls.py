@@ -60,6 +60,9 @@ class Format:
     Raises NoCall."""
     bare: tuple[str, ...] = ()
     """Texts that begin a call where nothing but calls is before them."""
+    arguments: str = ""
+    """The name of the arguments in a call that is bare JSON beside "name": such a call can be
+    forced. Empty where calls are written in another way."""
     between: str = SPACE
     """Characters behind a call that are no content."""
     shows: tuple[str, ...] = ()

@@ -32,19 +32,21 @@ class ResponseFormat:
     text: str
     lenient: bool = False
     """Whether what no grammar can say of a schema is left out."""
+    field: str = FIELD
+    """The field of a request that asks for it."""
 
     def grammar(self, engine: Engine) -> Grammar:
         """Takes up to some seconds, the first one most. Raises ApiError for one that is wrong."""
         try:
             return engine.guide.grammar(self.kind, self.text, self.lenient)
         except GrammarError as error:
-            raise ApiError(400, f"{FIELD} cannot be used: {error}", FIELD) from None
+            raise ApiError(400, f"{self.field} cannot be used: {error}", self.field) from None
         except MissingPackage as error:
-            raise unsupported(error) from None
+            raise unsupported(error, self.field) from None
 
 
-def unsupported(why: object) -> ApiError:
-    return ApiError(400, f"{FIELD} is not supported: {why}", FIELD, "unsupported")
+def unsupported(why: object, field: str = FIELD) -> ApiError:
+    return ApiError(400, f"{field} is not supported: {why}", field, "unsupported")
 
 
 def format_of(body: Body) -> ResponseFormat | None:

@@ -1,16 +1,18 @@
 """Tools that a chat may call: the fields of a request, and its messages as templates want them."""
 
 import dataclasses
+import json
 import re
 import secrets
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.serve.body import Body
 from experiments.serve.call_formats import format_of
 from experiments.serve.calls import Call, Format, Reader
 from experiments.serve.errors import ApiError
+from experiments.serve.response_format import ResponseFormat
 from llm_jax import LLMError, shown
 from llm_jax.files import parse_json
 
@@ -19,6 +21,8 @@ MOST, DEEPEST = 128, 32
 """Tools of a request, and levels of a schema or of arguments."""
 NOTHING = {"type": "object", "properties": {}}
 """The parameters of a tool that states none."""
+PLAIN_JSON = dict(whitespace_flexible=False, item_separator=", ", key_separator=": ")
+"""JSON as Python writes it, and as models learned to write calls."""
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -31,6 +35,8 @@ class Tools:
     templates rely on, and none `strict`."""
     several: bool = True
     """Whether more than the first call of an answer is told."""
+    forced: tuple[str, ...] = ()
+    """The tools of which the answer must call one; none: the model decides."""
 
     @property
     def schemas(self) -> dict[str, Any]:
@@ -49,14 +55,27 @@ def asked_tools(body: Body) -> Tools | None:
     names = [tool["function"]["name"] for tool in tools]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ApiError(400, f"tools has '{twice}' twice", "tools")
-    if choice == "required" or isinstance(choice, dict):
-        raise ApiError(
-            400, "tool_choice must be none or auto: this server cannot force a call", "tool_choice",
-            "unsupported",
-        )  # fmt: skip
-    if choice not in (None, "none", "auto"):
-        body.refuse("tool_choice", "none or auto")
-    return Tools(tools, several) if tools and choice != "none" else None
+    forced = _forced(choice, names)
+    return Tools(tools, several, forced) if tools and choice != "none" else None
+
+
+def _forced(choice: Any, names: list[str]) -> tuple[str, ...]:
+    """The tools of which a call must be one."""
+    if choice in (None, "none", "auto"):
+        return ()
+    if choice == "required":
+        chosen = names
+    else:
+        own = choice.get("function") if isinstance(choice, dict) else None
+        if not isinstance(own, dict) or choice.get("type") != "function":
+            raise ApiError(
+                400, 'tool_choice must be none, auto, required, or {"type": "function", '
+                '"function": {"name"}}', "tool_choice",
+            )  # fmt: skip
+        chosen = [name for name in names if name == own.get("name")]
+    if not chosen:
+        raise ApiError(400, "tool_choice asks for a tool that is not in tools", "tool_choice")
+    return tuple(chosen)
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
@@ -90,20 +109,24 @@ def _check_depth(value: Any, where: str) -> None:
     raise ApiError(400, f"{where} is nested deeper than {DEEPEST} levels", where)
 
 
-def call_schema(tools: Tools, names: Sequence[str] = ()) -> dict[str, Any]:
-    """The JSON schema of a call of any of the tools, or of those named: {"name", "arguments"}."""
-    return {
-        "anyOf": [
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": schema},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for name, schema in tools.schemas.items()
-            if not names or name in names
-        ]
-    }
+def forced_call(form: Format, tools: Tools) -> ResponseFormat:
+    """An answer that is a call of one of the tools that are forced, as the model writes calls.
+    Raises ApiError for models that do not write them as bare JSON."""
+    if not (key := form.arguments):
+        words = "this model's calls cannot be forced; tool_choice must be none or auto"
+        raise ApiError(400, words, "tool_choice", "unsupported")
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, key: schema},
+            "required": ["name", key],
+            "additionalProperties": False,
+        }
+        for name, schema in tools.schemas.items()
+        if name in tools.forced
+    ]
+    schema = {"anyOf": calls, "x-guidance": PLAIN_JSON}
+    return ResponseFormat("json", json.dumps(schema), lenient=True, field="tools")
 
 
 # ------------------------------------------------------------------ messages

@@ -18,6 +18,7 @@ from llm_jax.sample import Sampler
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from subspec_jax import memory
 from subspec_jax.decoder import LengthError
+from subspec_jax.draft_model import INT8
 from subspec_jax.methods import METHOD_NAMES, MethodError
 from subspec_jax.plan import PlanError
 from subspec_jax.prefix_cache import Text
@@ -294,3 +295,21 @@ def test_several_texts_together_are_what_they_are_alone(folder, prompt, plain, c
     for ladder in ((1, 2), (3, 1, 2), (0, 3)):
         with pytest.raises(PlanError, match="ladder"):
             subspec_jax.open(folder, "full", texts=3, ladder=ladder, **SMALL)
+
+
+def test_a_cpu_drafts_with_int8_and_with_4_bits_where_that_does_not_fit(tmp_path):
+    cfg = tiny_config("qwen2", layers=3, d_ff=128)  # groups of 64 fit
+    params, prompt = tiny_params(cfg), [3, 1, 4]
+    folder = write_safetensors(tmp_path, params, cfg)
+    options = {k: v for k, v in SMALL.items() if k != "draft"} | dict(table_on_host=False)
+    least = {}
+    for draft in (None, subspec_jax.Draft()):
+        with subspec_jax.open(folder, "full", draft=draft, **options) as engine:
+            least[engine.method.draft] = engine.plan.total
+            if draft is None:
+                assert engine.generate(prompt, NEW) == generate(params, prompt, cfg, NEW)
+    assert least[subspec_jax.Draft()] < least[INT8]
+    with subspec_jax.open(folder, int(sum(least.values()) / 2 / 0.98), **options) as engine:
+        assert engine.method.draft == subspec_jax.Draft()
+    with pytest.raises(PlanError, match="residuals need substitutes in groups"):
+        subspec_jax.open(folder, "full", stream="residual", draft=INT8, **options)

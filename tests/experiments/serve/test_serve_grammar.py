@@ -8,6 +8,7 @@ import jsonschema
 import openai
 import pytest
 from processes import process
+from tool_templates import HERMES
 
 from experiments.serve.body import Body
 from experiments.serve.errors import ApiError
@@ -90,6 +91,7 @@ def test_what_is_no_format(asked, expected):
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     folder = write_safetensors(tmp_path_factory.mktemp("m") / "thumb", tiny_params(CFG), CFG)
+    (folder / "chat_template.jinja").write_text(HERMES)
     with (
         process(["--model", folder, *FLAGS], **FAST) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
@@ -112,6 +114,24 @@ def test_an_answer_is_json_of_its_schema(client):
         pieces = list(ask(client, response_format=of_schema(PERSON), stream=True, **how))
         text = "".join(p.choices[0].delta.content or "" for p in pieces)
         assert (text, pieces[-1].choices[0].finish_reason) == (choice.message.content, "stop")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "pet"}}])
+def test_a_call_is_made_where_it_must_be(client, choice):
+    """By a model of random weights, which would never write one."""
+    only = lambda **kinds: {
+        "type": "object", "properties": kinds, "required": [*kinds], "additionalProperties": False
+    }  # fmt: skip
+    pet = dict(name="pet", parameters=only(kind={"enum": ["cat"]}))
+    now = dict(name="now", parameters=only())
+    tools = [{"type": "function", "function": f} for f in (pet, now)]
+    for how in (dict(), dict(temperature=1.0, seed=3)):
+        (found,) = ask(client, tools=tools, tool_choice=choice, max_tokens=60, **how).choices
+        assert (found.finish_reason, found.message.content) == ("tool_calls", None)
+        (call,) = found.message.tool_calls
+        assert call.function.name in (("pet", "now") if choice == "required" else ("pet",))
+        arguments = json.loads(call.function.arguments)
+        jsonschema.validate(arguments, dict(pet=pet, now=now)[call.function.name]["parameters"])
 
 
 def test_several_answers_and_one_without(client):

@@ -5,13 +5,15 @@ import functools
 import json
 from pathlib import Path
 
+import jsonschema
 import openai
 import pytest
 from processes import process
-from tool_templates import CODER, HARMONY, HERMES, MISTRAL, NO_TOOLS, UNKNOWN
+from tool_templates import CODER, HARMONY, HERMES, LLAMA, MISTRAL, NO_TOOLS, UNKNOWN
 
 from experiments.serve.body import Body
-from experiments.serve.tools import asked_tools, call_schema
+from experiments.serve.call_formats import format_of
+from experiments.serve.tools import asked_tools, forced_call
 
 QWEN = Path.home() / "models" / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 SUM = {
@@ -23,7 +25,8 @@ SUM = {
         "strict": True,
     },
 }
-NOW = {"type": "function", "function": {"name": "now"}}
+NAMED = {"name": "now"}
+NOW = {"type": "function", "function": NAMED}
 ASK = dict(model="tiny", messages=[{"role": "user", "content": "hello"}], tools=[SUM, NOW])
 CALLS = 'I add.\n<tool_call>\n{"name": "sum", "arguments": {"a": [1, "→"]}}\n</tool_call>\n'
 CALLS += '<tool_call>\n{"name": "later", "arguments": {}}\n</tool_call>'
@@ -205,8 +208,10 @@ def tool(**changes):
         (tool(parameters=[]), "tools[0].function.parameters"),
         (tool(strict=1), "tools[0].function.strict"),
         (tool(parameters=deep(900)), "tools[0]"),
-        (dict(tool_choice="required"), "tool_choice"),
+        (dict(tools=None, tool_choice="required"), "tool_choice"),
+        (dict(tool_choice="required", response_format={"type": "json_object"}), "tool_choice"),
         (dict(tool_choice={"type": "function", "function": {"name": "now"}}), "tool_choice"),
+        (dict(tool_choice={"type": "function", "function": "sum"}), "tool_choice"),
         (dict(tool_choice="sometimes"), "tool_choice"),
         (dict(tool_choice=[]), "tool_choice"),
         (dict(parallel_tool_calls="no"), "parallel_tool_calls"),
@@ -237,22 +242,33 @@ def test_a_wrong_field_is_named(served, changes, param):
     assert server.post(tools=[SUM], **fine)[0] == 200
 
 
-def test_the_schema_of_all_calls():
-    """What a grammar would hold an answer to, by an independent validator where there is one."""
-    tools = asked_tools(Body(json.dumps({"tools": [SUM, NOW]}).encode()))
-    schema = call_schema(tools)
-    names = [one["properties"]["name"]["const"] for one in schema["anyOf"]]
-    assert names == ["sum", "now"] and call_schema(tools, ["now"])["anyOf"] == schema["anyOf"][1:]
-    jsonschema = pytest.importorskip("jsonschema")
-    validator = jsonschema.Draft202012Validator(schema)
+@pytest.mark.parametrize("template, key", [(HERMES, "arguments"), (LLAMA, "parameters")])
+@pytest.mark.parametrize(
+    "choice, names",
+    [("required", {"sum", "now"}), (dict(type="function", function=NAMED), {"now"})],
+)
+def test_a_call_that_must_be_made_is_json_of_a_schema(template, key, choice, names):
+    """By an independent validator of schemas."""
+    asked = dict(tools=[SUM, NOW], tool_choice=choice)
+    found = forced_call(format_of(template), asked_tools(Body(json.dumps(asked).encode())))
+    assert (found.kind, found.field) == ("json", "tools")
+    validator = jsonschema.Draft202012Validator(json.loads(found.text))
     for call, fine in (
-        ({"name": "sum", "arguments": {"a": [1]}}, True),
-        ({"name": "now", "arguments": {}}, True),
-        ({"name": "sum", "arguments": {"a": 1}}, False),
+        ({"name": "sum", key: {"a": [1]}}, "sum" in names),
+        ({"name": "now", key: {}}, True),
+        ({"name": "sum", key: {"a": 1}}, False),
         ({"name": "sum"}, False),
-        ({"name": "other", "arguments": {}}, False),
+        ({"name": "other", key: {}}, False),
     ):
         assert validator.is_valid(call) == fine
+
+
+@pytest.mark.parametrize("template", [MISTRAL, CODER, HARMONY])
+def test_calls_in_another_form_cannot_be_forced(served, template):
+    server, _ = served(template)
+    status, _, reply = server.post(tools=[SUM], tool_choice="required")
+    assert (status, reply["error"]["param"]) == (400, "tool_choice")
+    assert "cannot be forced" in reply["error"]["message"]
 
 
 def test_the_channels_of_gpt_oss_are_no_text_of_an_answer(served):
@@ -309,6 +325,10 @@ def test_qwen_calls_a_tool_and_reads_its_result():
         assert [(c["name"], c["arguments"]) for c in calls] == [
             (call.function.name, call.function.arguments)
         ]
+        forced = dict(tool_choice={"type": "function", "function": {"name": "get_weather"}})
+        say = [{"role": "user", "content": "Tell me a joke."}]
+        (must,) = client.chat.completions.create(**ask | forced | dict(messages=say)).choices
+        assert must.message.tool_calls[0].function.name == "get_weather"
         messages.append(choice.message.model_dump(exclude_none=True))
         result = {"role": "tool", "tool_call_id": call.id, "content": "17 degrees, rain"}
         messages.append(result)
