@@ -51,10 +51,13 @@ def int8(w_DF: jax.Array) -> Int8:
 
 @linear.register
 def _(w: Int8, x, out_dtype=None):
-    code, scale = _rounded(x, -1)
-    sums = jax.lax.dot_general(
-        code, w.code_DF, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.int32
-    )
-    shape = (1,) * (x.ndim - 1) + w.scale_F.shape
-    y = sums.astype(jnp.float32) * scale[..., None] * w.scale_F.reshape(shape)
-    return y.astype(out_dtype or x.dtype)
+    code_XD, scale_X = _rounded(x.reshape(-1, x.shape[-1]), -1)
+    X = len(code_XD)
+    # XLA's CPU takes 3 ns a weight for one row, and 0.1 for two.
+    code_XD = jnp.pad(code_XD, ((0, 2 - X), (0, 0))) if X == 1 else code_XD
+    contract = (((1,), (0,)), ((), ()))
+    sums_XF = jax.lax.dot_general(code_XD, w.code_DF, contract, preferred_element_type=jnp.int32)[
+        :X
+    ]
+    y_XF = sums_XF.astype(jnp.float32) * scale_X[:, None] * w.scale_F[None]
+    return y_XF.reshape(*x.shape[:-1], -1).astype(out_dtype or x.dtype)

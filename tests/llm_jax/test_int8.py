@@ -58,6 +58,16 @@ def test_dtypes_and_one_term():
     assert terms(w, x).shape == (1, 2, 8)
 
 
+def test_one_row_is_multiplied_as_two_are():
+    """A product of one row took thirty times as long; its numbers are the same."""
+    w = jax.eval_shape(int8, jax.ShapeDtypeStruct((64, 32), jnp.float32))
+    text = jax.jit(linear).lower(w, jax.ShapeDtypeStruct((1, 1, 64), jnp.float32)).as_text()
+    assert "tensor<64x32xi8>) -> tensor<2x32xi32>" in text
+    rng = np.random.default_rng(0)
+    w, x = int8(jnp.asarray(rng.normal(size=(64, 32)))), jnp.asarray(rng.normal(size=(3, 64)))
+    np.testing.assert_array_equal(linear(w, x[:1]), linear(w, x)[:1])
+
+
 def test_the_compiled_product_is_one_of_whole_numbers():
     w = jax.eval_shape(int8, jax.ShapeDtypeStruct((64, 32), jnp.float32))
     assert isinstance(w, Int8) and w.code_DF.dtype == jnp.int8
