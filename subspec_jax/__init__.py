@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from subspec_jax.accept import Gate
     from subspec_jax.decoder import Decoder
     from subspec_jax.draft_model import Draft, make_draft, substitute
-    from subspec_jax.engine import Engine, open
+    from subspec_jax.engine import Engine
     from subspec_jax.load import load_target
     from subspec_jax.methods import Method, make_method
+    from subspec_jax.opening import open
     from subspec_jax.options import Options
     from subspec_jax.plan import Plan, make_plan
     from subspec_jax.propose import ModelDraft, PromptLookup, Round
@@ -56,7 +57,7 @@ _HOMES = {  # name -> the module it is in, imported when the name is first used
     "make_draft": "subspec_jax.draft_model",
     "make_method": "subspec_jax.methods",
     "make_plan": "subspec_jax.plan",
-    "open": "subspec_jax.engine",
+    "open": "subspec_jax.opening",
     "substitute": "subspec_jax.draft_model",
 }
 __all__ = [

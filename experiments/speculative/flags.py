@@ -13,10 +13,11 @@ from llm_jax.progress import Reporter
 from llm_jax.registry import find_checkpoint, open_model
 from llm_jax.sample import Sampler
 from palu_jax import store
-from subspec_jax import engine, options
+from subspec_jax import opening, options
 from subspec_jax.accept import Gate
 from subspec_jax.decoder import LengthError
 from subspec_jax.draft_model import Draft
+from subspec_jax.engine import Engine
 from subspec_jax.methods import Method, MethodError, MethodName
 from subspec_jax.sources import Dtype, Quantizer
 from subspec_jax.tree import TreeSpec
@@ -296,9 +297,7 @@ def _check_traces(args: Speculative, methods: Iterable[Method]) -> None:
         replay.acceptance_trace(args.replay_acceptance, method, args.seed)
 
 
-def opened(
-    args: Speculative, reporter: Reporter, shorten: bool = False, **more: Any
-) -> engine.Engine:
+def opened(args: Speculative, reporter: Reporter, shorten: bool = False, **more: Any) -> Engine:
     """The engine that the flags ask for, planned and not loaded.
 
     With `shorten`, conversations are as long as the memory allows, in place of --max-length. `more`
@@ -317,7 +316,7 @@ def opened(
             "model is, or is to be written"
         )
     first, *others = method_names(args)
-    found = engine.open(
+    found = opening.open(
         model,
         args.memory_limit,
         method=first,
