@@ -21,6 +21,7 @@ from llm_jax.params import Params
 from llm_jax.sample import Sampler, Samplers
 from llm_jax.stream import to_device
 from subspec_jax import batch_programs as programs
+from subspec_jax.batch_draft import OwnCaches
 from subspec_jax.batch_programs import Growing, Seats, Verifying
 from subspec_jax.check import NotFiniteError, no_numbers
 from subspec_jax.decoder import check_lengths
@@ -44,7 +45,8 @@ from subspec_jax.verify import Target, run_pass
 
 
 class BatchDecoder:
-    """A target, a draft and caches of `rows` rows. Every text is the target's own, as if alone.
+    """A target, a draft and caches of `rows` rows. Every text is the target's own, as if alone;
+    with a gate it is what the gate makes of it, and smaller trees may accept otherwise.
 
     `sizes` are the numbers of texts that programs are made for; none: those of `tree.ladder`.
     `spec_of` gives the tree for each of these, no larger than `tree.shared_spec` (None) makes it.
@@ -72,7 +74,13 @@ class BatchDecoder:
         self.slots = cache_slots(max_length, self.spec)
         given = target.params, target.cfg, rows, self.slots, self.spec.places + 1
         self.caches = to_device(caches_for(*given))
-        self.rows = Rows(rows, all(cache.rewinds for cache in self.caches))
+        self.own: OwnCaches | None = None
+        """Of a draft that does not share the target's."""
+        if method.draft.own_cache:
+            given = draft, self.proposer.cfg, rows, self.slots, self.spec.places
+            self.own = OwnCaches(*given)
+        rewinds = all(cache.rewinds for cache in self.caches)
+        self.rows = Rows(rows, rewinds and (self.own is None or self.own.rewinds))
         self.ladder = tuple(sizes) or ladder(rows)
         plain = all(isinstance(cache, KV) for cache in self.caches)
         self.sizes = programs.slot_sizes(self.slots, plain)
@@ -103,6 +111,8 @@ class BatchDecoder:
         if source != text.row:
             numbers = to_device((np.int32(source), np.int32(text.row)))
             self.caches = programs.copy_row(self.caches, *numbers)
+            if self.own is not None:
+                self.own.copy(*numbers)
         self.running.append(text)
         return True
 
@@ -113,7 +123,10 @@ class BatchDecoder:
         self.running.remove(text)
         if text.failed:
             text.at = 0
-            self.caches = programs.clear_row(self.caches, to_device(np.int32(text.row)))
+            row = to_device(np.int32(text.row))
+            self.caches = programs.clear_row(self.caches, row)
+            if self.own is not None:
+                self.own.clear(row)
         self.rows.leave(text)
 
     # ------------------------------------------------------------------ rounds
@@ -180,6 +193,8 @@ class BatchDecoder:
         given = target, stream, tokens_BT, caches, step
         x = run_pass(*given, real=to_device(of_text_M.reshape(-1)))
         self.caches = tuple(caches)
+        if self.own is not None:
+            self.own.read(tokens_BT, step)
         guided = Guided.of(texts, size, VANILLA.spec)
         given = target.cfg, guided and guided.first()
         draw_B, finite_B = jax.device_get(
@@ -236,7 +251,7 @@ class BatchDecoder:
             grown = grow(
                 Growing(
                     params=self.draft,
-                    caches=self.caches,
+                    caches=self.caches if self.own is None else self.own.caches,
                     seats=seats,
                     least_L=least_L,
                     cfg=self.proposer.cfg,
@@ -246,7 +261,11 @@ class BatchDecoder:
                     experts=self._experts,
                 )
             )
-            trees, self.caches, routed = grown
+            trees, grown_caches, routed = grown
+            if self.own is None:
+                self.caches = grown_caches
+            else:
+                self.own.caches = grown_caches
         trees, tokens_BE, step, real_M = programs.lay_out_each(trees, seats, spec, slots, rows)
         jax.block_until_ready(tokens_BE)
         if guided is not None:
@@ -268,14 +287,19 @@ class BatchDecoder:
                 seats=seats,
                 accepted_B=accepted_B,
                 allowed=guided and guided.verified(),
+                gate=self.method.gate,
                 cfg=cfg,
                 spec=spec,
                 replay=replay,
             )
         )
         self.caches = end.caches
+        if self.own is not None:
+            self.own.follow(end, seats, trees.forwarded, slots)
         of_trees = trees.parent_E, trees.depth_E, trees.score_E, trees.size
-        host = jax.device_get((end.emitted_BP, end.length_B, end.last_B, end.finite_B, *of_trees))
+        host = jax.device_get(
+            (end.emitted_BP, end.length_B, end.node_BP[:, -1], end.finite_B, *of_trees)
+        )
         t3 = time.perf_counter()
         streamed = stream.bytes + (experts.bytes if experts else 0)
         passed = streamed - arrived
@@ -370,8 +394,6 @@ def why_not_together(method: Method) -> str | None:
     reasons = {
         "drafts during verification, below the tree of one sequence": method.spec.extra > 0,
         "looks text up on the device, for one sequence": method.spec.lookup > 0,
-        "has a draft with a cache of its own": method.draft.own_cache,
-        "accepts with loss": not method.lossless,
     }
     found = [reason for reason, holds in reasons.items() if holds]
     return f"{method.name} cannot decode a batch: it {found[0]}" if found else None

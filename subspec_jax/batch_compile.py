@@ -14,6 +14,7 @@ from llm_jax.params import Params
 from llm_jax.sample import Sampler, Samplers
 from llm_jax.stream import home
 from subspec_jax import batch_programs as programs
+from subspec_jax.accept import Gate
 from subspec_jax.batch_programs import Growing, Seats, Verifying
 from subspec_jax.draft_model import make_draft
 from subspec_jax.experts import lowered, room_for
@@ -23,7 +24,9 @@ from subspec_jax.tree import cache_slots
 from subspec_jax.verify import jit_block
 
 
-def lowered_together(plan: Plan, replay: bool = False) -> Iterator[jax.stages.Lowered]:
+def lowered_together(
+    plan: Plan, replay: bool = False, gate: Gate | None = None
+) -> Iterator[jax.stages.Lowered]:
     """The programs for each number of texts in the ladder, one after another."""
     device = home()
     placed = functools.partial(
@@ -42,11 +45,20 @@ def lowered_together(plan: Plan, replay: bool = False) -> Iterator[jax.stages.Lo
         draft = placed(make_draft(plan.model, *how, table_on_host=plan.table_on_host))
     for texts in plan.ladder:
         for live in programs.slot_sizes(slots, plain):
-            yield from _of(plan, texts, live, params, top, draft, caches, placed, replay)
+            yield from _of(plan, texts, live, params, top, draft, caches, placed, replay, gate)
 
 
 def _of(
-    plan: Plan, texts: int, live: int, params: Params, top: Params, draft, caches, placed, replay
+    plan: Plan,
+    texts: int,
+    live: int,
+    params: Params,
+    top: Params,
+    draft,
+    caches,
+    placed,
+    replay,
+    gate,
 ) -> Iterator[jax.stages.Lowered]:
     """The programs for `texts` texts that look at `live` slots."""
     cfg, spec = plan.cfg, plan.spec_of(texts)
@@ -91,12 +103,13 @@ def _of(
             cfg=cfg,
             spec=spec,
             replay=replay,
+            gate=gate,
         )
     )
     for length in sizes:
         piece = array(texts, length, cfg.d_model)
         yield programs.first_draws.lower(top, piece, seats, number_B, cfg)
-    if draft is None:
+    if draft is None or plan.draft.own_cache:
         return
     routed = plan.hot is not None
     layers = sum(map(cfg.has_experts, range(cfg.layers)))

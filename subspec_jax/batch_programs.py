@@ -26,7 +26,7 @@ from llm_jax.model import forward, unembed
 from llm_jax.params import Params
 from llm_jax.sample import Samplers
 from pallas_kernels import device
-from subspec_jax.accept import Judged, exact, replayed
+from subspec_jax.accept import Gate, Judged, exact, gated, replayed
 from subspec_jax.program import Program, donated, static
 from subspec_jax.residual.split import is_split
 from subspec_jax.tree import (
@@ -41,7 +41,14 @@ from subspec_jax.tree import (
     pass_nodes,
     seedling,
 )
-from subspec_jax.verify import GREEDY_ROWS, LOGIT_ROWS, SPLIT_ROWS, likeliest, some_at_a_time
+from subspec_jax.verify import (
+    GREEDY_ROWS,
+    LOGIT_ROWS,
+    SPLIT_ROWS,
+    likeliest,
+    normal_entropy,
+    some_at_a_time,
+)
 
 
 def slot_sizes(slots: int, plain: bool) -> list[int]:
@@ -240,35 +247,41 @@ def lay_out_each(
     return cut, cut.token_E, step, real_BE.reshape(-1)
 
 
-def draws(
-    top: Params,
-    x_XD: jax.Array,
-    of_X: jax.Array,
-    position_X: jax.Array,
-    samplers: Samplers,
-    cfg: Config,
-    allowed: Allowed | None = None,
-) -> jax.Array:
-    """The target's draw after every node, int32 [X]; logits of some nodes at a time. The nodes of a
-    sequence are neighbours, as many as every other one has."""
-    split = is_split(top.head_DV)
-    node_X = jnp.arange(len(of_X)) % (len(of_X) // len(samplers.temperature_B))
+def judge_each(v: "Verifying") -> Judged:
+    """`verify.judge` of several trees, [B, E] each: logits of some nodes at a time."""
+    (B, E, D), cfg, top, samplers = v.x_BED.shape, v.cfg, v.top, v.seats.samplers
+    split, trees = is_split(top.head_DV), v.trees
+    of_X, node_X = jnp.repeat(jnp.arange(B), E), jnp.tile(jnp.arange(E), B)
+    x_XD = v.x_BED.reshape(-1, D)
+    position_X = (v.seats.at_B[:, None] + trees.depth_E + 1).reshape(-1)
 
     def some(args):
         x_rD, of_r, position_r, node_r = args
         logits_rV = unembed(top, x_rD[None], cfg)[0]
-        if allowed is not None:
-            logits_rV = allowed.only(logits_rV, of_r, node_r)
-        return samplers.draw(logits_rV, of_r, position_r)
+        if v.allowed is not None:
+            logits_rV = v.allowed.only(logits_rV, of_r, node_r)
+        draw_r = samplers.draw(logits_rV, of_r, position_r)
+        if v.gate is None:
+            return (draw_r,)
+        logp_rV = jax.nn.log_softmax(samplers.scores(logits_rV, of_r), axis=-1)
+        entropy_r, p_rV = normal_entropy(logp_rV, cfg.vocab), jnp.exp(logp_rV)
+        return draw_r, entropy_r, jnp.take_along_axis(p_rV, trees.token_E[of_r], axis=1)
 
     equal = lambda most: math.ceil(len(x_XD) / math.ceil(len(x_XD) / most))
     most = SPLIT_ROWS if split else LOGIT_ROWS
     whole = lambda: some_at_a_time(some, equal(most), x_XD, of_X, position_X, node_X)
-    if not split or allowed is not None:
-        return whole()
-    least = lambda args: likeliest(top, args[0], cfg)
-    greedy = lambda: some_at_a_time(least, equal(GREEDY_ROWS), x_XD)
-    return jax.lax.cond((samplers.temperature_B > 0).any(), whole, greedy)
+    if split and v.allowed is None and v.gate is None:
+        least = lambda args: (likeliest(top, args[0], cfg),)
+        greedy = lambda: some_at_a_time(least, equal(GREEDY_ROWS), x_XD)
+        draw_X, *rest = jax.lax.cond((samplers.temperature_B > 0).any(), whole, greedy)
+    else:
+        draw_X, *rest = whole()
+    if v.gate is None:
+        return Judged(draw_X.reshape(B, E))
+    entropy_X, p_XE = rest
+    own = lambda p_EE, parent_E: p_EE[jnp.maximum(parent_E, 0), jnp.arange(E)]
+    p_BE = jax.vmap(own)(p_XE.reshape(B, E, E), trees.parent_E)
+    return Judged(draw_X.reshape(B, E), entropy_X.reshape(B, E), p_BE)
 
 
 @register_dataclass
@@ -288,6 +301,7 @@ class Verifying:
     replay: bool = static(default=False)
     allowed: Allowed | None = None
     """What may follow each node; None: no text has a grammar."""
+    gate: Gate | None = static(default=None)
 
 
 class Ended(NamedTuple):
@@ -295,7 +309,7 @@ class Ended(NamedTuple):
 
     emitted_BP: jax.Array
     length_B: jax.Array
-    last_B: jax.Array
+    node_BP: jax.Array
     finite_B: jax.Array
     caches: tuple
 
@@ -303,24 +317,21 @@ class Ended(NamedTuple):
 @Program
 def finish_each(v: Verifying) -> Ended:
     """`verify.finish_round` of several sequences."""
-    B, E, D = v.x_BED.shape
     places, trees, at_B = v.spec.deepest + 1, v.trees, v.seats.at_B
-    of_X = jnp.repeat(jnp.arange(B), E)
-    position_X = (at_B[:, None] + trees.depth_E + 1).reshape(-1)
-    given = v.seats.samplers, v.cfg, v.allowed
-    draw_X = draws(v.top, v.x_BED.reshape(-1, D), of_X, position_X, *given)
 
-    def path(tree, draw_E, accepted):
+    def path(tree, judged, accepted):
         nodes = tree.token_E, tree.parent_E
         if v.replay:
-            given = Judged(draw_E), places, accepted
+            given = judged, places, accepted
             return replayed(*nodes, tree.depth_E, tree.ancestor_EE, *given)
-        return exact(*nodes, Judged(draw_E), places)
+        if v.gate is not None:
+            return gated(*nodes, judged, places, v.gate)
+        return exact(*nodes, judged, places)
 
-    paths = jax.vmap(path)(trees, draw_X.reshape(B, E), v.accepted_B)
+    paths = jax.vmap(path)(trees, judge_each(v), v.accepted_B)
     caches = move_each(v.caches, at_B[:, None] + paths.node_P, at_B, v.seats.row_B)
     finite_B = jax.vmap(lambda x, node: jnp.isfinite(x[node]).all())(v.x_BED, paths.node_P)
-    return Ended(paths.emitted_P, paths.length, paths.node_P[:, -1], finite_B, caches)
+    return Ended(paths.emitted_P, paths.length, paths.node_P, finite_B, caches)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -345,7 +345,9 @@ class _Layout:
         if draft.model is not None:
             items["draft model"] = draft.model.parameter_count * DTYPES[draft.model.dtype]
             small, places = abstract(draft.model), self.spec.places
-            items["draft KV cache"] = cache_bytes(small, draft.model, self.slots, places)
+            items["draft KV cache"] = cache_bytes(
+                small, draft.model, self.slots, places, self.texts
+            )
         elif draft.own_cache:
             items["draft KV cache"] = self.cache
         return items

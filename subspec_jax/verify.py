@@ -240,6 +240,13 @@ def likeliest(top: Params, x_ED: jax.Array, cfg: Config) -> jax.Array:
         return over_parts(top.head_DV, h_ED, better, start, jnp.float32)[1]
 
 
+def normal_entropy(logp_rV: jax.Array, vocab: int) -> jax.Array:
+    """[r] entropy of each row's distribution, divided by log `vocab`."""
+    p_rV = jnp.exp(logp_rV)
+    terms_rV = jnp.where(p_rV > 0, p_rV * logp_rV, 0.0)
+    return (-jnp.sum(terms_rV, -1) / np.log(vocab)).astype(jnp.float32)
+
+
 def judge(
     top: Params,
     x_1ED: jax.Array,
@@ -268,9 +275,7 @@ def judge(
         if gate is None:
             return (draw_r,)
         logp_rV = jax.nn.log_softmax(sampler.scores(logits_rV), axis=-1)
-        p_rV = jnp.exp(logp_rV)
-        entropy_r = -jnp.sum(jnp.where(p_rV > 0, p_rV * logp_rV, 0.0), -1) / np.log(cfg.vocab)
-        return draw_r, entropy_r.astype(jnp.float32), p_rV[:, tree.token_E]
+        return draw_r, normal_entropy(logp_rV, cfg.vocab), jnp.exp(logp_rV)[:, tree.token_E]
 
     draw_E, *rest = some_at_a_time(some, rows, x_1ED[0], at + tree.depth_E + 1)
     if gate is None:

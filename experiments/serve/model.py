@@ -64,7 +64,7 @@ class ModelFlags:
 
 
 MOST_PARALLEL = 256
-ALONE = ("classic", "subspec-lossy", "subspec-post", "subspec-lookup", "subspec-own-cache")
+ALONE = ("subspec-post", "subspec-lookup")
 """Methods for one text alone; `subspec_jax.batch.why_not_together` says why."""
 
 

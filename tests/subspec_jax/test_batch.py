@@ -12,8 +12,10 @@ from llm_jax.config import Experts
 from llm_jax.generation import decode_loop, prefill
 from llm_jax.sample import Sampler, Samplers
 from llm_jax.testing import tiny_config, tiny_params
+from subspec_jax.accept import Gate
 from subspec_jax.batch import BatchDecoder
 from subspec_jax.check import NotFiniteError
+from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.experts import ExpertCache
 from subspec_jax.methods import make_method
@@ -23,6 +25,9 @@ from subspec_jax.tree import TreeSpec, ladder, pass_nodes, shared_spec
 from subspec_jax.verify import Target
 
 METHODS = ("vanilla", "subspec", "chain", "best-first", "ngram", "subspec-uncoupled")
+METHODS += ("subspec-own-cache", "classic")
+SMALL = tiny_config("qwen3", layers=2)
+"""The model that drafts in the method classic: the target itself, so that much is accepted."""
 SAMPLERS = (Sampler(), Sampler(0.8), Sampler(1.0, top_k=5), Sampler(0.9, top_p=0.8, min_p=0.05))
 
 
@@ -31,15 +36,18 @@ def model(layers=2, **changes):
     return tiny_params(cfg), cfg
 
 
-def batch(params, cfg, name="subspec", rows=4, max_length=96, chunk=16, stop_gain=0.0, **tree):
+def batch(
+    params, cfg, name="subspec", rows=4, max_length=96, chunk=16, stop_gain=0.0, gate=Gate(), **tree
+):
     layers = tuple(map(offload, params.layers))
     experts = None
     if cfg.experts is not None:
         experts = ExpertCache(layers, 4, 6)
     target = Target(dataclasses.replace(params, layers=layers), cfg, experts=experts)
     spec = TreeSpec(**dict(depth=4, width=2) | tree)
-    method = make_method(name, spec, Draft(bits=4, group=32), stop_gain=stop_gain)
+    method = make_method(name, spec, Draft(bits=4, group=32), gate, stop_gain, SMALL)
     draft = make_draft(target.params, method.draft) if method.draft.bits else None
+    draft = tiny_params(SMALL) if name == "classic" else draft
     return BatchDecoder(target, method, draft, rows, max_length, chunk)
 
 
@@ -107,6 +115,46 @@ def test_texts_come_and_go_at_random(count, name):
         assert t.new == (want if t.done else want[: len(t.new)])
     assert sum(t.done for t in started) == count - left
     assert sum(len(t.new) for t in started) > 10 * count
+
+
+@pytest.mark.parametrize("name", ["subspec-own-cache", "classic"])
+def test_a_draft_with_caches_of_its_own_accepts_as_alone(name):
+    """It has read the prompts, follows what is accepted, and goes on from the rows of others."""
+    params, cfg = model()
+    decoder, some = batch(params, cfg, name, rows=3), texts(cfg, 6, 5, 40, [Sampler()])
+    for i, t in enumerate(some[1:], 1):
+        t.prompt, t.new_tokens, t.eos = (some[i - 1].prompt + t.prompt)[:50], 25, ()
+    single = Decoder(
+        decoder.target, decoder.method.proposer(cfg, decoder.draft), Sampler(), None, 96
+    )
+    accepted = lambda rounds: [r.accepted for r in rounds if r.drafted]
+    want = [accepted(single.rounds(t.prompt, t.new_tokens, t.seed, t.eos)) for t in some]
+    found = {id(t): [] for t in some}
+    waiting = list(some)
+    while waiting or decoder.running:
+        while waiting and decoder.join(waiting[0]):
+            waiting.pop(0)
+        for t, r in decoder.step():
+            found[id(t)] += accepted([r])
+    assert [found[id(t)] for t in some] == want
+    assert any(t.cached for t in some) and any(map(any, want))
+
+
+@pytest.mark.parametrize("gate", [Gate("entropy", 0.9, 1), Gate("probability", 0.001, 2)])
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(0.8, top_k=20)])
+def test_with_a_gate_each_text_is_what_it_is_alone_with_that_gate(gate, sampler):
+    """Where trees are as large as alone; the gate lets through what the model would not write."""
+    params, cfg = model()
+    decoder, some = batch(params, cfg, "subspec-lossy", gate=gate), texts(cfg, 5, 2, 40, [sampler])
+    single = Decoder(
+        decoder.target, decoder.method.proposer(cfg, decoder.draft), sampler, gate, 96, 16
+    )
+    want = [
+        [token for r in single.rounds(t.prompt, t.new_tokens, t.seed, t.eos) for token in r.tokens]
+        for t in some
+    ]
+    assert decoder.generate(some) == want
+    assert want != [alone(params, cfg, t) for t in some]
 
 
 def test_texts_fill_the_largest_pass_and_no_more():

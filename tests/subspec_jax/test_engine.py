@@ -288,10 +288,19 @@ def test_several_texts_together_are_what_they_are_alone(folder, prompt, plain, c
         assert engine.generate(prompt, NEW, eos=()) == want[0]
         assert engine.stats["tokens"] == 2 * NEW
     with (
-        subspec_jax.open(folder, "full", method="subspec-own-cache", texts=2, **SMALL) as engine,
-        pytest.raises(MethodError, match="cache of its own"),
+        subspec_jax.open(folder, "full", method="subspec-lookup", texts=2, **SMALL) as engine,
+        pytest.raises(MethodError, match="for one sequence"),
     ):
         engine.batch()
+    own = dict(method="subspec-own-cache", also=("classic",), draft_model=folder)
+    with (
+        subspec_jax.open(folder, "full", **own, **SMALL) as one,
+        subspec_jax.open(folder, "full", texts=3, **own, **SMALL) as three,
+    ):
+        for name in ("subspec-own-cache", "classic"):
+            few, many = (e.plans[name].device["draft KV cache"] for e in (one, three))
+            assert many == 3 * few
+        assert three.batch().generate([Text(p, NEW) for p in prompts]) == want
     for ladder in ((1, 2), (3, 1, 2), (0, 3)):
         with pytest.raises(PlanError, match="ladder"):
             subspec_jax.open(folder, "full", texts=3, ladder=ladder, **SMALL)
