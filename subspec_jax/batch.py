@@ -22,7 +22,8 @@ from llm_jax.sample import Sampler, Samplers
 from llm_jax.stream import to_device
 from subspec_jax import batch_programs as programs
 from subspec_jax.batch_draft import OwnCaches
-from subspec_jax.batch_programs import Growing, Seats, Verifying
+from subspec_jax.batch_lookup import Lookup
+from subspec_jax.batch_programs import Growing, Grown, Seats, Verifying
 from subspec_jax.check import NotFiniteError, no_numbers
 from subspec_jax.decoder import check_lengths
 from subspec_jax.experts import of_all_layers, recorded
@@ -84,6 +85,7 @@ class BatchDecoder:
         self.ladder = tuple(sizes) or ladder(rows)
         plain = all(isinstance(cache, KV) for cache in self.caches)
         self.sizes = programs.slot_sizes(self.slots, plain)
+        self.lookup = Lookup(method.longest, self.slots) if self.spec.lookup else None
         self.stop = StopRule(method.stop_gain, self.spec.steps)
         self.running: list[Text] = []
         self._prefilled = False
@@ -244,28 +246,27 @@ class BatchDecoder:
                 trees = self._from_text(texts, size, spec)
             else:
                 trees = programs.only_roots(seats, spec)
+        guided, text_BS, counts_B3 = Guided.of(texts, size, spec), None, None
+        if self.lookup is not None and guided is None:
+            text_BS = to_device(self.lookup.texts(texts, size))
         stream, routed = target.stream(), None
-        guided = Guided.of(texts, size, spec)
         if self.draft is not None:
-            grow = programs.grow_each if guided is None else guided.grow
-            grown = grow(
-                Growing(
-                    params=self.draft,
-                    caches=self.caches if self.own is None else self.own.caches,
-                    seats=seats,
-                    least_L=least_L,
-                    cfg=self.proposer.cfg,
-                    spec=spec,
-                    slots=slots,
-                    rows=rows,
-                    experts=self._experts,
-                )
+            given = Growing(
+                params=self.draft,
+                caches=self.caches if self.own is None else self.own.caches,
+                seats=seats,
+                least_L=least_L,
+                cfg=self.proposer.cfg,
+                spec=spec,
+                slots=slots,
+                rows=rows,
+                experts=self._experts,
             )
-            trees, grown_caches, routed = grown
+            (trees, caches, routed), counts_B3 = self._grow(given, guided, text_BS)
             if self.own is None:
-                self.caches = grown_caches
+                self.caches = caches
             else:
-                self.own.caches = grown_caches
+                self.own.caches = caches
         trees, tokens_BE, step, real_M = programs.lay_out_each(trees, seats, spec, slots, rows)
         jax.block_until_ready(tokens_BE)
         if guided is not None:
@@ -297,9 +298,10 @@ class BatchDecoder:
         if self.own is not None:
             self.own.follow(end, seats, trees.forwarded, slots)
         of_trees = trees.parent_E, trees.depth_E, trees.score_E, trees.size
-        host = jax.device_get(
-            (end.emitted_BP, end.length_B, end.node_BP[:, -1], end.finite_B, *of_trees)
-        )
+        given = end.emitted_BP, end.length_B, end.node_BP[:, -1], end.finite_B, *of_trees
+        host, counts_B3 = jax.device_get((given, counts_B3))
+        if counts_B3 is not None:
+            self.lookup.learn(counts_B3[: len(texts)])
         t3 = time.perf_counter()
         streamed = stream.bytes + (experts.bytes if experts else 0)
         passed = streamed - arrived
@@ -318,14 +320,19 @@ class BatchDecoder:
             # What is behind the last kept token stays in the row, but is not the text's.
             kept = self._emit(text, emitted)
             text.at = min(text.at, len(text.tokens) - 1) if kept else text.at
+            steps, copied = 0 if self.draft is None else 1 + max(0, drafted - 1) // spec.width, 0
+            if counts_B3 is not None:
+                steps, copied, _ = counts_B3[b].tolist()
+            drafts = self.draft is not None and not copied
             result = Round(
                 tokens=kept,
                 accepted=int(length) - 1,
                 drafted=drafted,
                 depth=int(np.max(np.where(parent_E >= 0, depth_E, 0))),
-                steps=0 if self.draft is None else 1 + max(0, drafted - 1) // spec.width,
+                steps=steps,
+                copied=copied,
                 path=path,
-                gains=step_gains(score_E[:n], spec.width) if self.draft is not None else (),
+                gains=step_gains(score_E[:n], spec.width) if drafts else (),
                 draft_s=t1 - t0,
                 verify_s=t2 - t1,
                 other_s=t3 - t2,
@@ -336,6 +343,14 @@ class BatchDecoder:
             self._learn(result)
             results.append((text, result))
         return told(results, x, [(0, *r.path) for _, r in results], target.top, cfg)
+
+    def _grow(
+        self, given: Growing, guided: Guided | None, text_BS: jax.Array | None
+    ) -> tuple[Grown, jax.Array | None]:
+        """(the trees, what looking up did for each of them)."""
+        if text_BS is not None:
+            return self.lookup.grow(given, text_BS)
+        return (programs.grow_each if guided is None else guided.grow)(given), None
 
     def _from_text(self, texts: list[Text], size: int, spec: TreeSpec) -> Tree:
         """Trees of what followed the last tokens earlier in each text."""
@@ -393,7 +408,6 @@ def why_not_together(method: Method) -> str | None:
     """Why a method cannot decode several sequences together; None where it can."""
     reasons = {
         "drafts during verification, below the tree of one sequence": method.spec.extra > 0,
-        "looks text up on the device, for one sequence": method.spec.lookup > 0,
     }
     found = [reason for reason, holds in reasons.items() if holds]
     return f"{method.name} cannot decode a batch: it {found[0]}" if found else None

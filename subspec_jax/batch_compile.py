@@ -15,6 +15,7 @@ from llm_jax.sample import Sampler, Samplers
 from llm_jax.stream import home
 from subspec_jax import batch_programs as programs
 from subspec_jax.accept import Gate
+from subspec_jax.batch_lookup import along, grow_each_along
 from subspec_jax.batch_programs import Growing, Seats, Verifying
 from subspec_jax.draft_model import make_draft
 from subspec_jax.experts import lowered, room_for
@@ -25,7 +26,7 @@ from subspec_jax.verify import jit_block
 
 
 def lowered_together(
-    plan: Plan, replay: bool = False, gate: Gate | None = None
+    plan: Plan, replay: bool = False, gate: Gate | None = None, longest: int = 3
 ) -> Iterator[jax.stages.Lowered]:
     """The programs for each number of texts in the ladder, one after another."""
     device = home()
@@ -45,7 +46,9 @@ def lowered_together(
         draft = placed(make_draft(plan.model, *how, table_on_host=plan.table_on_host))
     for texts in plan.ladder:
         for live in programs.slot_sizes(slots, plain):
-            yield from _of(plan, texts, live, params, top, draft, caches, placed, replay, gate)
+            yield from _of(
+                plan, texts, live, params, top, draft, caches, placed, replay, gate, longest
+            )
 
 
 def _of(
@@ -59,6 +62,7 @@ def _of(
     placed,
     replay,
     gate,
+    longest,
 ) -> Iterator[jax.stages.Lowered]:
     """The programs for `texts` texts that look at `live` slots."""
     cfg, spec = plan.cfg, plan.spec_of(texts)
@@ -113,16 +117,18 @@ def _of(
         return
     routed = plan.hot is not None
     layers = sum(map(cfg.has_experts, range(cfg.layers)))
-    yield programs.grow_each.lower(
-        Growing(
-            params=draft,
-            caches=caches,
-            seats=seats,
-            least_L=of_kind(jnp.float32, max(spec.steps, 1)),
-            cfg=cfg,
-            spec=spec,
-            slots=live,
-            rows=plan.texts,
-            experts=(layers, cfg.experts.count) if routed else None,
-        )
+    growing = Growing(
+        params=draft,
+        caches=caches,
+        seats=seats,
+        least_L=of_kind(jnp.float32, max(spec.steps, 1)),
+        cfg=cfg,
+        spec=spec,
+        slots=live,
+        rows=plan.texts,
+        experts=(layers, cfg.experts.count) if routed else None,
     )
+    yield programs.grow_each.lower(growing)
+    if spec.lookup:
+        text_BS = of_kind(np.int32, texts, cache_slots(plan.max_length, plan.spec))
+        yield grow_each_along.lower(along(growing, text_BS, longest))

@@ -148,10 +148,10 @@ class Grown(NamedTuple):
     routed_LE: jax.Array | None
 
 
-def forward_step(g: Growing, trees: Tree, caches, routed_LE, first_B, allowed=None):
+def forward_step(g: Growing, trees: Tree, caches, routed_LE, first_B, allowed=None, rows=None):
     """(scores [B, w, V], caches, routed_LE) of the nodes in the w places from `first_B` on, of
-    which `allowed` says what may follow; None: anything."""
-    w, E = g.spec.width, g.spec.places
+    which `allowed` says what may follow; None: anything. `rows` are others than a step's w."""
+    w, E = rows or g.spec.width, g.spec.places
     rows_Bw = first_B[:, None] + jnp.arange(w)[None]
     step = steps_of(trees, rows_Bw, g.seats, E, g.slots)
     tokens_Bw = jnp.take_along_axis(trees.token_E, jnp.minimum(rows_Bw, E - 1), axis=1)
@@ -181,13 +181,17 @@ def where(chosen_B: jax.Array, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(some, new, old)
 
 
+def pays(g: Growing, trees: Tree) -> jax.Array:
+    """[B] whether the gain of a tree's next step is above the least that step may have."""
+    step_B = jnp.clip((trees.size - 1) // g.spec.width, 0, len(g.least_L) - 1)
+    return jax.vmap(functools.partial(gain, spec=g.spec))(trees) > g.least_L[step_B]
+
+
 def unfinished(g: Growing, trees: Tree) -> jax.Array:
     """[B] whether a tree grows by a step whose nodes are forwarded."""
     spec = g.spec
     room_B = trees.size + 2 * spec.width <= spec.nodes
-    step_B = jnp.clip((trees.size - 1) // spec.width, 0, len(g.least_L) - 1)
-    pays_B = jax.vmap(functools.partial(gain, spec=spec))(trees) > g.least_L[step_B]
-    return (trees.size == 0) | (room_B & pays_B)
+    return (trees.size == 0) | (room_B & pays(g, trees))
 
 
 def last_level(larger: Tree, trees: Tree, spec: TreeSpec) -> Tree:

@@ -51,7 +51,7 @@ def compile_ahead(
     """
     with concurrent.futures.ThreadPoolExecutor(PROGRAMS_AT_ONCE) as pool:
         if plan.ladder:
-            programs = lowered_together(plan, replay, gate)
+            programs = lowered_together(plan, replay, gate, longest)
         else:
             programs = _lowered(plan, sampler, gate, replay, longest)
         waiting = [pool.submit(program.compile) for program in programs]

@@ -64,7 +64,7 @@ def work_bytes(
         head = logits + max(logits, decoded + 2 * logits // parts)
         greedy = nodes if texts == 1 else min(nodes, GREEDY_ROWS)
         head = max(head, decoded + 2 * greedy * cfg.vocab * 4 // parts)
-    rows = texts * spec.width + spec.lookup
+    rows = texts * (spec.width + spec.lookup)
     step = rows * cfg.vocab * 4 * 3 + block(rows)
     if draft.bits is not None:
         low = max(largest, cfg.d_model * cfg.vocab) if draft.head_bits is not None else largest

@@ -64,7 +64,7 @@ class ModelFlags:
 
 
 MOST_PARALLEL = 256
-ALONE = ("subspec-post", "subspec-lookup")
+ALONE = ("subspec-post",)
 """Methods for one text alone; `subspec_jax.batch.why_not_together` says why."""
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax.attention import caches_for
 from llm_jax.config import Experts
-from llm_jax.generation import decode_loop, prefill
+from llm_jax.generation import decode_loop, generate, prefill
 from llm_jax.sample import Sampler, Samplers
 from llm_jax.testing import tiny_config, tiny_params
 from subspec_jax.accept import Gate
@@ -25,7 +25,7 @@ from subspec_jax.tree import TreeSpec, ladder, pass_nodes, shared_spec
 from subspec_jax.verify import Target
 
 METHODS = ("vanilla", "subspec", "chain", "best-first", "ngram", "subspec-uncoupled")
-METHODS += ("subspec-own-cache", "classic")
+METHODS += ("subspec-own-cache", "classic", "subspec-lookup")
 SMALL = tiny_config("qwen3", layers=2)
 """The model that drafts in the method classic: the target itself, so that much is accepted."""
 SAMPLERS = (Sampler(), Sampler(0.8), Sampler(1.0, top_k=5), Sampler(0.9, top_p=0.8, min_p=0.05))
@@ -138,6 +138,24 @@ def test_a_draft_with_caches_of_its_own_accepts_as_alone(name):
             found[id(t)] += accepted([r])
     assert [found[id(t)] for t in some] == want
     assert any(t.cached for t in some) and any(map(any, want))
+
+
+def test_one_text_is_looked_up_in_as_alone(looping):
+    """Text that repeats: the trees copy the same tokens in the same rounds, in fewer steps."""
+    target, cfg, draft = Target(looping.placed, looping.cfg), looping.cfg, looping.draft(2)
+    method = make_method("subspec-lookup", TreeSpec("beam", 6, 3, lookup=4), Draft(2, 16))
+    prompt = generate(looping.params, [1, 2, 3, 5, 7, 1, 2, 3], cfg, 30)
+    single = Decoder(target, method.proposer(cfg, draft), Sampler(), None, 96, 16)
+    told = lambda rounds: [
+        (r.tokens, r.accepted, r.drafted, r.steps, r.copied) for r in rounds if r.drafted
+    ]
+    want = told(single.rounds(prompt, 30))
+    decoder, text, found = BatchDecoder(target, method, draft, 1, 96, 16), Text(prompt, 30), []
+    decoder.join(text)
+    while decoder.running:
+        found += told(r for _, r in decoder.step())
+    # What is behind the end of a text is cut from its last round here.
+    assert found[:-1] == want[:-1] and any(copied for *_, copied in want)
 
 
 @pytest.mark.parametrize("gate", [Gate("entropy", 0.9, 1), Gate("probability", 0.001, 2)])

@@ -288,8 +288,8 @@ def test_several_texts_together_are_what_they_are_alone(folder, prompt, plain, c
         assert engine.generate(prompt, NEW, eos=()) == want[0]
         assert engine.stats["tokens"] == 2 * NEW
     with (
-        subspec_jax.open(folder, "full", method="subspec-lookup", texts=2, **SMALL) as engine,
-        pytest.raises(MethodError, match="for one sequence"),
+        subspec_jax.open(folder, "full", method="subspec-post", texts=2, **SMALL) as engine,
+        pytest.raises(MethodError, match="drafts during verification"),
     ):
         engine.batch()
     own = dict(method="subspec-own-cache", also=("classic",), draft_model=folder)

@@ -143,18 +143,29 @@ def test_another_plan_needs_other_programs(compiled):
     assert LARGE & compiled() == {"jit_block", "finish_round"}
 
 
+TOGETHER = ["subspec", "sampled", "experts", "replay", "subspec-lookup", "subspec-lossy"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["subspec", "sampled", "experts", "replay"])
+@pytest.mark.parametrize("name", TOGETHER)
 def test_texts_together_compile_no_large_program_again(compiled, name, monkeypatch):
     """One, two and three texts, that share beginnings, join late and end early."""
     monkeypatch.setattr(tree, "SHORTEST", 64)
     changes = dict(experts=Experts(count=6, chosen=2, d_ff=32)) if name == "experts" else {}
-    number = ["subspec", "sampled", "experts", "replay"].index(name)
-    cfg, method = model(70 + number, **changes), make_method("subspec", BEAM, Draft(4, 16))
+    number, kind = TOGETHER.index(name), name if "-" in name else "subspec"
+    cfg, method = model(70 + number, **changes), make_method(kind, BEAM, Draft(4, 16))
     resident = {} if name == "experts" else dict(resident=1)
-    plan = plan_for(cfg, BEAM, draft=method.draft, texts=3, **(dict(resident=None) | resident))
-    compile_ahead(plan, Sampler(), None, name == "replay")
-    large = {"grow_each", "finish_each", "first_draws", "_put_experts", "_attend_and_route"} | LARGE
+    given = dict(draft=method.draft, texts=3, resident=None) | resident
+    plan = plan_for(cfg, method.spec, **given)
+    compile_ahead(plan, Sampler(), method.gate, name == "replay", method.longest)
+    large = {
+        "grow_each",
+        "grow_each_along",
+        "finish_each",
+        "first_draws",
+        "_put_experts",
+        "_attend_and_route",
+    } | LARGE
     assert {"grow_each", "finish_each", "first_draws"} <= compiled()
     target = random_target(plan)
     draft = make_draft(target.params, plan.draft, plan.resident, 0)
