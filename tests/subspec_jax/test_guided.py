@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from subspec_jax.check import NotFiniteError
 from subspec_jax.prefix_cache import Text
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.split import Split
+from subspec_jax.tree import TreeSpec
 
 library = pytest.importorskip("llguidance", reason="it follows the grammars")
 VOCAB, LONGEST = 400, 128
@@ -178,8 +180,18 @@ def test_draws_are_those_of_masked_logits(kind):
     samplers = Samplers.of([Sampler(), Sampler(0.9, top_k=3), Sampler()], [1, 2, 3])
     samplers = jax.tree.map(jnp.asarray, samplers)
     of_X, position_X = jnp.repeat(jnp.arange(B), E), jnp.tile(jnp.arange(E), B)
-    given = top, x_XD, of_X, position_X, samplers, cfg
-    found = np.asarray(programs.draws(*given, allowed)).reshape(B, E)
+    nobody = jnp.zeros(B, jnp.int32)
+    given = programs.Verifying(
+        top=top,
+        x_BED=x_XD.reshape(B, E, D),
+        trees=SimpleNamespace(depth_E=position_X.reshape(B, E) - 1),  # all that a draw needs
+        caches=(),
+        seats=programs.Seats(nobody, nobody, nobody, samplers),
+        accepted_B=nobody,
+        cfg=cfg,
+        spec=TreeSpec("beam", 2, 2),
+    )
+    found = programs.judge_each(dataclasses.replace(given, allowed=allowed)).draw_E
     logits_XV = np.array(
         unembed(dataclasses.replace(top, head_DV=jnp.asarray(w)), x_XD[None], cfg)[0]
     )
@@ -190,7 +202,7 @@ def test_draws_are_those_of_masked_logits(kind):
                     logits_XV[b * E + e, v] = -np.inf
     want = np.asarray(samplers.draw(logits_XV, of_X, position_X)).reshape(B, E)
     np.testing.assert_array_equal(found, want)
-    np.testing.assert_array_equal(np.asarray(programs.draws(*given)).reshape(B, E)[0], want[0])
+    np.testing.assert_array_equal(programs.judge_each(given).draw_E[0], want[0])
 
 
 @pytest.mark.slow
