@@ -14,6 +14,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from llm_jax.cache import KV, one_row, places, put_row, write_each, write_rows
+from llm_jax.cards import summed
 from llm_jax.config import FULL, SLIDING, UNROTATED, Config
 from llm_jax.linear import linear, terms
 from llm_jax.params import Attention, JoinedAttention, Params, Weight
@@ -301,5 +302,5 @@ def _in_one_go(p, y_XBTF, cache: KV, step: Step, cfg: Config):
 def _read(p, q_BTNH, cache: KV, step: Step, cfg: Config):
     mask_BTS = windowed(step, cfg, p.kind)
     y_BTNH = attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, mask_BTS, cfg, p.sinks, step.rows)
-    y_BTD = linear(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1))
+    y_BTD = summed(linear(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cfg)
     return (y_BTD if p.o_bias is None else y_BTD + along_last(p.o_bias, y_BTD)), cache

@@ -41,8 +41,8 @@ class KV:
 
     @classmethod
     def empty(cls, cfg: Config, batch: int, slots: int) -> "KV":
-        """Zeroed slots on the default device."""
-        shape = (batch, slots, cfg.kv_heads, cfg.head_dim)
+        """Zeroed slots on the default device, of all cards' heads."""
+        shape = (batch, slots, cfg.kv_heads * cfg.cards, cfg.head_dim)
         return cls(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
 
 

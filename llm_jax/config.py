@@ -6,6 +6,9 @@ from typing import Any
 from llm_jax.rope import LONGEST, THETA, RopeScaling, scaling_from_dict
 from llm_jax.values import ConfigError, Values
 
+AXIS = "cards"
+"""The axis of the mesh of cards, in programs that several share."""
+MOST_CARDS = 1024
 SIZES = {
     # field of Config -> the largest value; far above any model, far below what fills a memory
     "layers": 10_000,
@@ -123,6 +126,9 @@ class Config:
     """Each query head has a learned logit that takes part in its softmax and has no value."""
     experts: Experts | None = None
     """None: all layers have an MLP."""
+    cards: int = 1
+    """Cards that share every layer (`llm_jax.cards`). `heads`, `kv_heads` and `d_ff` are then of
+    one card, and its output head has `head_columns`."""
 
     def __post_init__(self):
         values = Values(vars(self))
@@ -145,6 +151,7 @@ class Config:
                 found = getattr(self, name)
                 raise ConfigError(f"{name} is {found}; rotary positions need an even one")
         values.integer("rotary_dim", 2, self.head_dim, None)
+        values.integer("cards", 1, MOST_CARDS)
         values.integer("window", 1, LONGEST, None)
         choices = dict(dtype=DTYPES, activation=ACTIVATIONS, norms=NORMS)
         for name, known in choices.items():
@@ -160,6 +167,11 @@ class Config:
     def kind(self, layer: int) -> str:
         """The kind of a layer's attention."""
         return self.layer_kinds[layer] if self.layer_kinds else FULL
+
+    @property
+    def head_columns(self) -> int:
+        """Columns of the output head that a card has."""
+        return -(-self.vocab // self.cards)
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts in place of an MLP."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from llm_jax import LLMError
 from llm_jax.attention import caches_for, causal_step, empty_cache
+from llm_jax.cards import ALIKE, CACHES, on_each
 from llm_jax.config import Config
 from llm_jax.model import block, embed, forward, hidden, unembed
 from llm_jax.params import Params
@@ -84,9 +85,11 @@ def chunks(
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="caches")
 def _prefill(params, tokens_1T, caches, at, real, cfg):
     step = causal_step(at, tokens_1T.shape[1], caches[0].slots, real)
-    x, caches = hidden(params, tokens_1T, caches, step, cfg)
+    run = on_each(lambda *args: hidden(*args, cfg), cfg.cards, (ALIKE, CACHES))
+    x, caches = run(params, tokens_1T, caches, step)
     last = jax.lax.dynamic_slice_in_dim(x, real - 1, 1, axis=1)
-    return unembed(params, last, cfg)[:, 0], caches
+    head = on_each(lambda *args: unembed(*args, cfg), cfg.cards)
+    return head(params, last)[:, 0], caches
 
 
 def prefill(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm_jax.cards import summed
 from llm_jax.config import Config
 from llm_jax.linear import linear
 from llm_jax.params import MLP, Experts, JoinedMLP
@@ -47,13 +48,13 @@ def activated(gate: jax.Array, up: jax.Array, cfg: Config) -> jax.Array:
 def _(p: MLP, x_BTD, cfg: Config):
     gate = plus(linear(p.gate, x_BTD), p.gate_bias)
     up = plus(linear(p.up, x_BTD), p.up_bias)
-    return plus(linear(p.down, activated(gate, up, cfg)), p.down_bias)
+    return plus(summed(linear(p.down, activated(gate, up, cfg)), cfg), p.down_bias)
 
 
 @mlp.register
 def _(p: JoinedMLP, x_BTD, cfg: Config):
     gate, up = jnp.split(plus(linear(p.gate_up, x_BTD), p.gate_up_bias), 2, axis=-1)
-    return plus(linear(p.down, activated(gate, up, cfg)), p.down_bias)
+    return plus(summed(linear(p.down, activated(gate, up, cfg)), cfg), p.down_bias)
 
 
 def routing(p: Experts, x_MD: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.attention import Step, attention_of_each, rms_norm
+from llm_jax.cards import own_rows, side_by_side
 from llm_jax.config import Config
 from llm_jax.linear import embedding_rows, linear
 from llm_jax.mlp import mlp
@@ -67,16 +68,18 @@ def unembed(params: Params, x_BTD: jax.Array, cfg: Config) -> jax.Array:
     with jax.named_scope("head"):
         h = rms_norm(x_BTD, params.norm, cfg.norm_eps)
         if params.head_DV is not None:  # logits rounded to 16 bits would tie
-            logits_BTV = linear(params.head_DV, h, jnp.float32)[..., : cfg.vocab]  # maybe padded
+            logits_BTV = side_by_side(linear(params.head_DV, h, jnp.float32), cfg)
         else:
+            table_VD = own_rows(params.embed_VD, cfg.cards)
             logits_BTV = jnp.einsum(
                 "BTD,VD->BTV",
                 h,
-                params.embed_VD,
+                table_VD,
                 precision=precision(h.dtype),
                 preferred_element_type=jnp.float32,
             )
-        return final_logits(logits_BTV, cfg)
+            logits_BTV = side_by_side(logits_BTV, cfg)
+        return final_logits(logits_BTV[..., : cfg.vocab], cfg)  # maybe padded
 
 
 def final_logits(logits: jax.Array, cfg: Config) -> jax.Array:

@@ -273,7 +273,9 @@ def init(key: jax.Array, cfg: Config) -> Params:
         jax.random.normal(table, (cfg.vocab, cfg.d_model), cfg.dtype),
         tuple(init_layer(k, cfg, i) for i, k in enumerate(layers)),
         jnp.ones(cfg.d_model, cfg.gain_dtype),
-        None if cfg.tied else jax.random.normal(head, (cfg.d_model, cfg.vocab), cfg.dtype) * scale,
+        None
+        if cfg.tied
+        else jax.random.normal(head, (cfg.d_model, cfg.head_columns), cfg.dtype) * scale,
     )
 
 

@@ -11,27 +11,29 @@ from typing import Any
 
 import jax
 
+from llm_jax.cards import alike, place_of
 from llm_jax.params import Layer
 
 Host = jax.memory.Space.Host
 
 
-def home(memory_kind: str = "device") -> jax.sharding.Sharding:
-    """The memory of that kind on the first device.
+def home(memory_kind: str = "device", cards: int = 1) -> jax.sharding.Sharding:
+    """The memory of that kind on the first device, or alike on each of several.
 
     Transfers to such a concrete place are copies. Transfers to a bare `jax.memory.Space` are
     programs, which wait for all earlier computation.
     """
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=memory_kind)
+    return alike(cards, memory_kind)
 
 
-def to_device(tree: Any) -> Any:
+def to_device(tree: Any, cards: int = 1) -> Any:
     """The tree on the device and committed to it. Arrays that are already there are not copied.
+    Of several cards, each gets its part of arrays that are in parts, and all of the others.
 
     JAX compiles separate programs for committed and uncommitted arguments. Arrays from the host are
     committed, so this program commits all arrays.
     """
-    return jax.device_put(tree, home())
+    return jax.device_put(tree, jax.tree.map(lambda a: place_of(a, cards), tree))
 
 
 def on_host(array: Any) -> bool:
@@ -49,17 +51,20 @@ class StreamedLayer:
     """Numbers of the leaves in host memory."""
     bytes: int
     """Bytes of the leaves in host memory."""
+    places: list[jax.sharding.Sharding]
+    """Where they go."""
 
     @classmethod
     def of(cls, layer: Layer) -> "StreamedLayer":
         """The layer, flattened."""
         leaves, structure = jax.tree.flatten(layer)
         moves = tuple(i for i, a in enumerate(leaves) if on_host(a))
-        return cls(tuple(leaves), structure, moves, sum(leaves[i].nbytes for i in moves))
+        places = [place_of(leaves[i], 1) for i in moves]
+        return cls(tuple(leaves), structure, moves, sum(leaves[i].nbytes for i in moves), places)
 
     def send(self) -> list[jax.Array]:
         """Starts the copies of the leaves in host memory and returns them."""
-        return jax.device_put([self.leaves[i] for i in self.moves], home())
+        return jax.device_put([self.leaves[i] for i in self.moves], self.places)
 
     def layer(self, arriving: Sequence[jax.Array] = ()) -> Layer:
         """The layer with the copies `arriving` in place of the leaves in host memory."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from llm_jax.attention import caches_for, causal_steps
 from llm_jax.cache import KV
+from llm_jax.cards import empty
 from llm_jax.generation import checked_prompt, checked_seed
 from llm_jax.params import Params
 from llm_jax.sample import Sampler, Samplers
@@ -74,12 +75,12 @@ class BatchDecoder:
         self.spec_of = spec_of or functools.partial(shared_spec, self.spec)
         self.slots = cache_slots(max_length, self.spec)
         given = target.params, target.cfg, rows, self.slots, self.spec.places + 1
-        self.caches = to_device(caches_for(*given))
+        self.caches = empty(functools.partial(caches_for, *given), target.cfg.cards)
         self.own: OwnCaches | None = None
         """Of a draft that does not share the target's."""
         if method.draft.own_cache:
             given = draft, self.proposer.cfg, rows, self.slots, self.spec.places
-            self.own = OwnCaches(*given)
+            self.own = OwnCaches(*given, cards=target.cfg.cards)
         rewinds = all(cache.rewinds for cache in self.caches)
         self.rows = Rows(rows, rewinds and (self.own is None or self.own.rewinds))
         self.ladder = tuple(sizes) or ladder(rows)
@@ -111,7 +112,7 @@ class BatchDecoder:
         text.replay = None if text.replay is None else iter(text.replay)
         text.walk = None if text.grammar is None else text.grammar.start()
         if source != text.row:
-            numbers = to_device((np.int32(source), np.int32(text.row)))
+            numbers = self._sent((np.int32(source), np.int32(text.row)))
             self.caches = programs.copy_row(self.caches, *numbers)
             if self.own is not None:
                 self.own.copy(*numbers)
@@ -125,7 +126,7 @@ class BatchDecoder:
         self.running.remove(text)
         if text.failed:
             text.at = 0
-            row = to_device(np.int32(text.row))
+            row = self._sent(np.int32(text.row))
             self.caches = programs.clear_row(self.caches, row)
             if self.own is not None:
                 self.own.clear(row)
@@ -157,13 +158,16 @@ class BatchDecoder:
         if self._samplers[0] != kind:
             samplers = [t.sampler for t in texts] + [Sampler()] * empty
             of = Samplers.of(samplers, [t.seed for t in texts] + [0] * empty)
-            self._samplers = kind, to_device(of)
+            self._samplers = kind, self._sent(of)
         numbers = (
             column(roots, [0] * empty),
             column((t.at for t in texts), [0] * empty),
             column((t.row for t in texts), nobody),
         )
-        return Seats(*to_device(numbers), self._samplers[1])
+        return Seats(*self._sent(numbers), self._samplers[1])
+
+    def _sent(self, tree: Any) -> Any:
+        return to_device(tree, self.target.cfg.cards)
 
     def _size(self, texts: list[Text]) -> int:
         return next(n for n in self.ladder if n >= len(texts))
@@ -184,7 +188,7 @@ class BatchDecoder:
             row_T[: len(piece)] = piece
         real = np.array([*map(len, pieces), *[1] * (size - len(texts))], np.int32)
         seats = self._seats(texts, root=False)
-        tokens_BT, real_B = to_device((tokens_BT, real))
+        tokens_BT, real_B = self._sent((tokens_BT, real))
         live = self._live(max(t.at for t in texts) + T)
         step = causal_steps(seats.at_B, T, live, seats.row_B, real_B)
         stream = target.stream()
@@ -193,11 +197,11 @@ class BatchDecoder:
         of_text_M = (np.arange(T) < real[:, None]) & (np.arange(size) < len(texts))[:, None]
         caches = list(self.caches)
         given = target, stream, tokens_BT, caches, step
-        x = run_pass(*given, real=to_device(of_text_M.reshape(-1)))
+        x = run_pass(*given, real=self._sent(of_text_M.reshape(-1)))
         self.caches = tuple(caches)
         if self.own is not None:
             self.own.read(tokens_BT, step)
-        guided = Guided.of(texts, size, VANILLA.spec)
+        guided = Guided.of(texts, size, VANILLA.spec, target.cfg.cards)
         given = target.cfg, guided and guided.first()
         draw_B, finite_B = jax.device_get(
             programs.first_draws(target.top, x, seats, real_B, *given)
@@ -239,16 +243,16 @@ class BatchDecoder:
         accepted = [next(t.replay) if t.replay is not None else -1 for t in texts]
         replay = any(t.replay is not None for t in texts)
         seats = self._seats(texts, root=True)
-        accepted_B = to_device(np.array(accepted + [0] * (size - len(texts)), np.int32))
-        least_L = to_device(self.stop.least_gain_L()[: max(spec.steps, 1)])
+        accepted_B = self._sent(np.array(accepted + [0] * (size - len(texts)), np.int32))
+        least_L = self._sent(self.stop.least_gain_L()[: max(spec.steps, 1)])
         if self.draft is None:
             if spec.depth:
                 trees = self._from_text(texts, size, spec)
             else:
                 trees = programs.only_roots(seats, spec)
-        guided, text_BS, counts_B3 = Guided.of(texts, size, spec), None, None
+        guided, text_BS, counts_B3 = Guided.of(texts, size, spec, cfg.cards), None, None
         if self.lookup is not None and guided is None:
-            text_BS = to_device(self.lookup.texts(texts, size))
+            text_BS = self._sent(self.lookup.texts(texts, size))
         stream, routed = target.stream(), None
         if self.draft is not None:
             given = Growing(
@@ -357,7 +361,7 @@ class BatchDecoder:
         proposer = PromptLookup(spec, self.method.longest)
         found = [proposer.tree(t.tokens) for t in texts]
         found += [proposer.tree([0])] * (size - len(texts))
-        return to_device(jax.tree.map(lambda *a: np.stack(a), *found))
+        return self._sent(jax.tree.map(lambda *a: np.stack(a), *found))
 
     def _learn(self, result: Round) -> None:
         if self.stop.chance == 0 or not result.gains:

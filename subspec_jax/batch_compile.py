@@ -10,9 +10,9 @@ import numpy as np
 
 from llm_jax.attention import caches_for, causal_steps
 from llm_jax.cache import KV
+from llm_jax.cards import shapes_of
 from llm_jax.params import Params
 from llm_jax.sample import Sampler, Samplers
-from llm_jax.stream import home
 from subspec_jax import batch_programs as programs
 from subspec_jax.accept import Gate
 from subspec_jax.batch_lookup import along, grow_each_along
@@ -29,10 +29,7 @@ def lowered_together(
     plan: Plan, replay: bool = False, gate: Gate | None = None, longest: int = 3
 ) -> Iterator[jax.stages.Lowered]:
     """The programs for each number of texts in the ladder, one after another."""
-    device = home()
-    placed = functools.partial(
-        jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device)
-    )
+    placed = functools.partial(shapes_of, cards=plan.cfg.cards)
     cfg, params = plan.cfg, placed(plan.model)
     slots = cache_slots(plan.max_length, plan.spec)
     given = plan.model, cfg, plan.texts, slots, plan.spec.places + 1
@@ -43,7 +40,8 @@ def lowered_together(
     draft = None
     if plan.draft.bits is not None:
         how = plan.draft, plan.resident
-        draft = placed(make_draft(plan.model, *how, table_on_host=plan.table_on_host))
+        where = dict(table_on_host=plan.table_on_host, cards=cfg.cards)
+        draft = placed(make_draft(plan.model, *how, **where))
     for texts in plan.ladder:
         for live in programs.slot_sizes(slots, plain):
             yield from _of(

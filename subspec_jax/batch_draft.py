@@ -1,6 +1,7 @@
 """The caches of a draft that has its own, where several texts are decoded together."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,12 @@ from jax.tree_util import register_dataclass
 
 from llm_jax.attention import Step, caches_for, causal_steps
 from llm_jax.cache import move_each
+from llm_jax.cards import CACHES, empty, on_each
 from llm_jax.config import Config
 from llm_jax.model import hidden
 from llm_jax.params import Params
-from llm_jax.stream import to_device
 from subspec_jax.batch_programs import Ended, Seats, clear_row, copy_row
-from subspec_jax.program import Program, donated, static
+from subspec_jax.program import donated, program, static
 
 
 class OwnCaches:
@@ -22,9 +23,12 @@ class OwnCaches:
     So a prompt that goes on from another row does so in both, and the draft reads only the rest.
     """
 
-    def __init__(self, params: Params, cfg: Config, rows: int, slots: int, places: int):
+    def __init__(
+        self, params: Params, cfg: Config, rows: int, slots: int, places: int, cards: int = 1
+    ):
         self.params, self.cfg, self._rows = params, cfg, rows
-        self.caches = to_device(caches_for(params, cfg, rows, slots, places))
+        make = functools.partial(caches_for, params, cfg, rows, slots, places)
+        self.caches = empty(make, cards)
 
     @property
     def rewinds(self) -> bool:
@@ -77,7 +81,7 @@ def _last(emitted_BP: jax.Array, length_B: jax.Array) -> jax.Array:
     return jnp.take_along_axis(emitted_BP, jnp.maximum(length_B - 2, 0)[:, None], axis=1)
 
 
-@Program
+@program(CACHES)
 def _follow(f: Following) -> tuple:
     at_B, row_B = f.seats.at_B, f.seats.row_B
     caches = move_each(f.caches, at_B[:, None] + f.node_BP, at_B, row_B)
@@ -94,7 +98,8 @@ def _follow(f: Following) -> tuple:
 
 
 def _read_tokens(params, tokens_BT, caches, step, cfg):
-    return hidden(params, tokens_BT, caches, step, cfg)[1]
+    read = on_each(lambda *args: hidden(*args, cfg)[1], cfg.cards, CACHES)
+    return read(params, tokens_BT, caches, step)
 
 
 _read = jax.jit(_read_tokens, static_argnames="cfg", donate_argnames="caches")

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
+from llm_jax.cards import ALIKE, CACHES
 from subspec_jax import chain
 from subspec_jax.batch_programs import Growing, Grown, forward_step, last_level, pays, where
 from subspec_jax.lookup import Payoff, continuation, padded, recent
 from subspec_jax.prefix_cache import Text
-from subspec_jax.program import Program, static
+from subspec_jax.program import program, static
 from subspec_jax.tree import Tree, commit, seedling
 
 
@@ -66,7 +67,7 @@ class Lookup:
         self._payoff.learn(float(np.mean(counts_B3[:, 2] / np.maximum(counts_B3[:, 0], 1))))
 
 
-@Program
+@program(GrownAlong(Grown(ALIKE, CACHES, ALIKE), ALIKE))
 def grow_each_along(g: GrowingAlong) -> GrownAlong:
     """A tree that is done waits for the others."""
     spec, B = g.spec, len(g.seats.root_B)

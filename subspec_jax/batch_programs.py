@@ -18,6 +18,7 @@ from jax.tree_util import register_dataclass
 
 from llm_jax.attention import Step
 from llm_jax.cache import move_each, one_row, put_row
+from llm_jax.cards import ALIKE, CACHES, on_each
 from llm_jax.config import Config
 from llm_jax.generation import chunk_sizes
 from llm_jax.grammar import only
@@ -27,7 +28,7 @@ from llm_jax.params import Params
 from llm_jax.sample import Samplers
 from pallas_kernels import device
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
-from subspec_jax.program import Program, donated, static
+from subspec_jax.program import donated, program, static
 from subspec_jax.residual.split import is_split
 from subspec_jax.tree import (
     Tree,
@@ -201,7 +202,7 @@ def last_level(larger: Tree, trees: Tree, spec: TreeSpec) -> Tree:
     return where(more_B, larger, trees)
 
 
-@Program
+@program(Grown(ALIKE, CACHES, ALIKE))
 def grow_each(g: Growing) -> Grown:
     """The trees of `draft.grow`, all grown together. One that is done waits for the others."""
     spec = g.spec
@@ -318,7 +319,7 @@ class Ended(NamedTuple):
     caches: tuple
 
 
-@Program
+@program(Ended(ALIKE, ALIKE, ALIKE, ALIKE, CACHES))
 def finish_each(v: Verifying) -> Ended:
     """`verify.finish_round` of several sequences."""
     places, trees, at_B = v.spec.deepest + 1, v.trees, v.seats.at_B
@@ -351,7 +352,8 @@ def first_draws(
 
     The last token of a prompt is the last of the `real_B` that the pass brought."""
     x_B1D = jnp.take_along_axis(x_BTD, (real_B - 1)[:, None, None], axis=1)
-    logits_BV, of_B = unembed(top, x_B1D, cfg)[:, 0], jnp.arange(len(real_B))
+    head = on_each(functools.partial(unembed, cfg=cfg), cfg.cards)
+    logits_BV, of_B = head(top, x_B1D)[:, 0], jnp.arange(len(real_B))
     finite_B = jnp.isfinite(logits_BV).all(1)
     if allowed is not None:
         logits_BV = allowed.only(logits_BV, of_B, jnp.zeros_like(of_B))

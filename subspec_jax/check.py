@@ -1,5 +1,6 @@
 """Checks of what is decoded: losslessness, and where numbers are not finite."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 
 from llm_jax.attention import caches_for, causal_step
 from llm_jax.cache import KV
+from llm_jax.cards import empty
 from llm_jax.config import Config
 from llm_jax.generation import chunks
-from llm_jax.stream import to_device
 from subspec_jax import SubspecError
 from subspec_jax.verify import Target, embedded, last_logits, next_block, row, streamed_prefill
 
@@ -61,7 +62,8 @@ def compare_with_plain(
         text = [*prompt, *plain[:at]]
         if caches is None:
             slots = -(-len(text) // 128) * 128
-            caches = list(to_device(caches_for(target.params, target.cfg, 1, slots)))
+            given = target.params, target.cfg, 1, slots
+            caches = list(empty(functools.partial(caches_for, *given), target.cfg.cards))
         logits, _ = streamed_prefill(target, text, caches, chunk)
         logits_V = np.asarray(logits[0].astype(jnp.float32))
         result["logit_gap"] = float(logits_V[plain[at]] - logits_V[tokens[at]])

@@ -4,6 +4,7 @@ Plain decoding is the same loop with a proposer that proposes nothing, so it is 
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from llm_jax.attention import caches_for
 from llm_jax.cache import KV
+from llm_jax.cards import empty
 from llm_jax.generation import checked_prompt, checked_seed
 from llm_jax.sample import Sampler
 from llm_jax.stream import to_device
@@ -65,8 +67,9 @@ class Decoder:
         spec = self.proposer.spec
         self.slots = cache_slots(self.max_length, spec)
         target = self.target
-        caches = caches_for(target.params, target.cfg, 1, self.slots, spec.places + 1)
-        self.caches = list(to_device(caches))
+        given = target.params, target.cfg, 1, self.slots, spec.places + 1
+        caches = empty(functools.partial(caches_for, *given), target.cfg.cards)
+        self.caches = list(caches)
         plain = all(isinstance(cache, KV) for cache in caches)
         self.sizes = live_sizes(self.slots) if plain else [self.slots]
         self.watch: Callable[[], None] | None = None
@@ -103,9 +106,9 @@ class Decoder:
             self._fail(prompt)
         first = self.sampler.draw(logits, key, jnp.array([len(prompt)], jnp.int32))
         tokens = [*prompt, int(first[0])]
-        at = to_device(jnp.int32(len(prompt)))
+        at = to_device(jnp.int32(len(prompt)), cfg.cards)
         tree, live = jit_seedling(first[0], spec, self._experts), self._live(tokens)
-        state = State(tokens, self.caches, tree, at, key, self.sampler, live)
+        state = State(tokens, self.caches, tree, at, key, self.sampler, cfg.cards, live)
         self.proposer.start(state, self.slots, self.chunk)
         jax.block_until_ready(state.caches)
         seconds = time.perf_counter() - began
@@ -119,7 +122,7 @@ class Decoder:
             accept = -1 if lengths is None else next(lengths, None)
             if accept is None:
                 raise LengthError("the acceptance trace is too short for the tokens asked for")
-            accept = to_device(jnp.int32(accept))
+            accept = to_device(jnp.int32(accept), cfg.cards)
             state.live = self._live(state.tokens)
             self.proposer.prepare(state)
             if self.proposer.on_host:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from llm_jax.attention import Step
+from llm_jax.cards import ALIKE, CACHES
 from llm_jax.config import Config
 from llm_jax.mlp import recorded_routing
 from llm_jax.model import forward
@@ -19,7 +20,7 @@ from llm_jax.params import Params
 from llm_jax.sample import Sampler
 from subspec_jax import chain
 from subspec_jax.lookup import continuation, recent
-from subspec_jax.program import Program, donated, static
+from subspec_jax.program import Program, donated, program, static
 from subspec_jax.tree import (
     Tree,
     TreeSpec,
@@ -89,10 +90,10 @@ def extend(d: Drafting) -> tuple[Tree, tuple]:
     return add_candidates(tree, first, scores, d.spec), caches
 
 
-extend_once = Program(extend)
+extend_once = Program(extend, (ALIKE, CACHES))
 
 
-@Program
+@program((ALIKE, CACHES))
 def grow(d: Drafting) -> tuple[Tree, tuple]:
     """(tree, caches) with the tree grown by `spec.steps` steps, or until a step does not pay.
 
@@ -140,7 +141,7 @@ def _extend_along(d: Drafting):
     return tree, caches, spared
 
 
-@Program
+@program((ALIKE, CACHES, ALIKE))
 def grow_along(d: Drafting) -> tuple[Tree, tuple, jax.Array]:
     """(tree, caches, [steps, looked-up tokens kept, levels spared]): `grow` with a text to copy.
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.cards import PARTS, on_each, own_rows
 from llm_jax.config import Config
 from llm_jax.int8 import int8
 from llm_jax.mxfp4 import Mxfp4, dense
@@ -82,18 +83,19 @@ def make_draft(
     iterations: int = 20,
     progress: Callable[[int], None] | None = None,
     table_on_host: bool | None = None,
+    cards: int = 1,
 ) -> Params:
     """The draft of a target whose first `resident` layers are on the device. Given shapes, shapes.
 
     All that is not quantized is shared: the same buffers, not copies. `table_on_host`: the target's
     embedding table is in host memory, so the draft has a low-bit copy; None: it is if it is a NumPy
-    array. Raises ValueError for a draft without substitutes.
+    array. `cards` share the target. Raises ValueError for a draft without substitutes.
     """
     if draft.bits is None:
         raise ValueError("this draft has no substitutes")
     chosen = drafted_layers(target.layers, draft, resident)
     options = draft.bits, draft.group, iterations, chosen, progress, draft.head_bits
-    return substitute(target, *options, table_on_host)
+    return substitute(target, *options, table_on_host, cards)
 
 
 def substitute(
@@ -105,6 +107,7 @@ def substitute(
     progress: Callable[[int], None] | None = None,
     head_bits: int | None = None,
     table_on_host: bool | None = None,
+    cards: int = 1,
 ) -> Params:
     """`params` with its `layers` (all if None) quantized and everything else shared.
 
@@ -116,16 +119,18 @@ def substitute(
     drafted = []
     for i, layer in enumerate(params.layers):
         chosen = layers is None or i in layers
-        drafted.append(substitute_layer(layer, bits, group, iterations) if chosen else layer)
+        how = bits, group, iterations, cards
+        drafted.append(substitute_layer(layer, *how) if chosen else layer)
         if progress:
             progress(i + 1)
     table, head = params.embed_VD, params.head_DV
     if is_split(head):
         head = substitutes(head)
     elif head_bits is not None or not group:
-        head = substitute_head(params, head_bits, group)
+        head = substitute_head(params, head_bits, group, cards)
     if isinstance(table, np.ndarray) if table_on_host is None else table_on_host:
         table = substitute_table(table, bits, group)
+        table = table if _are_shapes(jax.tree.leaves(table)) else to_device(table, cards)
     return dataclasses.replace(params, embed_VD=table, layers=tuple(drafted), head_DV=head)
 
 
@@ -136,10 +141,13 @@ def _low(bits: int, group: int, iterations: int, *matrices: jax.Array):
     return packed(*(quantize(w, bits, group, iterations) for w in matrices))
 
 
-def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: int = 20) -> Layer:
+def substitute_layer(
+    layer: Layer, bits: int = 4, group: int = 64, iterations: int = 20, cards: int = 1
+) -> Layer:
     """The layer with every matrix quantized, on the device; norms are the same buffers.
 
-    Matrices in host memory are brought over one at a time. Of shapes, shapes.
+    Matrices in host memory are brought over one at a time; of several `cards` all at once, and each
+    quantizes its part. Of shapes, shapes.
     """
     if has_split(layer):
         return substitutes(layer)
@@ -150,6 +158,9 @@ def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: i
         alike = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in leaves)
         return _layer_shapes(structure, alike, bits, group)
 
+    if cards > 1:
+        return jax.block_until_ready(_low_parts(to_device(layer), bits, group, iterations, cards))
+
     def low(*matrices):
         if not group:
             return jax.block_until_ready(_low(bits, group, 0, *map(to_device, matrices)))
@@ -159,6 +170,12 @@ def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: i
         return jax.block_until_ready(packed(*some))
 
     return _replaced(layer, low)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _low_parts(layer: Layer, bits: int, group: int, iterations: int, cards: int) -> Layer:
+    low = functools.partial(_low, bits, group, iterations)
+    return on_each(lambda part: _replaced(part, low, keep=lambda w: w), cards, PARTS)(layer)
 
 
 def _low_experts(layer: Layer, bits: int, group: int, iterations: int) -> Layer:
@@ -219,14 +236,21 @@ def substitutes(tree):
     return jax.tree.map(part, tree, is_leaf=is_split)
 
 
-def substitute_head(params: Params, bits: int = 4, group: int = 64):
-    """A low-bit output head [D, V]; of the embedding table if the head is tied to it."""
+def substitute_head(params: Params, bits: int = 4, group: int = 64, cards: int = 1):
+    """A low-bit output head [D, V]; of the embedding table if the head is tied to it. Of several
+    `cards`, each has its part; of shapes, those of one card."""
     low = functools.partial(_low, bits, group, 0)
     turn = lambda table: low(table.T)
     tied = params.head_DV is None
     whole = params.embed_VD if tied else params.head_DV
     if _are_shapes([whole]):
-        return jax.eval_shape(turn if tied else low, whole)
+        rows = -(-whole.shape[0] // cards)
+        own = jax.ShapeDtypeStruct((rows, whole.shape[1]), whole.dtype)
+        return jax.eval_shape(turn, own) if tied else jax.eval_shape(low, whole)
+    if cards > 1:
+        part = lambda p: turn(own_rows(p.embed_VD, cards)) if tied else low(p.head_DV)
+        top = dataclasses.replace(params, embed_VD=whole if tied else None, layers=())
+        return jax.block_until_ready(jax.jit(on_each(part, cards, PARTS))(top))
     return jax.block_until_ready(low(whole.T if tied else whole))
 
 

@@ -101,7 +101,7 @@ class Engine:
         self.device = {"platform": device.platform, "kind": device.device_kind}
         least = min(p.total for p in self.plans.values())
         size = min(2**30 if self.pool else 2**28, least // 4)  # the probes must not be the peak
-        self.link_bytes_per_s = probe.link_bandwidth(size)
+        self.link_bytes_per_s = probe.link_bandwidth(size, cards=self.cfg.cards)
         self.memory_bytes_per_s = probe.memory_bandwidth(size)
 
     def compile(self) -> None:
@@ -239,13 +239,13 @@ class Engine:
 
     def _make_draft(self, m: Method, p: Plan):
         if m.draft.model is not None:
-            return load_whole(self._small)
+            return load_whole(self._small, self.cfg.cards)
         if m.draft.bits is None:
             return None
         began, iterations = time.perf_counter(), ITERATIONS[self.options.quantizer]
         with self.reporter.bar(f"Quantizing for {m.name}", self.cfg.layers) as step:
             given = self.target.params, p.draft, p.resident, iterations, step
-            found = make_draft(*given)
+            found = make_draft(*given, cards=self.cfg.cards)
         self.timings["quantize_s"][m.name] = time.perf_counter() - began
         return found
 
@@ -381,7 +381,8 @@ class Engine:
         """What was measured since the engine was opened: the device, bandwidths, seconds of
         loading, tokens, passes (prefills included), tokens a pass (tau) and tokens a second."""
         total = self._totals
-        peak = jax.devices()[0].memory_stats() if self._on_gpu() else None
+        used = jax.devices()[: self.cfg.cards] if self._on_gpu() else []
+        peaks = [d.memory_stats()["peak_bytes_in_use"] for d in used if d.memory_stats()]
         return {
             "device": self.device,
             "memory_limit": self.limit,
@@ -392,7 +393,7 @@ class Engine:
             **total,
             "tau": total["tokens"] / total["passes"] if total["passes"] else None,
             "tokens_per_s": total["tokens"] / total["seconds"] if total["seconds"] else None,
-            "peak_bytes": peak and peak["peak_bytes_in_use"],
+            "peak_bytes": max(peaks, default=None),
         }
 
     def _on_gpu(self) -> bool:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
+from llm_jax.cards import ALIKE, CACHES
 from llm_jax.grammar import GrammarError, Walk
 from llm_jax.stream import to_device
 from subspec_jax.batch_programs import (
@@ -33,7 +34,7 @@ from subspec_jax.batch_programs import (
     where,
 )
 from subspec_jax.prefix_cache import Text
-from subspec_jax.program import Program, donated
+from subspec_jax.program import donated, program
 from subspec_jax.tree import Tree, TreeSpec, add_candidates, commit, seedling
 
 SECONDS = 2.0
@@ -107,8 +108,8 @@ class Branches:
 class Guided:
     """The trees of a round's texts, in a program for B of them."""
 
-    def __init__(self, texts: Sequence[Text], size: int, spec: TreeSpec):
-        self._spec = spec
+    def __init__(self, texts: Sequence[Text], size: int, spec: TreeSpec, cards: int):
+        self._spec, self._cards = spec, cards
         self._of = {
             b: Branches(t.walk, spec.nodes) for b, t in enumerate(texts) if t.walk is not None
         }
@@ -119,9 +120,11 @@ class Guided:
         self._work: concurrent.futures.Future | None = None
 
     @classmethod
-    def of(cls, texts: Sequence[Text], size: int, spec: TreeSpec) -> "Guided | None":
+    def of(
+        cls, texts: Sequence[Text], size: int, spec: TreeSpec, cards: int = 1
+    ) -> "Guided | None":
         """None where no text has a grammar."""
-        return cls(texts, size, spec) if any(t.walk is not None for t in texts) else None
+        return cls(texts, size, spec, cards) if any(t.walk is not None for t in texts) else None
 
     def grow(self, g: Growing) -> Grown:
         """The trees of `batch_programs.grow_each`, of tokens that the grammars allow."""
@@ -175,7 +178,7 @@ class Guided:
         for mask_TW, (b, branches) in zip(mask_GTW, self._of.items(), strict=False):
             found_TW = branches.mask_EW[first_B[b] : first_B[b] + count]
             mask_TW[: len(found_TW)] = found_TW
-        return to_device(Allowed(mask_GTW, self._which_B))
+        return to_device(Allowed(mask_GTW, self._which_B), self._cards)
 
 
 _beside = concurrent.futures.ThreadPoolExecutor(1, "grammars")
@@ -227,7 +230,7 @@ class Stepped(NamedTuple):
     caches: tuple
 
 
-@Program
+@program(Stepped(ALIKE, CACHES))
 def grow_step(g: GuidedGrowing) -> Stepped:
     """The body of the loop of `batch_programs.grow_each`."""
     spec, s = g.spec, g.sprout

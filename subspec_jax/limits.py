@@ -8,9 +8,11 @@ from collections.abc import Iterable
 
 import jax
 
+from llm_jax.cards import why_not
+from llm_jax.config import Config
 from llm_jax.progress import Reporter
 from pallas_kernels.device import switched_off
-from subspec_jax import memory
+from subspec_jax import SubspecError, memory
 from subspec_jax.methods import Method
 from subspec_jax.options import Options
 from subspec_jax.plan import Plan, PlanError, make_plan
@@ -95,6 +97,20 @@ def chosen_limit(
         return (limit if free is None else min(limit, free)), free
     pool = memory.enforce_limit(limit + slack)
     return (limit if pool is None else min(limit, pool)), pool
+
+
+def chosen_devices(cfg: Config, wanted: int | None, reporter: Reporter = Reporter()) -> int:
+    """How many devices share the model: those that are wanted, or all GPUs. Raises CardsError for a
+    model that cannot be shared by the devices that are wanted."""
+    if wanted is not None:
+        if wanted < 1:
+            raise SubspecError(f"{wanted} devices were asked for; give at least 1")
+        return wanted
+    found = memory.card_count()
+    if found > 1 and (reason := why_not(cfg)) is not None:
+        reporter.say(f"One of {found} devices is used: {reason}.", warning=True)
+        return 1
+    return max(found, 1)
 
 
 def _free_bytes() -> int | None:

@@ -3,12 +3,14 @@
 import concurrent.futures
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.cards import AXIS, PARTS, cut, cut_head, on_each, together
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.packed import packed
 from llm_jax.params import Experts, Layer, Params, init_layer, joined, unjoined
@@ -17,7 +19,7 @@ from llm_jax.quantize import quantize
 from llm_jax.stream import to_device
 from pallas_kernels.residual_decode.code import pad
 from subspec_jax.experts import ExpertCache, apart, room_for
-from subspec_jax.offload import offload, place, separate_experts
+from subspec_jax.offload import moving, offload, place, separate_experts
 from subspec_jax.plan import Plan, expert_bytes
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
@@ -43,6 +45,10 @@ def load_target(
     difference. Raises ValueError if the plan streams residuals and the source is not converted.
     """
 
+    cards = plan.cfg.cards
+    if cards > 1:
+        return _load_parts(source, plan, progress)
+
     def place_layer(i, layer):
         layer = separate_experts(layer, True) if in_mxfp4(plan, i) else layer
         return jax.block_until_ready((to_device if i in plan.stays else offload)(layer))
@@ -58,6 +64,33 @@ def load_target(
     report = (lambda done, total: progress(done)) if progress else None
     params = source.load(plan.cfg, place_layer, place_table, report)
     return Target(params, plan.cfg, plan.ahead, expert_cache(params, plan))
+
+
+def _load_parts(source: Checkpoint, plan: Plan, progress) -> Target:
+    """The weights of cards that share the model: each gets its part when a layer is read."""
+    cfg = plan.cfg
+    every = range(cfg.cards)
+
+    def place_layer(i, layer):
+        return jax.block_until_ready(
+            spread([cut(layer, i, cfg, c) for c in every], i in plan.stays)
+        )
+
+    def place_table(name, array):
+        if name == "head_DV":
+            return together([cut_head(array, cfg, c) for c in every])
+        on_host = name == "embed_VD" and plan.table_on_host
+        return np.array(array) if on_host else to_device(array, cfg.cards)
+
+    report = (lambda done, total: progress(done)) if progress else None
+    whole = source.config(cfg.dtype)
+    return Target(source.load(whole, place_layer, place_table, report), cfg, plan.ahead)
+
+
+def spread(parts: Sequence[Layer], stays: bool) -> Layer:
+    """The cards' parts of a layer, each with its card: on the device, or what moves on the host."""
+    kind = lambda moves: "pinned_host" if moves and not stays else "device"
+    return together(parts, jax.tree.map(kind, moving(parts[0])))
 
 
 def in_mxfp4(plan: Plan, layer: int) -> bool:
@@ -142,9 +175,9 @@ def random_target(
     instead. A head in two parts is encoded too.
     """
     cfg = plan.cfg
-    make = jax.jit(init_layer, static_argnames=("cfg", "index"))
-    shared: list[Layer] = []
-    normal = jax.jit(_normal, static_argnames=("shape", "dtype"))
+    make = functools.partial(_random_layer, cfg=cfg)
+    first: list[Layer] = []
+    normal = functools.partial(_normal, cards=cfg.cards)
     key, layers = jax.random.key(seed), []
     if plan.streams_residuals:
         split = split or random_splits(plan, seed)
@@ -153,8 +186,9 @@ def random_target(
     head = None
     if plan.split_head:  # first, while the device has room for the whole head
         shape = plan.model.head_DV.shape
-        head = normal(head_key, shape, cfg.dtype)
-        head = to_device(split_layer(head, plan.model.head_DV))
+        head = _normal(head_key, shape, cfg.dtype)
+        one = jax.tree.map(np.asarray, split_layer(head, plan.model.head_DV))
+        head = together([one] * cfg.cards)
     for i in range(cfg.layers):
         if plan.streams_residuals and not cfg.has_experts(i):
             layer = jax.tree.map(copied, split[False])
@@ -165,22 +199,24 @@ def random_target(
             mlp = dataclasses.replace(layer.mlp, expert_gate_up=w)
             layer = dataclasses.replace(layer, mlp=mlp)
         else:
-            layer = make(jax.random.fold_in(key, i), cfg, i)
+            layer = make(jax.random.fold_in(key, i), index=i)
         layer = layer.of_kind(cfg.kind(i))
         if cfg.has_experts(i):
             layer = _smaller_steps(layer, cfg) if split is None else layer
-            layer = _with_shared_experts(layer, shared, i, zipf, in_mxfp4(plan, i))
+            layer = _with_shared_experts(layer, first, i, zipf, in_mxfp4(plan, i))
+        if plan.streams_residuals and cfg.cards > 1:
+            layer = spread([layer] * cfg.cards, i in plan.stays)
         layers.append(jax.block_until_ready((to_device if i in plan.stays else offload)(layer)))
         if progress:
             progress(i + 1)
-    table = normal(table_key, (cfg.vocab, cfg.d_model), cfg.dtype)
+    table = _normal(table_key, (cfg.vocab, cfg.d_model), cfg.dtype)
     if cfg.experts is not None:  # as large as what layers add, or all tokens are routed alike
         table = table * jnp.asarray(cfg.d_model**0.5, table.dtype)
-    table = np.asarray(table) if plan.table_on_host else to_device(table)
+    table = np.asarray(table) if plan.table_on_host else to_device(table, cfg.cards)
     if not cfg.tied and head is None:
-        head = normal(head_key, (cfg.d_model, cfg.vocab), cfg.dtype)
+        head = normal(head_key, (cfg.d_model, cfg.head_columns), cfg.dtype)
     norm = jnp.ones(cfg.d_model, cfg.dtype)
-    head, norm = to_device((head, norm))
+    head, norm = to_device((head, norm), cfg.cards)
     params = Params(table, tuple(layers), norm, head)
     return Target(params, cfg, plan.ahead, expert_cache(params, plan))
 
@@ -285,8 +321,21 @@ def _split_experts(layer: Layer, like: Layer, iterations: int) -> Layer:
     return dataclasses.replace(layer, mlp=mlp)
 
 
-def _normal(key, shape, dtype):
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(min(shape) ** -0.5, dtype)
+@functools.partial(jax.jit, static_argnames=("cfg", "index"))
+def _random_layer(key, cfg, index):
+    return on_each(lambda k: init_layer(_of_card(k, cfg.cards), cfg, index), cfg.cards, PARTS)(key)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "cards"))
+def _normal(key, shape, dtype, cards=1):
+    """Of `cards` cards, each has an array of this shape."""
+    scale = jnp.asarray(min(shape) ** -0.5, dtype)
+    draw = lambda k: jax.random.normal(_of_card(k, cards), shape, dtype) * scale
+    return on_each(draw, cards, PARTS)(key)
+
+
+def _of_card(key, cards):
+    return key if cards == 1 else jax.random.fold_in(key, jax.lax.axis_index(AXIS))
 
 
 def arrange(target: Target, plan: Plan) -> Target:
@@ -299,13 +348,12 @@ def arrange(target: Target, plan: Plan) -> Target:
         table = np.asarray(table)
     layers = place(target.params.layers, plan.stays)
     if not plan.table_on_host:
-        table = to_device(table)
+        table = to_device(table, plan.cfg.cards)
     params = dataclasses.replace(target.params, embed_VD=table, layers=layers)
     experts = expert_cache(params, plan)
     return dataclasses.replace(target, params=params, ahead=plan.ahead, experts=experts)
 
 
-def all_on_device(params: Params) -> Params:
+def all_on_device(params: Params, cards: int = 1) -> Params:
     """All parameters on the device, to use a model that fits without streaming."""
-    layers = tuple(to_device(layer) for layer in params.layers)
-    return dataclasses.replace(params, embed_VD=to_device(params.embed_VD), layers=layers)
+    return to_device(params, cards)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.cards import on_each
 from llm_jax.config import Config
 from llm_jax.model import unembed
 from llm_jax.params import Params
@@ -53,7 +54,7 @@ def tell(
         some, of = np.zeros(ROWS, np.int32), np.zeros((ROWS, 2), np.int32)
         n = len(tokens[at : at + ROWS])
         some[:n], of[:n] = tokens[at : at + ROWS], places[at : at + ROWS]
-        some_X, of_X2 = to_device((some, of))
+        some_X, of_X2 = to_device((some, of), cfg.cards)
         host = jax.device_get(_of_rows(top, _rows(x_BTD, of_X2), some_X, cfg))
         found += _listed(some[:n], *host)
     return tuple(found)
@@ -62,7 +63,7 @@ def tell(
 def tell_logits(logits_XV: jax.Array, tokens: Sequence[int]) -> tuple[Logprob, ...]:
     """The same of logits that are there, one row for each token."""
     tokens_X = np.array(tokens, np.int32)
-    return tuple(_listed(tokens_X, *jax.device_get(_of_logits(logits_XV, to_device(tokens_X)))))
+    return tuple(_listed(tokens_X, *jax.device_get(_of_logits(logits_XV, tokens_X))))
 
 
 def told(
@@ -103,7 +104,8 @@ def _rows(x_BTD: jax.Array, of_X2: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _of_rows(top: Params, x_XD: jax.Array, token_X: jax.Array, cfg: Config):
-    return _of_logits(unembed(top, x_XD[None], cfg)[0], token_X)
+    head = on_each(lambda *args: unembed(*args, cfg), cfg.cards)
+    return _of_logits(head(top, x_XD[None])[0], token_X)
 
 
 @jax.jit

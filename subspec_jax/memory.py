@@ -70,6 +70,16 @@ def card_bytes() -> int | None:
     return None if answer is None else int(float(answer)) * 2**20
 
 
+def card_count() -> int:
+    """Visible NVIDIA cards that JAX will use. Asked without starting JAX."""
+    if card_bytes() is None:
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip()])
+    return len(_query("memory.total") or [])
+
+
 def card_is_idle() -> bool:
     """Whether there is a card that this installation of JAX cannot use."""
     return not jax_for_cuda() and _ask_card("memory.total") is not None
@@ -89,11 +99,17 @@ def card_dtype() -> str:
 @functools.cache
 def _ask_card(field: str) -> str | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "-i", visible]
+    found = _query(field, "-i", visible)
+    return found[0] if found else None
+
+
+def _query(field: str, *more: str) -> list[str] | None:
+    """What nvidia-smi says of each card; None without one."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", *more]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
         float(out.split()[0])
-        return out.split()[0]
+        return out.split()
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 

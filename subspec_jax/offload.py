@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import LLMError
+from llm_jax.cards import place_of
 from llm_jax.mxfp4 import dense, encode, mxfp4_bytes
 from llm_jax.params import Experts, Layer, SeparateExperts
-from llm_jax.stream import home, to_device
+from llm_jax.stream import to_device
 from subspec_jax.residual.split import Split, SplitExperts, is_split
 
 
@@ -52,9 +53,10 @@ def streamed_bytes(layer: Layer) -> int:
 
 def offload(layer: Layer) -> Layer:
     """The layer with its streamed arrays in pinned host memory and the others on the device."""
-    device, host = home(), home("pinned_host")
     layer = separate_experts(layer)
-    return jax.device_put(layer, jax.tree.map(lambda m: host if m else device, moving(layer)))
+    kind = lambda moves: "pinned_host" if moves else "device"
+    places = jax.tree.map(lambda a, moves: place_of(a, 1, kind(moves)), layer, moving(layer))
+    return jax.device_put(layer, places)
 
 
 def separate_experts(layer: Layer, mxfp4: bool = False, exact: bool = True) -> Layer:

@@ -19,7 +19,7 @@ from subspec_jax.accept import Gate
 from subspec_jax.decoder import LengthError
 from subspec_jax.draft_model import Draft
 from subspec_jax.engine import Engine
-from subspec_jax.limits import chosen_limit, plan_for
+from subspec_jax.limits import chosen_devices, chosen_limit, plan_for
 from subspec_jax.methods import Method, make_method
 from subspec_jax.options import Options, default_draft, default_tree
 from subspec_jax.plan import PlanError
@@ -68,6 +68,7 @@ def open(
     random = options.weights == "random"
     where = options.dtype, residual, random, options.seed, reporter, options.zipf, options.experts
     source = find_source(model, *where, adapter)
+    source.share(chosen_devices(source.cfg, options.devices, reporter))
     longest_text = options.max_length or min(LONGEST, source.cfg.max_length)
     if longest_text > source.cfg.max_length:
         raise LengthError(

@@ -37,6 +37,9 @@ class Options:
     """Random weights only: routers prefer some experts, as a law of Zipf with this exponent."""
     converted: Path | None = None
     """Folder of the converted model; None: in the cache."""
+    devices: int | None = None
+    """Devices that share the model (`llm_jax.cards`), each with the memory limit; None: all GPUs of
+    this machine, or one where the model cannot be shared or there are none."""
     check_files: bool = True
     """Compare the files of a converted model with their checksums while they are loaded."""
     verify_weights: bool = False

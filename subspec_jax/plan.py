@@ -122,7 +122,7 @@ class Plan:
         if cfg.experts is not None:
             own = own * share_of_experts(cfg, self.spec.width)
         shared = sum(map(streamed_bytes, self.model.layers[: drafted.start]))
-        head = self.device.get("draft head", cfg.vocab * cfg.d_model * DTYPES[cfg.dtype])
+        head = self.device.get("draft head", cfg.head_columns * cfg.d_model * DTYPES[cfg.dtype])
         if self.split_head:
             head = tree_bytes(substitutes(self.model.head_DV))
         return shared + own + head
@@ -140,19 +140,22 @@ class Plan:
             f"{name:{widths[0]}}  {device:>{widths[1]}}  {away:>{widths[2]}}".rstrip()
             for name, device, away in rows
         ]
+        title, cards = f"Plan within {show_bytes(self.limit)}", self.cfg.cards
+        if cards > 1:
+            title += f" on each of {cards} devices, which share every layer"
         if self.hot is not None:
             total = expert_count(self.cfg)
             lines.append(
                 f"{self.hot} of {total} experts kept; {show_bytes(self.streamed_bytes)} a pass if "
                 "all experts were as likely"
             )
-            return "\n".join([f"Plan within {show_bytes(self.limit)}", *lines])
+            return "\n".join([title, *lines])
         what = "residuals" if self.streams_residuals else "layers"
         lines.append(
             f"{self.resident} of {self.cfg.layers} {what} resident, {self.streamed} streamed: "
             f"{show_bytes(self.streamed_bytes)} a pass"
         )
-        return "\n".join([f"Plan within {show_bytes(self.limit)}", *lines])
+        return "\n".join([title, *lines])
 
     def pass_seconds(self, link: float) -> float:
         """Seconds of a streamed pass at `link` bytes per second, if nothing else slows it down."""
@@ -221,7 +224,8 @@ def _substitute_bytes(layer, draft: Draft) -> int:
 
 def cache_bytes(model: Params, cfg: Config, slots: int, scratch: int, texts: int = 1) -> int:
     """Bytes of the caches of a model with these shapes, for this many texts."""
-    empty = functools.partial(caches_for, model, cfg, texts, slots, scratch)
+    one = dataclasses.replace(cfg, cards=1)  # of a card
+    empty = functools.partial(caches_for, model, one, texts, slots, scratch)
     return tree_bytes(jax.eval_shape(empty))
 
 
@@ -269,7 +273,8 @@ class _Layout:
     def low_head(self) -> int:
         """Bytes of a low-bit head."""
         bits = self.draft.head_bits or self.draft.bits
-        return tree_bytes(substitute_head(self.model, bits, self.draft.group))
+        how = bits, self.draft.group, self.cfg.cards
+        return tree_bytes(substitute_head(self.model, *how))
 
     @functools.cached_property
     def low_table(self) -> int:

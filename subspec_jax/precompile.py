@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from llm_jax.attention import caches_for, causal_step
 from llm_jax.cache import KV
+from llm_jax.cards import shapes_of
 from llm_jax.generation import chunk_sizes
 from llm_jax.sample import Sampler
 from llm_jax.stream import home
@@ -64,10 +65,8 @@ def _lowered(
 ) -> Iterator[jax.stages.Lowered]:
     """The programs, one after another when they are traced."""
     cfg, spec = plan.cfg, plan.spec
-    device = home()
-    placed = functools.partial(
-        jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device)
-    )
+    device = home(cards=cfg.cards)
+    placed = functools.partial(shapes_of, cards=cfg.cards)
     shapes = lambda f, *args: placed(jax.eval_shape(f, *args))
     array = lambda *shape: jax.ShapeDtypeStruct(shape, cfg.dtype, sharding=device)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=device)
@@ -126,7 +125,8 @@ def _lowered(
 
     if plan.draft.bits is None or plan.draft.own_cache:
         return
-    draft = make_draft(plan.model, plan.draft, plan.resident, table_on_host=plan.table_on_host)
+    how = dict(table_on_host=plan.table_on_host, cards=cfg.cards)
+    draft = make_draft(plan.model, plan.draft, plan.resident, **how)
     given = Drafting(params=placed(draft), tree=tree, caches=caches, longest=longest, **common)
     least = jax.ShapeDtypeStruct((max(spec.steps, 1),), jnp.float32, sharding=device)
     text = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=device)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.attention import caches_for
+from llm_jax.cards import empty, together
 from llm_jax.params import Attention, JoinedAttention, Layer, Params
 from llm_jax.sample import Sampler
 from llm_jax.stream import StreamedLayer, to_device
@@ -139,24 +140,24 @@ def measure(
     length = length or max(1, plan.max_length // 4)
     slots = cache_slots(plan.max_length, spec)
     live = next(size for size in live_sizes(slots) if size >= length + spec.places)
-    at, key = to_device(jnp.int32(length)), jax.random.key(0)
+    sent = functools.partial(to_device, cards=cfg.cards)
+    at, key = sent(jnp.int32(length)), jax.random.key(0)
     if by_expert:
         in_mxfp4 = getattr(apart(plan.model.layers[0]), "mxfp4", False)
         exact = offload(separate_experts(exact, in_mxfp4, exact=False))
-    send = _send_seconds(exact, by_expert) if plan.streamed else 0.0
-    exact = exact if by_expert else to_device(exact)
+    send = _send_seconds(exact, cfg.cards, by_expert) if plan.streamed else 0.0
+    exact = exact if by_expert else timed_layer(exact, cfg.cards)
     model = _model(plan, (exact,))
-    caches = lambda n: to_device(
-        caches_for(_model(plan, (exact,) * n), cfg, 1, slots, spec.places + 1)
-    )
+    fresh = functools.partial(_fresh, plan, exact, 1, slots)
+    caches = lambda n: empty(functools.partial(fresh, n), cfg.cards)
 
-    tree = to_device(seedling(jnp.int32(0), spec))
+    tree = sent(seedling(jnp.int32(0), spec))
     draft_cfg = cfg
     if plan.draft.experts is not None:
         fewer = dataclasses.replace(cfg.experts, chosen=plan.draft.experts)
         draft_cfg = dataclasses.replace(cfg, experts=fewer)
     _, tokens, step = lay_out(tree, at, spec, live)
-    state = [to_device(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype)), caches(1)[0]]
+    state = [sent(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype)), caches(1)[0]]
 
     times = {}
 
@@ -180,7 +181,7 @@ def measure(
                 routed = (n, cfg.experts.count) if by_expert else None
                 given = Drafting(
                     params=dataclasses.replace(draft, layers=layers),
-                    tree=to_device(seedling(jnp.int32(0), spec, routed)),
+                    tree=sent(seedling(jnp.int32(0), spec, routed)),
                     caches=caches(n),
                     at=at,
                     key=key,
@@ -206,7 +207,7 @@ def measure(
                 caches=tuple(kept[0]),
                 at=at,
                 key=key,
-                accepted=to_device(jnp.int32(0)),
+                accepted=sent(jnp.int32(0)),
                 cfg=cfg,
                 spec=spec,
                 sampler=sampler,
@@ -221,9 +222,22 @@ def measure(
     return RoundCosts(drafting, times["block"], times["rest"], send, groups)
 
 
-def _send_seconds(exact: Layer, by_expert: bool, repeats: int = 5) -> float:
+def timed_layer(exact: Layer, cards: int) -> Layer:
+    """The layer on the device; of several cards, each has a copy in place of its part."""
+    if cards == 1:
+        return to_device(exact)
+    return together([jax.tree.map(np.asarray, exact)] * cards)
+
+
+def _fresh(plan: Plan, exact: Layer, texts: int, slots: int, layers: int) -> tuple:
+    """Empty caches of a model of `layers` such layers."""
+    params = Params(None, (exact,) * layers, None)
+    return caches_for(params, plan.cfg, texts, slots, plan.spec.places + 1)
+
+
+def _send_seconds(exact: Layer, cards: int = 1, by_expert: bool = False, repeats: int = 5) -> float:
     """Median seconds to start the copy of a layer, or of an expert, without the copy itself."""
-    layer, times = offload(exact), []
+    layer, times = offload(exact if by_expert else timed_layer(exact, cards)), []
     one = functools.partial(to_device, apart(layer).each[0]) if by_expert else None
     send = one or StreamedLayer.of(layer).send
     for _ in range(repeats + 1):
@@ -251,9 +265,9 @@ def _draft_kinds(plan: Plan, model: Params) -> dict[str, Params]:
     """By name, a draft of one layer for each kind of layer in the plan's draft."""
     low = len(drafted_layers(plan.model.layers, plan.draft, plan.resident))
     kinds = {"low": (low, 0), "shared": (plan.cfg.layers - low, 1)}
-    make = functools.partial(make_draft, model, plan.draft, iterations=0)
+    make = functools.partial(make_draft, model, plan.draft, iterations=0, cards=plan.cfg.cards)
     return {
-        name: to_device(make(resident=resident))
+        name: to_device(make(resident=resident), plan.cfg.cards)
         for name, (count, resident) in kinds.items()
         if count
     }
@@ -262,7 +276,8 @@ def _draft_kinds(plan: Plan, model: Params) -> dict[str, Params]:
 def _tree_seconds(given: Drafting) -> float:
     """Median seconds to draft a whole tree."""
     caches, fresh = [given.caches], given.tree
-    never = to_device(jnp.full(max(given.spec.steps, 1), -jnp.inf, jnp.float32))
+    never = jnp.full(max(given.spec.steps, 1), -jnp.inf, jnp.float32)
+    never = to_device(never, given.cfg.cards)
     given = dataclasses.replace(given, least_L=never)
 
     def run():
@@ -288,9 +303,11 @@ def _seconds(f: Callable, calls: int, repeats: int = 5) -> float:
 def _model(plan: Plan, layers: tuple) -> Params:
     """The layers with tables of zeros. Zeros take as long as any other values."""
     cfg = plan.cfg
-    zeros = lambda *shape: to_device(jnp.zeros(shape, cfg.dtype))
+    sent = functools.partial(to_device, cards=cfg.cards)
+    zeros = lambda *shape: sent(jnp.zeros(shape, cfg.dtype))
     size = cfg.vocab, cfg.d_model
     table = np.zeros(size, cfg.dtype) if plan.table_on_host else zeros(*size)
     shapes = plan.model.head_DV
-    head = to_device(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
+    head = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    head = together([head] * cfg.cards)
     return Params(table, layers, zeros(cfg.d_model), head)

@@ -6,13 +6,14 @@ linear in the texts, a block and a round's end in the nodes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.attention import caches_for
+from llm_jax.cards import empty
 from llm_jax.params import Layer
 from llm_jax.sample import Sampler, Samplers
 from llm_jax.stream import to_device
@@ -25,10 +26,12 @@ from subspec_jax.predict import (
     RoundCosts,
     _draft_kinds,
     _draft_seconds,
+    _fresh,
     _model,
     _seconds,
     _send_seconds,
     round_seconds,
+    timed_layer,
 )
 from subspec_jax.tree import TreeSpec, cache_slots, live_sizes
 from subspec_jax.verify import jit_block
@@ -44,19 +47,19 @@ def measure_together(plan: Plan, exact: Layer, texts: int, spec: TreeSpec) -> Ro
     slots = cache_slots(plan.max_length, plan.spec)
     live = next(size for size in live_sizes(slots) if size >= min(slots, length + spec.places))
     live = programs.slot_sizes(slots, plain=True)[0] if programs.device.on_gpu() else live
-    send = _send_seconds(exact, by_expert=False) if plan.streamed else 0.0
-    exact = to_device(exact)
+    send = _send_seconds(exact, cfg.cards) if plan.streamed else 0.0
+    sent = functools.partial(to_device, cards=cfg.cards)
+    exact = timed_layer(exact, cfg.cards)
     model = _model(plan, (exact,))
-    caches = lambda n: to_device(
-        caches_for(_model(plan, (exact,) * n), cfg, texts, slots, plan.spec.places + 1)
-    )
+    fresh = functools.partial(_fresh, plan, exact, texts, slots)
+    caches = lambda n: empty(functools.partial(fresh, n), cfg.cards)
     column = lambda value: np.full(texts, value, np.int32)
     samplers = Samplers.of([Sampler()] * texts, [0] * texts)
-    seats = to_device(Seats(column(0), column(length), np.arange(texts, dtype=np.int32), samplers))
+    seats = sent(Seats(column(0), column(length), np.arange(texts, dtype=np.int32), samplers))
     shape = dict(spec=spec, slots=live, rows=texts)
 
     trees, tokens, step, _ = programs.lay_out_each(programs.only_roots(seats, spec), seats, **shape)
-    state = [to_device(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype)), caches(1)[0]]
+    state = [sent(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype)), caches(1)[0]]
 
     def block():
         state[0], state[1], done = jit_block(exact, state[0], state[1], step, cfg)
@@ -64,7 +67,7 @@ def measure_together(plan: Plan, exact: Layer, texts: int, spec: TreeSpec) -> Ro
 
     block_s, drafted = _seconds(block, 4), {}
     if plan.draft.bits is not None and spec.steps:
-        never = to_device(jnp.full(max(spec.steps, 1), -jnp.inf, jnp.float32))
+        never = sent(jnp.full(max(spec.steps, 1), -jnp.inf, jnp.float32))
         for name, draft in _draft_kinds(plan, model).items():
             for n in (FEW, MORE):
                 kept = [caches(n)]
@@ -83,7 +86,7 @@ def measure_together(plan: Plan, exact: Layer, texts: int, spec: TreeSpec) -> Ro
     kept = [caches(1)]
 
     def end():
-        given = top, state[0], trees, tuple(kept[0]), seats, to_device(column(0))
+        given = top, state[0], trees, tuple(kept[0]), seats, sent(column(0))
         ended = programs.finish_each(Verifying(*given, cfg, spec, replay=True))
         kept[0] = ended.caches
         return jax.device_get((ended.emitted_BP, ended.length_B))

@@ -4,13 +4,17 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from llm_jax.stream import home, to_device
+from llm_jax.cards import together
+from llm_jax.stream import to_device
 
 
-def link_bandwidth(size: int = 2**30, repeats: int = 4) -> float:
-    """Bytes per second from pinned host memory to the device: the best of `repeats` copies."""
-    host = jax.block_until_ready(jax.device_put(jnp.zeros(size, jnp.uint8), home("pinned_host")))
+def link_bandwidth(size: int = 2**30, repeats: int = 4, cards: int = 1) -> float:
+    """Bytes per second from pinned host memory to a device: the best of `repeats` copies of `size`
+    bytes to each of `cards` devices at the same time."""
+    part = np.zeros(size, np.uint8)
+    host = jax.block_until_ready(together([part] * cards, "pinned_host"))
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()

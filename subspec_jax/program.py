@@ -7,8 +7,16 @@ from typing import Any, Generic, TypeVar
 
 import jax
 
+from llm_jax.cards import ALIKE, on_each
+
 Inputs = TypeVar("Inputs")
 Result = TypeVar("Result")
+
+
+def program(results: Any) -> Callable[[Callable], "Program"]:
+    """The decorator `Program`, with its `results`."""
+    return functools.partial(Program, results=results)
+
 
 static = functools.partial(dataclasses.field, metadata=dict(static=True))
 """A field that is part of the program, not of its data: it must be hashable."""
@@ -21,12 +29,14 @@ class Program(Generic[Inputs, Result]):
 
     Fields made by `static` select the program. Buffers of fields made by `donated` may be used for
     the results, so the caller must not use them afterwards. `lower` takes the same inputs with
-    shapes in place of arrays.
+    shapes in place of arrays. Where several cards share the model (`cfg.cards`), each runs `f`, and
+    `results` says how what it returns lies on them (`llm_jax.cards.on_each`).
     """
 
-    def __init__(self, f: Callable[[Inputs], Result]):
+    def __init__(self, f: Callable[[Inputs], Result], results: Any = ALIKE):
         def run(given_away: dict[str, Any], rest):
-            return f(dataclasses.replace(rest, **given_away))
+            cards = rest.cfg.cards if hasattr(rest, "cfg") else 1
+            return on_each(f, cards, results)(dataclasses.replace(rest, **given_away))
 
         run.__name__ = run.__qualname__ = f.__name__  # profiles and logs show this name
         self.function = f

@@ -11,6 +11,7 @@ import numpy as np
 
 from llm_jax.attention import caches_for, causal_step
 from llm_jax.cache import move
+from llm_jax.cards import CACHES, empty, on_each
 from llm_jax.config import Config
 from llm_jax.generation import prefill
 from llm_jax.model import hidden
@@ -38,6 +39,8 @@ class State:
     on the device, because a number sent from the host would wait for the layers being copied."""
     key: jax.Array
     sampler: Sampler
+    cards: int = 1
+    """Cards that share the target."""
     live: int | None = None
     """This many first slots hold all of the text and the tree; None: look at all slots."""
 
@@ -164,14 +167,15 @@ class ModelDraft(Proposer):
         self._compiled = set()  # (live slots, sampler) of both ways to grow
         self._extended = 0
         self.stop = StopRule(stop_gain, spec.steps, bool(spec.extra))
-        self._least_L = to_device(self.stop.least_gain_L())
+        self._cards, self._least_L = 1, None
 
     def start(self, state: State, slots: int, chunk: int) -> None:
+        self._cards = state.cards
+        self._least_L = to_device(self.stop.least_gain_L(), state.cards)
         if self.own_cache:
             if self._caches is None or self._caches[0].slots != slots:
-                self._caches = to_device(
-                    caches_for(self.params, self.cfg, 1, slots, self.spec.places)
-                )
+                given = self.params, self.cfg, 1, slots, self.spec.places
+                self._caches = empty(functools.partial(caches_for, *given), state.cards)
             _, self._caches = prefill(self.params, state.tokens[:-1], self._caches, self.cfg, chunk)
             # Compiled here, not in a later round. The root's own step overwrites the slot.
             root = jnp.array([state.tokens[-1:]], jnp.int32)
@@ -179,7 +183,7 @@ class ModelDraft(Proposer):
         self._slots, self._payoff = slots, Payoff()
         if self.spec.lookup and (state.live, state.sampler) not in self._compiled:
             planted, never = state.tree, jnp.full_like(self._least_L, jnp.inf)
-            for self._text in (None, to_device(padded(state.tokens, slots))):
+            for self._text in (None, to_device(padded(state.tokens, slots), state.cards)):
                 state.tree = jax.tree.map(jnp.copy, planted)
                 self._grow(state, never)  # only the root's step; the first round repeats it
             state.tree = planted
@@ -187,7 +191,8 @@ class ModelDraft(Proposer):
 
     def prepare(self, state: State) -> None:
         looks = self.spec.lookup and self._payoff.due()
-        self._text = to_device(padded(state.tokens, self._slots)) if looks else None
+        text_S = padded(state.tokens, self._slots)
+        self._text = to_device(text_S, state.cards) if looks else None
 
     def propose(self, state: State) -> None:
         self._grow(state, self._least_L)
@@ -258,7 +263,7 @@ class ModelDraft(Proposer):
         self.stop.learn(
             gains, hits, result.seconds, len(result.tokens), result.draft_s, result.steps
         )
-        self._least_L = to_device(self.stop.least_gain_L())
+        self._least_L = to_device(self.stop.least_gain_L(), self._cards)
 
 
 @functools.partial(jax.jit, donate_argnames="caches")
@@ -269,7 +274,8 @@ def _move(caches, source, at):
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="caches")
 def _remember(params, token, caches, at, cfg):
     step = causal_step(at, 1, caches[0].slots)
-    return hidden(params, token, caches, step, cfg)[1]
+    run = on_each(lambda *args: hidden(*args, cfg)[1], cfg.cards, CACHES)
+    return run(params, token, caches, step)
 
 
 class PromptLookup(Proposer):
@@ -287,7 +293,7 @@ class PromptLookup(Proposer):
         self.longest = longest
 
     def propose(self, state: State) -> None:
-        state.tree = to_device(self.tree(state.tokens))
+        state.tree = to_device(self.tree(state.tokens), state.cards)
 
     def tree(self, tokens: Sequence[int]) -> Tree:
         """The tree of a text, in NumPy; nothing in it has a score."""

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from llm_jax.adapted import Adapted, adapted
+from llm_jax.cards import per_card
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.config import Config
 from llm_jax.files import cache_folder
@@ -73,6 +74,10 @@ class Source:
 
     def __post_init__(self):
         self._random: dict[bool, Layer] | None = None
+
+    def share(self, cards: int) -> None:
+        """Divides the model among so many cards. Raises CardsError if it cannot be."""
+        self.cfg = per_card(self.cfg, cards)
 
     def tokenizer(self) -> Any:
         return ByteTokenizer() if self.checkpoint is None else self.checkpoint.tokenizer()
@@ -269,8 +274,8 @@ def find_draft_model(model: str | Path, target: Source, reporter: Reporter = Rep
     return small
 
 
-def load_whole(source: Source) -> Params:
-    """All parameters on the device."""
+def load_whole(source: Source, cards: int = 1) -> Params:
+    """All parameters on the device; on each of several `cards`."""
     cfg = source.cfg
     whole = make_plan(cfg, 2**60, TreeSpec("chain", depth=0), resident=cfg.layers)
-    return all_on_device(source.load(whole).params)
+    return all_on_device(source.load(whole).params, cards)

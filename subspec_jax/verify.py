@@ -17,6 +17,7 @@ from jax.tree_util import register_dataclass
 
 from llm_jax.attention import Step, causal_step
 from llm_jax.cache import move
+from llm_jax.cards import ALIKE, AXIS, CACHES, on_each
 from llm_jax.config import Config
 from llm_jax.generation import chunks
 from llm_jax.model import block, embed, final_logits, rms_norm, scaled, unembed
@@ -26,7 +27,7 @@ from llm_jax.stream import Stream, StreamedLayer, route, to_device
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
 from subspec_jax.experts import ExpertCache, routed_block, without_experts
 from subspec_jax.offload import rows_of
-from subspec_jax.program import Program, donated, static
+from subspec_jax.program import donated, program, static
 from subspec_jax.residual.split import is_split, over_parts
 from subspec_jax.tree import Tree, TreeSpec, node_mask, node_positions, replant
 
@@ -85,7 +86,8 @@ def jit_block(
 
     x and cache are donated. The number is never donated: it is ready when the block is done.
     """
-    x, cache = block(layer, x, cache, step, cfg)
+    run = on_each(lambda *args: block(*args, cfg), cfg.cards, (ALIKE, CACHES))
+    x, cache = run(layer, x, cache, step)
     return x, cache, x[0, 0, 0]
 
 
@@ -96,7 +98,7 @@ def embedded(target: Target, tokens_1T: jax.Array) -> jax.Array:
     """x_1TD before the first layer."""
     if isinstance(target.params.embed_VD, np.ndarray):
         rows = rows_of(target.params.embed_VD, tokens_1T).astype(target.cfg.dtype)
-        return scaled(to_device(rows), target.cfg.embed_scale)
+        return scaled(to_device(rows, target.cfg.cards), target.cfg.embed_scale)
     return jit_embed(target.top, tokens_1T, target.cfg)
 
 
@@ -128,7 +130,7 @@ def run_pass(
     x = embedded(target, tokens_1T)
     queued = collections.deque()
     if real is None and target.experts is not None:
-        real = to_device(jnp.int32(tokens_1T.size))
+        real = to_device(jnp.int32(tokens_1T.size), target.cfg.cards)
     for i in range(target.cfg.layers):
         if len(queued) == QUEUED:
             jax.block_until_ready(queued.popleft())
@@ -150,7 +152,7 @@ def row(x_1TD: jax.Array, i: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="cfg")
 def last_logits(top: Params, x_11D: jax.Array, cfg: Config) -> jax.Array:
     """Logits [1, V] after one token. The program does not depend on the length of a chunk."""
-    return unembed(top, x_11D, cfg)[:, 0]
+    return on_each(lambda *args: unembed(*args, cfg), cfg.cards)(top, x_11D)[:, 0]
 
 
 def streamed_prefill(
@@ -227,17 +229,26 @@ def likeliest(top: Params, x_ED: jax.Array, cfg: Config) -> jax.Array:
         most_E, token_E = best
         logits_EV = final_logits(logits_EV, cfg)
         column_V = first + jnp.arange(logits_EV.shape[1], dtype=jnp.int32)
-        logits_EV = jnp.where(column_V[None] < cfg.vocab, logits_EV, -jnp.inf)  # it may be padded
-        own_E = jnp.max(logits_EV, axis=-1)
+        here_V = (column_V < cfg.head_columns) & (before + column_V < cfg.vocab)
+        logits_EV = jnp.where(here_V[None], logits_EV, -jnp.inf)  # it may be padded
+        own_token_E = before + first + jnp.argmax(logits_EV, axis=-1).astype(jnp.int32)
+        return larger((most_E, token_E), (jnp.max(logits_EV, axis=-1), own_token_E))
+
+    def larger(best, other):
+        (most_E, token_E), (own_E, own_token_E) = best, other
         more_E = (own_E > most_E) | (jnp.isnan(own_E) & ~jnp.isnan(most_E))
-        own_token_E = first + jnp.argmax(logits_EV, axis=-1).astype(jnp.int32)
         return jnp.where(more_E, own_E, most_E), jnp.where(more_E, own_token_E, token_E)
 
     E = len(x_ED)
+    before = 0 if cfg.cards == 1 else jax.lax.axis_index(AXIS) * cfg.head_columns
     start = jnp.full(E, -jnp.inf, jnp.float32), jnp.zeros(E, jnp.int32)
     with jax.named_scope("head"):
         h_ED = rms_norm(x_ED, top.norm, cfg.norm_eps)
-        return over_parts(top.head_DV, h_ED, better, start, jnp.float32)[1]
+        best = over_parts(top.head_DV, h_ED, better, start, jnp.float32)
+        if cfg.cards > 1:
+            every = jax.lax.all_gather(best, AXIS)
+            best = functools.reduce(larger, zip(*every, strict=True))
+        return best[1]
 
 
 def normal_entropy(logp_rV: jax.Array, vocab: int) -> jax.Array:
@@ -330,7 +341,7 @@ class Finished(NamedTuple):
     caches: tuple
 
 
-@Program
+@program(Finished(*[ALIKE] * 7, CACHES))
 def finish_round(v: Verified) -> Finished:
     """The results of a round, in one program: judge, walk, move accepted rows, plant the next tree.
 

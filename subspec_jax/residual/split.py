@@ -155,7 +155,7 @@ def head_shape(cfg: Config, bits: int, group: int) -> tuple[int, int] | None:
     groups, or it has more weights than a residual can count.
     """
     whole = COLUMNS * fields_of(bits)
-    shape = cfg.d_model, -(-cfg.vocab // whole) * whole
+    shape = cfg.d_model, -(-cfg.head_columns // whole) * whole
     fits = cfg.d_model % group == 0 and math.prod(shape) < MAX_WEIGHTS
     return None if cfg.tied or not fits else shape
 
