@@ -8,8 +8,6 @@ from collections.abc import Iterable
 
 import jax
 
-from llm_jax.cards import why_not
-from llm_jax.config import Config
 from llm_jax.progress import Reporter
 from pallas_kernels.device import switched_off
 from subspec_jax import SubspecError, memory
@@ -99,7 +97,7 @@ def chosen_limit(
     return (limit if pool is None else min(limit, pool)), pool
 
 
-def chosen_devices(cfg: Config, wanted: int | None, reporter: Reporter = Reporter()) -> int:
+def chosen_devices(source: Source, wanted: int | None, reporter: Reporter = Reporter()) -> int:
     """How many devices share the model: those that are wanted, or all GPUs. Raises CardsError for a
     model that cannot be shared by the devices that are wanted."""
     if wanted is not None:
@@ -107,7 +105,7 @@ def chosen_devices(cfg: Config, wanted: int | None, reporter: Reporter = Reporte
             raise SubspecError(f"{wanted} devices were asked for; give at least 1")
         return wanted
     found = memory.card_count()
-    if found > 1 and (reason := why_not(cfg)) is not None:
+    if found > 1 and (reason := source.why_not_shared()) is not None:
         reporter.say(f"One of {found} devices is used: {reason}.", warning=True)
         return 1
     return max(found, 1)

@@ -23,13 +23,14 @@ from subspec_jax.offload import moving, offload, place, separate_experts
 from subspec_jax.plan import Plan, expert_bytes
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
+from subspec_jax.residual.parts import ConvertedParts
 from subspec_jax.residual.split import Split, SplitExperts, decode_layer, is_split, split_experts
 from subspec_jax.residual.stacks import decoded_experts
 from subspec_jax.verify import Target
 
 
 def load_target(
-    source: Checkpoint | Converted,
+    source: Checkpoint | Converted | ConvertedParts,
     plan: Plan,
     progress: Progress | None = None,
     verify: bool = False,
@@ -45,8 +46,9 @@ def load_target(
     difference. Raises ValueError if the plan streams residuals and the source is not converted.
     """
 
-    cards = plan.cfg.cards
-    if cards > 1:
+    if isinstance(source, ConvertedParts):
+        return _load_converted_parts(source, plan, progress, verify, check)
+    if plan.cfg.cards > 1:
         return _load_parts(source, plan, progress)
 
     def place_layer(i, layer):
@@ -85,6 +87,41 @@ def _load_parts(source: Checkpoint, plan: Plan, progress) -> Target:
     report = (lambda done, total: progress(done)) if progress else None
     whole = source.config(cfg.dtype)
     return Target(source.load(whole, place_layer, place_table, report), cfg, plan.ahead)
+
+
+def _load_converted_parts(source: ConvertedParts, plan: Plan, progress, verify, check) -> Target:
+    """The same of a converted model."""
+    cfg, layers = plan.cfg, []
+
+    def exact(i, name, whole):
+        """Compares each card's decoded weights with those that were converted."""
+        for part, w in zip(source.parts, whole, strict=True):
+            part.verify_head(w) if name else part.verify(i, w)
+
+    if check:
+        source.check()
+    place = lambda name, a: (
+        np.array(a) if name == "embed_VD" and plan.table_on_host else to_device(a, cfg.cards)
+    )
+    tables = {name: place(name, array) for name, array in source.tables.items()}
+    if (heads := source.heads()) is not None:
+        if isinstance(heads[0], Split) and (verify or not plan.split_head):
+            columns = [min(cfg.head_columns, h.shape[1]) for h in heads]
+            whole = [_decode_head(to_device(h), n) for h, n in zip(heads, columns, strict=True)]
+            if verify:
+                exact(None, "head_DV", whole)
+            heads = heads if plan.split_head else list(map(np.asarray, whole))
+        tables["head_DV"] = together(heads)
+    for i in range(cfg.layers):
+        if check:
+            source.check(i)
+        parts = source.layer(i)
+        if verify:
+            exact(i, "", [_decode_layer(to_device(part)) for part in parts])
+        layers.append(jax.block_until_ready(spread(parts, i in plan.stays)))
+        if progress:
+            progress(i + 1)
+    return Target(Params(layers=tuple(layers), **tables), cfg, plan.ahead)
 
 
 def spread(parts: Sequence[Layer], stays: bool) -> Layer:

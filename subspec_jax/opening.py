@@ -68,7 +68,7 @@ def open(
     random = options.weights == "random"
     where = options.dtype, residual, random, options.seed, reporter, options.zipf, options.experts
     source = find_source(model, *where, adapter)
-    source.share(chosen_devices(source.cfg, options.devices, reporter))
+    source.share(chosen_devices(source, options.devices, reporter))
     longest_text = options.max_length or min(LONGEST, source.cfg.max_length)
     if longest_text > source.cfg.max_length:
         raise LengthError(

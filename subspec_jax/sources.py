@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from llm_jax.adapted import Adapted, adapted
-from llm_jax.cards import per_card
+from llm_jax.cards import CardsError, per_card, why_not
 from llm_jax.checkpoint import Checkpoint
 from llm_jax.config import Config
 from llm_jax.files import cache_folder
-from llm_jax.params import Layer, Params, abstract, init_layer
+from llm_jax.params import Attention, Layer, Params, abstract, init_layer
 from llm_jax.progress import Progress, Reporter
 from llm_jax.registry import MODELS, find_checkpoint, find_model, open_model
 from llm_jax.tokenizer import ByteTokenizer
@@ -33,6 +33,7 @@ from subspec_jax.plan import Plan, make_plan
 from subspec_jax.predict_experts import Routing
 from subspec_jax.residual.convert import check_convertible, convert, is_complete
 from subspec_jax.residual.files import Converted
+from subspec_jax.residual.parts import ConvertedParts, card_checkpoints, card_folders
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
 from subspec_jax.verify import Target
@@ -61,7 +62,7 @@ class Source:
     cfg: Config
     checkpoint: Checkpoint | None = None
     """None: weights are random, for timing."""
-    converted: Converted | None = None
+    converted: Converted | ConvertedParts | None = None
     """The checkpoint as substitutes and residuals."""
     residual: bool = False
     """Methods that have substitutes stream residuals."""
@@ -77,7 +78,18 @@ class Source:
 
     def share(self, cards: int) -> None:
         """Divides the model among so many cards. Raises CardsError if it cannot be."""
+        if cards > 1 and (reason := self.why_not_shared()) is not None:
+            raise CardsError(f"{cards} devices: {reason}")
         self.cfg = per_card(self.cfg, cards)
+
+    def why_not_shared(self) -> str | None:
+        """Why several cards cannot share the model; None where they can."""
+        if (reason := why_not(self.cfg)) is not None:
+            return reason
+        layers = () if self.checkpoint is None else self.checkpoint.model_shapes(self.cfg).layers
+        if not all(isinstance(layer.attn, Attention) for layer in layers):
+            return "models with another kind of attention (Palu) are decoded on one device"
+        return None
 
     def tokenizer(self) -> Any:
         return ByteTokenizer() if self.checkpoint is None else self.checkpoint.tokenizer()
@@ -93,6 +105,8 @@ class Source:
             split = draft.head_bits == draft.bits
             if self.converted is None:
                 return _random_residual_shapes(self.cfg, draft.bits, draft.group, split)
+            if isinstance(self.converted, ConvertedParts):
+                return self.converted.model(split)
             return self.converted.model_with_split_head if split else self.converted.model
         if self.mxfp4:
             return _mxfp4_shapes(self.cfg)
@@ -129,6 +143,8 @@ class Source:
             return init_layer(jax.random.key(0), self.cfg)
         if self.converted is None:
             return self._random_splits(plan)[self.cfg.has_experts(0)]
+        if isinstance(self.converted, ConvertedParts):
+            return self.converted.layer(0)[0]
         return self.converted.layer(0)
 
     def routing(self) -> Routing | None:
@@ -241,16 +257,19 @@ def add_converted(
         folder = cache_folder() / "converted" / f"{source.name}-{kind}"
     folder = Path(folder).expanduser()
     how = draft.bits, draft.group, ITERATIONS[quantizer]
-    if not is_complete(folder, cfg):
+    folders = card_folders(folder, cfg.cards)
+    if not all(is_complete(part, cfg) for part in folders):
         reporter.say(f"Converting to {folder}, once …")
         if not memory.backends_started():
             _convert_apart(checkpoint, cfg, folder, how)
-    source.converted = convert(checkpoint, cfg, folder, *how)
+    pairs = zip(card_checkpoints(checkpoint, cfg.cards), folders, strict=True)
+    parts = tuple(convert(part, cfg, where, *how) for part, where in pairs)
+    source.converted = parts[0] if cfg.cards == 1 else ConvertedParts(parts)
 
 
 def _convert_apart(checkpoint: Checkpoint, cfg: Config, folder: Path, how: tuple) -> None:
     adapter = str(checkpoint.adapter.path) if isinstance(checkpoint, Adapted) else None
-    given = [str(checkpoint.path), adapter, cfg.dtype, str(folder), *how]
+    given = [str(checkpoint.path), adapter, cfg.dtype, cfg.cards, str(folder), *how]
     command = [sys.executable, "-m", "subspec_jax.residual", json.dumps(given)]
     if subprocess.run(command).returncode:
         raise MethodError("the conversion failed; its message is above")

@@ -52,6 +52,9 @@ class ModelFlags:
     """Nodes added a step; 6 on a GPU, 2 on a CPU."""
     resident: int | None = None
     """Layers to keep on the device; as many as fit if not given."""
+    devices: int | None = None
+    """Devices that share the model, each with its part of every layer; all GPUs of this machine if
+    not given, or one where the model cannot be shared."""
     max_length: int | None = None
     """Most tokens of a conversation; the KV cache is made for it. If not given: 2048, or a half or
     a quarter of that where the memory holds no more."""

@@ -111,6 +111,10 @@ class Speculative:
     """Layers to keep on the device; as many as fit if not given."""
     ahead: int = 1
     """Layers on their way while one is in use."""
+    devices: int | None = None
+    """Devices that share the model: each has --memory-limit, streams its part of every layer over
+    its own link, and computes with it. All GPUs of this machine if not given, or one where the
+    model cannot be shared."""
     table_on_host: bool | None = None
     """Keep an untied embedding table in host memory; whatever streams less if not given."""
     benchmark: BenchmarkName = "builtin"
@@ -342,6 +346,7 @@ def opened(args: Speculative, reporter: Reporter, shorten: bool = False, **more:
         seed=args.seed,
         resident=args.resident,
         ahead=args.ahead,
+        devices=args.devices,
         table_on_host=args.table_on_host,
         experts=args.experts,
         zipf=args.zipf,

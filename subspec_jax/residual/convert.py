@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -35,9 +35,12 @@ from subspec_jax.residual.files import (
 from subspec_jax.residual.split import head_shape
 from subspec_jax.residual.stacks import STACKS, split_fields, stacked
 
+if TYPE_CHECKING:
+    from subspec_jax.residual.parts import CardPart
+
 
 def convert(
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint | CardPart",
     cfg: Config,
     path: str | Path,
     bits: int = 4,
@@ -51,6 +54,7 @@ def convert(
 
     Files of layers that already exist are kept. Before a layer's file is written, all its weights
     are decoded on the device and compared. `workers` matrices are encoded at a time.
+    Of a `parts.CardPart`, the card's part is written; `cfg` is then that of one card.
     `progress(done, total)` counts layers. Raises ResidualError if the folder belongs to another
     checkpoint or other settings; LockedError if another process converts to it; what
     `check_convertible` raises, and CheckpointError, if the checkpoint cannot be converted.
@@ -71,7 +75,7 @@ def convert(
 
 
 def check_convertible(
-    checkpoint: Checkpoint, cfg: Config, bits: int, group: int, code: str = "levels"
+    checkpoint: "Checkpoint | CardPart", cfg: Config, bits: int, group: int, code: str = "levels"
 ) -> None:
     """Raises ResidualError or ValueError for a model that cannot be written in two parts in this
     way. No weights are read."""

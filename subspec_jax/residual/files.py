@@ -9,6 +9,7 @@ digest of itself and of every tensor's bytes.
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ class Converted:
     kinds: int = 3
 
     def __post_init__(self):
-        _ = self.manifest, self.tables, self._room
+        _ = self.manifest, self.tables, self.room
 
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
@@ -214,7 +215,7 @@ class Converted:
         return tuple(TensorFile(file, self.manifest) for file in files)
 
     @functools.cached_property
-    def _room(self) -> tuple[dict[str, tuple[int, int]], ...]:
+    def room(self) -> tuple[dict[str, tuple[int, int]], ...]:
         """For each layer, (rows, patches) of each matrix: the most in any layer of its kind."""
         every, room = range(self.cfg.layers), {}
         if routed := [i for i in every if self.cfg.has_experts(i)]:
@@ -232,9 +233,13 @@ class Converted:
     @functools.cached_property
     def model(self) -> Params:
         """The model that `load_target` makes of this, as shapes and dtypes, with a whole head."""
+        return self.model_with(self.room)
+
+    def model_with(self, room: Sequence[dict[str, tuple[int, int]]]) -> Params:
+        """`model`, with room for larger residuals in each layer."""
         code, bits, group = (self.manifest[key] for key in ("code", "bits", "group"))
         split = functools.partial(split_shapes, self.cfg, bits, group, code=code)
-        layers = tuple(split(dict(self._room[i]), index=i) for i in range(self.cfg.layers))
+        layers = tuple(split(dict(room[i]), index=i) for i in range(self.cfg.layers))
         return dataclasses.replace(abstract(self.cfg), layers=layers)
 
     @property
@@ -252,9 +257,9 @@ class Converted:
         exact = Residual(words, low, shape, self.cfg.dtype, entries[name]["patches"])
         return Split(Packed(*parts, shape[1], self.manifest["bits"], self.manifest["group"]), exact)
 
-    def layer(self, index: int) -> Layer:
+    def layer(self, index: int, room: dict[str, tuple[int, int]] | None = None) -> Layer:
         """A joined layer of `Split` matrices, or a plain one with `SplitExperts`. Its arrays are
-        mapped, except the padded streams.
+        mapped, except the padded streams. `room`: for larger residuals than its own.
 
         `subspec_jax.offload.offload` moves its residuals to pinned memory.
         """
@@ -262,13 +267,13 @@ class Converted:
         plain = {name: view for name, view in file.views.items() if "." not in name}
         if self.cfg.has_experts(index):
             kind = self.manifest["bits"], self.manifest["group"], self.cfg.dtype
-            experts = stored_experts(file.views, file.entries, self._room[index], *kind)
+            experts = stored_experts(file.views, file.entries, self.room[index], *kind)
             named = plain | dict(zip(STACKS, (experts, None), strict=True))
             return layer_from(named, index, self.cfg)
 
         def matrix(name):
             split = self._matrix(name, file)
-            padded = pad(split.residual, *self._room[index][name])
+            padded = pad(split.residual, *(room or self.room[index])[name])
             return dataclasses.replace(split, residual=padded)
 
         w = plain | {name: matrix(name) for name in self.cfg.joined_matrices}

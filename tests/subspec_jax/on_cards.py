@@ -24,6 +24,7 @@ from llm_jax.cards import (
     together,
 )
 from llm_jax.config import Config
+from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
 from llm_jax.model import forward, hidden
 from llm_jax.params import Params
@@ -142,6 +143,26 @@ def test_other_substitutes_are_exact(draft, tmp):
     with opened(written(tmp, "one kv head, tied"), draft=draft) as model:
         rounds = list(model.rounds(PROMPT, NEW, eos=()))
         assert [t for r in rounds for t in r.tokens] == want and len(rounds) < NEW - 3
+
+
+@pytest.mark.parametrize("head_bits", [None, 4])
+def test_residuals_are_exact(head_bits, tmp):
+    """Converted for so many devices: a folder for each."""
+    folder, whole = written(tmp, "qwen2"), dataclasses.replace(MODELS["qwen2"], dtype="bfloat16")
+    params = open_checkpoint(folder).load(whole)
+    want = generate(params, PROMPT, whole, NEW)
+    converted = tmp / f"converted-{head_bits}"
+    how = dict(stream="residual", dtype="bfloat16", converted=converted, verify_weights=True)
+    how |= dict(draft=subspec_jax.Draft(4, 16, head_bits=head_bits), max_length=64)
+    for _ in range(2):  # the second one finds the folders
+        with opened(folder, also=("vanilla",), **how) as model:
+            plain = model.use("vanilla").generate(PROMPT, NEW)
+            rounds = list(model.use("subspec").rounds(PROMPT, NEW))
+            assert [t for r in rounds for t in r.tokens] == plain == want
+            assert model.plan.streams_residuals and len(rounds) < NEW - 3
+    assert sorted(p.name for p in converted.iterdir()) == [
+        f"card-{i + 1}-of-{CARDS}" for i in range(CARDS)
+    ]
 
 
 def test_samples_do_not_depend_on_the_devices(tmp):
