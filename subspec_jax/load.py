@@ -24,7 +24,14 @@ from subspec_jax.plan import Plan, expert_bytes
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.parts import ConvertedParts
-from subspec_jax.residual.split import Split, SplitExperts, decode_layer, is_split, split_experts
+from subspec_jax.residual.split import (
+    Split,
+    SplitExperts,
+    decode_layer,
+    is_split,
+    split_experts,
+    widened,
+)
 from subspec_jax.residual.stacks import decoded_experts
 from subspec_jax.verify import Target
 
@@ -323,10 +330,12 @@ def split_layer(layer: Any, like: Any, iterations: int = 0) -> Any:
         if not isinstance(shapes, Split):
             return w
         bits, group = shapes.substitute.bits, shapes.substitute.group
-        q = quantize(w, bits, group, iterations)
-        residual = encode(np.asarray(w), jax.tree.map(np.asarray, q), shapes.residual.code)
+        wide = widened(w, bits)
+        q = quantize(wide, bits, group, iterations)
+        residual = encode(np.asarray(wide), jax.tree.map(np.asarray, q), shapes.residual.code)
         room = shapes.residual.words.shape[0], shapes.residual.patches
-        return Split(packed(q), pad(residual, *room))
+        low = dataclasses.replace(packed(q), columns=w.shape[1])
+        return Split(low, pad(residual, *room))
 
     pairs = jax.tree.leaves(whole), jax.tree.leaves(like, is_leaf=is_split)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

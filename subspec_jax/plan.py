@@ -203,8 +203,8 @@ def _why_not_decoded(w: Split | SplitExperts) -> str | None:
     """Why the kernel cannot decode a matrix, or an expert of a stack; None where it can."""
     if isinstance(w, SplitExperts):
         both = jax.eval_shape(lambda w: w.matrices(w.each[0], 0), w)
-        return next(filter(None, (why_not(m.residual, m.substitute) for m in both)), None)
-    return why_not(w.residual, w.substitute)
+        return next(filter(None, (why_not(*m.pair) for m in both)), None)
+    return why_not(*w.pair)
 
 
 def tree_bytes(tree: Any) -> int:

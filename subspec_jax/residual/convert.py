@@ -32,7 +32,7 @@ from subspec_jax.residual.files import (
     write_manifest,
     write_tensors,
 )
-from subspec_jax.residual.split import head_shape
+from subspec_jax.residual.split import head_shape, widened
 from subspec_jax.residual.stacks import STACKS, split_fields, stacked
 
 if TYPE_CHECKING:
@@ -155,8 +155,9 @@ def _layer(checkpoint, index, cfg, quantizer, code, workers) -> tuple[dict, dict
         w, name = np.asarray(w), f"{field} of layer {index}"
         if w.ndim == 1:
             return {field: w}, {field: _entry(w)}
-        arrays, entry = _encoded(field, w, quantizer, code, name)
-        return arrays, {field: _entry(w) | entry}
+        wide = widened(w, quantizer[0])
+        arrays, entry = _encoded(field, wide, quantizer, code, name)
+        return arrays, {field: _entry(w) | entry | {"columns": w.shape[1]}}
 
     layer = joined(checkpoint.layer(index, cfg), lambda *w: np.concatenate(w, axis=-1))
     named = [(path[-1].name, leaf) for path, leaf in jax.tree.leaves_with_path(layer)]

@@ -255,7 +255,9 @@ class Converted:
         parts = (views.get(f"{name}.{part}") for part in ("codes", "top", "scale"))
         words, low = views[f"{name}.residual"], views.get(f"{name}.low")
         exact = Residual(words, low, shape, self.cfg.dtype, entries[name]["patches"])
-        return Split(Packed(*parts, shape[1], self.manifest["bits"], self.manifest["group"]), exact)
+        columns = entries[name].get("columns", shape[1])  # without those that were added
+        kind = columns, self.manifest["bits"], self.manifest["group"]
+        return Split(Packed(*parts, *kind), exact)
 
     def layer(self, index: int, room: dict[str, tuple[int, int]] | None = None) -> Layer:
         """A joined layer of `Split` matrices, or a plain one with `SplitExperts`. Its arrays are

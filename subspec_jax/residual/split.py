@@ -27,7 +27,8 @@ from pallas_kernels.residual_decode.code import COLUMNS, LANES, MAX_WEIGHTS, til
 class Split:
     """An exact matrix [D, F] in two parts: the low-bit substitute for the draft, and the residual.
 
-    The substitute is always on the device; the residual may be in host memory.
+    The substitute is always on the device; the residual may be in host memory. Both may have more
+    columns than F (`width_of`), of zeros.
     """
 
     substitute: Packed
@@ -36,7 +37,13 @@ class Split:
     @property
     def shape(self) -> tuple[int, int]:
         """(D, F)."""
-        return self.residual.shape
+        return self.substitute.shape
+
+    @property
+    def pair(self) -> tuple[Residual, Packed]:
+        """What is decoded, with all columns."""
+        wide = dataclasses.replace(self.substitute, columns=self.residual.shape[1])
+        return self.residual, wide
 
     @property
     def ndim(self) -> int:
@@ -77,6 +84,20 @@ class SplitExperts:
                 strict=True,
             )
         )
+
+
+def width_of(columns: int, bits: int) -> int:
+    """Columns of a matrix in two parts: as many as the kernel decodes, if few have to be added."""
+    whole = COLUMNS * fields_of(bits)
+    wide = -(-columns // whole) * whole
+    return wide if 8 * (wide - columns) <= columns else columns
+
+
+def widened(w: Any, bits: int) -> Any:
+    """The array with columns of zeros up to `width_of`; of NumPy NumPy."""
+    more = width_of(w.shape[1], bits) - w.shape[1]
+    pad = np.pad if isinstance(w, np.ndarray) else jnp.pad
+    return pad(w, ((0, 0), (0, more))) if more else w
 
 
 def split_experts(low: tuple[Packed, Packed], pairs: Sequence[tuple[Residual, Residual]]):
@@ -140,12 +161,14 @@ def _split_expert_shapes(plain: Layer, bits, group, room) -> Layer:
 
 
 def _split(matrices, bits, group, room, code) -> Split:
-    substitute = packed(*(quantize(w, bits, group, 0) for w in matrices))
+    whole = jnp.concatenate(matrices, axis=1)
+    wide = widened(whole, bits)
+    substitute = packed(quantize(wide, bits, group, 0))
     rows, patches = room
     low = jnp.zeros(substitute.shape, jnp.uint8) if code == "planes" else None
     words = jnp.zeros((rows, LANES), jnp.uint32)
-    dtype = matrices[0].dtype.name
-    return Split(substitute, Residual(words, low, substitute.shape, dtype, patches))
+    exact = Residual(words, low, substitute.shape, whole.dtype.name, patches)
+    return Split(dataclasses.replace(substitute, columns=whole.shape[1]), exact)
 
 
 def head_shape(cfg: Config, bits: int, group: int) -> tuple[int, int] | None:
@@ -179,6 +202,7 @@ def gaussian_room(cfg: Config, bits: int, group: int) -> dict[str, tuple[int, in
         shapes |= dict(expert_gate_up=(cfg.d_model, 2 * e.d_ff), expert_down=(e.d_ff, cfg.d_model))
     room = {}
     for name, (D, F) in shapes.items():
+        F = F if name in ("head", "expert_gate_up", "expert_down") else width_of(F, bits)
         Q, T = tiles((D, F), group)
         stream, patched = GAUSSIAN[bits]
         words = D * F * stream / 32 + 2 * Q * T
@@ -195,9 +219,9 @@ these values are always enough."""
 @linear.register
 def _(w: Split, x, out_dtype=None):
     # Filled part by part: joining all parts at the end would need twice the room.
-    y = jnp.zeros((*x.shape[:-1], w.shape[1]), out_dtype or x.dtype)
+    y = jnp.zeros((*x.shape[:-1], w.residual.shape[1]), out_dtype or x.dtype)
     fill = lambda y, found, at: jax.lax.dynamic_update_slice_in_dim(y, found, at, axis=-1)
-    return over_parts(w, x, fill, y, y.dtype)
+    return over_parts(w, x, fill, y, y.dtype)[..., : w.shape[1]]
 
 
 def over_parts(
@@ -208,13 +232,14 @@ def over_parts(
     Parts are equal and contain all columns of w, from the first to the last. Products are in
     `dtype`.
     """
-    words, parts = w.residual.words, parts_here(w.residual, w.substitute)
+    exact, low = w.pair
+    words, parts = exact.words, parts_here(exact, low)
     for part in range(parts):
         # The barrier makes the words depend on x and on the previous part. Without it, a compiler
         # may decode all matrices of a layer before it uses the first.
         words, x, state = jax.lax.optimization_barrier((words, x, state))
-        residual = dataclasses.replace(w.residual, words=words)
-        found = linear(residual_decode(residual, w.substitute, None, part, parts), x, dtype)
+        residual = dataclasses.replace(exact, words=words)
+        found = linear(residual_decode(residual, low, None, part, parts), x, dtype)
         state = fold(state, found, part * found.shape[-1])
     return state
 
@@ -224,5 +249,5 @@ def decode_layer(layer: Layer) -> Layer:
 
     It must not have experts in two parts, which `subspec_jax.residual.stacks` decodes.
     """
-    whole = lambda w: residual_decode(w.residual, w.substitute) if is_split(w) else w
+    whole = lambda w: residual_decode(*w.pair)[:, : w.shape[1]] if is_split(w) else w
     return jax.tree.map(whole, layer, is_leaf=is_split)

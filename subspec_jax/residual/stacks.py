@@ -95,4 +95,4 @@ def _each_decoded(experts: SplitExperts) -> Iterator[tuple[jax.Array, jax.Array]
 @jax.jit
 def _decode(rest: SplitExperts, words: jax.Array, number: jax.Array):
     both = rest.matrices(words, number)
-    return tuple(residual_decode(w.residual, w.substitute) for w in both)
+    return tuple(residual_decode(*w.pair) for w in both)

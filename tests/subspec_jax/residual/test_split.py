@@ -18,13 +18,21 @@ from llm_jax.stream import to_device
 from llm_jax.testing import tiny_config
 from pallas_kernels.bit_fields import pack_codes
 from pallas_kernels.quantized_matmul import codes_and_scales
-from pallas_kernels.residual_decode import reference, residual_decode
+from pallas_kernels.residual_decode import reference, residual_decode, why_not
 from pallas_kernels.residual_decode.code import pad, predict_weights
 from subspec_jax.draft_model import substitutes
 from subspec_jax.load import split_layer as split_random
 from subspec_jax.offload import offload, streamed_bytes
 from subspec_jax.residual.encode import encode
-from subspec_jax.residual.split import Split, decode_layer, gaussian_room, is_split, split_shapes
+from subspec_jax.residual.split import (
+    Split,
+    decode_layer,
+    gaussian_room,
+    is_split,
+    split_shapes,
+    widened,
+    width_of,
+)
 
 CODES = ("planes", "levels")
 
@@ -201,3 +209,22 @@ def test_codes_unpack_alike_in_numpy():
         q = quantize(jnp.asarray(pair(128, 24, "levels")[0][:, :24]), n_bits, group, 0)
         host = jax.tree.map(np.asarray, q)
         np.testing.assert_array_equal(codes_of(host, np), codes_of(q))
+
+
+@pytest.mark.parametrize("columns, wide", [(480, 512), (1536, 1536), (900, 1024), (448, 448)])
+def test_columns_are_added_where_the_kernel_needs_few(columns, wide):
+    """To whole tiles of 64 words of 8 codes, and only up to an eighth."""
+    assert width_of(columns, 4) == wide
+    rng = np.random.default_rng(0)
+    dense = jnp.asarray(rng.normal(0, 0.05, (64, columns)), jnp.bfloat16)
+    full = widened(np.asarray(dense), 4)
+    q = quantize(jnp.asarray(full), 4, 16, 0)
+    exact = jax.tree.map(jnp.asarray, encode(full, jax.tree.map(np.asarray, q), "levels"))
+    w = Split(dataclasses.replace(packed(q), columns=columns), exact)
+    assert full.shape == exact.shape == (64, wide) and w.shape == (64, columns)
+    if wide % 512 == 0:
+        assert not (reason := why_not(*w.pair)) or "Triton" in reason
+    x = jnp.asarray(rng.normal(size=(3, 64)), jnp.bfloat16)
+    chex.assert_trees_all_equal(jax.jit(linear)(w, x), jax.jit(linear)(dense, x))
+    chex.assert_trees_all_equal(decode_layer((w,))[0], dense)
+    chex.assert_trees_all_equal(linear(w.substitute, x).shape, (3, columns))
