@@ -227,8 +227,10 @@ def random_target(
         split = split or random_splits(plan, seed)
         copied = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a.copy()
     table_key, head_key = jax.random.split(jax.random.fold_in(key, cfg.layers))
-    head = None
-    if plan.split_head:  # first, while the device has room for the whole head
+    table = head = None
+    if plan.table_on_host:  # first, while the device has room for a whole table
+        table = np.asarray(_random_table(table_key, cfg))
+    if plan.split_head:
         shape = plan.model.head_DV.shape
         head = _normal(head_key, shape, cfg.dtype)
         one = jax.tree.map(np.asarray, split_layer(head, plan.model.head_DV))
@@ -253,16 +255,22 @@ def random_target(
         layers.append(jax.block_until_ready((to_device if i in plan.stays else offload)(layer)))
         if progress:
             progress(i + 1)
-    table = _normal(table_key, (cfg.vocab, cfg.d_model), cfg.dtype)
-    if cfg.experts is not None:  # as large as what layers add, or all tokens are routed alike
-        table = table * jnp.asarray(cfg.d_model**0.5, table.dtype)
-    table = np.asarray(table) if plan.table_on_host else to_device(table, cfg.cards)
+    if table is None:
+        table = to_device(_random_table(table_key, cfg), cfg.cards)
     if not cfg.tied and head is None:
         head = normal(head_key, (cfg.d_model, cfg.head_columns), cfg.dtype)
     norm = jnp.ones(cfg.d_model, cfg.dtype)
     head, norm = to_device((head, norm), cfg.cards)
     params = Params(table, tuple(layers), norm, head)
     return Target(params, cfg, plan.ahead, expert_cache(params, plan))
+
+
+def _random_table(key, cfg):
+    table = _normal(key, (cfg.vocab, cfg.d_model), cfg.dtype)
+    if cfg.experts is None:
+        return table
+    # As large as what layers add, or all tokens are routed alike.
+    return table * jnp.asarray(cfg.d_model**0.5, table.dtype)
 
 
 def random_splits(plan: Plan, seed: int = 0) -> dict[bool, Layer]:

@@ -28,7 +28,7 @@ class Split:
     """An exact matrix [D, F] in two parts: the low-bit substitute for the draft, and the residual.
 
     The substitute is always on the device; the residual may be in host memory. Both may have more
-    columns than F (`width_of`), of zeros.
+    columns than F (`width_of`).
     """
 
     substitute: Packed
@@ -94,10 +94,13 @@ def width_of(columns: int, bits: int) -> int:
 
 
 def widened(w: Any, bits: int) -> Any:
-    """The array with columns of zeros up to `width_of`; of NumPy NumPy."""
+    """The array with more columns, up to `width_of`; of NumPy NumPy.
+
+    The first ones again: zeros would cost more bits, for they are no likely numbers of a matrix.
+    """
     more = width_of(w.shape[1], bits) - w.shape[1]
-    pad = np.pad if isinstance(w, np.ndarray) else jnp.pad
-    return pad(w, ((0, 0), (0, more))) if more else w
+    join = np.concatenate if isinstance(w, np.ndarray) else jnp.concatenate
+    return join([w, w[:, :more]], axis=1) if more else w
 
 
 def split_experts(low: tuple[Packed, Packed], pairs: Sequence[tuple[Residual, Residual]]):
