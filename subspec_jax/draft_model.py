@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import Config
+from llm_jax.disk import loaded
 from llm_jax.int8 import int8
 from llm_jax.mxfp4 import Mxfp4, dense
 from llm_jax.packed import packed
@@ -139,10 +140,12 @@ def _low(bits: int, group: int, iterations: int, *matrices: jax.Array):
 def substitute_layer(layer: Layer, bits: int = 4, group: int = 64, iterations: int = 20) -> Layer:
     """The layer with every matrix quantized, on the device; norms are the same buffers.
 
-    Matrices in host memory are brought over one at a time. Of shapes, shapes.
+    Matrices in host memory are brought over one at a time, those on disk are read. Of shapes,
+    shapes.
     """
     if has_split(layer):
         return substitutes(layer)
+    layer = loaded(layer)
     if isinstance(layer.mlp, Experts):
         return _low_experts(layer, bits, group, iterations)
     leaves, structure = jax.tree.flatten(layer)

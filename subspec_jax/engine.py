@@ -62,6 +62,8 @@ class Engine:
         self.device: dict[str, str] = {}
         self.link_bytes_per_s = self.memory_bytes_per_s = 0.0
         """Measured bandwidths of the link and of device memory."""
+        self.disk_bytes_per_s: float | None = None
+        """The disk's, measured when layers on it are loaded; None before, and where none are."""
         self.timings: dict[str, Any] = {"load_s": 0.0, "quantize_s": {}}
         self.costs: dict[tuple[str, int], RoundCosts] = {}
         """What `predict` measured, by method and number of texts."""
@@ -182,9 +184,12 @@ class Engine:
     def _load(self, p: Plan) -> None:
         began = time.perf_counter()
         self._layers = p.streams_residuals, p.split_head
+        self.source.prepare(p, self.reporter)
         with self.reporter.bar("Loading layers", p.cfg.layers) as step:
             how = self.options.verify_weights, self.options.check_files
             self.target = self.source.load(p, step, *how)
+        if (ring := self.target.ring) is not None and self.disk_bytes_per_s is None:
+            self.disk_bytes_per_s = probe.disk_bandwidth(a for layer in ring.layers for a in layer)
         self.timings["load_s"] += time.perf_counter() - began
 
     def _unload(self) -> None:
@@ -227,10 +232,11 @@ class Engine:
         self.decoder = self.together = None  # frees caches before the next one makes its own
         self.method = self.methods[m.name]
         self.load()
-        key = (p.resident, p.draft, p.table_on_host, p.hot)
+        key = (p.resident, p.draft, p.table_on_host, p.hot, p.disk)
         if key != self._draft_key:
             self._draft = None  # frees it before layers move in
-            if (p.streams_residuals, p.split_head) != self._layers:
+            missing = p.disk and not self.target.stored
+            if missing or (p.streams_residuals, p.split_head) != self._layers:
                 self.target = None
                 self._load(p)
             self.target = arrange(self.target, p)
@@ -388,6 +394,7 @@ class Engine:
             "pool": self.pool,
             "link_bytes_per_s": self.link_bytes_per_s,
             "memory_bytes_per_s": self.memory_bytes_per_s,
+            "disk_bytes_per_s": self.disk_bytes_per_s,
             **self.timings,
             **total,
             "tau": total["tokens"] / total["passes"] if total["passes"] else None,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.checkpoint import Checkpoint
+from llm_jax.disk import loaded
 from llm_jax.packed import packed
 from llm_jax.params import Experts, Layer, Params, init_layer, joined, unjoined
 from llm_jax.progress import Progress
@@ -17,17 +18,20 @@ from llm_jax.quantize import quantize
 from llm_jax.stream import to_device
 from pallas_kernels.residual_decode.code import pad
 from subspec_jax.experts import ExpertCache, apart, room_for
-from subspec_jax.offload import offload, place, separate_experts
-from subspec_jax.plan import Plan, expert_bytes
+from subspec_jax.layout import expert_bytes
+from subspec_jax.offload import offload, separate_experts
+from subspec_jax.plan import Plan
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import Split, SplitExperts, decode_layer, is_split, split_experts
 from subspec_jax.residual.stacks import decoded_experts
+from subspec_jax.stored import Stored
+from subspec_jax.tiers import rearranged, to_home
 from subspec_jax.verify import Target
 
 
 def load_target(
-    source: Checkpoint | Converted,
+    source: Checkpoint | Converted | Stored,
     plan: Plan,
     progress: Progress | None = None,
     verify: bool = False,
@@ -40,24 +44,45 @@ def load_target(
     the device before they are placed. `check` compares the files of a converted model with their
     checksums, at some GB a second. `verify` also decodes all weights and compares them with those
     that were converted, which takes some seconds a layer. Both raise ResidualError for a
-    difference. Raises ValueError if the plan streams residuals and the source is not converted.
+    difference. Raises ValueError if the plan streams residuals and the source is not converted, or
+    has layers on disk and the source is a checkpoint, whose matrices lie otherwise.
     """
+    lying: tuple[Layer, ...] = ()
+    if plan.disk and isinstance(source, Converted | Stored):
+        of = source.lying if isinstance(source, Converted) else source.layer
+        lying = tuple(map(of, range(plan.cfg.layers)))
 
     def place_layer(i, layer):
         layer = separate_experts(layer, True) if in_mxfp4(plan, i) else layer
-        return jax.block_until_ready((to_device if i in plan.stays else offload)(layer))
+        return to_home(i, layer, lying, plan)
 
     def place_table(name, array):
         on_host = name == "embed_VD" and plan.table_on_host
         return np.array(array) if on_host else to_device(array)
 
     if isinstance(source, Converted):
-        return _load_converted(source, plan, place_layer, place_table, progress, verify, check)
+        given = place_layer, place_table, progress, verify, check
+        return dataclasses.replace(_load_converted(source, plan, *given), stored=lying)
+    if isinstance(source, Stored):
+        tables = {name: place_table(name, loaded(a)) for name, a in source.tables().items()}
+        layers = _placed(lying, place_layer, progress)
+        return Target(Params(layers=layers, **tables), plan.cfg, plan.ahead, stored=lying)
+    if plan.disk:
+        raise ValueError("this plan has layers on disk; store the checkpoint's first")
     if plan.streams_residuals:
         raise ValueError("this plan streams residuals; convert the checkpoint first")
     report = (lambda done, total: progress(done)) if progress else None
     params = source.load(plan.cfg, place_layer, place_table, report)
     return Target(params, plan.cfg, plan.ahead, expert_cache(params, plan))
+
+
+def _placed(layers, place_layer, progress: Progress | None) -> tuple[Layer, ...]:
+    placed = []
+    for i, layer in enumerate(layers):
+        placed.append(place_layer(i, layer))
+        if progress:
+            progress(i + 1)
+    return tuple(placed)
 
 
 def in_mxfp4(plan: Plan, layer: int) -> bool:
@@ -93,7 +118,8 @@ def _decode_head(head: Split, vocab: int):
 def _load_converted(source, plan, place_layer, place_table, progress, verify, check) -> Target:
     layers, split_layers = [], plan.streams_residuals  # which looks at every layer of the plan
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # the next file, while one is placed
-        checked = [pool.submit(source.check, i) for i in (None, 0)] if check else []
+        check_file = lambda i: source.check(i, i in plan.disk)
+        checked = [pool.submit(check_file, i) for i in (None, 0)] if check else []
         if verify:
             source.verify_tables()
         tables = {name: place_table(name, array) for name, array in source.tables.items()}
@@ -109,8 +135,8 @@ def _load_converted(source, plan, place_layer, place_table, progress, verify, ch
             for file in checked:
                 file.result()
             last = i + 1 == plan.cfg.layers
-            checked = [pool.submit(source.check, i + 1)] if check and not last else []
-            split = source.layer(i)
+            checked = [pool.submit(check_file, i + 1)] if check and not last else []
+            split = source.lying(i) if i in plan.disk and not verify else source.layer(i)
             if verify or not split_layers:
                 whole = _whole(split)
                 if verify:
@@ -131,6 +157,7 @@ def random_target(
     progress: Progress | None = None,
     split: dict[bool, Layer] | None = None,
     zipf: float = 0.0,
+    stored: Stored | None = None,
 ) -> Target:
     """Random weights of the plan's architecture, made on the device layer by layer; for timing.
 
@@ -139,14 +166,16 @@ def random_target(
 
     If the plan streams residuals, one layer is encoded on the host, and one more where only some
     have experts; all layers are copies of these. `split`, made by `random_splits`, can be given
-    instead. A head in two parts is encoded too.
+    instead. A head in two parts is encoded too. Where the plan has layers on disk, all layers are
+    those that are `stored`.
     """
     cfg = plan.cfg
     make = jax.jit(init_layer, static_argnames=("cfg", "index"))
+    lying = tuple(map(stored.layer, range(cfg.layers))) if plan.disk else ()
     shared: list[Layer] = []
     normal = jax.jit(_normal, static_argnames=("shape", "dtype"))
     key, layers = jax.random.key(seed), []
-    if plan.streams_residuals:
+    if plan.streams_residuals and not plan.disk:
         split = split or random_splits(plan, seed)
         copied = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a.copy()
     table_key, head_key = jax.random.split(jax.random.fold_in(key, cfg.layers))
@@ -156,7 +185,9 @@ def random_target(
         head = normal(head_key, shape, cfg.dtype)
         head = to_device(split_layer(head, plan.model.head_DV))
     for i in range(cfg.layers):
-        if plan.streams_residuals and not cfg.has_experts(i):
+        if lying:
+            layer = lying[i]
+        elif plan.streams_residuals and not cfg.has_experts(i):
             layer = jax.tree.map(copied, split[False])
         elif plan.streams_residuals:  # its experts are shared, all else is its own
             w = split[True].mlp.expert_gate_up
@@ -170,7 +201,7 @@ def random_target(
         if cfg.has_experts(i):
             layer = _smaller_steps(layer, cfg) if split is None else layer
             layer = _with_shared_experts(layer, shared, i, zipf, in_mxfp4(plan, i))
-        layers.append(jax.block_until_ready((to_device if i in plan.stays else offload)(layer)))
+        layers.append(to_home(i, layer, lying, plan))
         if progress:
             progress(i + 1)
     table = normal(table_key, (cfg.vocab, cfg.d_model), cfg.dtype)
@@ -182,7 +213,7 @@ def random_target(
     norm = jnp.ones(cfg.d_model, cfg.dtype)
     head, norm = to_device((head, norm))
     params = Params(table, tuple(layers), norm, head)
-    return Target(params, cfg, plan.ahead, expert_cache(params, plan))
+    return Target(params, cfg, plan.ahead, expert_cache(params, plan), lying)
 
 
 def random_splits(plan: Plan, seed: int = 0) -> dict[bool, Layer]:
@@ -297,7 +328,7 @@ def arrange(target: Target, plan: Plan) -> Target:
     table = target.params.embed_VD
     if plan.table_on_host and not isinstance(table, np.ndarray):
         table = np.asarray(table)
-    layers = place(target.params.layers, plan.stays)
+    layers = rearranged(target.params.layers, target.stored, plan)
     if not plan.table_on_host:
         table = to_device(table)
     params = dataclasses.replace(target.params, embed_VD=table, layers=layers)

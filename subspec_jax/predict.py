@@ -24,8 +24,9 @@ from llm_jax.stream import StreamedLayer, to_device
 from subspec_jax.draft import Drafting, grow
 from subspec_jax.draft_model import drafted_layers, make_draft
 from subspec_jax.experts import apart, room_for
+from subspec_jax.layout import expert_bytes
 from subspec_jax.offload import offload, separate_experts, streamed_bytes
-from subspec_jax.plan import Plan, expert_bytes
+from subspec_jax.plan import Plan
 from subspec_jax.predict_experts import Routing, routed_block_seconds, routed_pass_seconds
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, lay_out
