@@ -80,7 +80,8 @@ class DiskRing:
         slot, kept = self._slots.get(), False
         try:
             views = self.reader.read(self.layers[number], slot)
-            arrays = jax.block_until_ready(jax.device_put(views, self._place))
+            arrays = jax.device_put(views, self._place, may_alias=not self._copies)
+            jax.block_until_ready(arrays)
             kept = not self._copies
             return Filled(arrays, slot if kept else None)
         finally:

@@ -143,8 +143,8 @@ class Plan:
         tau: float,
         link: float,
         memory: float,
-        disk: float = math.inf,
         overhead: float = 0.005,
+        disk: float = math.inf,
     ) -> float:
         """The upper bound tau / (pass + draft steps + overhead), in tokens per second.
 

@@ -34,7 +34,15 @@ from subspec_jax.tree import cache_slots
 ASIDE = ("output", "show", "compare", "method", "samples", "predict")
 ASIDE += ("check_files", "verify_weights", "prompt")
 """Flags that do not change what a method decodes. The prompt is the question, which is compared."""
-PATHS = ("checkpoint", "adapter", "draft_checkpoint", "data_dir", "palu", "converted")
+PATHS = (
+    "checkpoint",
+    "adapter",
+    "draft_checkpoint",
+    "data_dir",
+    "palu",
+    "converted",
+    "disk_folder",
+)
 """Where something is. The model counts by its content, and so does each question."""
 
 
