@@ -30,8 +30,8 @@ class DiskRing:
     """At most `room` layers in memory: being read, waiting, or in use.
 
     `place` is where arrays go. On a CPU that is the slot itself, and `copies` is False: then a slot
-    is read into again when its layer is given back. Elsewhere they are copied, such as to pinned
-    memory, from one of two slots.
+    is read into again when its layer is given back. Elsewhere `device_put` copies them, such as to
+    pinned memory, from one of two slots.
     """
 
     def __init__(
@@ -80,8 +80,7 @@ class DiskRing:
         slot, kept = self._slots.get(), False
         try:
             views = self.reader.read(self.layers[number], slot)
-            arrays = jax.device_put(views, self._place, may_alias=not self._copies)
-            jax.block_until_ready(arrays)
+            arrays = jax.block_until_ready(jax.device_put(views, self._place))
             kept = not self._copies
             return Filled(arrays, slot if kept else None)
         finally:

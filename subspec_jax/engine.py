@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from llm_jax.disk import Reads
 from llm_jax.files import cache_folder
 from llm_jax.generation import checked_tokens
 from llm_jax.grammar import Guide
@@ -63,7 +64,9 @@ class Engine:
         self.link_bytes_per_s = self.memory_bytes_per_s = 0.0
         """Measured bandwidths of the link and of device memory."""
         self.disk_bytes_per_s: float | None = None
-        """The disk's, measured when layers on it are loaded; None before, and where none are."""
+        """The disk's; None where no layers are on it."""
+        self.disk_direct = True
+        """Whether the disk is read past the page cache."""
         self.timings: dict[str, Any] = {"load_s": 0.0, "quantize_s": {}}
         self.costs: dict[tuple[str, int], RoundCosts] = {}
         """What `predict` measured, by method and number of texts."""
@@ -89,7 +92,8 @@ class Engine:
     # ------------------------------------------------------------------ loading
 
     def start(self) -> None:
-        """Touches the device for the first time, and measures its bandwidths."""
+        """Touches the device for the first time, and measures its bandwidths. Layers that are to be
+        on disk are written, if they are not there."""
         self._check_open()
         if self.device:
             return
@@ -105,6 +109,16 @@ class Engine:
         size = min(2**30 if self.pool else 2**28, least // 4)  # the probes must not be the peak
         self.link_bytes_per_s = probe.link_bandwidth(size)
         self.memory_bytes_per_s = probe.memory_bandwidth(size)
+        if plans := [p for p in self.plans.values() if p.disk]:
+            self.source.prepare(plans[0], self.reporter)
+            self.disk_bytes_per_s, self.disk_direct = probe.disk_bandwidth(
+                self.source.lying(plans[0])
+            )
+
+    def disk_reads(self) -> Reads:
+        """What was read from disk since the target was placed."""
+        ring = None if self.target is None else self.target.ring
+        return Reads() if ring is None else dataclasses.replace(ring.reader.reads)
 
     def compile(self) -> None:
         """On a GPU: compiles every method's large programs while the device is empty."""
@@ -145,7 +159,7 @@ class Engine:
                     costs = predict_batch.measure_together(p, layer, texts, p.spec_of(texts))
                 self.costs[name, texts] = costs
         costs, link = self.costs[name, texts], self.link_bytes_per_s
-        given = p, costs, link, routing or self.source.routing()
+        given = p, costs, link, routing or self.source.routing(), self.disk_bytes_per_s
         seconds = verify_seconds(*given), round_seconds(*given)
         return dataclasses.asdict(costs) | dict(zip(("verify", "round"), seconds, strict=True))
 
@@ -188,11 +202,11 @@ class Engine:
         with self.reporter.bar("Loading layers", p.cfg.layers) as step:
             how = self.options.verify_weights, self.options.check_files
             self.target = self.source.load(p, step, *how)
-        if (ring := self.target.ring) is not None and self.disk_bytes_per_s is None:
-            self.disk_bytes_per_s = probe.disk_bandwidth(a for layer in ring.layers for a in layer)
         self.timings["load_s"] += time.perf_counter() - began
 
     def _unload(self) -> None:
+        if self.target is not None and self.target.ring is not None:
+            self.target.ring.close()
         self.target = self.decoder = self.together = self._draft = self._draft_key = None
 
     def use(self, method: str | Method) -> Decoder:

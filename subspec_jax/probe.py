@@ -35,9 +35,9 @@ def memory_bandwidth(size: int = 2**28, repeats: int = 4) -> float:
     return 2 * x.nbytes / min(times)
 
 
-def disk_bandwidth(arrays: Iterable[DiskArray], seconds: float = 0.5) -> float:
-    """Bytes per second that these arrays are read with, past the page cache; ends after about
-    `seconds`. Bytes are checked against their digests, as a stream does it."""
+def disk_bandwidth(arrays: Iterable[DiskArray], seconds: float = 0.5) -> tuple[float, bool]:
+    """(bytes per second that these arrays are read with, whether past the page cache). Ends after
+    about `seconds`."""
     arrays = list(arrays)
     reader, slot = DiskReader(), Slot(max(slot_bytes([a]) for a in arrays))
     began = time.perf_counter()
@@ -46,6 +46,6 @@ def disk_bandwidth(arrays: Iterable[DiskArray], seconds: float = 0.5) -> float:
             reader.read([a], slot)
             if time.perf_counter() - began > seconds:
                 break
-        return reader.reads.bytes_per_s
+        return reader.reads.bytes_per_s, reader.reads.direct
     finally:
         reader.close()

@@ -19,6 +19,7 @@ from llm_jax.adapted import Adapted, adapted
 from llm_jax.checkpoint import Checkpoint, table_shapes
 from llm_jax.config import Config
 from llm_jax.digest import json_digest
+from llm_jax.disk import DiskArray
 from llm_jax.files import cache_folder
 from llm_jax.params import Layer, Params, abstract, init_layer
 from llm_jax.progress import Progress, Reporter
@@ -165,6 +166,12 @@ class Source:
         """Writes the layers that the plan has on disk, if they are not there."""
         if self._stores(plan):
             self.stored(plan, reporter)
+
+    def lying(self, plan: Plan) -> list[DiskArray]:
+        """The arrays of a plan's layers that are on disk, where they lie."""
+        of = self.stored(plan).layer if self._stores(plan) else self.converted.lying
+        leaves = jax.tree.leaves([of(i) for i in sorted(plan.disk)])
+        return [a for a in leaves if isinstance(a, DiskArray)]
 
     def one_layer(self, plan: Plan) -> Layer:
         """A layer of the kind that the plan's target has, to be timed."""

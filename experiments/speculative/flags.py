@@ -56,8 +56,8 @@ class Speculative:
     verify_weights: bool = False
     """Also decode the converted model's weights and compare them with those it was made of."""
     memory_limit: str = "auto"
-    """Device memory, such as 8GB (1 GB is 2**30 bytes); enforced on a GPU. On a CPU it is the memory
-    of the process beside that of the programs; layers beyond it are read from disk in every pass.
+    """Device memory, such as 8GB (1 GB is 2**30 bytes); enforced on a GPU. On a CPU it is memory
+    for weights and caches; layers beyond it are read from disk in every pass.
     auto: the card's; where the whole model fits, a limit that holds a quarter of its layers.
     full: what there is, whatever fits."""
     host_limit: str = "auto"
