@@ -43,6 +43,10 @@ COMMANDS = {
         "experiments.measure.turns",
         "time a chat's turns, with a prefix cache or none",
     ),
+    "measure.disk": (
+        "experiments.measure.disk",
+        "time a model that fits neither on the device nor into host memory",
+    ),
     "measure.experts": (
         "experiments.measure.experts",
         "time a model with experts that does not fit: plain passes and trees",

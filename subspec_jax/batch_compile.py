@@ -19,8 +19,9 @@ from subspec_jax.batch_lookup import along, grow_each_along
 from subspec_jax.batch_programs import Growing, Seats, Verifying
 from subspec_jax.draft_model import make_draft
 from subspec_jax.experts import lowered, room_for
+from subspec_jax.layout import expert_bytes
 from subspec_jax.offload import separate_shapes
-from subspec_jax.plan import Plan, expert_bytes
+from subspec_jax.plan import Plan
 from subspec_jax.tree import cache_slots
 from subspec_jax.verify import jit_block
 

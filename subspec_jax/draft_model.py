@@ -16,6 +16,7 @@ import numpy as np
 
 from llm_jax.cards import PARTS, on_each, own_rows
 from llm_jax.config import Config
+from llm_jax.disk import loaded
 from llm_jax.int8 import int8
 from llm_jax.mxfp4 import Mxfp4, dense
 from llm_jax.packed import packed
@@ -146,11 +147,12 @@ def substitute_layer(
 ) -> Layer:
     """The layer with every matrix quantized, on the device; norms are the same buffers.
 
-    Matrices in host memory are brought over one at a time; of several `cards` all at once, and each
-    quantizes its part. Of shapes, shapes.
+    Matrices in host memory are brought over one at a time, those on disk are read; of several
+    `cards` all at once, and each quantizes its part. Of shapes, shapes.
     """
     if has_split(layer):
         return substitutes(layer)
+    layer = loaded(layer)
     if isinstance(layer.mlp, Experts):
         return _low_experts(layer, bits, group, iterations)
     leaves, structure = jax.tree.flatten(layer)

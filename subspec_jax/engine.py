@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from llm_jax.disk import Reads
 from llm_jax.files import cache_folder
 from llm_jax.generation import checked_tokens
 from llm_jax.grammar import Guide
@@ -62,6 +63,10 @@ class Engine:
         self.device: dict[str, str] = {}
         self.link_bytes_per_s = self.memory_bytes_per_s = 0.0
         """Measured bandwidths of the link and of device memory."""
+        self.disk_bytes_per_s: float | None = None
+        """The disk's; None where no layers are on it."""
+        self.disk_direct = True
+        """Whether the disk is read past the page cache."""
         self.timings: dict[str, Any] = {"load_s": 0.0, "quantize_s": {}}
         self.costs: dict[tuple[str, int], RoundCosts] = {}
         """What `predict` measured, by method and number of texts."""
@@ -87,7 +92,8 @@ class Engine:
     # ------------------------------------------------------------------ loading
 
     def start(self) -> None:
-        """Touches the device for the first time, and measures its bandwidths."""
+        """Touches the device for the first time, and measures its bandwidths. Layers that are to be
+        on disk are written, if they are not there."""
         self._check_open()
         if self.device:
             return
@@ -103,6 +109,16 @@ class Engine:
         size = min(2**30 if self.pool else 2**28, least // 4)  # the probes must not be the peak
         self.link_bytes_per_s = probe.link_bandwidth(size, cards=self.cfg.cards)
         self.memory_bytes_per_s = probe.memory_bandwidth(size)
+        if plans := [p for p in self.plans.values() if p.disk]:
+            self.source.prepare(plans[0], self.reporter)
+            self.disk_bytes_per_s, self.disk_direct = probe.disk_bandwidth(
+                self.source.lying(plans[0])
+            )
+
+    def disk_reads(self) -> Reads:
+        """What was read from disk since the target was placed."""
+        ring = None if self.target is None else self.target.ring
+        return Reads() if ring is None else dataclasses.replace(ring.reader.reads)
 
     def compile(self) -> None:
         """On a GPU: compiles every method's large programs while the device is empty."""
@@ -143,7 +159,7 @@ class Engine:
                     costs = predict_batch.measure_together(p, layer, texts, p.spec_of(texts))
                 self.costs[name, texts] = costs
         costs, link = self.costs[name, texts], self.link_bytes_per_s
-        given = p, costs, link, routing or self.source.routing()
+        given = p, costs, link, routing or self.source.routing(), self.disk_bytes_per_s
         seconds = verify_seconds(*given), round_seconds(*given)
         return dataclasses.asdict(costs) | dict(zip(("verify", "round"), seconds, strict=True))
 
@@ -182,12 +198,15 @@ class Engine:
     def _load(self, p: Plan) -> None:
         began = time.perf_counter()
         self._layers = p.streams_residuals, p.split_head
+        self.source.prepare(p, self.reporter)
         with self.reporter.bar("Loading layers", p.cfg.layers) as step:
             how = self.options.verify_weights, self.options.check_files
             self.target = self.source.load(p, step, *how)
         self.timings["load_s"] += time.perf_counter() - began
 
     def _unload(self) -> None:
+        if self.target is not None and self.target.ring is not None:
+            self.target.ring.close()
         self.target = self.decoder = self.together = self._draft = self._draft_key = None
 
     def use(self, method: str | Method) -> Decoder:
@@ -227,10 +246,11 @@ class Engine:
         self.decoder = self.together = None  # frees caches before the next one makes its own
         self.method = self.methods[m.name]
         self.load()
-        key = (p.resident, p.draft, p.table_on_host, p.hot)
+        key = (p.resident, p.draft, p.table_on_host, p.hot, p.disk)
         if key != self._draft_key:
             self._draft = None  # frees it before layers move in
-            if (p.streams_residuals, p.split_head) != self._layers:
+            missing = p.disk and not self.target.stored
+            if missing or (p.streams_residuals, p.split_head) != self._layers:
                 self.target = None
                 self._load(p)
             self.target = arrange(self.target, p)
@@ -389,6 +409,7 @@ class Engine:
             "pool": self.pool,
             "link_bytes_per_s": self.link_bytes_per_s,
             "memory_bytes_per_s": self.memory_bytes_per_s,
+            "disk_bytes_per_s": self.disk_bytes_per_s,
             **self.timings,
             **total,
             "tau": total["tokens"] / total["passes"] if total["passes"] else None,

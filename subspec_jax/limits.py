@@ -15,6 +15,7 @@ from subspec_jax.methods import Method
 from subspec_jax.options import Options
 from subspec_jax.plan import Plan, PlanError, make_plan
 from subspec_jax.sources import Source
+from subspec_jax.tiers import host_room, why_not_on_disk, with_disk
 
 TRIALS = 2**29
 """Added to the pool of an emulated limit: the compiler times candidate kernels on buffers of its
@@ -32,7 +33,7 @@ def plan_for(
     """The plan of a method; `resident` and `table_on_host` override the options'."""
     kernels = memory.card_has_kernels() and not switched_off() and source.cfg.dtype == "bfloat16"
     on_host = options.table_on_host if table_on_host is None else table_on_host
-    return make_plan(
+    plan = make_plan(
         source.cfg,
         limit,
         method.spec,
@@ -48,6 +49,10 @@ def plan_for(
         texts=options.texts,
         ladder=options.ladder,
     )
+    room = host_room(options.host_limit, source.checkpoint is None)
+    if room is None or (options.host_limit is None and why_not_on_disk(plan)):
+        return plan
+    return with_disk(plan, room, memory.card_bytes() is not None)
 
 
 def chosen_limit(

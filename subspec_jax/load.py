@@ -12,6 +12,7 @@ import numpy as np
 
 from llm_jax.cards import AXIS, PARTS, cut, cut_head, on_each, together
 from llm_jax.checkpoint import Checkpoint
+from llm_jax.disk import loaded
 from llm_jax.packed import packed
 from llm_jax.params import Experts, Layer, Params, init_layer, joined, unjoined
 from llm_jax.progress import Progress
@@ -19,8 +20,9 @@ from llm_jax.quantize import quantize
 from llm_jax.stream import to_device
 from pallas_kernels.residual_decode.code import pad
 from subspec_jax.experts import ExpertCache, apart, room_for
-from subspec_jax.offload import moving, offload, place, separate_experts
-from subspec_jax.plan import Plan, expert_bytes
+from subspec_jax.layout import expert_bytes
+from subspec_jax.offload import moving, offload, separate_experts
+from subspec_jax.plan import Plan
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.parts import ConvertedParts
@@ -33,11 +35,13 @@ from subspec_jax.residual.split import (
     widened,
 )
 from subspec_jax.residual.stacks import decoded_experts
+from subspec_jax.stored import Stored
+from subspec_jax.tiers import rearranged, to_home
 from subspec_jax.verify import Target
 
 
 def load_target(
-    source: Checkpoint | Converted | ConvertedParts,
+    source: Checkpoint | Converted | ConvertedParts | Stored,
     plan: Plan,
     progress: Progress | None = None,
     verify: bool = False,
@@ -50,8 +54,13 @@ def load_target(
     the device before they are placed. `check` compares the files of a converted model with their
     checksums, at some GB a second. `verify` also decodes all weights and compares them with those
     that were converted, which takes some seconds a layer. Both raise ResidualError for a
-    difference. Raises ValueError if the plan streams residuals and the source is not converted.
+    difference. Raises ValueError if the plan streams residuals and the source is not converted, or
+    has layers on disk and the source is a checkpoint, whose matrices lie otherwise.
     """
+    lying: tuple[Layer, ...] = ()
+    if plan.disk and isinstance(source, Converted | Stored):
+        of = source.lying if isinstance(source, Converted) else source.layer
+        lying = tuple(map(of, range(plan.cfg.layers)))
 
     if isinstance(source, ConvertedParts):
         return _load_converted_parts(source, plan, progress, verify, check)
@@ -60,14 +69,21 @@ def load_target(
 
     def place_layer(i, layer):
         layer = separate_experts(layer, True) if in_mxfp4(plan, i) else layer
-        return jax.block_until_ready((to_device if i in plan.stays else offload)(layer))
+        return to_home(i, layer, lying, plan)
 
     def place_table(name, array):
         on_host = name == "embed_VD" and plan.table_on_host
         return np.array(array) if on_host else to_device(array)
 
     if isinstance(source, Converted):
-        return _load_converted(source, plan, place_layer, place_table, progress, verify, check)
+        given = place_layer, place_table, progress, verify, check
+        return dataclasses.replace(_load_converted(source, plan, *given), stored=lying)
+    if isinstance(source, Stored):
+        tables = {name: place_table(name, loaded(a)) for name, a in source.tables().items()}
+        layers = _placed(lying, place_layer, progress)
+        return Target(Params(layers=layers, **tables), plan.cfg, plan.ahead, stored=lying)
+    if plan.disk:
+        raise ValueError("this plan has layers on disk; store the checkpoint's first")
     if plan.streams_residuals:
         raise ValueError("this plan streams residuals; convert the checkpoint first")
     report = (lambda done, total: progress(done)) if progress else None
@@ -137,6 +153,15 @@ def spread(parts: Sequence[Layer], stays: bool) -> Layer:
     return together(parts, jax.tree.map(kind, moving(parts[0])))
 
 
+def _placed(layers, place_layer, progress: Progress | None) -> tuple[Layer, ...]:
+    placed = []
+    for i, layer in enumerate(layers):
+        placed.append(place_layer(i, layer))
+        if progress:
+            progress(i + 1)
+    return tuple(placed)
+
+
 def in_mxfp4(plan: Plan, layer: int) -> bool:
     """Whether the plan has a layer's experts in MXFP4's own form."""
     return getattr(apart(plan.model.layers[layer]), "mxfp4", False)
@@ -170,7 +195,8 @@ def _decode_head(head: Split, vocab: int):
 def _load_converted(source, plan, place_layer, place_table, progress, verify, check) -> Target:
     layers, split_layers = [], plan.streams_residuals  # which looks at every layer of the plan
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # the next file, while one is placed
-        checked = [pool.submit(source.check, i) for i in (None, 0)] if check else []
+        check_file = lambda i: source.check(i, i in plan.disk)
+        checked = [pool.submit(check_file, i) for i in (None, 0)] if check else []
         if verify:
             source.verify_tables()
         tables = {name: place_table(name, array) for name, array in source.tables.items()}
@@ -186,8 +212,8 @@ def _load_converted(source, plan, place_layer, place_table, progress, verify, ch
             for file in checked:
                 file.result()
             last = i + 1 == plan.cfg.layers
-            checked = [pool.submit(source.check, i + 1)] if check and not last else []
-            split = source.layer(i)
+            checked = [pool.submit(check_file, i + 1)] if check and not last else []
+            split = source.lying(i) if i in plan.disk and not verify else source.layer(i)
             if verify or not split_layers:
                 whole = _whole(split)
                 if verify:
@@ -208,6 +234,7 @@ def random_target(
     progress: Progress | None = None,
     split: dict[bool, Layer] | None = None,
     zipf: float = 0.0,
+    stored: Stored | None = None,
 ) -> Target:
     """Random weights of the plan's architecture, made on the device layer by layer; for timing.
 
@@ -216,14 +243,16 @@ def random_target(
 
     If the plan streams residuals, one layer is encoded on the host, and one more where only some
     have experts; all layers are copies of these. `split`, made by `random_splits`, can be given
-    instead. A head in two parts is encoded too.
+    instead. A head in two parts is encoded too. Where the plan has layers on disk, all layers are
+    those that are `stored`.
     """
     cfg = plan.cfg
     make = functools.partial(_random_layer, cfg=cfg)
+    lying = tuple(map(stored.layer, range(cfg.layers))) if plan.disk else ()
     first: list[Layer] = []
     normal = functools.partial(_normal, cards=cfg.cards)
     key, layers = jax.random.key(seed), []
-    if plan.streams_residuals:
+    if plan.streams_residuals and not plan.disk:
         split = split or random_splits(plan, seed)
         copied = lambda a: jnp.copy(a) if isinstance(a, jax.Array) else a.copy()
     table_key, head_key = jax.random.split(jax.random.fold_in(key, cfg.layers))
@@ -236,7 +265,9 @@ def random_target(
         one = jax.tree.map(np.asarray, split_layer(head, plan.model.head_DV))
         head = together([one] * cfg.cards)
     for i in range(cfg.layers):
-        if plan.streams_residuals and not cfg.has_experts(i):
+        if lying:
+            layer = lying[i]
+        elif plan.streams_residuals and not cfg.has_experts(i):
             layer = jax.tree.map(copied, split[False])
         elif plan.streams_residuals:  # its experts are shared, all else is its own
             w = split[True].mlp.expert_gate_up
@@ -252,7 +283,7 @@ def random_target(
             layer = _with_shared_experts(layer, first, i, zipf, in_mxfp4(plan, i))
         if plan.streams_residuals and cfg.cards > 1:
             layer = spread([layer] * cfg.cards, i in plan.stays)
-        layers.append(jax.block_until_ready((to_device if i in plan.stays else offload)(layer)))
+        layers.append(to_home(i, layer, lying, plan))
         if progress:
             progress(i + 1)
     if table is None:
@@ -262,7 +293,7 @@ def random_target(
     norm = jnp.ones(cfg.d_model, cfg.dtype)
     head, norm = to_device((head, norm), cfg.cards)
     params = Params(table, tuple(layers), norm, head)
-    return Target(params, cfg, plan.ahead, expert_cache(params, plan))
+    return Target(params, cfg, plan.ahead, expert_cache(params, plan), lying)
 
 
 def _random_table(key, cfg):
@@ -400,7 +431,7 @@ def arrange(target: Target, plan: Plan) -> Target:
     table = target.params.embed_VD
     if plan.table_on_host and not isinstance(table, np.ndarray):
         table = np.asarray(table)
-    layers = place(target.params.layers, plan.stays)
+    layers = rearranged(target.params.layers, target.stored, plan)
     if not plan.table_on_host:
         table = to_device(table, plan.cfg.cards)
     params = dataclasses.replace(target.params, embed_VD=table, layers=layers)

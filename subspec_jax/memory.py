@@ -1,9 +1,11 @@
 """Device memory: amounts as people write them, what a card has, and the limit that is enforced."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import subprocess
+from pathlib import Path
 
 import jax
 from jax._src import xla_bridge
@@ -50,6 +52,20 @@ def device_bytes() -> int:
             for shard in a.addressable_shards:
                 buffers[shard.device.id, shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
     return sum(buffers.values())
+
+
+HOST_RESERVE = 2 * 2**30
+"""Host memory that is left to the rest of the process and to others, beside a tenth of it all."""
+
+
+def host_bytes() -> int:
+    """Host memory that layers may take: what the machine, or this process's cgroup, has, less a
+    tenth and `HOST_RESERVE`."""
+    least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no cgroups, or "max"
+            least = min(least, int(Path("/sys/fs/cgroup", file).read_text()))
+    return max(least * 9 // 10 - HOST_RESERVE, least // 2)
 
 
 @functools.cache

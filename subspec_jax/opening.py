@@ -20,6 +20,7 @@ from subspec_jax.decoder import LengthError
 from subspec_jax.draft_model import Draft
 from subspec_jax.engine import Engine
 from subspec_jax.limits import chosen_devices, chosen_limit, plan_for
+from subspec_jax.memory import MOST_BYTES, parse_bytes
 from subspec_jax.methods import Method, make_method
 from subspec_jax.options import Options, default_draft, default_tree
 from subspec_jax.plan import PlanError
@@ -31,6 +32,7 @@ def open(
     model: str | Path | Checkpoint,
     memory: str | int = "auto",
     *,
+    host: str | int = "auto",
     method: str | Method = "subspec",
     also: Sequence[str | Method] = (),
     tree: TreeSpec | None = None,
@@ -49,7 +51,9 @@ def open(
     Weights are loaded at the first use. `memory` limits device memory: a number of bytes, or text
     such as "8GB". It is enforced on a GPU, before JAX starts; on a CPU it is only planned for.
     "full": all of the card. "auto": the same, but if the whole model fits, a limit that holds a
-    quarter of its layers.
+    quarter of its layers. `host` limits host memory in the same way: layers beyond it are read from
+    disk in every pass. "auto": what the machine has; without a GPU, device and host are one memory,
+    and all layers that `memory` does not hold are on disk. "full": all are in memory.
 
     `method` is a name of `subspec_jax.methods.METHOD_NAMES`; `also` names further methods that this
     engine can change to (`Engine.use`); they share the limit. `tree`, `draft` (None: what suits the
@@ -62,6 +66,8 @@ def open(
     checkpoint that cannot be used.
     """
     options = dataclasses.replace(options, **changes)
+    if host != "auto":
+        options = dataclasses.replace(options, host_limit=host_bytes(host))
     checked_seed(options.seed)
     reporter = default_reporter() if reporter is None else reporter
     residual = options.stream == "residual"
@@ -69,6 +75,7 @@ def open(
     where = options.dtype, residual, random, options.seed, reporter, options.zipf, options.experts
     source = find_source(model, *where, adapter)
     source.share(chosen_devices(source, options.devices, reporter))
+    source.disk_folder = options.disk_folder
     longest_text = options.max_length or min(LONGEST, source.cfg.max_length)
     if longest_text > source.cfg.max_length:
         raise LengthError(
@@ -105,6 +112,13 @@ def open(
         return planned(default_draft(source.cfg, residual))
     except PlanError:
         return planned(Draft())  # 4 bits take less room than a CPU's 8
+
+
+def host_bytes(wanted: str | int) -> int:
+    """Bytes of host memory that `open` calls `host`, but for "auto"."""
+    if wanted == "full":
+        return MOST_BYTES
+    return wanted if isinstance(wanted, int) else parse_bytes(wanted)
 
 
 LONGEST, SHORTEST = 2048, 512

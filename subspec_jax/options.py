@@ -33,6 +33,12 @@ class Options:
     of the bytes; the device computes the exact weights from both. Converts the model once."""
     experts: Literal["routed", "all"] = "routed"
     """Which experts a pass brings to the device: those that its tokens are routed to, or all."""
+    host_limit: int | None = None
+    """Bytes of host memory for layers that are not on the device; those beyond it are on disk.
+    None: what the machine has; on one without a GPU none, so that all layers that are not resident
+    are on disk, unless they are random or cannot be there (`tiers.why_not_on_disk`)."""
+    disk_folder: Path | None = None
+    """Folder for layers on disk, with `stream` raw or random weights; None: in the cache."""
     zipf: float = 0.0
     """Random weights only: routers prefer some experts, as a law of Zipf with this exponent."""
     converted: Path | None = None

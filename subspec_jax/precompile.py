@@ -26,8 +26,9 @@ from subspec_jax.batch_compile import lowered_together
 from subspec_jax.draft import Drafting, extend_once, grow, grow_along
 from subspec_jax.draft_model import make_draft
 from subspec_jax.experts import lowered, room_for
+from subspec_jax.layout import expert_bytes
 from subspec_jax.offload import separate_shapes
-from subspec_jax.plan import Plan, expert_bytes
+from subspec_jax.plan import Plan
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, last_logits, lay_out
 

@@ -9,9 +9,10 @@ experts one by one, their pipeline is that of `subspec_jax.predict_experts`.
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ from llm_jax.stream import StreamedLayer, to_device
 from subspec_jax.draft import Drafting, grow
 from subspec_jax.draft_model import drafted_layers, make_draft
 from subspec_jax.experts import apart, room_for
+from subspec_jax.layout import expert_bytes
 from subspec_jax.offload import offload, separate_experts, streamed_bytes
-from subspec_jax.plan import Plan, expert_bytes
+from subspec_jax.plan import Plan
 from subspec_jax.predict_experts import Routing, routed_block_seconds, routed_pass_seconds
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, lay_out
@@ -58,26 +60,41 @@ def pass_seconds(
     ahead: int,
     early: float = 0.0,
     send: float = 0.0,
+    lie: Collection[int] = (),
+    disk: float = math.inf,
 ) -> float:
     """Seconds of a streamed pass.
 
     `sizes` are the bytes that each layer streams, 0 for resident ones. `block` is in seconds per
     layer and `link` in bytes per second. The first `ahead` + 1 copies start `early` seconds before
     the pass. Each later copy starts when a streamed layer's block is complete and the link is free.
-    To start a copy takes the host `send` seconds, in which no block runs.
+    To start a copy takes the host `send` seconds, in which no block runs. The layers `lie` are read
+    first, at `disk` bytes per second and one after another: as many as the ring holds beginning
+    `early`, each other one when a block lets one go.
     """
     streamed = [i for i, size in enumerate(sizes) if size]
     arrival, free, now = {}, -early, 0.0
-    coming = iter(streamed)
+    coming, reading = iter(streamed), iter([i for i in streamed if i in lie])
+    there, busy = {}, -early
+
+    def read(at):
+        nonlocal busy
+        if (i := next(reading, None)) is not None:
+            busy = there[i] = max(busy, at) + sizes[i] / disk
+
+    for _ in range(ahead + 2 if lie else 0):
+        read(-early)
 
     def start(i, at):
         nonlocal free
-        free = arrival[i] = max(free, at) + sizes[i] / link
+        free = arrival[i] = max(free, at, there.get(i, at)) + sizes[i] / link
 
     for i in itertools.islice(coming, ahead + 1):
         start(i, -early)
     for i, size in enumerate(sizes):
         now = max(now, arrival.get(i, 0.0)) + block
+        if i in lie:
+            read(now)
         if size and (following := next(coming, None)) is not None:
             now += send
             start(following, now)
@@ -85,17 +102,26 @@ def pass_seconds(
 
 
 def round_seconds(
-    plan: Plan, costs: RoundCosts, link: float, routing: Routing | None = None
+    plan: Plan,
+    costs: RoundCosts,
+    link: float,
+    routing: Routing | None = None,
+    disk: float | None = None,
 ) -> float:
-    """Seconds of one round of the plan: draft, pass and end. `link` is in bytes per second.
+    """Seconds of one round of the plan: draft, pass and end. `link` and `disk` are in bytes per
+    second.
 
-    `routing` is needed where passes bring experts one by one.
+    `routing` is needed where passes bring experts one by one, `disk` where layers are on it.
     """
-    return costs.draft + verify_seconds(plan, costs, link, routing) + costs.rest
+    return costs.draft + verify_seconds(plan, costs, link, routing, disk) + costs.rest
 
 
 def verify_seconds(
-    plan: Plan, costs: RoundCosts, link: float, routing: Routing | None = None
+    plan: Plan,
+    costs: RoundCosts,
+    link: float,
+    routing: Routing | None = None,
+    disk: float | None = None,
 ) -> float:
     """Seconds of the plan's pass, as in `round_seconds`."""
     if plan.hot is not None:
@@ -108,7 +134,8 @@ def verify_seconds(
         return statistics.fmean(routed_pass_seconds(counts, *given) for counts in drawn)
     layers = enumerate(plan.model.layers)
     sizes = [0 if i in plan.stays else streamed_bytes(layer) for i, layer in layers]
-    return pass_seconds(sizes, costs.block, link, plan.ahead, costs.draft, costs.send)
+    given = sizes, costs.block, link, plan.ahead, costs.draft, costs.send
+    return pass_seconds(*given, plan.disk, disk or math.inf)
 
 
 def why_not(plan: Plan) -> str | None:

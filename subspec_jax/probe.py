@@ -1,12 +1,14 @@
-"""Measured bandwidths of the link from pinned host memory, and of device memory."""
+"""Measured bandwidths of the link from pinned host memory, of device memory, and of the disk."""
 
 import time
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.cards import together
+from llm_jax.disk import DiskArray, DiskReader, Slot, slot_bytes
 from llm_jax.stream import to_device
 
 
@@ -35,3 +37,19 @@ def memory_bandwidth(size: int = 2**28, repeats: int = 4) -> float:
         jax.block_until_ready(x)
         times.append((time.perf_counter() - began) / 8)
     return 2 * x.nbytes / min(times)
+
+
+def disk_bandwidth(arrays: Iterable[DiskArray], seconds: float = 0.5) -> tuple[float, bool]:
+    """(bytes per second that these arrays are read with, whether past the page cache). Ends after
+    about `seconds`."""
+    arrays = list(arrays)
+    reader, slot = DiskReader(), Slot(max(slot_bytes([a]) for a in arrays))
+    began = time.perf_counter()
+    try:
+        for a in arrays:
+            reader.read([a], slot)
+            if time.perf_counter() - began > seconds:
+                break
+        return reader.reads.bytes_per_s, reader.reads.direct
+    finally:
+        reader.close()

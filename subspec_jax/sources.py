@@ -17,8 +17,10 @@ import numpy as np
 
 from llm_jax.adapted import Adapted, adapted
 from llm_jax.cards import CardsError, per_card, why_not
-from llm_jax.checkpoint import Checkpoint
+from llm_jax.checkpoint import Checkpoint, table_shapes
 from llm_jax.config import Config
+from llm_jax.digest import json_digest
+from llm_jax.disk import DiskArray
 from llm_jax.files import cache_folder
 from llm_jax.params import Attention, Layer, Params, abstract, init_layer
 from llm_jax.progress import Progress, Reporter
@@ -31,10 +33,12 @@ from subspec_jax.methods import MethodError
 from subspec_jax.offload import separate_shapes
 from subspec_jax.plan import Plan, make_plan
 from subspec_jax.predict_experts import Routing
-from subspec_jax.residual.convert import check_convertible, convert, is_complete
+from subspec_jax.residual.convert import check_convertible, convert
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.parts import ConvertedParts, card_checkpoints, card_folders
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
+from subspec_jax.residual.tensor_file import is_complete
+from subspec_jax.stored import Stored, store
 from subspec_jax.tree import TreeSpec
 from subspec_jax.verify import Target
 
@@ -72,6 +76,8 @@ class Source:
     """How unevenly random routers choose experts."""
     experts: str = "routed"
     """`Options.experts`."""
+    disk_folder: Path | None = None
+    """`Options.disk_folder`."""
 
     def __post_init__(self):
         self._random: dict[bool, Layer] | None = None
@@ -131,11 +137,60 @@ class Source:
         check: bool = True,
     ) -> Target:
         """The target where the plan wants it; see `load_target` for `verify` and `check`."""
+        if self._stores(plan):
+            stored = self.stored(plan)
+            if self.checkpoint is not None:
+                return load_target(stored, plan, progress)
+            return random_target(plan, self.seed, progress, stored=stored)
         source = self.converted if plan.streams_residuals else self.checkpoint
         if source is None:
             split = self._random_splits(plan) if plan.streams_residuals else None
             return random_target(plan, self.seed, progress, split, self.zipf)
         return load_target(source, plan, progress, plan.streams_residuals and verify, check)
+
+    def _stores(self, plan: Plan) -> bool:
+        """Whether the plan's layers are on disk, and not in the converted model's own files."""
+        return bool(plan.disk) and (self.converted is None or not plan.streams_residuals)
+
+    def stored(self, plan: Plan, reporter: Reporter = Reporter()) -> Stored:
+        """The layers of a plan that has some on disk, in a folder, which is written if needed."""
+        cfg, checkpoint, residual = self.cfg, self.checkpoint, plan.streams_residuals
+        weights = [self.name, self.seed] if checkpoint is None else checkpoint.digest()
+        identity = [weights, dataclasses.asdict(cfg), residual]
+        if residual:
+            identity += [plan.draft.bits, plan.draft.group]
+        kind = f"{self.name}-{'residual' if residual else cfg.dtype}"
+        parent = self.disk_folder or cache_folder() / "layers"
+        folder = Path(parent).expanduser() / f"{kind}-{json_digest(identity)[:8]}"
+
+        def layer(i):
+            if checkpoint is not None:
+                return checkpoint.layer(i, cfg)
+            if residual:
+                return self._random_splits(plan)[False].of_kind(cfg.kind(i))
+            return init_layer(jax.random.fold_in(jax.random.key(self.seed), i), cfg, i)
+
+        def tables():
+            fields = () if checkpoint is None else table_shapes(cfg)
+            return {field: checkpoint.read(field, cfg) for field in fields}
+
+        given = folder, identity, plan.model, tables, layer
+        if is_complete(folder, cfg.layers):
+            return store(*given)
+        reporter.say(f"Writing the layers to {folder}, once …")
+        with reporter.bar("Writing layers", cfg.layers) as step:
+            return store(*given, progress=step)
+
+    def prepare(self, plan: Plan, reporter: Reporter) -> None:
+        """Writes the layers that the plan has on disk, if they are not there."""
+        if self._stores(plan):
+            self.stored(plan, reporter)
+
+    def lying(self, plan: Plan) -> list[DiskArray]:
+        """The arrays of a plan's layers that are on disk, where they lie."""
+        of = self.stored(plan).layer if self._stores(plan) else self.converted.lying
+        leaves = jax.tree.leaves([of(i) for i in sorted(plan.disk)])
+        return [a for a in leaves if isinstance(a, DiskArray)]
 
     def one_layer(self, plan: Plan) -> Layer:
         """A layer of the kind that the plan's target has, to be timed."""
@@ -258,7 +313,7 @@ def add_converted(
     folder = Path(folder).expanduser()
     how = draft.bits, draft.group, ITERATIONS[quantizer]
     folders = card_folders(folder, cfg.cards)
-    if not all(is_complete(part, cfg) for part in folders):
+    if not all(is_complete(part, cfg.layers) for part in folders):
         reporter.say(f"Converting to {folder}, once …")
         if not memory.backends_started():
             _convert_apart(checkpoint, cfg, folder, how)

@@ -19,11 +19,12 @@ from llm_jax.attention import Step, causal_step
 from llm_jax.cache import move
 from llm_jax.cards import ALIKE, AXIS, CACHES, on_each
 from llm_jax.config import Config
+from llm_jax.disk_ring import DiskRing
 from llm_jax.generation import chunks
 from llm_jax.model import block, embed, final_logits, rms_norm, scaled, unembed
 from llm_jax.params import Layer, Params
 from llm_jax.sample import Sampler
-from llm_jax.stream import Stream, StreamedLayer, route, to_device
+from llm_jax.stream import Stream, StreamedLayer, ring_for, route, to_device
 from subspec_jax.accept import Gate, Judged, exact, gated, replayed
 from subspec_jax.experts import ExpertCache, routed_block, without_experts
 from subspec_jax.offload import rows_of
@@ -49,7 +50,7 @@ QUEUED = 2
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The exact model: some layers on the device, some in pinned host memory.
+    """The exact model: some layers on the device, some in pinned host memory, some on disk.
 
     `params.embed_VD` may be a NumPy array. Then the table stays on the host, and its rows are read
     there. (An untied head must be on the device; a table is only used for lookup.)
@@ -60,6 +61,8 @@ class Target:
     ahead: int = 1
     experts: ExpertCache | None = None
     """The experts of which a pass brings those it needs; None: layers are streamed whole."""
+    stored: tuple[Layer, ...] = ()
+    """All layers as they lie on disk, with a `DiskArray` for each array that moves; or none."""
 
     @property
     def top(self) -> Params:
@@ -75,7 +78,12 @@ class Target:
 
     def stream(self) -> Stream:
         """A stream for the next pass; its first copies start now."""
-        return Stream(self.route, self.ahead)
+        return Stream(self.route, self.ahead, self.ring)
+
+    @functools.cached_property
+    def ring(self) -> DiskRing | None:
+        """Reads the layers that are on disk; None where none are."""
+        return ring_for(self.route, self.ahead)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames=("x", "cache"))

@@ -25,8 +25,14 @@ class ModelFlags:
     palu: Path | None = None
     """A folder that experiments.palu --save wrote: the model with a low-rank KV cache."""
     memory_limit: str = "auto"
-    """Device memory, such as 8GB; enforced on a GPU, planned for on a CPU. auto: the card's; where
-    the whole model fits, a limit that holds a quarter of its layers. full: the card's."""
+    """Device memory, such as 8GB; enforced on a GPU. On a CPU, layers beyond it are read from disk
+    in every pass. auto: the card's; where the whole model fits, a limit that holds a quarter of its
+    layers. full: what there is."""
+    host_limit: str = "auto"
+    """Host memory for layers that are not on the device; those beyond it are read from disk in
+    every pass. auto: what the machine has; without a GPU none. full: all are in memory."""
+    disk_folder: Path | None = None
+    """Folder for layers on disk, written once; in the cache if not given."""
     dtype: Dtype = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""
     stream: Literal["raw", "residual"] = "raw"

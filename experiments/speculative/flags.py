@@ -56,9 +56,16 @@ class Speculative:
     verify_weights: bool = False
     """Also decode the converted model's weights and compare them with those it was made of."""
     memory_limit: str = "auto"
-    """Device memory, such as 8GB (1 GB is 2**30 bytes); enforced on a GPU, planned for on a CPU.
+    """Device memory, such as 8GB (1 GB is 2**30 bytes); enforced on a GPU. On a CPU it is memory
+    for weights and caches; layers beyond it are read from disk in every pass.
     auto: the card's; where the whole model fits, a limit that holds a quarter of its layers.
-    full: the card's, whatever fits."""
+    full: what there is, whatever fits."""
+    host_limit: str = "auto"
+    """Host memory for layers that are not on the device, such as 4GB; those beyond it are read from
+    disk in every pass. auto: what the machine has; without a GPU none. full: all are in memory."""
+    disk_folder: Path | None = None
+    """Folder for layers on disk, written once; in the cache if not given. With --stream residual
+    they are in the converted model."""
     method: MethodName = "subspec"
     """The method whose text is shown."""
     compare: tuple[MethodName, ...] = ("chain", "ngram", "vanilla")
@@ -323,6 +330,7 @@ def opened(args: Speculative, reporter: Reporter, shorten: bool = False, **more:
     found = opening.open(
         model,
         args.memory_limit,
+        host=args.host_limit,
         method=first,
         also=others,
         tree=_tree(args),
@@ -337,6 +345,7 @@ def opened(args: Speculative, reporter: Reporter, shorten: bool = False, **more:
         dtype=args.dtype,
         stream=args.stream,
         converted=args.converted,
+        disk_folder=args.disk_folder,
         check_files=args.check_files,
         verify_weights=args.verify_weights,
         quantizer=args.quantizer,

@@ -107,6 +107,9 @@ def _summary(method: str, rows: list[Record], baseline: list[Record]) -> Summary
         "prefill_tokens_per_s": _ratio(
             sum(r["prompt_tokens"] for r in rows), sum(r["prefill_s"] for r in rows)
         ),
+        "disk_bytes": sum(r.get("disk_bytes", 0) for r in rows),
+        "disk_s": sum(r.get("disk_s", 0) for r in rows),
+        "same_text": _same_text(rows, baseline),
         "speedup": rate and _ratio(rate, _rate(r for r in baseline if _turn(r) in shared)),
         "speedup_turns": len(shared),
         "lossless": _lossless(checked),
@@ -118,6 +121,13 @@ def _summary(method: str, rows: list[Record], baseline: list[Record]) -> Summary
             max(0, sum(r["rounds"]["emitted"]) - len(r["token_ids"])) for r in rows
         ),
     }  # fmt: skip
+
+
+def _same_text(rows: list[Record], baseline: list[Record]) -> tuple[int, int]:
+    """(turns with the tokens of plain decoding, turns that both decoded); no replayed ones."""
+    plain = {_turn(r): r["token_ids"] for r in baseline if not r.get("replayed")}
+    pairs = [(r["token_ids"], plain[_turn(r)]) for r in rows if _turn(r) in plain]
+    return sum(own == other for own, other in pairs), len(pairs)
 
 
 def _column(rows: Iterable[Record], name: str) -> list:
@@ -183,7 +193,7 @@ _COLUMNS = (  # header with the unit last, summary -> text
     ("stream\nGB/s", lambda s: _number(s["stream_gb_per_s"])),
     ("peak\nGiB", lambda s: _number(s["peak_bytes"], scale=2**30)),
     ("prefill\ntok/s", lambda s: _number(s["prefill_tokens_per_s"])),
-    ("same\ntext", lambda s: f"{s['identical']}/{s['checked']}" if s["checked"] else "-"),
+    ("same\ntext", lambda s: _same(s)),
 )
 
 
@@ -212,6 +222,10 @@ def summary_notes(summaries: Sequence[Summary]) -> list[str]:
     if part:
         counts = [f"{s['method']} {s['speedup_turns']} of {s['turns']}" for s in part]
         lines.append(f"speedup over the turns that {BASELINE} decoded too: " + ", ".join(counts))
+    if read := [s for s in summaries if s["disk_bytes"]]:
+        size, seconds = (sum(s[name] for s in read) for name in ("disk_bytes", "disk_s"))
+        each = ", ".join(f"{s['method']} {s['disk_bytes'] / 1e9:.1f}" for s in read)
+        lines.append(f"GB read from disk: {each}; at {size / seconds / 1e9:.2f} GB/s")
     for s in summaries:
         name, speedup = s["method"], s["speedup"]
         if name != BASELINE and speedup is not None and speedup < 1:
@@ -248,6 +262,13 @@ def _number(value: float | None, unit: str = "", scale: float = 1) -> str:
     size = abs(value)
     digits = 0 if size >= 99.95 or size == 0 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3
     return f"{value:.{digits}f}{unit}"
+
+
+def _same(summary: Summary) -> str:
+    if summary["checked"]:
+        return f"{summary['identical']}/{summary['checked']}"
+    same, compared = summary["same_text"]
+    return f"{same}/{compared}" if compared and summary["method"] != BASELINE else "-"
 
 
 def _shares(summary: Summary) -> str:

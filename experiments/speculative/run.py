@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -34,7 +35,15 @@ from subspec_jax.tree import cache_slots
 ASIDE = ("output", "show", "compare", "method", "samples", "predict")
 ASIDE += ("check_files", "verify_weights", "prompt")
 """Flags that do not change what a method decodes. The prompt is the question, which is compared."""
-PATHS = ("checkpoint", "adapter", "draft_checkpoint", "data_dir", "palu", "converted")
+PATHS = (
+    "checkpoint",
+    "adapter",
+    "draft_checkpoint",
+    "data_dir",
+    "palu",
+    "converted",
+    "disk_folder",
+)
 """Where something is. The model counts by its content, and so does each question."""
 
 
@@ -87,16 +96,21 @@ class Run:
         title, *table, streams = str(p).splitlines()
         self.console.print(f"{title.replace('Plan', f'Plan for {name}')}", style="bold")
         self.console.print("\n".join(table), highlight=False)
-        tau, at = published_tau(p.spec.depth), (engine.link_bytes_per_s, engine.memory_bytes_per_s)
+        tau = published_tau(p.spec.depth)
+        at = engine.link_bytes_per_s, engine.memory_bytes_per_s
+        disk = engine.disk_bytes_per_s or math.inf
         plain = plan_for(engine.source, VANILLA, engine.options, engine.limit)
         self.say(
             f"{streams} over a link measured at {at[0] / 1e9:.1f} GB/s "
             f"(device memory {at[1] / 1e9:.0f} GB/s)"
         )
+        most = (
+            plain.tokens_per_second(1.0, *at, disk=disk),
+            p.tokens_per_second(tau, *at, disk=disk),
+        )
         self.say(
             "predicted, if bytes were all that counts: at most "
-            f"{plain.tokens_per_second(1.0, *at):.1f} tokens/s plain, "
-            f"{p.tokens_per_second(tau, *at):.1f} with {name} at the published acceptance "
+            f"{most[0]:.1f} tokens/s plain, {most[1]:.1f} with {name} at the published acceptance "
             f"(tau {tau:.1f} at depth {p.spec.depth})"
         )
         if self.args.palu is not None:
@@ -113,10 +127,11 @@ class Run:
             )
         if p.streamed == 0:
             self.say("nothing streams: speculation cannot save a pass's copies here")
-        if engine.device["platform"] == "cpu":
+        if p.disk:
+            how = "past the page cache" if engine.disk_direct else "through the page cache, alas"
             self.say(
-                "on a CPU the limit is planned for, not enforced, and arithmetic is slow: look at "
-                "tau and at the tokens, not at the seconds"
+                f"layers on disk are read {how} in every pass: {memory.show_bytes(p.disk_bytes)} "
+                f"at {engine.disk_bytes_per_s / 1e9:.2f} GB/s"
             )
 
     def dense_cache_bytes(self, p) -> int:
@@ -207,6 +222,7 @@ class Run:
         if method.name not in self.traces:  # a trace continues from turn to turn
             self.traces[method.name] = self.trace(method)
         trace = self.traces[method.name]
+        reads = engine.disk_reads()
         for result in engine.rounds(prompt, args.max_new_tokens, replay=trace):
             kept = _until_stop(result.tokens, text)
             rounds.append(dataclasses.replace(result, tokens=kept))
@@ -241,6 +257,8 @@ class Run:
             "prefill_s": rounds[0].seconds,
             "prefill_bytes": rounds[0].streamed_bytes,
             "decode_s": sum(r.seconds for r in rounds[1:]),
+            "disk_bytes": (read := engine.disk_reads()).bytes - reads.bytes,
+            "disk_s": read.seconds - reads.seconds,
             "peak_bytes": peak.bytes(),
             "predicted_peak_bytes": engine.plans[method.name].total,
             "replayed": trace is not None,
@@ -291,6 +309,7 @@ class Run:
         """Flags, machine, plans and times of this invocation."""
         stats = self.engine.stats
         names = ("device", "memory_limit", "pool", "link_bytes_per_s", "memory_bytes_per_s")
+        names += ("disk_bytes_per_s",)
         times = ("compile_s", "compiled_work_space", "load_s", "quantize_s")
         return {
             "arguments": dataclasses.asdict(self.args),
@@ -320,6 +339,7 @@ def question(sample: Conversation, turn: int) -> str:
 
 def plan_columns(p) -> dict:
     names = ("resident", "table_on_host", "device", "host", "streamed_bytes", "total")
+    names += ("disk_bytes",)
     more = {"layers": p.cfg.layers, "draft_bytes": p.spec.steps * p.draft_step_bytes}
     return {name: getattr(p, name) for name in names} | more
 

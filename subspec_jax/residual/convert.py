@@ -21,19 +21,17 @@ from pallas_kernels.quantized_matmul import Packed
 from pallas_kernels.residual_decode import residual_decode
 from pallas_kernels.residual_decode.code import CODES, FRACTION, LANES, Residual, pad
 from subspec_jax.residual.encode import encode
-from subspec_jax.residual.files import (
-    LAYER,
-    MANIFEST,
-    TABLES,
-    VERSION,
-    Converted,
-    ResidualError,
-    read_manifest,
-    write_manifest,
-    write_tensors,
-)
+from subspec_jax.residual.files import VERSION, Converted
 from subspec_jax.residual.split import head_shape, widened
 from subspec_jax.residual.stacks import STACKS, split_fields, stacked
+from subspec_jax.residual.tensor_file import (
+    LAYER,
+    TABLES,
+    ResidualError,
+    begin,
+    is_complete,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from subspec_jax.residual.parts import CardPart
@@ -65,11 +63,11 @@ def convert(
     settings = dict(version=VERSION, code=code, bits=bits, group=group, iterations=iterations)
     manifest = settings | {"model": dataclasses.asdict(cfg), "source": checkpoint.digest()}
     manifest = json.loads(json.dumps(manifest))
-    if is_complete(path, cfg):
-        _begin(path, manifest)
+    if is_complete(path, cfg.layers):
+        begin(path, manifest)
     else:
         with locked(path):
-            _begin(path, manifest)
+            begin(path, manifest)
             _write(checkpoint, cfg, path, manifest, progress, workers)
     return Converted(path)
 
@@ -118,34 +116,6 @@ def _write(checkpoint, cfg, path, manifest, progress, workers) -> None:
             write_tensors(path / LAYER.format(index), tensors, entries, manifest)
         if progress:
             progress(index + 1, cfg.layers)
-
-
-def is_complete(path: Path, cfg: Config) -> bool:
-    """Whether the folder has all files of a model with `cfg.layers` layers. They are not read."""
-    names = [MANIFEST, TABLES, *map(LAYER.format, range(cfg.layers))]
-    return all((path / name).exists() for name in names)
-
-
-def _begin(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, or compares it with an existing one; ResidualError if they differ."""
-    path.mkdir(parents=True, exist_ok=True)
-    file = path / MANIFEST
-    if not file.exists():
-        if any(path.glob("*.safetensors")):
-            raise ResidualError(f"{path} holds other safetensors files; choose an empty folder")
-        write_manifest(file, manifest)
-        return
-    there = read_manifest(file)
-    differences = [
-        f"{key} is {there.get(key)!r}, asked for is {manifest.get(key)!r}"
-        for key in sorted({*there, *manifest})
-        if there.get(key) != manifest.get(key)
-    ]
-    if differences:
-        raise ResidualError(
-            f"{path} was converted otherwise: {'; '.join(differences)}. "
-            "Choose another folder, or delete this one"
-        )
 
 
 def _layer(checkpoint, index, cfg, quantizer, code, workers) -> tuple[dict, dict]:

@@ -1,15 +1,13 @@
 """Converted models on disk: substitutes and residuals of every layer, in safetensors files.
 
 A folder has manifest.json (source, settings, model), model.safetensors (embedding, last norm, head)
-and one file per layer (of experts: `subspec_jax.residual.stacks`). A file is complete or does not
-exist. Files are mapped into memory: opening a model reads only their headers. Each header has a
-digest of itself and of every tensor's bytes.
+and one file per layer (of experts: `subspec_jax.residual.stacks`), as in
+`subspec_jax.residual.tensor_file`.
 """
 
 import dataclasses
 import functools
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,7 @@ import jax
 import numpy as np
 
 from llm_jax.config import Config
-from llm_jax.digest import array_digest, json_digest
-from llm_jax.extras import need
-from llm_jax.files import atomic_file, parse_json
+from llm_jax.digest import array_digest
 from llm_jax.params import (
     NORMS,
     JoinedAttention,
@@ -32,140 +28,19 @@ from llm_jax.params import (
     named_parameters,
 )
 from pallas_kernels.quantized_matmul import Packed
-from pallas_kernels.residual_decode.code import Residual, pad
-from subspec_jax import SubspecError
+from pallas_kernels.residual_decode.code import LANES, Residual, pad
 from subspec_jax.residual.split import Split, split_shapes
 from subspec_jax.residual.stacks import STACKS, largest, stored_experts
+from subspec_jax.residual.tensor_file import (
+    LAYER,
+    MANIFEST,
+    TABLES,
+    ResidualError,
+    TensorFile,
+    read_manifest,
+)
 
 VERSION = 6
-MANIFEST, TABLES, LAYER = "manifest.json", "model.safetensors", "layer-{:05}.safetensors"
-
-
-class ResidualError(SubspecError):
-    """A converted model that cannot be written or used; the message is for the user."""
-
-
-def _header_digest(tensors: dict[str, np.ndarray], **metadata: Any) -> str:
-    kinds = {name: [a.dtype.name, list(a.shape)] for name, a in tensors.items()}
-    return json_digest([kinds, metadata])
-
-
-def _place(file: Path, manifest: dict[str, Any]) -> str:
-    return json_digest([manifest, file.name])
-
-
-def write_tensors(
-    file: Path, tensors: dict[str, np.ndarray], entries: dict[str, Any], manifest: dict[str, Any]
-) -> None:
-    """Writes a safetensors file with `entries` and digests in its metadata, atomically.
-
-    It names its folder's manifest and itself, so that it is not taken for another one.
-    """
-    safetensors = need("safetensors", "models", "a converted model")
-    numpy = need("safetensors.numpy", "models", "a converted model")
-    digests = {name: array_digest(array) for name, array in tensors.items()}
-    kept = dict(entries=entries, digests=digests, place=_place(file, manifest))
-    kept["header"] = _header_digest(tensors, **kept)
-    with atomic_file(file) as scratch:
-        metadata = {"contents": json.dumps(kept)}  # one text: several would be in random order
-        try:
-            numpy.save_file(tensors, str(scratch), metadata=metadata)
-        except safetensors.SafetensorError as error:  # such as a full disk
-            raise ResidualError(f"{file} cannot be written: {error}") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorFile:
-    """A safetensors file that `write_tensors` wrote: its tensors, and what its header says of them.
-
-    Raises ResidualError if it is missing, if its header is damaged, or if it belongs elsewhere.
-    """
-
-    path: Path
-    manifest: dict[str, Any]
-    """Of the folder that it belongs to."""
-    views: dict[str, np.ndarray] = dataclasses.field(init=False)
-    entries: dict[str, Any] = dataclasses.field(init=False)
-    digests: dict[str, str] = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        try:
-            views, metadata = _mapped(self.path)
-            found = parse_json(metadata["contents"])
-            if found.pop("header") != _header_digest(views, **found):
-                raise ValueError("its header differs from what was written")
-            if found.pop("place") != _place(self.path, self.manifest):
-                raise ValueError("it is of another layer or another converted model")
-            object.__setattr__(self, "views", views)
-            object.__setattr__(self, "entries", found["entries"])
-            object.__setattr__(self, "digests", found["digests"])
-        except FileNotFoundError:
-            raise ResidualError(
-                f"{self.path} is missing: the conversion was interrupted; run it again to go on"
-            ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ResidualError(
-                f"{self.path} is truncated or damaged ({error}); delete it and convert again"
-            ) from error
-
-    def check(self) -> None:
-        """Reads all tensors. Raises ResidualError with the names of those that are damaged."""
-        right = lambda name: array_digest(self.views[name]) == self.digests[name]
-        if wrong := [name for name in self.views if not right(name)]:
-            raise ResidualError(
-                f"{self.path} is damaged: {', '.join(wrong)} differ from what was written; "
-                "delete the file and convert again"
-            )
-
-
-def _mapped(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(views of a safetensors file's tensors, its metadata). Only the header is read."""
-    types = dict(U8=np.uint8, U16=np.uint16, U32=np.uint32, F32=np.float32, F16=np.float16)
-    types |= dict(BF16="bfloat16")
-    _require_ordinary(file)
-    whole = np.memmap(file, np.uint8, "r")
-    begin = 8 + int(whole[:8].view(np.uint64)[0])
-    header = parse_json(bytes(whole[8:begin]))
-    metadata = header.pop("__metadata__")
-    views = {}
-    for name, tensor in header.items():
-        start, stop = (begin + at for at in tensor["data_offsets"])
-        dtype = np.dtype(jax.numpy.dtype(types[tensor["dtype"]]))
-        views[name] = whole[start:stop].view(dtype).reshape(tensor["shape"])
-    return views, metadata
-
-
-def _require_ordinary(file: Path) -> None:
-    """Raises ValueError for what is there and no file: reading a pipe might never end."""
-    if file.exists() and not file.is_file():
-        raise ValueError("it is no ordinary file")
-
-
-def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    """Writes a manifest, with a digest of itself, atomically."""
-    with atomic_file(file) as scratch:
-        kept = manifest | {"digest": json_digest(manifest)}
-        scratch.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-
-
-def read_manifest(file: Path) -> dict[str, Any]:
-    """The manifest. Raises ResidualError if it is missing, damaged or of another version."""
-    try:
-        _require_ordinary(file)
-        manifest = parse_json(file.read_text(encoding="utf-8"))
-        version = manifest.get("version")
-        digest = manifest.pop("digest", None)
-    except FileNotFoundError:
-        raise ResidualError(f"{file.parent} is not a converted model: no {file.name}") from None
-    except (ValueError, AttributeError) as error:
-        raise ResidualError(f"{file} is damaged ({error}); convert again") from error
-    if digest is None and version != VERSION:
-        raise ResidualError(
-            f"{file.parent} is of version {version}, this program reads {VERSION}; convert again"
-        )
-    if digest != json_digest(manifest):
-        raise ResidualError(f"{file} is damaged (it differs from what was written); convert again")
-    return manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +61,7 @@ class Converted:
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
         """What was converted, and how."""
-        return read_manifest(self.path / MANIFEST)
+        return read_manifest(self.path / MANIFEST, VERSION)
 
     @functools.cached_property
     def cfg(self) -> Config:
@@ -278,14 +153,34 @@ class Converted:
             padded = pad(split.residual, *(room or self.room[index])[name])
             return dataclasses.replace(split, residual=padded)
 
-        w = plain | {name: matrix(name) for name in self.cfg.joined_matrices}
+        return self._joined(index, matrix)
+
+    def _joined(self, index: int, matrix: Callable[[str], Split]) -> Layer:
+        views = self._layers[index].views
+        w = {name: view for name, view in views.items() if "." not in name}
+        w |= {name: matrix(name) for name in self.cfg.joined_matrices}
         attn = filled(JoinedAttention, w, kind=self.cfg.kind(index))
         norms = {name: w.get(name) for name in NORMS}
         return Layer(attn=attn, mlp=filled(JoinedMLP, w), **norms)
 
-    def check(self, index: int | None = None) -> None:
-        """Raises ResidualError if the file of a layer (None: of the tables) is damaged."""
-        (self._tables if index is None else self._layers[index]).check()
+    def lying(self, index: int) -> Layer:
+        """`layer`, with a `DiskArray` for each array that moves; not of one with experts."""
+        file, room = self._layers[index], self.room[index]
+
+        def matrix(name):
+            split, (rows, patches) = self._matrix(name, file), room[name]
+            words = file.array(f"{name}.residual", (rows, LANES))
+            low = None if split.residual.low_DF is None else file.array(f"{name}.low")
+            exact = dataclasses.replace(split.residual, words=words, low_DF=low, patches=patches)
+            return dataclasses.replace(split, residual=exact)
+
+        return self._joined(index, matrix)
+
+    def check(self, index: int | None = None, aside: bool = False) -> None:
+        """Raises ResidualError if the file of a layer (None: of the tables) is damaged. `aside`:
+        without what moves when the layer is streamed from disk, which is compared then."""
+        file = self._tables if index is None else self._layers[index]
+        file.check([n for n in file.views if aside and n.endswith((".residual", ".low"))])
 
     def verify(self, index: int, layer: Layer) -> None:
         """Raises ResidualError with the names of decoded arrays that differ from the model's.

@@ -20,7 +20,7 @@ from subspec_jax.load import load_target
 from subspec_jax.plan import make_plan
 from subspec_jax.propose import ModelDraft
 from subspec_jax.residual.convert import convert
-from subspec_jax.residual.files import ResidualError
+from subspec_jax.residual.tensor_file import ResidualError
 from subspec_jax.sources import find_source
 from subspec_jax.tree import TreeSpec
 

@@ -21,13 +21,14 @@ from subspec_jax.draft_model import NO_DRAFT, Draft, make_draft, substitutes
 from subspec_jax.load import all_on_device, arrange, load_target, random_target
 from subspec_jax.plan import make_plan
 from subspec_jax.residual.convert import convert
-from subspec_jax.residual.files import Converted, ResidualError
+from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import (
     decode_layer,
     gaussian_room,
     split_head_shapes,
     split_shapes,
 )
+from subspec_jax.residual.tensor_file import ResidualError
 from subspec_jax.sources import Source
 from subspec_jax.tree import TreeSpec
 

@@ -132,7 +132,7 @@ def test_a_dropped_stream_keeps_nothing_alive(params):
 
 def test_arrived_bytes_are_those_that_wait_on_the_device(params):
     stream = Stream(route(place(params.layers, 0)), 2)
-    jax.block_until_ready([copies for _, copies in stream._ready])
+    jax.block_until_ready([arriving.copies for arriving in stream._ready])
     assert stream.arrived_bytes() == 3 * MATRICES
     assert Stream(route(params.layers), 2).arrived_bytes() == 0
 

@@ -18,8 +18,9 @@ from llm_jax.testing import tiny_config
 from subspec_jax import experts, predict_experts
 from subspec_jax.draft_model import NO_DRAFT, Draft
 from subspec_jax.experts import ExpertCache, routed_block
+from subspec_jax.layout import expert_bytes
 from subspec_jax.offload import offload
-from subspec_jax.plan import expert_bytes, make_plan
+from subspec_jax.plan import make_plan
 from subspec_jax.predict import RoundCosts, round_seconds, why_not
 from subspec_jax.predict_experts import (
     Routing,

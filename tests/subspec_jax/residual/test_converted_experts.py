@@ -22,15 +22,17 @@ from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from pallas_kernels.residual_decode import residual_decode
 from pallas_kernels.residual_decode.code import LANES
 from subspec_jax.draft_model import Draft, make_draft
+from subspec_jax.layout import expert_bytes
 from subspec_jax.load import all_on_device, load_target, random_target
 from subspec_jax.offload import streamed_bytes
-from subspec_jax.plan import expert_bytes, make_plan
+from subspec_jax.plan import make_plan
 from subspec_jax.residual import convert as residual_convert
-from subspec_jax.residual import files as residual_file
+from subspec_jax.residual import tensor_file as residual_file
 from subspec_jax.residual.convert import convert
-from subspec_jax.residual.files import Converted, ResidualError
+from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import Split, SplitExperts
 from subspec_jax.residual.stacks import decoded_experts
+from subspec_jax.residual.tensor_file import ResidualError
 from subspec_jax.sources import Source, add_converted
 from subspec_jax.tree import TreeSpec
 

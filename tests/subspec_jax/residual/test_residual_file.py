@@ -20,10 +20,11 @@ from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetens
 from subspec_jax.draft_model import substitute_layer, substitutes
 from subspec_jax.offload import offload, streamed_bytes
 from subspec_jax.residual import convert as residual_convert
-from subspec_jax.residual import files as residual_file
 from subspec_jax.residual import split as residual_device
+from subspec_jax.residual import tensor_file as residual_file
 from subspec_jax.residual.convert import convert
-from subspec_jax.residual.files import Converted, ResidualError, partition
+from subspec_jax.residual.files import Converted, partition
+from subspec_jax.residual.tensor_file import ResidualError
 
 CFG = tiny_config("qwen2", layers=3, dtype="bfloat16", d_ff=128)
 GROUP = 32
