@@ -220,11 +220,13 @@ def shapes_of(tree: Any, cards: int) -> Any:
     return jax.tree.map(placed, specs(tree), tree, is_leaf=is_spec)
 
 
-def empty(make: Callable[[], Any], cards: int) -> Any:
-    """The caches that `make` makes, on their cards."""
+def empty(make: Callable[[], Any], cards: int, parts: bool = True) -> Any:
+    """The caches that `make` makes, on their cards: each has some heads, or without `parts` all."""
     if cards == 1:
         return jax.device_put(make(), alike(1))
     shapes = jax.eval_shape(make)
     is_cache = lambda c: isinstance(c, KV)
-    spread = lambda c: jax.tree.map(lambda _: NamedSharding(mesh(cards), specs(c)), c)
+    spread = lambda c: jax.tree.map(
+        lambda _: NamedSharding(mesh(cards), specs(c) if parts else ALIKE), c
+    )
     return jax.jit(make, out_shardings=jax.tree.map(spread, shapes, is_leaf=is_cache))()

@@ -28,7 +28,7 @@ class OwnCaches:
     ):
         self.params, self.cfg, self._rows = params, cfg, rows
         make = functools.partial(caches_for, params, cfg, rows, slots, places)
-        self.caches = empty(make, cards)
+        self.caches = empty(make, cards, cfg.cards > 1)
 
     @property
     def rewinds(self) -> bool:

@@ -175,7 +175,8 @@ class ModelDraft(Proposer):
         if self.own_cache:
             if self._caches is None or self._caches[0].slots != slots:
                 given = self.params, self.cfg, 1, slots, self.spec.places
-                self._caches = empty(functools.partial(caches_for, *given), state.cards)
+                make, parts = functools.partial(caches_for, *given), self.cfg.cards > 1
+                self._caches = empty(make, state.cards, parts)
             _, self._caches = prefill(self.params, state.tokens[:-1], self._caches, self.cfg, chunk)
             # Compiled here, not in a later round. The root's own step overwrites the slot.
             root = jnp.array([state.tokens[-1:]], jnp.int32)

@@ -388,6 +388,7 @@ class Peak:
 
     def __init__(self, decoder: Decoder, platform: str):
         self.on_gpu, self.seen, self.looks = platform == "gpu", 0, 0
+        self.devices = jax.devices()[: decoder.target.cfg.cards]
         decoder.watch = None if self.on_gpu else self.look
         self.most_looks = max(5, 2 * decoder.target.cfg.layers)
 
@@ -397,5 +398,5 @@ class Peak:
             self.seen = max(self.seen, memory.device_bytes())
 
     def bytes(self) -> int:
-        stats = jax.devices()[0].memory_stats() if self.on_gpu else None
-        return stats["peak_bytes_in_use"] if stats else self.seen
+        found = [d.memory_stats() for d in self.devices] if self.on_gpu else []
+        return max((s["peak_bytes_in_use"] for s in found if s), default=self.seen)
