@@ -100,14 +100,21 @@ def _write(checkpoint, cfg, path, manifest, progress, workers) -> None:
     bits, group, iterations, code = (manifest[k] for k in ("bits", "group", "iterations", "code"))
     quantizer = bits, group, iterations
     if not (path / TABLES).exists():
-        tables = {field: checkpoint.read(field, cfg) for field in table_shapes(cfg)}
-        entries = {name: _entry(a) for name, a in tables.items()}
-        if (shape := head_shape(cfg, bits, group)) is not None:
-            head = np.asarray(tables.pop("head_DV"))
-            padded = np.pad(head, ((0, 0), (0, shape[1] - head.shape[1])))
-            arrays, more = _encoded("head_DV", padded, quantizer, code, "the output head")
+        tables, entries = {}, {}
+        names = sorted(table_shapes(cfg), key="head_DV".__ne__)  # while no other table is held
+        for field in names:
+            table = checkpoint.read(field, cfg)
+            entries[field] = _entry(table)
+            shape = head_shape(cfg, bits, group) if field == "head_DV" else None
+            if shape is None:
+                tables[field] = table
+                continue
+            if more := shape[1] - table.shape[1]:
+                table = np.pad(table, ((0, 0), (0, more)))
+            arrays, entry = _encoded(field, table, quantizer, code, "the output head")
+            del table
             tables |= arrays
-            entries["head_DV"] |= more | {"shape": list(shape)}
+            entries[field] |= entry | {"shape": list(shape)}
         write_tensors(path / TABLES, tables, entries, manifest)
     for index in range(cfg.layers):
         if not (path / LAYER.format(index)).exists():
@@ -165,7 +172,10 @@ def _encoded(field: str, w: np.ndarray, quantizer, code: str, name: str):
     # A copy, because the device may use the host array's own memory.
     q = jax.tree.map(np.array, jax.block_until_ready(quantize(jax.device_put(w), *quantizer)))
     r, substitute = encode(w, q, code, name), packed(q)
-    wrong = np.count_nonzero(_decoded(r, substitute).view(np.uint16) != w.view(np.uint16))
+    wrong = sum(
+        np.count_nonzero(a != b)
+        for a, b in zip(_decoded(r, substitute).view(np.uint16), w.view(np.uint16), strict=True)
+    )
     if wrong:
         raise ResidualError(f"{name}: {wrong} of {w.size} weights decode to other bits")
     parts = dict(codes=substitute.words_BNSc, top=substitute.top_BNSc, scale=substitute.scale_BQSK)
