@@ -1,4 +1,4 @@
-"""One step of training on all visible devices: Adam, weight decay, clipping, moving average.
+"""One step of training, on one device or several: Adam, weight decay, clipping, moving average.
 
 Letters: B batch.
 """
@@ -93,10 +93,12 @@ def unpacked(now: dict[str, FlatTree]) -> Variables:
 
 
 @functools.cache
-def make_step(loss: Loss, config: Optimization) -> Callable:
+def make_step(loss: Loss, config: Optimization, mesh: Mesh | None = None) -> Callable:
     """One step as a jitted function (state, batch, rate) -> (state, parts); donates the state.
 
-    Stages with the same loss share one compiled program.
+    Stages with the same loss share one compiled program. On the devices of a `mesh`, the state
+    stays whole on each, and batches are split (`placed`). The step is that of one device:
+    statistics of batch norm, ranges of eight bits, and losses are those of the whole batch.
     """
     tx = optimizer(config)
 
@@ -127,18 +129,27 @@ def make_step(loss: Loss, config: Optimization) -> Callable:
         parts = dict(parts, loss=total, gradient=jnp.linalg.norm(grads.vector))
         return dict(variables=new, average=average, optimizer=opt, step=count), parts
 
-    return jax.jit(step, donate_argnums=0)
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=whole)
 
 
-def devices_for(batch: int) -> Mesh:
-    """A mesh over all visible devices. TrainError if the batch cannot be split evenly."""
+def devices_for(batch: int, count: int | None = None) -> Mesh:
+    """A mesh with the axis "data" over the first `count` visible devices, to split a batch among.
+
+    None: as many as split the batch evenly. TrainError where `count` does not, or is more than
+    there are.
+    """
     devices = jax.devices()
-    if batch % len(devices):
+    if count is None:
+        count = max(n for n in range(1, len(devices) + 1) if batch % n == 0)
+    if not 1 <= count <= len(devices):
+        raise TrainError(f"devices is {count}; expected 1 to the {len(devices)} visible ones")
+    if batch % count:
         raise TrainError(
-            f"a batch of {batch} cannot be split among {len(devices)} devices; take a multiple, or "
-            "hide some (CUDA_VISIBLE_DEVICES)"
+            f"devices is {count}, and a batch of {batch} cannot be split evenly among them; take a "
+            "multiple as the batch, or another number of devices"
         )
-    return Mesh(np.asarray(devices), ("data",))
+    return Mesh(np.asarray(devices[:count]), ("data",))
 
 
 def placed(tree: Any, mesh: Mesh, split: bool = False) -> Any:

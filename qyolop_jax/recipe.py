@@ -84,7 +84,8 @@ class Training:
     """A run of training: data, stages and settings, and the folder where its state is kept.
 
     `data` are sequences of samples by name; they are kept in memory, shrunk to what the largest
-    warp needs. `dtype` None is bfloat16 on a GPU, else float32. `validate(stage, network)` is
+    warp needs. `dtype` None is bfloat16 on a GPU, else float32. Every batch is split among
+    `devices`; None: as many visible ones as divide it. `validate(stage, network)` is
     called at the end of every stage; the dict that it returns goes into the log.
     """
 
@@ -100,6 +101,7 @@ class Training:
         optimization: Optimization = OPTIMIZATION,
         dtype: Any = None,
         seed: int = 0,
+        devices: int | None = None,
         validate: Callable[[Stage, Network], dict] | None = None,
         report: Report | None = None,
     ):
@@ -109,6 +111,7 @@ class Training:
         self.folder, self.cfg, self.dtype, self.seed = Path(folder), cfg, jnp.dtype(dtype), seed
         self.stages = four_stages() if stages is None else list(stages)
         self.loss, self.augment, self.optimization = loss, augment, optimization
+        self.devices = devices
         self.validate, self.report = validate, Report() if report is None else report
         enough = math.ceil(max(cfg.size) * (1 + augment.scale))  # no warp enlarges more
         self.data = {name: Cached(samples, enough) for name, samples in data.items()}
@@ -150,7 +153,7 @@ class Training:
         """
         return fit(
             self.folder, self.phases, self.optimization, save_every, progress=progress,
-            identity=self.identity if identity is None else identity,
+            identity=self.identity if identity is None else identity, devices=self.devices,
         )  # fmt: skip
 
     def network(self, variables: Variables) -> Network:
@@ -227,6 +230,7 @@ def train(
     optimization: Optimization = OPTIMIZATION,
     dtype: Any = None,
     seed: int = 0,
+    devices: int | None = None,
     save_every: int = 200,
     validate: Callable[[Stage, Network], dict] | None = None,
     progress: Callable[[int, int, int, dict], None] | None = None,
@@ -243,6 +247,6 @@ def train(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qyolop-"))
         training = Training(
             folder, named, cfg, stages, loss=loss, augment=augment, optimization=optimization,
-            dtype=dtype, seed=seed, validate=validate,
+            dtype=dtype, seed=seed, devices=devices, validate=validate,
         )  # fmt: skip
         return training.network(training.run(save_every, progress=progress))

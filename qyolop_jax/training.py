@@ -81,6 +81,7 @@ def fit(
     log_every: int = 20,
     identity: str = "",
     progress: Callable[[int, int, int, dict], None] | None = None,
+    devices: int | None = None,
 ) -> Variables:
     """The averaged variables at the end of the last phase; continues the run in `folder`.
 
@@ -89,12 +90,14 @@ def fit(
     the step, saves, and raises KeyboardInterrupt; a second one raises it at once. `identity`
     describes the settings; a folder with other settings is refused (TrainError), and so is a loss
     that is not finite. `progress(phase, step, steps, parts)` is called after every step; `parts` is
-    empty except every `log_every` steps.
+    empty except every `log_every` steps. Batches are split among `devices`, see
+    `optimization.devices_for`; a run may be continued on another number of them.
     """
     if save_every < 1 or log_every < 1:
         raise TrainError(
             f"save_every is {save_every}, log_every {log_every}; expected 1 step or more"
         )
+    meshes = [devices_for(phase.stage.batch, devices) for phase in phases]
     folder = Path(folder)
     log, checkpoints = TrainingLog(folder / "log.jsonl"), Checkpoints(folder / "checkpoints")
     with _locked(folder), interrupts_held() as interrupted:
@@ -112,7 +115,7 @@ def fit(
             total += phase.steps
             if about is not None and n < about["phase"]:
                 continue
-            mesh = devices_for(phase.stage.batch)
+            mesh = meshes[n]
             resumed = about is not None and n == about["phase"]
             variables = phase.begin(None if resumed else variables)
             state = placed(new_state(variables, optimizer(config)), mesh)
@@ -128,7 +131,7 @@ def fit(
                 checkpoints.save(
                     0, state, dict(phase=0, step=0, identity=identity, stream=batches.get_state())
                 )
-            step = make_step(phase.loss, config)
+            step = make_step(phase.loss, config, mesh)
             began, since = time.perf_counter(), at
             while at < phase.steps:
                 if mosaic and at >= phase.calm_from:

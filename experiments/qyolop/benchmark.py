@@ -177,11 +177,12 @@ def cpu() -> jax.Device:
 
 def training(s: Subject, batch: int) -> Iterator[Way]:
     """A `Way` per precision: one optimization step, with the batch already on the device."""
-    mesh, config = optimization.devices_for(batch), optimization.OPTIMIZATION
+    mesh = optimization.devices_for(batch, len(jax.devices()))
+    config = optimization.OPTIMIZATION
     stream = batches(dict(scenes=Scenes(min(batch, 16), s.cfg.size)), Feed(s.cfg.size, batch))
     data = optimization.placed(next(stream), mesh, split=True)
     for dtype in (jnp.float32, jnp.bfloat16):
-        step = optimization.make_step(float_loss(s.cfg, LossConfig(), dtype), config)
+        step = optimization.make_step(float_loss(s.cfg, LossConfig(), dtype), config, mesh)
         state = optimization.new_state(s.variables, optimization.optimizer(config))
         held = [optimization.placed(state, mesh)]  # a step donates it
 

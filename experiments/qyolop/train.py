@@ -19,6 +19,7 @@ from experiments.qyolop.flags import (
     LARGEST_BATCH,
     LARGEST_SEED,
     MOST_IMAGES,
+    FlagError,
     check_data,
     check_folder,
     check_range,
@@ -39,14 +40,14 @@ from qyolop_jax.network import (
     eight_bit_forward,
     load,
 )
-from qyolop_jax.optimization import Optimization
+from qyolop_jax.optimization import Optimization, devices_for
 from qyolop_jax.postprocess import Predictions
 from qyolop_jax.recipe import AUGMENT, EPOCHS, LOSS, Training, four_stages
 from qyolop_jax.samples import Batch, Report, Sample
 from qyolop_jax.scales import DEFAULT, NAIVE
 from qyolop_jax.scenes import Scenes
 from qyolop_jax.sources import Cached
-from qyolop_jax.stages import Stage, Variables
+from qyolop_jax.stages import Stage, TrainError, Variables
 
 PANEL_ROWS = 6
 
@@ -70,6 +71,8 @@ class Train:
     epochs: tuple[float, float, float, float] = EPOCHS
     """Of pretraining, of pretraining with mosaic, of finetuning, of training in eight bits."""
     batch: int = 4
+    devices: int | None = None
+    """Number of devices that share every batch; default: as many visible ones as divide it."""
     rate: float = 2e-3
     """Learning rate of the first stage; a half, a quarter and a fiftieth of it in the others."""
     mix: tuple[float, ...] = ()
@@ -142,10 +145,26 @@ def pair(batch: Batch, p: Predictions, b: int, cfg: ModelConfig) -> list[np.ndar
     return [draw.overlay(image, found_, cfg, conf=0.2, width=640) for found_ in (truth, found)]
 
 
+def check_devices(args: Train, console: Console) -> None:
+    """A FlagError where --devices cannot share the batch; says how many do, where there are more
+    than one."""
+    try:
+        mesh = devices_for(args.batch, args.devices)
+    except TrainError as error:
+        raise FlagError(f"--{error}") from error
+    if len(jax.devices()) > 1:
+        each = f"{args.batch // mesh.size} of the {args.batch} images of a batch"
+        console.print(
+            f"Training on {mesh.size} of {len(jax.devices())} devices, {each} on each", style="dim",
+            highlight=False,
+        )  # fmt: skip
+
+
 def train_command(args: Train, console: Console) -> int:
     """Trains, compares precisions on the validation data, appends records."""
     check_range(args, 1, MOST_IMAGES, "scenes", "held_out", "save_every")
     check_range(args, 1, LARGEST_BATCH, "batch")
+    check_devices(args, console)
     check_range(args, 0, LARGEST_SEED, "seed")
     check_range(args, 1e-6, 1e6, "epochs")
     check_range(args, 1e-12, 1e3, "rate")
@@ -167,7 +186,8 @@ def train_command(args: Train, console: Console) -> int:
     training = Training(
         folder, training_data, cfg, stages, loss=args.loss, augment=args.augment,
         optimization=args.optimization, dtype=None if args.dtype == "auto" else args.dtype,
-        seed=args.seed, validate=lambda stage, network: scorer(network, stage.name), report=report,
+        seed=args.seed, devices=args.devices, report=report,
+        validate=lambda stage, network: scorer(network, stage.name),
     )  # fmt: skip
     console.print(f"Results go to {folder}", style="dim", highlight=False, markup=False)
     if not set(args.data) & set(HAS_BOXES):
@@ -181,7 +201,7 @@ def train_command(args: Train, console: Console) -> int:
         f"{cfg.size[0]}x{cfg.size[1]}",
         highlight=False,
     )
-    identity = repr(dataclasses.replace(args, output=None, save_every=0))
+    identity = repr(dataclasses.replace(args, output=None, save_every=0, devices=None))
     variables = _train(training, args.save_every, identity, console)
     rows = []
     for r in compare_precisions(training, variables, scorer):

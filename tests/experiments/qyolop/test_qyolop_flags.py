@@ -18,6 +18,7 @@ HUGE = str(10**20)
 WRONG = {  # command -> flags, and values that cannot be
     "train": {
         "--scenes": ("0", "-1", HUGE), "--held-out": ("0", "-5", HUGE), "--batch": ("0", HUGE),
+        "--devices": ("0", "-1", HUGE),
         "--save-every": ("0", "-1", HUGE), "--seed": ("-1", HUGE), "--width": ("0", "nan", "9"),
         "--rate": ("0", "-1", "nan", "inf", "1e9"), "--mix": ("-1", "nan", "inf"),
         "--size": ("0 0", "-32 32", "50 64", f"{HUGE} 64", "64 1048576"),
