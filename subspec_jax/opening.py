@@ -23,7 +23,7 @@ from subspec_jax.limits import chosen_devices, chosen_limit, plan_for
 from subspec_jax.memory import MOST_BYTES, parse_bytes
 from subspec_jax.methods import Method, make_method
 from subspec_jax.options import Options, default_draft, default_tree
-from subspec_jax.plan import PlanError
+from subspec_jax.plan import PlanError, TooLittleError
 from subspec_jax.sources import Source, add_converted, find_draft_model, find_source
 from subspec_jax.tree import TreeSpec
 
@@ -110,8 +110,11 @@ def open(
         return planned(draft)
     try:
         return planned(default_draft(source.cfg, residual))
-    except PlanError:
-        return planned(Draft())  # 4 bits take less room than a CPU's 8
+    except PlanError as error:
+        try:
+            return planned(Draft())  # 4 bits take less room than a CPU's 8
+        except PlanError as other:
+            raise (other if isinstance(other, TooLittleError) else error) from None
 
 
 def host_bytes(wanted: str | int) -> int:

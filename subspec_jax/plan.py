@@ -34,6 +34,10 @@ class PlanError(SubspecError):
     """There is no plan for a limit or a setting. The message names the least limit that works."""
 
 
+class TooLittleError(PlanError):
+    """The limit is too low; the message says what would do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Where everything is placed. `device` and `host` are the bytes kept there, by name."""
@@ -260,7 +264,7 @@ def make_plan(
                 found = (r, on_host, *items)
     if found is None:
         needed = -(-(int(least / (1 - spare)) + 1) // 2**20)
-        raise PlanError(
+        raise TooLittleError(
             f"{show_bytes(limit)} of device memory is too little for this model, tree and length; "
             f"the least that works is {needed}MB ({show_bytes(needed * 2**20)}). Shorter "
             "--max-length, a smaller tree or --chunk, or fewer --draft-bits lower it"

@@ -83,8 +83,9 @@ def test_what_is_found_is_in_the_images_own_pixels(floats, tmp_path):
         assert len(f.boxes) == len(f.scores) == len(f.classes) > 0
         assert (f.boxes >= 0).all() and (f.boxes <= [width, height, width, height]).all()
     (alone,) = floats.predict(images[1], conf=0.0, batch=2)  # one image is a list of one
-    np.testing.assert_array_equal(alone.boxes, found[1].boxes)
-    np.testing.assert_array_equal(alone.merged, found[1].merged)
+    # Products of one image and of two may round their last bits differently.
+    np.testing.assert_allclose(alone.boxes, found[1].boxes, atol=1e-3)
+    assert np.mean(alone.merged == found[1].merged) > 0.999
 
     floats.save(tmp_path / "model.safetensors")
     loaded = qyolop_jax.load(tmp_path)

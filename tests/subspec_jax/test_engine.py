@@ -97,6 +97,12 @@ def test_the_plan_is_there_before_anything_is_loaded(folder):
     assert model.plan.total == sum(model.plan.device.values())
 
 
+def test_a_limit_that_is_too_low_is_named_whatever_else_was_tried(folder):
+    """4-bit substitutes take less room, and this model cannot have them in groups of 64."""
+    with pytest.raises(PlanError, match="too little for this model.*the least that works is"):
+        subspec_jax.open(folder, "100KB", dtype="float32")
+
+
 def test_every_method_of_one_engine_writes_the_models_own_tokens(model, plain, prompt):
     for name in ("subspec", "vanilla", "ngram", "subspec"):
         model.use(name)
