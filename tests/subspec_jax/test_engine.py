@@ -99,7 +99,7 @@ def test_the_plan_is_there_before_anything_is_loaded(folder):
 
 def test_a_limit_that_is_too_low_is_named_whatever_else_was_tried(folder):
     """4-bit substitutes take less room, and this model cannot have them in groups of 64."""
-    with pytest.raises(PlanError, match="too little for this model.*the least that works is"):
+    with pytest.raises(PlanError, match=r"too little for this model.*the least that works is"):
         subspec_jax.open(folder, "100KB", dtype="float32")
 
 
