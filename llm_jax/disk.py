@@ -80,7 +80,8 @@ class Slot:
     """A buffer of whole pages, which arrays are read into again and again."""
 
     def __init__(self, size: int):
-        self.bytes = np.frombuffer(mmap.mmap(-1, max(size, BLOCK)), np.uint8)
+        pages = mmap.mmap(-1, max(size, BLOCK), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.bytes = np.frombuffer(pages, np.uint8)
 
 
 @dataclasses.dataclass
