@@ -21,14 +21,14 @@ LARGEST = 127
 class Int8:
     """A matrix [D, F], w = code * scale of its output."""
 
-    code_FD: jax.Array
-    """int8, -127 to 127; an output's weights are neighbours, which is a tenth faster."""
+    code_DF: jax.Array
+    """int8, -127 to 127."""
     scale_F: jax.Array
     """float32."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.code_FD.shape[::-1]
+        return self.code_DF.shape
 
     @property
     def ndim(self) -> int:
@@ -46,7 +46,7 @@ def _rounded(a: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 @jax.jit
 def int8(w_DF: jax.Array) -> Int8:
     """The nearest numbers of each output, whose largest weight becomes 127."""
-    return Int8(*_rounded(w_DF.T, -1))
+    return Int8(*_rounded(w_DF, 0))
 
 
 @linear.register
@@ -55,8 +55,8 @@ def _(w: Int8, x, out_dtype=None):
     X = len(code_XD)
     # XLA's CPU takes 3 ns a weight for one row, and 0.1 for two.
     code_XD = jnp.pad(code_XD, ((0, 2 - X), (0, 0))) if X == 1 else code_XD
-    contract = (((1,), (1,)), ((), ()))
-    sums_XF = jax.lax.dot_general(code_XD, w.code_FD, contract, preferred_element_type=jnp.int32)[
+    contract = (((1,), (0,)), ((), ()))
+    sums_XF = jax.lax.dot_general(code_XD, w.code_DF, contract, preferred_element_type=jnp.int32)[
         :X
     ]
     y_XF = sums_XF.astype(jnp.float32) * scale_X[:, None] * w.scale_F[None]

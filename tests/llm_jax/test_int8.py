@@ -39,7 +39,7 @@ def test_a_product_is_that_of_the_rounded_numbers(shape, size):
 def test_codes_reach_127_and_zeros_stay_zero():
     w = jnp.array([[1.0, 0.0, -4.0], [0.5, 0.0, 2.0]])
     found = int8(w)
-    np.testing.assert_array_equal(found.code_FD.T, [[127, 0, -127], [64, 0, 64]])
+    np.testing.assert_array_equal(found.code_DF, [[127, 0, -127], [64, 0, 64]])
     np.testing.assert_allclose(found.scale_F, [1 / 127, 1.0, 4 / 127])
     assert not np.any(linear(found, jnp.zeros((3, 2))))
     assert (found.shape, found.ndim) == ((2, 3), 2)
@@ -70,6 +70,6 @@ def test_one_row_is_multiplied_as_two_are():
 
 def test_the_compiled_product_is_one_of_whole_numbers():
     w = jax.eval_shape(int8, jax.ShapeDtypeStruct((64, 32), jnp.float32))
-    assert isinstance(w, Int8) and w.code_FD.dtype == jnp.int8
+    assert isinstance(w, Int8) and w.code_DF.dtype == jnp.int8
     text = jax.jit(linear).lower(w, jax.ShapeDtypeStruct((2, 64), jnp.float32)).as_text()
     assert "tensor<64x32xi8>) -> tensor<2x32xi32>" in text

@@ -10,12 +10,12 @@ from llm_jax.testing import tiny_config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", ["raw", "residual"])
-def test_layers_on_disk_are_timed(tmp_path, monkeypatch, capsys, stream):
+@pytest.mark.parametrize("stream, limit", [("raw", "15MB"), ("residual", "10MB")])
+def test_layers_on_disk_are_timed(tmp_path, monkeypatch, capsys, stream, limit):
     cfg = tiny_config("qwen3", d_model=128, d_ff=128, layers=5, max_length=2048)
     monkeypatch.setitem(registry.MODELS, "tiny", registry.RegisteredModel("tiny", "a/tiny", cfg))
     out = tmp_path / "out.jsonl"
-    flags = ["--model", "tiny", "--memory-limit", "6MB", "--host-limit", "10KB", "--rounds", "3"]
+    flags = ["--model", "tiny", "--memory-limit", limit, "--host-limit", "10KB", "--rounds", "3"]
     flags += ["--folder", str(tmp_path / "layers"), "--stream", stream, "--depth", "3"]
     flags += ["--max-length", "192", "--prompt", "20", "--output", str(out)]
     assert disk.cli(flags) == 0, capsys.readouterr().err
@@ -30,7 +30,8 @@ def test_layers_on_disk_are_timed(tmp_path, monkeypatch, capsys, stream):
 
 
 def test_a_model_that_fits_is_refused(tmp_path, monkeypatch, capsys):
-    tiny = registry.RegisteredModel("tiny", "a/tiny", tiny_config("qwen3", layers=2))
+    cfg = tiny_config("qwen3", d_model=128, d_ff=128, layers=2)
+    tiny = registry.RegisteredModel("tiny", "a/tiny", cfg)
     monkeypatch.setitem(registry.MODELS, "tiny", tiny)
     flags = ["--model", "tiny", "--folder", str(tmp_path), "--stream", "raw", "--max-length", "192"]
     assert disk.cli(flags) == 2
