@@ -80,7 +80,8 @@ class Slot:
     """A buffer of whole pages, which arrays are read into again and again."""
 
     def __init__(self, size: int):
-        self.bytes = np.frombuffer(mmap.mmap(-1, max(size, BLOCK)), np.uint8)
+        pages = mmap.mmap(-1, max(size, BLOCK), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.bytes = np.frombuffer(pages, np.uint8)
 
 
 @dataclasses.dataclass
@@ -115,25 +116,31 @@ class DiskReader:
             if self._pool is None:
                 self._pool = concurrent.futures.ThreadPoolExecutor(self.readers, "disk")
             pool = self._pool
-        views, parts, at = [], [], 0
+        views, coming, at = [], [], 0
         for a in arrays:
             first = a.offset // BLOCK * BLOCK
             last = -(-(a.offset + a.stored) // BLOCK) * BLOCK
+            parts = []
             for start in range(first, last, PART):
                 size = min(PART, last - start)
                 place = slot.bytes[at + start - first :][:size]
                 least = min(size, a.offset + a.stored - start)
                 parts.append(pool.submit(self._part, a.file, start, place, least))
+            coming.append(parts)
             views.append(slot.bytes[at + a.offset - first :][: max(a.nbytes, a.stored)])
             at += _room(a)
+        found = []
         try:
-            for part in parts:
-                part.result()
+            for a, view, parts in zip(arrays, views, coming, strict=True):
+                for part in parts:
+                    part.result()
+                found.append(self._checked(a, view))  # while the next arrays are read
         finally:  # the slot must not be written to any more
-            for part in parts:
+            left = [part for parts in coming for part in parts]
+            for part in left:
                 part.cancel()
-            concurrent.futures.wait(parts)
-        return [self._checked(a, view) for a, view in zip(arrays, views, strict=True)]
+            concurrent.futures.wait(left)
+        return found
 
     def _checked(self, a: DiskArray, view: np.ndarray) -> np.ndarray:
         if self.check and array_digest(view[: a.stored]) != a.digest:

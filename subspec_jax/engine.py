@@ -14,7 +14,7 @@ from llm_jax.generation import checked_tokens
 from llm_jax.grammar import Guide
 from llm_jax.progress import Reporter
 from llm_jax.token_stream import StreamDecoder
-from subspec_jax import SubspecError, precompile, predict_batch, probe
+from subspec_jax import SubspecError, memory, precompile, predict_batch, probe
 from subspec_jax.batch import BatchDecoder, why_not_together
 from subspec_jax.check import NotFiniteError
 from subspec_jax.decoder import Decoder
@@ -114,6 +114,7 @@ class Engine:
             self.disk_bytes_per_s, self.disk_direct = probe.disk_bandwidth(
                 self.source.lying(plans[0])
             )
+        memory.return_free_memory()
 
     def disk_reads(self) -> Reads:
         """What was read from disk since the target was placed."""
@@ -202,6 +203,7 @@ class Engine:
         with self.reporter.bar("Loading layers", p.cfg.layers) as step:
             how = self.options.verify_weights, self.options.check_files
             self.target = self.source.load(p, step, *how)
+        memory.return_free_memory()
         self.timings["load_s"] += time.perf_counter() - began
 
     def _unload(self) -> None:
@@ -266,6 +268,7 @@ class Engine:
         with self.reporter.bar(f"Quantizing for {m.name}", self.cfg.layers) as step:
             given = self.target.params, p.draft, p.resident, iterations, step
             found = make_draft(*given, cards=self.cfg.cards)
+        memory.return_free_memory()
         self.timings["quantize_s"][m.name] = time.perf_counter() - began
         return found
 

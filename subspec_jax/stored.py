@@ -18,6 +18,7 @@ import numpy as np
 from llm_jax.disk import DiskArray
 from llm_jax.files import LockedError, locked
 from llm_jax.params import Layer, Params
+from subspec_jax.memory import return_free_memory
 from subspec_jax.offload import moving
 from subspec_jax.residual.tensor_file import (
     LAYER,
@@ -106,5 +107,7 @@ def _write(path, manifest, count, tables, layer, progress) -> None:
             made = layer(index)
             arrays = map(np.asarray, jax.tree.leaves(made))
             write_tensors(file, dict(zip(_names(made), arrays, strict=True)), {}, manifest)
+            del made
+            return_free_memory()
         if progress:
             progress(index + 1)

@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from experiments.speculative import __main__ as speculative
+from llm_jax.checkpoint import table_shapes
 from llm_jax.formats import open_checkpoint
+from llm_jax.params import abstract
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from palu_jax import store
 from palu_jax.calibration import calibrate
@@ -27,6 +29,7 @@ from qyolop_jax.recipe import Training, four_stages
 from qyolop_jax.scenes import Scenes
 from qyolop_jax.stages import Phase, Stage, Variables
 from qyolop_jax.training import fit
+from subspec_jax import stored
 from subspec_jax.residual.convert import convert as convert_model
 
 CFG = tiny_config("qwen2", layers=3, d_model=32, d_ff=64)
@@ -44,6 +47,13 @@ def model(folder: Path) -> Path:
 def convert(folder: Path) -> None:
     checkpoint = open_checkpoint(model(folder))
     convert_model(checkpoint, checkpoint.config("bfloat16"), folder, group=16, iterations=2)
+
+
+def store_layers(folder: Path) -> None:
+    """Writes the layers as they are read from disk while decoding."""
+    checkpoint = open_checkpoint(model(folder))
+    tables = lambda: {field: checkpoint.read(field, CFG) for field in table_shapes(CFG)}
+    stored.store(folder, "tiny", abstract(CFG), tables, lambda i: checkpoint.layer(i, CFG))
 
 
 def speculate(folder: Path) -> None:
@@ -96,7 +106,7 @@ def keep(folder: Path, variables: Variables) -> None:
 
 def made_by(job: str, folder: Path):
     """What a job that ended has made, without times and names that differ from run to run."""
-    if job == "convert":
+    if job in ("convert", "store_layers"):
         return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
     if job == "speculate":
         rows = map(json.loads, (folder / "records.jsonl").read_text().splitlines())

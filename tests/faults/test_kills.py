@@ -33,7 +33,9 @@ def seconds(server, job: str, folder: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["convert", "speculate", "compress", "regress", "train"])
+@pytest.mark.parametrize(
+    "job", ["convert", "store_layers", "speculate", "compress", "regress", "train"]
+)
 def test_a_job_that_is_killed_at_any_moment_ends_the_same(server, tmp_path, job):
     seconds(server, job, tmp_path / "first")  # compiles, and starts the server
     whole = seconds(server, job, tmp_path / "whole")
