@@ -28,11 +28,12 @@ from llm_jax.registry import MODELS, find_checkpoint, find_model, open_model
 from llm_jax.tokenizer import ByteTokenizer
 from subspec_jax import memory
 from subspec_jax.draft_model import Draft
-from subspec_jax.load import all_on_device, load_target, random_splits, random_target
+from subspec_jax.load import all_on_device, load_target
 from subspec_jax.methods import MethodError
 from subspec_jax.offload import separate_shapes
 from subspec_jax.plan import Plan, make_plan
 from subspec_jax.predict_experts import Routing
+from subspec_jax.random_weights import random_splits, random_target
 from subspec_jax.residual.convert import check_convertible, convert
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.parts import ConvertedParts, card_checkpoints, card_folders

@@ -21,9 +21,9 @@ from subspec_jax import decoder as decode
 from subspec_jax.accept import Gate
 from subspec_jax.decoder import Decoder, LengthError
 from subspec_jax.draft_model import substitute
-from subspec_jax.load import split_layer
 from subspec_jax.offload import place, streamed_bytes
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
+from subspec_jax.random_weights import split_layer
 from subspec_jax.residual.split import decode_layer, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
 from subspec_jax.verify import Target

@@ -21,10 +21,10 @@ from subspec_jax.check import NotFiniteError
 from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.experts import AT_ONCE, ExpertCache, apart, without_experts
-from subspec_jax.load import random_target, split_layer
 from subspec_jax.methods import make_method
 from subspec_jax.offload import moving, offload, separate_experts, streamed_bytes
 from subspec_jax.plan import make_plan
+from subspec_jax.random_weights import random_target, split_layer
 from subspec_jax.residual.split import gaussian_room, split_shapes
 from subspec_jax.tree import TreeSpec
 from subspec_jax.verify import Target, run_pass

@@ -18,8 +18,9 @@ from llm_jax.stream import to_device
 from llm_jax.testing import tiny_config, tiny_params, write_gguf, write_safetensors
 from pallas_kernels.quantized_matmul import Packed
 from subspec_jax.draft_model import NO_DRAFT, Draft, make_draft, substitutes
-from subspec_jax.load import all_on_device, arrange, load_target, random_target
+from subspec_jax.load import all_on_device, arrange, load_target
 from subspec_jax.plan import make_plan
+from subspec_jax.random_weights import random_target
 from subspec_jax.residual.convert import convert
 from subspec_jax.residual.files import Converted
 from subspec_jax.residual.split import (

@@ -22,10 +22,10 @@ from llm_jax.testing import tiny_config, tiny_params
 from pallas_kernels.quantized_matmul.packing import packed_bytes
 from subspec_jax.draft_model import INT8, NO_DRAFT, Draft, make_draft
 from subspec_jax.layout import tree_bytes
-from subspec_jax.load import random_target
 from subspec_jax.memory import AmountError, parse_bytes, show_bytes
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.plan import PlanError, make_plan, published_tau
+from subspec_jax.random_weights import random_target
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec, cache_slots
 from subspec_jax.work_space import work_bytes

@@ -14,12 +14,12 @@ from subspec_jax.accept import Gate
 from subspec_jax.batch import BatchDecoder
 from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import NO_DRAFT, Draft, make_draft
-from subspec_jax.load import random_target
 from subspec_jax.methods import make_method
 from subspec_jax.plan import make_plan
 from subspec_jax.precompile import compile_ahead, use_cache
 from subspec_jax.prefix_cache import Text
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
+from subspec_jax.random_weights import random_target
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
 

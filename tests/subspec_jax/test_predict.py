@@ -11,9 +11,9 @@ from llm_jax.params import abstract, init_layer
 from llm_jax.testing import tiny_config
 from subspec_jax import predict
 from subspec_jax.draft_model import NO_DRAFT, Draft
-from subspec_jax.load import split_layer
 from subspec_jax.plan import make_plan
 from subspec_jax.predict import FEW, MORE, RoundCosts, measure, pass_seconds, round_seconds
+from subspec_jax.random_weights import split_layer
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
 from subspec_jax.tree import TreeSpec
 

@@ -23,9 +23,10 @@ from pallas_kernels.residual_decode import residual_decode
 from pallas_kernels.residual_decode.code import LANES
 from subspec_jax.draft_model import Draft, make_draft
 from subspec_jax.layout import expert_bytes
-from subspec_jax.load import all_on_device, load_target, random_target
+from subspec_jax.load import all_on_device, load_target
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.plan import make_plan
+from subspec_jax.random_weights import random_target
 from subspec_jax.residual import convert as residual_convert
 from subspec_jax.residual import tensor_file as residual_file
 from subspec_jax.residual.convert import convert

@@ -21,8 +21,8 @@ from pallas_kernels.quantized_matmul import codes_and_scales
 from pallas_kernels.residual_decode import reference, residual_decode, why_not
 from pallas_kernels.residual_decode.code import pad, predict_weights
 from subspec_jax.draft_model import substitutes
-from subspec_jax.load import split_layer as split_random
 from subspec_jax.offload import offload, streamed_bytes
+from subspec_jax.random_weights import split_layer as split_random
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.split import (
     Split,
