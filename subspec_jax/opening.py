@@ -22,7 +22,7 @@ from subspec_jax.engine import Engine
 from subspec_jax.limits import chosen_devices, chosen_limit, plan_for
 from subspec_jax.memory import MOST_BYTES, parse_bytes
 from subspec_jax.methods import Method, make_method
-from subspec_jax.options import Options, default_draft, default_tree
+from subspec_jax.options import Options, default_draft, default_tree, reads_disk
 from subspec_jax.plan import PlanError, TooLittleError
 from subspec_jax.sources import Source, add_converted, find_draft_model, find_source
 from subspec_jax.tree import TreeSpec
@@ -91,7 +91,7 @@ def open(
             raise PlanError("residuals need substitutes in groups; leave --draft-group out")
         made = functools.partial(
             make_method,
-            spec=tree or default_tree(),
+            spec=tree or default_tree(reads_disk(memory, options)),
             draft=draft,
             gate=gate,
             stop_gain=stop_gain,

@@ -72,8 +72,17 @@ def default_draft(cfg: Config, residual: bool = False) -> Draft:
     return INT8 if on_cpu and not residual and cfg.experts is None else Draft()
 
 
-def default_tree(**changes: Any) -> TreeSpec:
-    """The tree for this machine: 48 levels of 6 nodes on a GPU, 8 of 2 on a CPU, where verifying
-    many tokens takes long."""
-    depth, width = (8, 2) if memory.card_bytes() is None else (48, 6)
+def default_tree(from_disk: bool = False, **changes: Any) -> TreeSpec:
+    """The tree for this machine: 48 levels of 6 nodes on a GPU; on a CPU, where verifying many
+    tokens takes long, 8 of 2, or 16 of 2 where passes take long because they read layers
+    `from_disk`."""
+    on_cpu = 16 if from_disk else 8, 2
+    depth, width = on_cpu if memory.card_bytes() is None else (48, 6)
     return TreeSpec(**{"depth": depth, "width": width} | changes)
+
+
+def reads_disk(limit: str | int, options: Options) -> bool:
+    """Whether an engine with this memory limit probably reads layers from disk in every pass,
+    before its plan is known: on a CPU all but the whole model in memory does."""
+    by_itself = options.host_limit is None and options.weights == "checkpoint"
+    return limit != "full" and by_itself and options.stream == "raw"

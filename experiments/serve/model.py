@@ -52,8 +52,9 @@ class ModelFlags:
     draft_model: str | None = None
     """The small model of the method classic."""
     depth: int | Literal["auto"] | None = None
-    """Levels of the draft tree; 48 on a GPU, 8 on a CPU, and fewer for many answers together. auto:
-    for each number of answers the number up to that which timing a layer promises most of."""
+    """Levels of the draft tree; 48 on a GPU, 8 on a CPU or 16 if layers are read from disk, and
+    fewer for many answers together. auto: for each number of answers the number up to that which
+    timing a layer promises most of."""
     width: int | None = None
     """Nodes added a step; 6 on a GPU, 2 on a CPU."""
     resident: int | None = None

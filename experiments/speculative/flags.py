@@ -96,8 +96,9 @@ class Speculative:
     tree: Literal["beam", "best-first", "chain"] = "beam"
     """How the draft tree grows."""
     depth: int | Literal["auto"] | None = None
-    """Levels of the tree; 48 on a GPU, 8 on a CPU, where verifying many tokens takes long. auto:
-    the number up to that which the first rounds' times and acceptance promise most of."""
+    """Levels of the tree; 48 on a GPU; on a CPU, where verifying many tokens takes long, 8, or 16
+    if layers are read from disk. auto: the number up to that which the first rounds' times and
+    acceptance promise most of."""
     width: int | Literal["auto"] | None = None
     """Nodes added a step; 6 on a GPU, 2 on a CPU. auto: chosen like the depth."""
     budget: int | None = None
@@ -254,7 +255,10 @@ def _sampler(args: Speculative) -> Sampler:
 
 def _tree(args: Speculative) -> TreeSpec:
     given = {name: getattr(args, name) for name in ("depth", "width")}
+    asked = args.memory_limit == "full" or args.host_limit != "auto" or args.palu is not None
+    kind = options.Options(weights=args.weights, stream=args.stream)
     return options.default_tree(
+        not asked and options.reads_disk(args.memory_limit, kind),
         kind=args.tree,
         budget=args.budget,
         sharpen=args.sharpen,
