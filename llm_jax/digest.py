@@ -6,6 +6,7 @@ against somebody who wants two contents to have the same checksum.
 
 import concurrent.futures
 import json
+import mmap
 import os
 import threading
 import time
@@ -103,7 +104,7 @@ def hash_file(path: Path) -> str:
 
     def part(start: int) -> bytes:
         if not hasattr(buffers, "own"):  # one a thread, because making it takes as long as reading
-            buffers.own = memoryview(bytearray(PART))
+            buffers.own = memoryview(mmap.mmap(-1, PART))  # which the system has back at once
         view, got = buffers.own[: min(PART, size - start)], 0
         while got < len(view) and (n := os.preadv(file.fileno(), [view[got:]], start + got)):
             got += n
