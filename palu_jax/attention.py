@@ -94,6 +94,7 @@ def why_not(cfg: Config) -> str | None:
         qk_norm_whole="norms over all queries and keys together",
     )
     found = [words for field, words in lacking.items() if getattr(cfg, field)]
+    found += ["heads on several cards"] if cfg.cards > 1 else []
     return f"{cfg.family} models have {' and '.join(found)}" if found else None
 
 

@@ -26,7 +26,7 @@ from subspec_jax.residual.split import (
 )
 from subspec_jax.residual.stacks import decoded_experts
 from subspec_jax.stored import Stored
-from subspec_jax.tiers import rearranged, to_home
+from subspec_jax.tiers import rearranged, to_home, where
 from subspec_jax.verify import Target
 
 
@@ -50,7 +50,7 @@ def load_target(
     lying: tuple[Layer, ...] = ()
     if plan.disk and isinstance(source, Converted | Stored):
         of = source.lying if isinstance(source, Converted) else source.layer
-        lying = tuple(map(of, range(plan.cfg.layers)))
+        lying = tuple(where(of(i)) for i in range(plan.cfg.layers))
 
     if isinstance(source, ConvertedParts):
         return _load_converted_parts(source, plan, progress, verify, check)
@@ -70,7 +70,8 @@ def load_target(
         return dataclasses.replace(_load_converted(source, plan, *given), stored=lying)
     if isinstance(source, Stored):
         tables = {name: place_table(name, loaded(a)) for name, a in source.tables().items()}
-        layers = _placed(lying, place_layer, progress)
+        each = map(source.layer, range(plan.cfg.layers))
+        layers = _placed(each, place_layer, progress)
         return Target(Params(layers=layers, **tables), plan.cfg, plan.ahead, stored=lying)
     if plan.disk:
         raise ValueError("this plan has layers on disk; store the checkpoint's first")

@@ -167,7 +167,7 @@ class ModelDraft(Proposer):
         self._compiled = set()  # (live slots, sampler) of both ways to grow
         self._extended = 0
         self.stop = StopRule(stop_gain, spec.steps, bool(spec.extra))
-        self._cards, self._least_L = 1, None
+        self._cards, self._least_L = 1, jnp.asarray(self.stop.least_gain_L())
 
     def start(self, state: State, slots: int, chunk: int) -> None:
         self._cards = state.cards

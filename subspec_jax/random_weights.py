@@ -22,7 +22,7 @@ from subspec_jax.plan import Plan
 from subspec_jax.residual.encode import encode
 from subspec_jax.residual.split import Split, SplitExperts, is_split, split_experts, widened
 from subspec_jax.stored import Stored
-from subspec_jax.tiers import to_home
+from subspec_jax.tiers import to_home, where
 from subspec_jax.verify import Target
 
 
@@ -46,7 +46,7 @@ def random_target(
     """
     cfg = plan.cfg
     make = functools.partial(_random_layer, cfg=cfg)
-    lying = tuple(map(stored.layer, range(cfg.layers))) if plan.disk else ()
+    lying = tuple(where(stored.layer(i)) for i in range(cfg.layers)) if plan.disk else ()
     first: list[Layer] = []
     normal = functools.partial(_normal, cards=cfg.cards)
     key, layers = jax.random.key(seed), []
@@ -64,7 +64,7 @@ def random_target(
         head = together([one] * cfg.cards)
     for i in range(cfg.layers):
         if lying:
-            layer = lying[i]
+            layer = stored.layer(i)
         elif plan.streams_residuals and not cfg.has_experts(i):
             layer = jax.tree.map(copied, split[False])
         elif plan.streams_residuals:  # its experts are shared, all else is its own

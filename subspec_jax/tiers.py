@@ -78,6 +78,13 @@ def _too_little(limit: int, need: int, reason: str) -> str:
     )
 
 
+def where(layer: Layer) -> Layer:
+    """The layer with its `DiskArray`s and, in place of what is in memory, shapes: a `lying` layer
+    says where arrays are, and does not keep the others."""
+    shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+    return jax.tree.map(lambda a: a if isinstance(a, DiskArray) else shape(a), layer)
+
+
 def lay_down(layer: Layer, lying: Layer) -> Layer:
     """The layer with what moves on disk, as in `lying`, and all else on the device."""
     pick = lambda a, b: b if isinstance(b, DiskArray) else to_device(a)

@@ -62,7 +62,7 @@ class Target:
     experts: ExpertCache | None = None
     """The experts of which a pass brings those it needs; None: layers are streamed whole."""
     stored: tuple[Layer, ...] = ()
-    """All layers as they lie on disk, with a `DiskArray` for each array that moves; or none."""
+    """Where all layers lie on disk (`tiers.where`); or none."""
 
     @property
     def top(self) -> Params:

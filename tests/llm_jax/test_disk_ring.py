@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from test_disk import FAULTS, numbers, readers, written
+from test_disk_reader import FAULTS, numbers, readers, written
 
 from llm_jax.disk import DiskError
 from llm_jax.disk_ring import DiskRing

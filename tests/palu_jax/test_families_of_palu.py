@@ -76,6 +76,7 @@ REFUSED = {
     "sinks": (dict(sinks=True), "sinks in its softmax"),
     "cap": (dict(attn_softcap=50.0), "a cap of its scores"),
     "part": (dict(rotary_dim=8), "heads that rotate in part"),
+    "cards": (dict(cards=2), "heads on several cards"),
     "whole": (dict(qk_norm=True, qk_norm_whole=True), "norms over all queries and keys together"),
 }
 

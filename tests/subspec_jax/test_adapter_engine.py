@@ -72,7 +72,7 @@ def test_a_conversion_is_of_the_merged_model(folders, tmp_path, command):
         options = dict(dtype="bfloat16", stream="residual", converted=out)
         subspec_jax.open(base, memory="1GB", adapter=adapter, **options).close()
     elif command == "process of its own":
-        given = [str(base), str(adapter), "bfloat16", str(out), 4, 64, 0]
+        given = [str(base), str(adapter), "bfloat16", 1, str(out), 4, 64, 0]
         assert residual.main([json.dumps(given)]) == 0
     else:
         words = ["--checkpoint", str(base), "--adapter", str(adapter), "--to", str(out)]

@@ -6,12 +6,13 @@ import os
 import threading
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 import subspec_jax
 from llm_jax import registry
 from llm_jax.config import Experts
-from llm_jax.disk import DiskError, on_disk
+from llm_jax.disk import DiskArray, DiskError, on_disk
 from llm_jax.formats import open_checkpoint
 from llm_jax.generation import generate
 from llm_jax.params import abstract
@@ -168,6 +169,8 @@ def test_every_method_writes_the_models_own_tokens(lying, prompt, plain, method)
     assert lying.plan.disk == {1, 2, 3, 4} and not lying.plan.host
     assert lying.generate(prompt, NEW, eos=()) == plain(Sampler())
     assert lying.disk_reads().bytes >= lying.plan.disk_bytes
+    places = jax.tree.leaves(lying.target.stored)
+    assert all(isinstance(a, DiskArray | jax.ShapeDtypeStruct) for a in places)  # nothing twice
     on_device = lying.target.params.layers
     assert [on_disk(layer) for layer in on_device] == [False, True, True, True, True]
 
