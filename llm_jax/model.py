@@ -70,7 +70,9 @@ def unembed(params: Params, x_BTD: jax.Array, cfg: Config) -> jax.Array:
         if params.head_DV is not None:  # logits rounded to 16 bits would tie
             logits_BTV = side_by_side(linear(params.head_DV, h, jnp.float32), cfg)
         else:
-            table_VD = own_rows(params.embed_VD, cfg.cards)
+            # A table whose rows do not divide would be copied at every step to be padded.
+            apart = cfg.vocab % cfg.cards == 0
+            table_VD = own_rows(params.embed_VD, cfg.cards) if apart else params.embed_VD
             logits_BTV = jnp.einsum(
                 "BTD,VD->BTV",
                 h,
@@ -78,7 +80,7 @@ def unembed(params: Params, x_BTD: jax.Array, cfg: Config) -> jax.Array:
                 precision=precision(h.dtype),
                 preferred_element_type=jnp.float32,
             )
-            logits_BTV = side_by_side(logits_BTV, cfg)
+            logits_BTV = side_by_side(logits_BTV, cfg) if apart else logits_BTV
         return final_logits(logits_BTV[..., : cfg.vocab], cfg)  # maybe padded
 
 
