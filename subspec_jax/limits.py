@@ -98,7 +98,7 @@ def chosen_limit(
                 slack = TRIALS
     if started:
         return (limit if free is None else min(limit, free)), free
-    pool = memory.enforce_limit(limit + slack)
+    pool = memory.enforce_limit(limit + slack, options.host_limit)
     return (limit if pool is None else min(limit, pool)), pool
 
 

@@ -151,11 +151,17 @@ def backends_started() -> bool:
     return xla_bridge.backends_are_initialized()
 
 
-def enforce_limit(limit: int) -> int | None:
+PINNED_SPARE = 2**30
+"""Pinned memory beyond what a limit of host memory asks for: for copies to and from the device."""
+
+
+def enforce_limit(limit: int, host_limit: int | None = None) -> int | None:
     """Bytes of the pool that JAX will get on the card: `limit`, or less where the card is smaller.
 
-    Sets the allocator's fraction (and lifts the 64 GB cap on pinned memory) in the environment, so
-    it must run before JAX touches a device, and raises RuntimeError if that has happened.
+    Sets the allocator's fraction in the environment, and how much memory may be pinned: 64 GB by
+    itself, here 0.9 of the machine's, or `host_limit` and `PINNED_SPARE`. (The allocator doubles
+    what it takes, so without a limit it may pin far more than is used.) So it must run before JAX
+    touches a device, and raises RuntimeError if that has happened.
     Returns None, and enforces nothing, on a machine without an NVIDIA card.
     """
     total = card_bytes()
@@ -166,6 +172,8 @@ def enforce_limit(limit: int) -> int | None:
     pool = min(limit, total - CONTEXT_BYTES)
     os.environ["XLA_CLIENT_MEM_FRACTION"] = repr(pool / total)
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "true"
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(int(pages * size * 0.9) >> 30))
+    pinned = int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.9)
+    if host_limit is not None:
+        pinned = min(pinned, host_limit + PINNED_SPARE + 2**30 - 1)
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(pinned >> 30))
     return pool

@@ -300,6 +300,19 @@ def test_a_limit_is_the_allocators_fraction(environment, limit, pool):
     assert 0.85 * memory - 1 < int(os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"]) < memory
 
 
+@pytest.mark.parametrize("host_limit, pinned", [(4 * GIB, 5), (4 * GIB + 1, 6), (GIB // 2, 2)])
+def test_a_limit_of_host_memory_is_one_of_pinned_memory(environment, host_limit, pinned):
+    """In whole GiB, at least 1 more than the limit."""
+    environment.setattr(memory_module, "card_bytes", lambda: 24 * GIB)
+    environment.setattr(memory_module, "backends_started", lambda: False)
+    enforce_limit(8 * GIB, host_limit)
+    assert os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == str(pinned)
+    del os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"]
+    enforce_limit(8 * GIB, 2**60)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    assert int(os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"]) < memory
+
+
 def test_a_limit_can_be_set_behind_every_import():
     """In a fresh process: nothing of this package starts a backend when it is imported."""
     program = """
