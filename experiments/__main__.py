@@ -29,6 +29,7 @@ COMMANDS = {
         "experiments.convert",
         "convert a checkpoint once for --stream residual",
     ),
+    "measure.errors": ("experiments.measure.errors", "compare every kernel with float64 NumPy"),
     "measure.kernels": ("experiments.measure.kernels", "time the attention kernels"),
     "measure.matmul": ("experiments.measure.matmul", "time and tune the low-bit products"),
     "measure.draft_step": ("experiments.measure.draft_step", "take a draft step apart"),

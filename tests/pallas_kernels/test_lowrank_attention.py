@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels.bit_fields import pack_codes
+from pallas_kernels.float64 import f64
+from pallas_kernels.float64 import lowrank_attention as in_float64
 from pallas_kernels.lowrank_attention import Latents, lowrank_attention, why_not
 from pallas_kernels.lowrank_attention.absorb import absorbed, basis
-from pallas_kernels.lowrank_attention.latents import dense
 from pallas_kernels.lowrank_attention.rebuild import Rows
 from pallas_kernels.lowrank_attention.reference import group_heads
 from pallas_kernels.lowrank_attention.triton import LatentTiling, can_absorb, tiling
-
-f64 = lambda x: np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
 
 
 def latents(rng, batch, slots, ranks, bits, dtype=jnp.bfloat16):
@@ -68,52 +67,6 @@ def problem(
 
 
 ALL = ("mask", "position", "bias", "mean", "norm")
-
-
-def in_float64(
-    q, k, v, up_k, up_v, frequencies, lengths, mask_BTS=None, position_BS=None, k_bias_KH=None,
-    v_bias_KH=None, mean_coefficient_BS=None, k_mean_KH=None, v_mean_KH=None, k_norm_H=None,
-    norm_eps=1e-6, kv_heads=None,
-):  # fmt: skip
-    """The formula of the docstring, one number after another."""
-    B, T, N, H = q.shape
-    g, _, most, _ = up_k.shape
-    K = kv_heads or g * most
-    zk, zv, q, up_k, up_v = f64(dense(k)), f64(dense(v)), f64(q), f64(up_k), f64(up_v)
-    starts = [np.concatenate([[0], np.cumsum(z.blocks)]) for z in (k, v)]
-    y = np.zeros((B, T, N, H))
-    for b in range(B):
-        for n in range(N):
-            kv = n // (N // K)
-            group, head = divmod(kv, most)
-            own = [slice(s[group], s[group + 1]) for s in starts]
-            rows = [z[b, : int(lengths[b]), o] for z, o in zip((zk, zv), own)]
-            lead = (
-                None if mean_coefficient_BS is None else f64(mean_coefficient_BS)[b, : len(rows[0])]
-            )
-            keys = rows[0] @ up_k[group, : rows[0].shape[1], head]
-            values = rows[1] @ up_v[group, : rows[1].shape[1], head]
-            if lead is not None:
-                keys = keys + lead[:, None] * f64(k_mean_KH)[kv]
-                values = values + lead[:, None] * f64(v_mean_KH)[kv]
-            if k_bias_KH is not None:
-                keys, values = keys + f64(k_bias_KH)[kv], values + f64(v_bias_KH)[kv]
-            if k_norm_H is not None:
-                mean = (keys**2).mean(1, keepdims=True)
-                keys = keys / np.sqrt(mean + norm_eps) * f64(k_norm_H)
-            place = np.arange(len(keys))
-            if position_BS is not None:
-                place = np.asarray(position_BS)[min(b, len(position_BS) - 1), : len(keys)]
-            turn = np.exp(1j * place[:, None] * np.asarray(frequencies, np.float64))
-            turned = (keys[:, : H // 2] + 1j * keys[:, H // 2 :]) * turn
-            keys = np.concatenate([turned.real, turned.imag], 1)
-            for t in range(T):
-                score = keys @ q[b, t, n] / np.sqrt(H)
-                if mask_BTS is not None:
-                    score[~np.asarray(mask_BTS)[min(b, len(mask_BTS) - 1), t, : len(keys)]] = -1e30
-                p = np.exp(score - score.max())
-                y[b, t, n] = p @ values / p.sum()
-    return y
 
 
 def quickly(*positional, norm_eps=1e-6, **options):

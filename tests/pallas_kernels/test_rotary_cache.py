@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import device
+from pallas_kernels.float64 import rotary_cache as expected
 from pallas_kernels.lowering import lower_for
 from pallas_kernels.rotary_cache import rotary_cache, why_not
 
@@ -21,22 +22,6 @@ def inputs(X, T, N, K, H, S, at, dtype=jnp.bfloat16, bias=True, seed=0):
     k, v = (draw(3, S, K, H).astype(dtype) for _ in range(2))
     place = jnp.ones(T, jnp.int32), at + jnp.arange(T, dtype=jnp.int32)
     return draw(X, T, F), draw(F).astype(dtype) if bias else None, cos, sin, k, v, place
-
-
-def expected(y, bias, cos, sin, k, v, place):
-    """As complex numbers, in float64."""
-    y, k, v = (np.array(a, np.float64) for a in (y, k, v))
-    (T, h), (K, H) = cos.shape, k.shape[2:]
-    y = y.sum(0) + (0 if bias is None else np.asarray(bias, np.float64))
-    heads = y.reshape(T, -1, H)
-    turn = np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64)
-    z = (heads[..., :h] + 1j * heads[..., h:]) * turn[:, None]
-    turned = np.concatenate([z.real, z.imag], -1)
-    N = heads.shape[1] - 2 * K
-    for t, (row, slot) in enumerate(zip(*map(np.asarray, place), strict=True)):
-        if row < k.shape[0] and slot < k.shape[1]:
-            k[row, slot], v[row, slot] = turned[t, N : N + K], heads[t, N + K :]
-    return turned[:, :N], k, v
 
 
 @pytest.mark.quick_cases(

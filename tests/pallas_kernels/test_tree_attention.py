@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import device
+from pallas_kernels.float64 import tree_attention as expected
 from pallas_kernels.lowering import lower_for
 from pallas_kernels.tree_attention import tree_attention, why_not
 from pallas_kernels.tree_attention.tiles import TILE, cut
@@ -28,15 +29,6 @@ def inputs(T, N, K, H, S, dtype=jnp.bfloat16, seed=0, seen=0.3):
     mask = rng.random((1, T, S)) < seen
     mask[:, np.arange(T), rng.integers(0, S, T)] = True
     return draw(1, T, N, H), draw(1, S, K, H), draw(1, S, K, H), jnp.asarray(mask)
-
-
-def expected(q, k, v, mask):
-    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    k, v = (np.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
-    score = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
-    score = np.where(np.asarray(mask)[:, None], score, -np.inf)
-    weight = np.exp(score - score.max(-1, keepdims=True))
-    return np.einsum("bnts,bsnh->btnh", weight / weight.sum(-1, keepdims=True), v)
 
 
 @pytest.mark.quick_cases(
