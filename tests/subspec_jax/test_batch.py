@@ -89,7 +89,7 @@ def test_every_method_gives_each_text_its_own_tokens(name):
 
 @pytest.mark.parametrize(
     "count, name",
-    [(40, "subspec"), *(pytest.param(300, name, marks=pytest.mark.slow) for name in METHODS)],
+    [(20, "subspec"), *(pytest.param(300, name, marks=pytest.mark.slow) for name in METHODS)],
 )
 def test_texts_come_and_go_at_random(count, name):
     """Joins, leaves before the end and prompts that share beginnings, in random order."""
@@ -117,7 +117,9 @@ def test_texts_come_and_go_at_random(count, name):
     assert sum(len(t.new) for t in started) > 10 * count
 
 
-@pytest.mark.parametrize("name", ["subspec-own-cache", "classic"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("subspec-own-cache", marks=pytest.mark.slow), "classic"]
+)
 def test_a_draft_with_caches_of_its_own_accepts_as_alone(name):
     """It has read the prompts, follows what is accepted, and goes on from the rows of others."""
     params, cfg = model()

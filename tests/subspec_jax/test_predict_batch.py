@@ -86,6 +86,7 @@ def test_a_plan_with_levels_gives_smaller_trees():
     assert plan.spec == SPEC  # caches stay as large as for the largest
 
 
+@pytest.mark.slow
 def test_parts_of_a_shared_round_are_timed():
     plan = plan_for(texts=2, spec=TreeSpec("beam", 3, 2))
     costs = measure_together(plan, init_layer(jax.random.key(0), CFG), 2, plan.spec)
