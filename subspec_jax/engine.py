@@ -126,10 +126,14 @@ class Engine:
         self.start()
         began, work = time.perf_counter(), {}
         if self.device["platform"] == "gpu":
-            for name, m in self.methods.items():
-                with self.reporter.status(f"Compiling for {name}"):
-                    how = self.options.sampler, m.gate, self.options.replay, m.longest
-                    work[name] = precompile.compile_ahead(self.plans[name], *how)
+            sampler, replay = self.options.sampler, self.options.replay
+            work = precompile.compile_ahead(
+                {
+                    name: precompile.Ahead(self.plans[name], sampler, m.gate, replay, m.longest)
+                    for name, m in self.methods.items()
+                },
+                self.reporter,
+            )
         self.timings |= {"compile_s": time.perf_counter() - began, "compiled_work_space": work}
 
     def predict(

@@ -9,8 +9,10 @@ compilation cache directory, later calls find the programs there.
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from llm_jax.attention import caches_for, causal_step
 from llm_jax.cache import KV
 from llm_jax.cards import shapes_of
 from llm_jax.generation import chunk_sizes
+from llm_jax.progress import Reporter
 from llm_jax.sample import Sampler
 from llm_jax.stream import home
 from subspec_jax.accept import Gate
@@ -32,8 +35,9 @@ from subspec_jax.plan import Plan
 from subspec_jax.tree import cache_slots, live_sizes, seedling
 from subspec_jax.verify import Verified, finish_round, jit_block, last_logits, lay_out
 
-PROGRAMS_AT_ONCE = 4
-"""Programs compiled in parallel. More would need more memory for the candidates that are timed."""
+PROGRAMS_AT_ONCE = 8
+"""Programs compiled in parallel. Each needs memory for the candidates that are timed; 12 at once
+had room in the 8 GB of a 7B."""
 
 
 def use_cache(folder: str | Path) -> None:
@@ -43,22 +47,44 @@ def use_cache(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def compile_ahead(
-    plan: Plan, sampler: Sampler, gate: Gate | None = None, replay: bool = False, longest: int = 3
-) -> int:
-    """The largest work space of the plan's programs in bytes, without inputs and outputs.
+class Ahead(NamedTuple):
+    """A method whose programs are compiled ahead."""
 
-    Compiles these programs: the block for a tree and for prefill, the head, and the draft; if
-    several texts are planned for, for each number of them in the plan's ladder.
+    plan: Plan
+    sampler: Sampler
+    gate: Gate | None = None
+    replay: bool = False
+    longest: int = 3
+
+    def programs(self) -> Iterator[jax.stages.Lowered]:
+        """The block for a tree and for prefill, the head, and the draft; if several texts are
+        planned for, for each number of them in the plan's ladder."""
+        if self.plan.ladder:
+            return lowered_together(self.plan, self.replay, self.gate, self.longest)
+        return _lowered(*self)
+
+
+def compile_ahead(methods: Mapping[str, Ahead], reporter: Reporter = Reporter()) -> dict[str, int]:
+    """By method, the largest work space of its programs in bytes, without inputs and outputs.
+
+    Programs of all methods are compiled side by side, and those that methods share once.
     """
+    title = f"Compiling for {', '.join(methods)}"
     with concurrent.futures.ThreadPoolExecutor(PROGRAMS_AT_ONCE) as pool:
-        if plan.ladder:
-            programs = lowered_together(plan, replay, gate, longest)
-        else:
-            programs = _lowered(plan, sampler, gate, replay, longest)
-        waiting = [pool.submit(program.compile) for program in programs]
-        needs = [program.result().memory_analysis() for program in waiting]
-    return max(need.temp_size_in_bytes for need in needs)
+        once: dict[str, concurrent.futures.Future] = {}
+        of = {name: [] for name in methods}
+        with reporter.status(title):
+            for name, method in methods.items():
+                for program in method.programs():
+                    key = hashlib.sha256(program.as_text().encode()).hexdigest()
+                    if key not in once:
+                        once[key] = pool.submit(program.compile)
+                    of[name].append(once[key])
+        with reporter.bar(title, len(once)) as step:
+            for done, _ in enumerate(concurrent.futures.as_completed(once.values()), 1):
+                step(done)
+    needs = lambda program: program.result().memory_analysis().temp_size_in_bytes
+    return {name: max(map(needs, programs)) for name, programs in of.items()}
 
 
 def _lowered(
@@ -92,6 +118,21 @@ def _lowered(
     plain = all(isinstance(cache, KV) for cache in caches)
     sizes = live_sizes(slots) if plain else [slots]
     rows = array(1, spec.nodes, cfg.d_model)
+    common = dict(at=number, key=key, cfg=cfg, spec=spec, sampler=sampler)
+    if plan.draft.bits is not None and not plan.draft.own_cache:  # first: it takes longest
+        how = dict(table_on_host=plan.table_on_host, cards=cfg.cards)
+        draft = make_draft(plan.model, plan.draft, plan.resident, **how)
+        given = Drafting(params=placed(draft), tree=tree, caches=caches, longest=longest, **common)
+        least = jax.ShapeDtypeStruct((max(spec.steps, 1),), jnp.float32, sharding=device)
+        text = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=device)
+        for live in sizes:
+            given = dataclasses.replace(given, live=live)
+            yield grow.lower(dataclasses.replace(given, least_L=least))
+            if spec.lookup:
+                yield grow_along.lower(dataclasses.replace(given, least_L=least, text_S=text))
+            if spec.extra:
+                yield extend_once.lower(given)
+
     cut = tree
     for i in kinds.values():
         for live in sizes:
@@ -109,7 +150,6 @@ def _lowered(
             layer = placed(separate_shapes(layers[i]))
             yield from lowered(layer, rows, caches[i], step, number, at_once, cfg)
     yield last_logits.lower(top, array(1, 1, cfg.d_model), cfg)
-    common = dict(at=number, key=key, cfg=cfg, spec=spec, sampler=sampler)
     yield finish_round.lower(
         Verified(
             top=top,
@@ -123,18 +163,3 @@ def _lowered(
             **common,
         )
     )
-
-    if plan.draft.bits is None or plan.draft.own_cache:
-        return
-    how = dict(table_on_host=plan.table_on_host, cards=cfg.cards)
-    draft = make_draft(plan.model, plan.draft, plan.resident, **how)
-    given = Drafting(params=placed(draft), tree=tree, caches=caches, longest=longest, **common)
-    least = jax.ShapeDtypeStruct((max(spec.steps, 1),), jnp.float32, sharding=device)
-    text = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=device)
-    for live in sizes:
-        given = dataclasses.replace(given, live=live)
-        yield grow.lower(dataclasses.replace(given, least_L=least))
-        if spec.lookup:
-            yield grow_along.lower(dataclasses.replace(given, least_L=least, text_S=text))
-        if spec.extra:
-            yield extend_once.lower(given)

@@ -30,7 +30,7 @@ from subspec_jax.load import load_target
 from subspec_jax.methods import make_method
 from subspec_jax.offload import place
 from subspec_jax.plan import make_plan
-from subspec_jax.precompile import compile_ahead, use_cache
+from subspec_jax.precompile import Ahead, compile_ahead, use_cache
 from subspec_jax.prefix_cache import Text
 from subspec_jax.propose import ModelDraft, Vanilla
 from subspec_jax.sources import Source
@@ -199,7 +199,7 @@ def test_nothing_large_is_compiled_again(tmp_path):
     reset_cache()
     use_cache(tmp_path)
     try:
-        compile_ahead(plan, Sampler())
+        compile_ahead(dict(m=Ahead(plan, Sampler())))
         ahead = large()
         assert len(ahead) == 2 * 2 + 3  # two kinds of layers, a tree and a chunk
         placed = dataclasses.replace(params, layers=place(params.layers, 0))

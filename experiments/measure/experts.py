@@ -135,9 +135,13 @@ def measure(args: ExpertTimes, method: str) -> list[dict[str, Any]]:
         engine.compile()
         if not plain and engine.device["platform"] == "gpu":
             # While the device is empty: the compiler times its candidates on buffers of its own.
+            ahead = {}
             for depth in args.depths:
                 plan = dataclasses.replace(engine.plan, spec=_spec(engine, depth))
-                precompile.compile_ahead(plan, engine.options.sampler, None, True)
+                ahead[f"depth {depth}"] = precompile.Ahead(
+                    plan, engine.options.sampler, replay=True
+                )
+            precompile.compile_ahead(ahead)
         depths = [0] if plain else sorted(args.depths)
         costs, lines = {d: _costs(engine, d) for d in depths}, []  # while the device is empty
         engine.load()

@@ -16,7 +16,7 @@ from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import NO_DRAFT, Draft, make_draft
 from subspec_jax.methods import make_method
 from subspec_jax.plan import make_plan
-from subspec_jax.precompile import compile_ahead, use_cache
+from subspec_jax.precompile import Ahead, compile_ahead, use_cache
 from subspec_jax.prefix_cache import Text
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
 from subspec_jax.random_weights import random_target
@@ -104,7 +104,7 @@ def test_decoding_compiles_no_large_program_again(compiled, name, monkeypatch):
             )
         changes = dict(model=shapes)
     plan = plan_for(cfg, spec, **changes)
-    compile_ahead(plan, sampler, gate, replay)
+    compile_ahead(dict(m=Ahead(plan, sampler, gate, replay)))
     unused = {"extend": not spec.extra, "grow_along": not spec.lookup}
     assert LARGE & compiled() == LARGE - {name for name, none in unused.items() if none}
 
@@ -125,18 +125,34 @@ def test_without_a_draft_the_targets_programs_are_compiled(compiled, name):
     cfg = model(50 + (name == "ngram"))
     proposer = Vanilla() if name == "vanilla" else PromptLookup(BEAM)
     plan = plan_for(cfg, proposer.spec, draft=NO_DRAFT)
-    compile_ahead(plan, Sampler())
+    compile_ahead(dict(m=Ahead(plan, Sampler())))
     assert LARGE & compiled() == {"jit_block", "last_logits", "finish_round"}
     decoder = Decoder(random_target(plan), proposer, max_length=90, chunk=32)
     assert len(decoder.generate(WHOLE, 6)) == 6
     assert not LARGE & compiled()
 
 
+def test_what_methods_share_is_compiled_once(monkeypatch):
+    """Chunks of a prompt and the head for its last token are the same programs for every tree."""
+    cfg, made = model(65), []
+    once = jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: made.append(self) or once(self))
+    ahead = {
+        name: Ahead(plan_for(cfg, spec, draft=NO_DRAFT), Sampler())
+        for name, spec in dict(small=Vanilla.spec, large=TreeSpec("beam", 2, 2)).items()
+    }
+    each = {name: sum(1 for _ in method.programs()) for name, method in ahead.items()}
+    needs = compile_ahead(ahead | dict(again=ahead["large"]))
+    # A block for the tree, and the end of its round; the rest is shared.
+    assert len(made) == max(each.values()) + 2 and set(needs) == {"small", "large", "again"}
+    assert needs["large"] == needs["again"] >= needs["small"] > 0
+
+
 @pytest.mark.slow
 def test_another_plan_needs_other_programs(compiled):
     """That the tests above see what is compiled at all."""
     plan = plan_for(model(60), Vanilla.spec, draft=NO_DRAFT)
-    compile_ahead(plan, Sampler())
+    compile_ahead(dict(m=Ahead(plan, Sampler())))
     compiled()
     decoder = Decoder(random_target(plan), Vanilla(), Sampler(0.5), max_length=200, chunk=16)
     decoder.generate(WHOLE, 3)
@@ -157,7 +173,8 @@ def test_texts_together_compile_no_large_program_again(compiled, name, monkeypat
     resident = {} if name == "experts" else dict(resident=1)
     given = dict(draft=method.draft, texts=3, resident=None) | resident
     plan = plan_for(cfg, method.spec, **given)
-    compile_ahead(plan, Sampler(), method.gate, name == "replay", method.longest)
+    given = plan, Sampler(), method.gate, name == "replay", method.longest
+    compile_ahead(dict(m=Ahead(*given)))
     large = {
         "grow_each",
         "grow_each_along",
