@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from llm_jax.sample import Sampler
     from subspec_jax.accept import Gate
     from subspec_jax.decoder import Decoder
-    from subspec_jax.draft_model import Draft, make_draft, substitute
+    from subspec_jax.draft_model import Draft, make_draft
     from subspec_jax.engine import Engine
+    from subspec_jax.foreign.linen_modules import linen
+    from subspec_jax.foreign.substitutes import Rule, substitute
     from subspec_jax.load import load_target
     from subspec_jax.methods import Method, make_method
     from subspec_jax.opening import open
@@ -48,17 +50,19 @@ _HOMES = {  # name -> the module it is in, imported when the name is first used
     "PromptLookup": "subspec_jax.propose",
     "Request": "subspec_jax.requests",
     "Round": "subspec_jax.propose",
+    "Rule": "subspec_jax.foreign.substitutes",
     "Sampler": "llm_jax.sample",
     "Scheduler": "subspec_jax.scheduler",
     "Target": "subspec_jax.verify",
     "TreeSpec": "subspec_jax.tree",
     "Update": "subspec_jax.requests",
+    "linen": "subspec_jax.foreign.linen_modules",
     "load_target": "subspec_jax.load",
     "make_draft": "subspec_jax.draft_model",
     "make_method": "subspec_jax.methods",
     "make_plan": "subspec_jax.plan",
     "open": "subspec_jax.opening",
-    "substitute": "subspec_jax.draft_model",
+    "substitute": "subspec_jax.foreign.substitutes",
 }
 __all__ = [
     "Decoder",
@@ -72,6 +76,7 @@ __all__ = [
     "PromptLookup",
     "Request",
     "Round",
+    "Rule",
     "Sampler",
     "Scheduler",
     "SubspecError",
@@ -79,6 +84,7 @@ __all__ = [
     "TreeSpec",
     "Update",
     "__version__",
+    "linen",
     "load_target",
     "make_draft",
     "make_method",
