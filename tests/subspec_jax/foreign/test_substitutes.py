@@ -254,7 +254,8 @@ class Net(nnx.Module):
 
 NET_RULES = [
     Rule("o/w", 8, 32, nearest, summed=(0, 1)), Rule("q/w", 8, 16, nearest),
-    Rule("heads/kernel", 4, 16), Rule(r"layers/\d/.*/kernel", 4, 32), Rule("(head/kernel|tied)", 3, 16),
+    Rule("heads/kernel", 4, 16), Rule(r"layers/\d/.*/kernel", 4, 32),
+    Rule("(head/kernel|tied)", 3, 16),
 ]  # fmt: skip
 
 
