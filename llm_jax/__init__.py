@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from llm_jax.config import Config
     from llm_jax.formats import open_checkpoint
     from llm_jax.generation import generate, prefill
+    from llm_jax.hf_names import params_from_hf, params_to_hf
     from llm_jax.model import forward
     from llm_jax.params import Params, init
     from llm_jax.quantize import Quantized, dequantize
@@ -73,6 +74,8 @@ _HOMES = {  # name -> its module, imported when the name is first used
     "init": "llm_jax.params",
     "open_checkpoint": "llm_jax.formats",
     "open_model": "llm_jax.registry",
+    "params_from_hf": "llm_jax.hf_names",
+    "params_to_hf": "llm_jax.hf_names",
     "prefill": "llm_jax.generation",
 }
 __all__ = [
@@ -94,6 +97,8 @@ __all__ = [
     "init",
     "open_checkpoint",
     "open_model",
+    "params_from_hf",
+    "params_to_hf",
     "prefill",
     "shown",
 ]

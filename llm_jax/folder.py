@@ -5,24 +5,16 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from llm_jax import CheckpointError
-from llm_jax.checkpoint import (
-    Checkpoint,
-    Contents,
-    Piece,
-    TensorInfo,
-    pieces_of,
-    table_shapes,
-)
+from llm_jax.checkpoint import Contents, TensorInfo
 from llm_jax.config import Config
 from llm_jax.digest import json_digest
-from llm_jax.families import FAMILIES
-from llm_jax.families.family import HF_NAMES
 from llm_jax.hf_config import from_hf
+from llm_jax.hf_names import HFNamed
 from llm_jax.leftovers import plain_name
 from llm_jax.lowbit import LowBit, Scheme
 from llm_jax.lowbit_scaled import scheme_of
@@ -50,14 +42,10 @@ class _Files:
 
 
 @dataclasses.dataclass(frozen=True)
-class SafetensorsFolder(Checkpoint):
+class SafetensorsFolder(HFNamed):
     """config.json and one or more safetensors files, named as `transformers` names them."""
 
     path: Path
-
-    names: ClassVar = HF_NAMES
-    dtypes: ClassVar = frozenset(("BF16", "F16", "F32"))
-    harmless: ClassVar = re.compile(r"rotary_emb\.inv_freq$")
 
     def config(self, dtype: str | None = None) -> Config:
         if not (self.path / "config.json").exists():
@@ -229,37 +217,6 @@ class SafetensorsFolder(Checkpoint):
                     "expected a name"
                 )
         return places
-
-    def gain_offset(self, cfg: Config) -> float:
-        return FAMILIES[cfg.family].gain_offset
-
-    def pieces(self, field: str, cfg: Config, layer: int | None = None) -> list[Piece]:
-        family = FAMILIES[cfg.family]
-        names = family.hf_names
-        shape = (table_shapes(cfg) if layer is None else cfg.layer_shapes(layer))[field]
-        if not field.startswith("expert_"):
-            return pieces_of(field, shape, cfg, names, family.fused, layer)
-        if family.stacked_experts:
-            name = names[field].format(layer)
-            if not field.startswith("expert_gate_up"):
-                return [Piece(name, shape)]
-            half = shape[-1] // 2  # gate and up take turns in the file's last axis
-            first, second = (..., slice(half)), (..., slice(half, None))
-            return [
-                Piece(name, shape, take=(0, 2), at=first),
-                Piece(name, shape, take=(1, 2), at=second),
-            ]
-        count, inputs, outputs = shape
-        parts = [(field, slice(None))]
-        if field == "expert_gate_up":
-            outputs //= 2
-            parts = [("expert_gate", slice(outputs)), ("expert_up", slice(outputs, None))]
-        return [
-            Piece(names[part].format(layer, e), (outputs, inputs), at=(e, slice(None), columns),
-                  turn=True)
-            for e in range(count)
-            for part, columns in parts
-        ]  # fmt: skip
 
     def reader(
         self, tensor: TensorInfo, field: str, cfg: Config
