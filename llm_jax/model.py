@@ -1,5 +1,6 @@
 """The transformer: embed, blocks, unembed. Methods change the parameters, never this file."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,10 +46,14 @@ def mlp_branch(
         return added(x_BTD, y, layer.mlp_out_norm, cfg)
 
 
+@functools.singledispatch
 def block(
-    layer: Layer, x_BTD: jax.Array, cache: Any, step: Step, cfg: Config
+    layer: Any, x_BTD: jax.Array, cache: Any, step: Step, cfg: Config
 ) -> tuple[jax.Array, Any]:
-    """One decoder layer: (x_BTD, the layer's cache with the new tokens written)."""
+    """One decoder layer: (x_BTD, the layer's cache with the new tokens written).
+
+    The default kind is a `Layer`; layers of other models register their own.
+    """
     x_BTD, cache = attention_branch(layer, x_BTD, cache, step, cfg)
     return mlp_branch(layer, x_BTD, cfg), cache
 
@@ -66,7 +71,7 @@ def added(x_BTD: jax.Array, y_BTD: jax.Array, gain: jax.Array | None, cfg: Confi
 def unembed(params: Params, x_BTD: jax.Array, cfg: Config) -> jax.Array:
     """Logits in float32, [B, T, V]; a tied head reads the embedding table."""
     with jax.named_scope("head"):
-        h = rms_norm(x_BTD, params.norm, cfg.norm_eps)
+        h = normed_input(x_BTD, params.norm, cfg)
         if params.head_DV is not None:  # logits rounded to 16 bits would tie
             logits_BTV = side_by_side(linear(params.head_DV, h, jnp.float32), cfg)
         else:

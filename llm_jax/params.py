@@ -202,11 +202,12 @@ def _unjoined_mlp(m: JoinedMLP | Experts) -> MLP | Experts:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """A whole model. `head_DV` is None where the head is tied to the embedding."""
+    """A whole model. `head_DV` is None where the head is tied to the embedding, and `norm` where
+    the head norms its input itself."""
 
     embed_VD: Any
     layers: tuple[Layer, ...]
-    norm: jax.Array
+    norm: jax.Array | None
     head_DV: Weight | None = None
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from subspec_jax.engine import Engine
     from subspec_jax.foreign.linen_modules import linen
     from subspec_jax.foreign.substitutes import Rule, substitute
+    from subspec_jax.foreign.target import ForeignModel
     from subspec_jax.load import load_target
     from subspec_jax.methods import Method, make_method
     from subspec_jax.opening import open
@@ -42,6 +43,7 @@ _HOMES = {  # name -> the module it is in, imported when the name is first used
     "Decoder": "subspec_jax.decoder",
     "Draft": "subspec_jax.draft_model",
     "Engine": "subspec_jax.engine",
+    "ForeignModel": "subspec_jax.foreign.target",
     "Gate": "subspec_jax.accept",
     "Method": "subspec_jax.methods",
     "ModelDraft": "subspec_jax.propose",
@@ -68,6 +70,7 @@ __all__ = [
     "Decoder",
     "Draft",
     "Engine",
+    "ForeignModel",
     "Gate",
     "Method",
     "ModelDraft",

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,42 +26,53 @@ def low_bit_variable() -> type:
     return type("LowBitWeight", (nnx.Variable,), {"__doc__": "A low-bit weight."})
 
 
-def substitute_nnx(
-    model: Any, substitutes: Callable[[dict[str, Any]], dict[str, LowBitArray]]
-) -> Any:
-    """A clone of the module whose variables hold what `substitutes` makes of its arrays by path.
+class Part:
+    """A leaf of a tree: an array, or an NNX module with arrays at paths of its own."""
 
-    Layers that have a `dot_general` of JAX's (Linear, LinearGeneral) multiply by the low-bit matrix
-    itself; every other module gets the dequantized array where it uses its variable.
-    """
-    from flax import nnx
+    def __init__(self, path: str, leaf: Any):
+        self._leaf, self._nodes = leaf, None
+        if not is_nnx(leaf):
+            self.arrays = {path: leaf}
+            return
+        from flax import nnx
 
-    clone = nnx.clone(model)
-    nodes = [(path, node) for path, node in nnx.iter_graph(clone)]
-    variables = {
-        "/".join(map(str, path)): node for path, node in nodes if isinstance(node, nnx.Variable)
-    }
-    found = substitutes({path: variable.get_value() for path, variable in variables.items()})
-    new = {id(variables[path]): low_bit_variable()(array) for path, array in found.items()}
-    for _, node in nodes:
-        if isinstance(node, nnx.Variable):
-            continue
-        changed = False
-        for name, child in _children(node):
-            if id(child) in new:
+        self._leaf = nnx.clone(leaf)
+        self._nodes = [node for _, node in nnx.iter_graph(self._leaf)]
+        name = lambda keys: "/".join([*([path] if path else []), *map(str, keys)])
+        of = {name(p): v for p, v in nnx.iter_graph(self._leaf) if isinstance(v, nnx.Variable)}
+        self._variables = of
+        self.arrays = {path: variable.get_value() for path, variable in of.items()}
+
+    def changed(self, found: Mapping[str, LowBitArray]) -> Any:
+        """The array, or a clone of the module whose variables hold the substitutes by their paths.
+
+        Layers that have a `dot_general` of JAX's (Linear, LinearGeneral) multiply by the low-bit
+        matrix itself; every other module gets the dequantized array where it uses its variable.
+        """
+        if self._nodes is None:
+            (path,) = self.arrays
+            return found.get(path, self._leaf)
+        new = {
+            id(self._variables[path]): low_bit_variable()(array)
+            for path, array in found.items()
+            if path in self._variables
+        }
+        for node in self._nodes:
+            children = [(n, c) for n, c in _children(node) if id(c) in new]
+            for name, child in children:
                 _put(node, name, new[id(child)])
-                changed = True
-        if changed:
-            _use_low_bit_products(node)
-    return clone
+            if children:
+                _use_low_bit_products(node)
+        return self._leaf
 
 
 def _children(node: Any) -> list[tuple[Any, Any]]:
     if isinstance(node, dict):
         return list(node.items())
-    if isinstance(node, list | tuple):
+    if isinstance(node, list):
         return list(enumerate(node))
-    return list(vars(node).items()) if hasattr(node, "__dict__") else []
+    held = vars(node) if hasattr(node, "__dict__") else {}
+    return [(name, child) for name, child in held.items() if not name.startswith("_")]
 
 
 def _put(node: Any, name: Any, child: Any) -> None:

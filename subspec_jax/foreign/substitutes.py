@@ -25,7 +25,7 @@ from llm_jax.rules import RuleError, chosen
 from llm_jax.stream import on_host, to_device
 from subspec_jax import SubspecError
 from subspec_jax.draft_model import substitute as substitute_params
-from subspec_jax.foreign.nnx_modules import is_nnx, substitute_nnx
+from subspec_jax.foreign.nnx_modules import Part, is_nnx
 
 
 def hqq(w_DF: jax.Array, bits: int, group: int) -> Quantized:
@@ -61,11 +61,11 @@ class Rule:
 def substitute(model: Any, rules: Sequence[Rule] | None = None, **options: Any) -> Any:
     """The model with low-bit substitutes in place of the matrices that `rules` choose.
 
-    `model` is a Flax NNX module (a changed clone comes back), or any pytree: a dict of arrays, the
-    variables of a Flax Linen module (to be applied inside `subspec_jax.linen`), a State, an
-    Equinox module, `llm_jax.Params`. A rule chooses among the float arrays that have at least two
-    axes behind their stack. Shared arrays of an NNX module stay shared. Works on shapes, too
-    (`jax.eval_shape`).
+    `model` is a Flax NNX module (a changed clone comes back), or any pytree, also one that holds
+    such modules: a dict of arrays, the variables of a Flax Linen module (to be applied inside
+    `subspec_jax.linen`), a State, an Equinox module, `llm_jax.Params`. A rule chooses among the
+    float arrays that have at least two axes behind their stack. Shared arrays of an NNX module stay
+    shared. Works on shapes, too (`jax.eval_shape`).
 
     Without rules the model is `llm_jax.Params` whose layers are all quantized, with the `options`
     of `subspec_jax.draft_model.substitute`: bits, group, iterations and others.
@@ -82,13 +82,11 @@ def substitute(model: Any, rules: Sequence[Rule] | None = None, **options: Any) 
         return substitute_params(model, **options)
     if options:
         raise SubspecError(f"{min(options)} is no option beside rules; put it into them")
-    if is_nnx(model):
-        return substitute_nnx(model, lambda arrays: _substituted(arrays, rules))
-    with_paths, structure = jax.tree_util.tree_flatten_with_path(model)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    arrays = {name(path): array for path, array in with_paths}
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_nnx)
+    parts = [Part(jax.tree_util.keystr(p, simple=True, separator="/"), a) for p, a in with_paths]
+    arrays = {path: array for part in parts for path, array in part.arrays.items()}
     found = _substituted(arrays, rules)
-    return structure.unflatten([found.get(name(path), array) for path, array in with_paths])
+    return structure.unflatten([part.changed(found) for part in parts])
 
 
 def _substituted(arrays: dict[str, Any], rules: Sequence[Rule]) -> dict[str, LowBitArray]:
