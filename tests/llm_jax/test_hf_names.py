@@ -32,6 +32,7 @@ def test_there_and_back(family, tied):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.quick_cases("gemma3", "phi3", "mixtral", "gpt-oss")
 def test_every_family_of_transformers(name, tmp_path):
     """The names, shapes and numbers of `save_pretrained`, of which it writes files."""
     from safetensors.numpy import load_file
