@@ -44,6 +44,10 @@ COMMANDS = {
         "experiments.measure.turns",
         "time a chat's turns, with a prefix cache or none",
     ),
+    "measure.foreign": (
+        "experiments.measure.foreign",
+        "compare transforms of other projects' models with the same work over our own",
+    ),
     "measure.disk": (
         "experiments.measure.disk",
         "time a model that fits neither on the device nor into host memory",

@@ -112,7 +112,7 @@ def test_names_in_code_marks_exist(page):
 
 
 def test_the_site_reaches_every_page():
-    named = re.findall(r'"([\w/]+\.md)"', (ROOT / "zensical.toml").read_text())
+    named = re.findall(r'"([\w/-]+\.md)"', (ROOT / "zensical.toml").read_text())
     tomllib.loads((ROOT / "zensical.toml").read_text())
     index = (DOCS / "design" / "README.md").read_text()
     for page in DOCS.rglob("*.md"):
