@@ -11,6 +11,7 @@ from flax import nnx
 
 from llm_jax.attention import causal_step
 from llm_jax.cache import empty_caches
+from llm_jax.generation import generate
 from llm_jax.lowbit_array import LowBitArray
 from llm_jax.model import forward
 from llm_jax.testing import write_safetensors
@@ -61,7 +62,7 @@ def moved(found, whole):
 
 
 def test_every_snippet_is_run():
-    assert sum(map(len, SECTIONS.values())) == 6
+    assert sum(map(len, SECTIONS.values())) == 7
 
 
 def test_a_dict():
@@ -130,3 +131,11 @@ def test_speculation():
     text = PROMPT + made["tokens"]
     expected = in_float64(params, np.array(text[:-1]))[len(PROMPT) - 1 :]
     assert made["tokens"] == expected.argmax(-1).tolist()
+
+
+@pytest.mark.slow
+def test_palu():
+    qwen3, params = tiny()
+    given = dict(qwen3=qwen3, params=params, cfg=CFG, prompt=PROMPT)
+    made = run("Palu as an attention swap", **given)
+    assert made["tokens"] == generate(made["palu"], PROMPT, CFG, 24)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from llm_jax.attention import Step, empty_cache
-from llm_jax.cache import move_rows
+from llm_jax.cache import KV, move_rows
 from llm_jax.config import DTYPES, Config
 from llm_jax.linear import embedding_rows, linear
 from llm_jax.model import block
@@ -52,7 +52,8 @@ class ForeignModel:
     unembed: Callable[[Any, jax.Array], jax.Array]
     """f(top, x_BTD) -> logits_BTV, the last norm included."""
     cache: Callable[[Any, int, int], Any]
-    """f(layer, B, S) -> an empty cache of the layer: a pytree of arrays [B, S, …]."""
+    """f(layer, B, S) -> an empty cache of the layer: a pytree of arrays [B, S, …], or a cache of
+    this project's kinds, such as `llm_jax.attention.empty_cache` gives."""
 
     def target(
         self, top: Any, layers: Sequence[Any], resident: int | Collection[int] = 0, ahead: int = 1
@@ -101,8 +102,9 @@ class ForeignModel:
         step = jax.eval_shape(lambda: _step(T, S))
         for i, layer in enumerate(layers):
             cache = jax.eval_shape(functools.partial(self.cache, layer, 1, S))
-            wrong = [a.shape for a in jax.tree.leaves(cache) if a.shape[:2] != (1, S)]
-            if wrong or not jax.tree.leaves(cache):
+            leaves = jax.tree.leaves(cache)
+            wrong = [a.shape for a in leaves if not _moves_itself(cache) and a.shape[:2] != (1, S)]
+            if wrong or not leaves:
                 raise SubspecError(
                     f"cache of layer {i} has arrays of {wrong or 'no'} shape; expected (1, {S}, …)"
                 )
@@ -117,6 +119,11 @@ class ForeignModel:
             layers=len(layers), d_model=x.shape[2], vocab=logits.shape[2], dtype=str(x.dtype),
             heads=1, kv_heads=1, head_dim=2, d_ff=1, family="foreign",
         )  # fmt: skip
+
+
+def _moves_itself(cache: Any) -> bool:
+    """Whether it is a cache of another kind than plain buffers, such as one of latents."""
+    return hasattr(cache, "move") and not isinstance(cache, KV)
 
 
 def _shapes(tree: Any) -> Any:
@@ -196,11 +203,14 @@ def _(w: ForeignTop, x, out_dtype=None):
 
 
 @block.register
-def _(layer: ForeignLayer, x_BTD, cache: ForeignCache, step: Step, cfg: Config):
+def _(layer: ForeignLayer, x_BTD, cache, step: Step, cfg: Config):
+    if not isinstance(cache, ForeignCache):
+        return layer.model.block(layer.own, x_BTD, cache, step)
     x_BTD, own = layer.model.block(layer.own, x_BTD, cache.own, step)
     return x_BTD, ForeignCache(own)
 
 
 @empty_cache.register
 def _(p: ForeignLayer, cfg: Config, batch: int, slots: int, scratch: int = 0):
-    return ForeignCache(p.model.cache(p.own, batch, slots))
+    cache = p.model.cache(p.own, batch, slots)
+    return cache if _moves_itself(cache) else ForeignCache(cache)
