@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qyolop_jax.augment import AugmentConfig
     from qyolop_jax.config import ModelConfig
     from qyolop_jax.evaluation import evaluate
+    from qyolop_jax.foreign import QatRule, calibrate_inputs, integers, qat
     from qyolop_jax.losses import LossConfig
     from qyolop_jax.network import Network, load, predict
     from qyolop_jax.optimization import Optimization
@@ -34,13 +35,17 @@ _HOMES = {  # name -> module; no name may be that of a module
     "ModelConfig": "config",
     "Network": "network",
     "Optimization": "optimization",
+    "QatRule": "foreign",
     "Sample": "samples",
     "Stage": "stages",
+    "calibrate_inputs": "foreign",
     "evaluate": "evaluation",
     "four_stages": "recipe",
+    "integers": "foreign",
     "load": "network",
     "make_sample": "samples",
     "predict": "network",
+    "qat": "foreign",
     "train": "recipe",
 }
 
@@ -51,14 +56,18 @@ __all__ = [
     "ModelConfig",
     "Network",
     "Optimization",
+    "QatRule",
     "QyolopError",
     "Sample",
     "Stage",
+    "calibrate_inputs",
     "evaluate",
     "four_stages",
+    "integers",
     "load",
     "make_sample",
     "predict",
+    "qat",
     "train",
 ]
 

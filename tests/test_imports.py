@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "qyolop_jax": {"llm_jax"},
     "experiments": {"llm_jax", "subspec_jax", "palu_jax", "qyolop_jax", "pallas_kernels"},
 }
-LIGHT = {"llm_jax": {"LLMError", "digest", "extras", "files"}}
+LIGHT = {"llm_jax": {"LLMError", "digest", "extras", "files", "rules"}}
 """What packages that share no model code may use of another: its error and these modules."""
 SHARES_NO_MODEL = ("qyolop_jax",)
 CORE = ("pallas_kernels", "llm_jax", "subspec_jax", "palu_jax")
