@@ -62,16 +62,17 @@ class QuantizedLayer(nnx.Module):
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         """What the layer gives for the rounded x and the rounded weights; before
         `calibrate_inputs`, NaN."""
+        near = x
         if self.watch is not None:
             self.watch.add(np.asarray(x, np.float32))
-            return self.layer(x, **options)
-        step, zero = self.input_scale()
-        near = rounded(x.astype(jnp.float32) / step, -128 - zero, 127 - zero) * step
+        else:
+            step, zero = self.input_scale()
+            near = rounded(x.astype(jnp.float32) / step, -128 - zero, 127 - zero) * step
         by = self.weight_scale()
         kernel = self.codes() * by.reshape((1,) * (self.layer.kernel.ndim - 1) + (-1,))
-        graph, state = nnx.split(self.layer)
-        state["kernel"].set_value(kernel.astype(self.layer.kernel.dtype))
-        return nnx.merge(graph, state)(near.astype(x.dtype), **options)
+        layer = nnx.clone(self.layer)  # its own variables are the ones that are trained
+        layer.kernel = nnx.Param(kernel.astype(self.layer.kernel.dtype))
+        return layer(near.astype(x.dtype), **options)
 
     def input_scale(self) -> tuple[jax.Array, jax.Array]:
         """(step, zero point) of the input, float32 []."""
@@ -141,9 +142,10 @@ def _layers(model: Any) -> dict[str, QuantizedLayer]:
 
 
 def calibrate_inputs(model: Any, batches: Iterable[Any]) -> None:
-    """Sets the ranges of the inputs of all quantized layers, from the float model on `batches`.
+    """Sets the ranges of the inputs of all quantized layers, from what they see of `batches`.
 
-    `model(batch)` runs without `jit`, layer by layer. Raises QuantizeError for a model without
+    `model(batch)` runs without `jit`, with rounded weights and float inputs. Do it again while
+    training: inputs move. Raises QuantizeError for a model without
     quantized layers, and ObserveError for layers that see no batch.
     """
     layers = _layers(model)

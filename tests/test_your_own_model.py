@@ -62,7 +62,7 @@ def moved(found, whole):
 
 
 def test_every_snippet_is_run():
-    assert sum(map(len, SECTIONS.values())) == 7
+    assert sum(map(len, SECTIONS.values())) == 8
 
 
 def test_a_dict():
@@ -139,3 +139,12 @@ def test_palu():
     given = dict(qwen3=qwen3, params=params, cfg=CFG, prompt=PROMPT)
     made = run("Palu as an attention swap", **given)
     assert made["tokens"] == generate(made["palu"], PROMPT, CFG, 24)
+
+
+@pytest.mark.slow
+def test_qat():
+    made = run("Quantization-aware training of an NNX model")
+    head, x = made["layers"]["head"], np.asarray(made["images"], np.float64)
+    assert made["layers"].keys() == {"conv", "head"}
+    assert np.abs(head.codes).max() == 7 and np.abs(made["layers"]["conv"].codes).max() == 127
+    assert made["layers"]["conv"].step_in == pytest.approx((x.max() - x.min()) / 255, rel=0.02)

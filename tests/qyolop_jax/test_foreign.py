@@ -69,7 +69,12 @@ def test_the_model_is_a_changed_clone(model):
     assert [type(m) for m in (model.conv, model.body[0], model.head)] == [QuantizedLayer] * 3
     assert set(qyolop_jax.integers(model)) == {"conv", "body/0", "head"}
     np.testing.assert_array_equal(model.head.layer.kernel[...], net.head.kernel[...])
-    y, whole = nnx.jit(lambda m, x: m(x))(model, draw(4, 8, 8, 1)), net(draw(4, 8, 8, 1))
+    x = draw(4, 8, 8, 1)
+    y, whole = nnx.jit(lambda m, x: m(x))(model, x), net(x)
+    np.testing.assert_allclose(model(x), y, atol=1e-5)
+    for name in ("conv", "head"):  # whatever ran: parameters are not what they are rounded to
+        kernel = getattr(model, name).layer.kernel[...]
+        np.testing.assert_array_equal(kernel, getattr(net, name).kernel[...])
     assert 1e-4 < np.abs(y - whole).max() < 0.3 * np.abs(whole).max()
 
 
@@ -136,19 +141,19 @@ def accuracy(model, digits):
 
 
 @pytest.mark.slow
-def test_training_brings_back_what_two_bits_cost(digits):
-    """The table of docs/your-own-model.md; 397 test images."""
+def test_accuracy_on_digits(digits):
+    """float32, PTQ and QAT on 397 test images; 1% are four of them."""
     net = Net(nnx.Rngs(0))
     train(net, digits, 300, 3e-3)
-    found = {"float32": accuracy(net, digits)}
+    whole, found = accuracy(net, digits), {}
     for bits in (8, 3, 2):
         model = qyolop_jax.qat(net, [QatRule(".*", bits)])
         qyolop_jax.calibrate_inputs(model, [digits[0][:256]])
-        found[f"PTQ {bits}"] = accuracy(model, digits)
-        train(model, digits, 200, 1e-3)
-        found[f"QAT {bits}"] = accuracy(model, digits)
-    print({name: round(value, 3) for name, value in found.items()})
-    assert found["float32"] > 0.95
-    assert found["PTQ 8"] > found["float32"] - 0.01
-    assert found["QAT 2"] > found["PTQ 2"] + 0.05
-    assert found["QAT 3"] > found["float32"] - 0.03
+        found[bits] = [accuracy(model, digits)]
+        train(model, digits, 150, 1e-3)
+        qyolop_jax.calibrate_inputs(model, [digits[0][:256]])
+        found[bits].append(accuracy(model, digits))
+    assert whole > 0.96
+    assert min(found[8]) > whole - 0.01
+    assert min(found[3]) > whole - 0.02 and found[3][1] >= found[3][0] - 0.005
+    assert found[2][0] < whole - 0.03 and found[2][1] > whole - 0.015
