@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
-from llm_jax.cache import KV, one_row, places, put_row, write_each, write_rows
+from llm_jax.cache import KV, one_row, places, put_row, write_each, write_first_rows, write_rows
 from llm_jax.cards import summed
 from llm_jax.config import FULL, SLIDING, UNROTATED, Config
 from llm_jax.linear import linear, terms
+from llm_jax.ordered import ordered_attention
 from llm_jax.params import Attention, JoinedAttention, Params, Weight
 from llm_jax.rope import frequencies
 from pallas_kernels.rotary_cache import rotary_cache
@@ -49,6 +50,10 @@ class Step:
     that does not exist, nothing is written. None: one sequence, or rows in order."""
     live_B: jax.Array | None = None
     """With `row_B`: how many of its first slots each sequence may look at."""
+    slot_TW: jax.Array | None = None
+    """The slots of each query's W newest positions, for attention that adds in their order
+    (`llm_jax.ordered`) in plain caches; the mask is empty then, and only `real` tokens are written.
+    None: it adds in the order of slots."""
 
     @property
     def rows(self) -> tuple[jax.Array, jax.Array] | None:
@@ -265,7 +270,7 @@ def _(p: Attention, x_BTD, cache: KV, step: Step, cfg: Config):
 def _(p: JoinedAttention, x_BTD, cache: KV, step: Step, cfg: Config):
     y_XBTF = terms(p.qkv, x_BTD)
     one_kernel = p.q_norm is None and p.kind != UNROTATED and cfg.rotary_dim is None
-    alone = len(x_BTD) == 1 or step.row_B is not None
+    alone = (len(x_BTD) == 1 and step.slot_TW is None) or step.row_B is not None
     if len(y_XBTF) > 1 and alone and one_kernel:
         return _in_one_go(p, y_XBTF, cache, step, cfg)
     return _over_cache(p, *_joined_heads(p, y_XBTF, x_BTD.dtype, cfg), cache, step, cfg)
@@ -280,7 +285,9 @@ def _joined_heads(p: JoinedAttention, y_XBTF, dtype, cfg: Config):
 def _over_cache(p, q, k, v, cache: KV, step: Step, cfg: Config):
     q = rotated(q, p.q_norm, step.position_BT, cfg, p.kind)
     k = rotated(k, p.k_norm, step.position_BT, cfg, p.kind)
-    if step.row_B is None:
+    if step.slot_TW is not None:
+        put = lambda buffer, new: write_first_rows(buffer, new, step.at, step.real)
+    elif step.row_B is None:
         put = lambda buffer, new: write_rows(buffer, new, step.at)
     else:
         put = lambda buffer, new: write_each(buffer, new, step.row_B, step.at)
@@ -300,7 +307,14 @@ def _in_one_go(p, y_XBTF, cache: KV, step: Step, cfg: Config):
 
 
 def _read(p, q_BTNH, cache: KV, step: Step, cfg: Config):
-    mask_BTS = windowed(step, cfg, p.kind)
-    y_BTNH = attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, mask_BTS, cfg, p.sinks, step.rows)
+    if step.slot_TW is None:
+        mask_BTS = windowed(step, cfg, p.kind)
+        y_BTNH = attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, mask_BTS, cfg, p.sinks, step.rows)
+    else:
+        window = cfg.window if p.kind == SLIDING else None
+        more = dict(window=window, scale=cfg.query_scale, softcap=cfg.attn_softcap)
+        with jax.named_scope("attend"):
+            given = q_BTNH[0], cache.k_BSKH[0], cache.v_BSKH[0], step.position_BT[0], step.slot_TW
+            y_BTNH = ordered_attention(*given, sinks_N=p.sinks, **more)[None]
     y_BTD = summed(linear(p.o, y_BTNH.reshape(*y_BTNH.shape[:2], -1)), cfg)
     return (y_BTD if p.o_bias is None else y_BTD + along_last(p.o_bias, y_BTD)), cache

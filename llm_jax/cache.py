@@ -58,6 +58,15 @@ def write_rows(buffer_BS: jax.Array, new_BT: jax.Array, at: jax.Array) -> jax.Ar
     )
 
 
+def write_first_rows(
+    buffer_BS: jax.Array, new_BT: jax.Array, at: jax.Array, real: jax.Array
+) -> jax.Array:
+    """`write_rows` of the first `real` entries; the slots of the others stay as they are."""
+    old_BT = jax.lax.dynamic_slice_in_dim(buffer_BS, at, new_BT.shape[1], axis=1)
+    real_T = (jnp.arange(new_BT.shape[1]) < real).reshape(1, -1, *[1] * (new_BT.ndim - 2))
+    return write_rows(buffer_BS, jnp.where(real_T, new_BT.astype(old_BT.dtype), old_BT), at)
+
+
 def move_rows(buffer_BS: jax.Array, source: jax.Array, at: jax.Array) -> jax.Array:
     """`buffer` with the rows of slots `source[R]` copied to slots at … at+R-1.
 

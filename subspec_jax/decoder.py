@@ -21,12 +21,13 @@ from llm_jax.sample import Sampler
 from llm_jax.stream import to_device
 from subspec_jax import SubspecError
 from subspec_jax.accept import Gate
+from subspec_jax.bitwise import draws, laid_out
 from subspec_jax.check import NotFiniteError, no_numbers, not_finite
 from subspec_jax.experts import of_all_layers, recorded
 from subspec_jax.logprobs import tell, tell_logits
 from subspec_jax.propose import Proposer, Round, State
-from subspec_jax.tree import cache_slots, live_sizes, path_to, seedling, step_gains
-from subspec_jax.verify import Target, Verified, finish_round, lay_out, run_pass, streamed_prefill
+from subspec_jax.tree import PassShape, cache_slots, live_sizes, path_to, seedling, step_gains
+from subspec_jax.verify import Target, Verified, finish_round, run_pass, streamed_prefill
 
 jit_seedling = jax.jit(seedling, static_argnames=("spec", "experts"))
 
@@ -62,10 +63,13 @@ class Decoder:
     """Most tokens of prompt and answer together."""
     chunk: int = 512
     """Most prompt tokens of a prefill pass; each pass streams all offloaded layers once."""
+    shape: PassShape | None = None
+    """Of every pass behind the prompt (`subspec_jax.bitwise`): then the output has plain decoding's
+    bits too, if that has the same. None: a pass is as large as the proposer's tree."""
 
     def __post_init__(self):
         spec = self.proposer.spec
-        self.slots = cache_slots(self.max_length, spec)
+        self.slots = cache_slots(self.max_length, spec, self.shape)
         target = self.target
         given = target.params, target.cfg, 1, self.slots, spec.places + 1
         caches = empty(functools.partial(caches_for, *given), target.cfg.cards)
@@ -130,7 +134,7 @@ class Decoder:
             stream = self.target.stream()
             if not self.proposer.on_host:
                 self.proposer.propose(state)
-            tree, tokens_1E, step = lay_out(state.tree, state.at, spec, state.live)
+            tree, tokens_1E, step = laid_out(state.tree, state.at, spec, state.live, self.shape)
             jax.block_until_ready(tokens_1E)
             experts = self.target.experts
             if experts is not None:
@@ -141,6 +145,7 @@ class Decoder:
             x = run_pass(self.target, *passed)
             jax.block_until_ready(x)
             t2 = time.perf_counter()
+            draw_R = draws(self.target.top, x, step, key, cfg, self.sampler, self.shape)
             end = finish_round(
                 Verified(
                     top=self.target.top,
@@ -156,6 +161,7 @@ class Decoder:
                     sampler=self.sampler,
                     gate=self.gate,
                     replay=lengths is not None,
+                    draw_R=draw_R,
                 )
             )
             state.caches[:] = end.caches

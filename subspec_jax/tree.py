@@ -140,12 +140,24 @@ def pass_nodes(spec: TreeSpec, texts: int) -> int:
     return max(n * shared_spec(spec, n).nodes for n in ladder(texts))
 
 
-def cache_slots(max_length: int, spec: TreeSpec) -> int:
+@dataclasses.dataclass(frozen=True)
+class PassShape:
+    """What all methods' passes have in common, where they are to be one program (`bitwise`)."""
+
+    rows: int
+    """Tokens of a pass; those behind a tree's nodes fill it."""
+    places: int
+    """Cache slots behind the text."""
+    levels: int
+    """Most levels of a tree, with the root."""
+
+
+def cache_slots(max_length: int, spec: TreeSpec, shape: PassShape | None = None) -> int:
     """Cache slots for `max_length` tokens and a tree after them, rounded up to 64.
 
     On an H200, attention of 289 queries takes 0.40 ms over 2,337 slots and 0.23 ms over 2,368.
     """
-    return -(-(max_length + spec.places) // 64) * 64
+    return -(-(max_length + (spec if shape is None else shape).places) // 64) * 64
 
 
 SHORTEST = 512

@@ -188,14 +188,10 @@ def streamed_prefill(
     return last_logits(target.top, row(x, jnp.int32(real - 1)), target.cfg), streamed
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "slots"))
-def lay_out(tree: Tree, at: jax.Array, spec: TreeSpec, slots: int) -> tuple[Tree, jax.Array, Step]:
-    """(the places to verify as a `Tree`, their tokens [1, E], the `Step` of the pass).
-
-    The step looks at the first `slots` slots.
-    """
+def nodes_of(tree: Tree, spec: TreeSpec) -> Tree:
+    """The tree's places that the target verifies."""
     n = spec.nodes
-    cut = dataclasses.replace(
+    return dataclasses.replace(
         tree,
         token_E=tree.token_E[:n],
         parent_E=tree.parent_E[:n],
@@ -203,6 +199,15 @@ def lay_out(tree: Tree, at: jax.Array, spec: TreeSpec, slots: int) -> tuple[Tree
         score_E=tree.score_E[:n],
         ancestor_EE=tree.ancestor_EE[:n, :n],
     )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "slots"))
+def lay_out(tree: Tree, at: jax.Array, spec: TreeSpec, slots: int) -> tuple[Tree, jax.Array, Step]:
+    """(the places to verify as a `Tree`, their tokens [1, E], the `Step` of the pass).
+
+    The step looks at the first `slots` slots.
+    """
+    n, cut = spec.nodes, nodes_of(tree, spec)
     mask = node_mask(cut, jnp.arange(n), at, slots)
     alone = n == 1  # plain decoding: the tree is only the root
     positions = None if alone else node_positions(cut, at, slots)
@@ -266,6 +271,30 @@ def normal_entropy(logp_rV: jax.Array, vocab: int) -> jax.Array:
     return (-jnp.sum(terms_rV, -1) / np.log(vocab)).astype(jnp.float32)
 
 
+def drawn(
+    top: Params,
+    x_1ED: jax.Array,
+    position_E: jax.Array,
+    key: jax.Array,
+    cfg: Config,
+    sampler: Sampler,
+) -> jax.Array:
+    """The target's draws, int32 [E], for the positions behind some nodes.
+
+    Logits are computed for some nodes at a time (`rows_at_a_time`). For a greedy draw and a head in
+    two parts, they are computed for some tokens at a time (`likeliest`).
+    """
+    if sampler.greedy and is_split(top.head_DV):
+        return likeliest(top, x_1ED[0], cfg)
+
+    def some(args):
+        x_rD, position_r = args
+        return sampler.draw(unembed(top, x_rD[None], cfg)[0], key, position_r)
+
+    rows = rows_at_a_time(x_1ED.shape[1], is_split(top.head_DV))
+    return some_at_a_time(some, rows, x_1ED[0], position_E)
+
+
 def judge(
     top: Params,
     x_1ED: jax.Array,
@@ -278,12 +307,11 @@ def judge(
 ) -> Judged:
     """The target's draw after every node, and with a gate its entropy and probabilities.
 
-    Logits are computed for some nodes at a time (`rows_at_a_time`). For a greedy draw and a head in
-    two parts, they are computed for some tokens at a time (`likeliest`). They never leave the
-    device.
+    The logits never leave the device.
     """
-    if gate is None and sampler.greedy and is_split(top.head_DV):
-        return Judged(likeliest(top, x_1ED[0], cfg))
+    position_E = at + tree.depth_E + 1
+    if gate is None:
+        return Judged(drawn(top, x_1ED, position_E, key, cfg, sampler))
     E = x_1ED.shape[1]
     rows = rows_at_a_time(E, is_split(top.head_DV))
 
@@ -291,15 +319,10 @@ def judge(
         x_rD, position_r = args
         logits_rV = unembed(top, x_rD[None], cfg)[0]
         draw_r = sampler.draw(logits_rV, key, position_r)
-        if gate is None:
-            return (draw_r,)
         logp_rV = jax.nn.log_softmax(sampler.scores(logits_rV), axis=-1)
         return draw_r, normal_entropy(logp_rV, cfg.vocab), jnp.exp(logp_rV)[:, tree.token_E]
 
-    draw_E, *rest = some_at_a_time(some, rows, x_1ED[0], at + tree.depth_E + 1)
-    if gate is None:
-        return Judged(draw_E)
-    entropy_E, p_EE = rest
+    draw_E, entropy_E, p_EE = some_at_a_time(some, rows, x_1ED[0], position_E)
     return Judged(draw_E, entropy_E, p_EE[jnp.maximum(tree.parent_E, 0), jnp.arange(E)])
 
 
@@ -327,6 +350,9 @@ class Verified:
     sampler: Sampler = static()
     gate: Gate | None = static(default=None)
     replay: bool = static(default=False)
+    draw_R: jax.Array | None = None
+    """The target's draws, if they are known: of the nodes, and of rows that only fill the pass.
+    Then there may be such rows in `x_1ED`, too."""
 
 
 class Finished(NamedTuple):
@@ -357,7 +383,10 @@ def finish_round(v: Verified) -> Finished:
     """
     spec, tree, at = v.spec, v.tree, v.at
     places = spec.deepest + 1
-    judged = judge(v.top, v.x_1ED, tree, at, v.key, v.cfg, v.sampler, v.gate)
+    if v.draw_R is None:
+        judged = judge(v.top, v.x_1ED, tree, at, v.key, v.cfg, v.sampler, v.gate)
+    else:
+        judged = Judged(v.draw_R[: spec.nodes])
     nodes = (tree.token_E, tree.parent_E)
     if v.replay:
         path = replayed(*nodes, tree.depth_E, tree.ancestor_EE, judged, places, v.accepted)

@@ -6,8 +6,7 @@ import pytest
 from proposers import LENGTH, PROMPT, PROPOSERS, SAMPLERS, STEPS
 
 from llm_jax.sample import Sampler
-from subspec_jax import decoder as decode
-from subspec_jax import draft, propose, verify
+from subspec_jax import bitwise, draft, propose, verify
 from subspec_jax import tree as tree_module
 from subspec_jax.decoder import Decoder
 
@@ -48,8 +47,8 @@ def test_nothing_is_compiled_after_a_warm_up(tiny, target, monkeypatch, name):
     """Whatever numbers of slots a text of that length will look at."""
     monkeypatch.setattr(tree_module, "SHORTEST", 8)
     seen = []
-    exact = decode.lay_out
-    monkeypatch.setattr(decode, "lay_out", lambda *a: (seen.append(a[-1]), exact(*a))[1])
+    exact = verify.lay_out
+    monkeypatch.setattr(bitwise, "lay_out", lambda *a: (seen.append(a[-1]), exact(*a))[1])
     decoder = Decoder(target, PROPOSERS[name](tiny), max_length=LENGTH)
     sizes, replay = list(decoder.sizes), lambda: iter(lambda: 0, None)
     decoder.warm_up(PROMPT, STEPS, replay)
@@ -68,8 +67,8 @@ def test_only_the_live_slots_are_looked_at(tiny, target, plain, monkeypatch, nam
     """NaN behind them is never read; 0 x NaN of a slot that is only masked would be seen."""
     monkeypatch.setattr(tree_module, "SHORTEST", 8)
     seen = []
-    exact = decode.lay_out
-    monkeypatch.setattr(decode, "lay_out", lambda *a: (seen.append(a[-1]), exact(*a))[1])
+    exact = verify.lay_out
+    monkeypatch.setattr(bitwise, "lay_out", lambda *a: (seen.append(a[-1]), exact(*a))[1])
     decoder = Decoder(target, PROPOSERS[name](tiny), max_length=LENGTH)
     assert decoder.slots == 128
     rounds = decoder.rounds(PROMPT, STEPS)
