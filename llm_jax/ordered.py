@@ -1,10 +1,10 @@
 """Attention that adds in the order of positions, whatever slots they are in: the same bits for a
 token that is alone and for one that is a node of a tree.
 
-A query at position q sees the position p either in a slot of that number, or in the slot of an
-ancestor. Which of the two it is depends on the round. So the first q - W + 1 positions, which are in
-slots of their number in every round, are read there, in blocks. The W newest ones are gathered into
-their order for each query. Both parts and their order depend on q alone.
+A query at position q sees the position p either in the slot of that number, or in the slot of an
+ancestor. Which of the two it is depends on the round. So the first q - W + 1 positions, which are
+in slots of their number in every round, are read there, in blocks. The W newest ones are gathered
+into their order for each query. Both parts and their order depend on q alone.
 
 Letters: T queries, S slots, W positions of a window, K kv heads, G query heads of each, N = K G, H
 head size.
@@ -48,12 +48,13 @@ def ordered_attention(
 ) -> jax.Array:
     """softmax(q k * scale) v over all positions up to each query's own, [T, N, H], in q's dtype.
 
-    `slot_TW` are the slots of the W positions from `window_start` on, for each query; what is behind
-    its own position is not looked at. Lower positions are in slots of their number. `window`: only
-    so many positions are seen. The others are as in `tree_attention`. Scores and sums are float32.
+    `slot_TW` are the slots of the W positions from `window_start` on, for each query; what is
+    behind its own position is not looked at. Lower positions are in slots of their number.
+    `window`: only so many positions are seen. The others are as in `tree_attention`. Scores and
+    sums are float32.
 
-    A query's result is a function of its numbers and of the keys and values of its positions: within
-    one compiled program no bit depends on T's order, on the other queries or on the slots.
+    A query's result is a function of its numbers and of the keys and values of its positions:
+    within one compiled program no bit depends on its place, on other queries or on the slots.
     """
     T, N, H = q_TNH.shape
     (S, K, _), W = k_SKH.shape, slot_TW.shape[1]
@@ -77,7 +78,11 @@ def ordered_attention(
         weight_KGTS = jnp.where(seen_TS[None, None], jnp.exp(score_KGTS - higher_KGT1), 0.0)
         less_KGT1 = jnp.exp(top_KGT1 - higher_KGT1)
         total_KGT1 = total_KGT1 * less_KGT1 + weight_KGTS.sum(-1, keepdims=True)
-        return higher_KGT1, total_KGT1, y_KGTH * less_KGT1 + weighted(weight_KGTS.astype(v_SKH.dtype))
+        return (
+            higher_KGT1,
+            total_KGT1,
+            y_KGTH * less_KGT1 + weighted(weight_KGTS.astype(v_SKH.dtype)),
+        )
 
     def block(n, carry):
         start = jnp.minimum(n * size, S - size)

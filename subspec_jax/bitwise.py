@@ -22,7 +22,9 @@ from llm_jax.ordered import window_start
 from llm_jax.params import Attention, JoinedAttention, Params
 from llm_jax.sample import Sampler
 from subspec_jax import memory
-from subspec_jax.methods import Method
+from subspec_jax.methods import Method, MethodError
+from subspec_jax.options import Options
+from subspec_jax.sources import Source
 from subspec_jax.tree import PassShape, Tree, TreeSpec
 from subspec_jax.verify import drawn, lay_out, nodes_of
 
@@ -44,28 +46,35 @@ def pass_shape(methods: Iterable[Method]) -> PassShape:
     return PassShape(rows, places, levels)
 
 
-def why_not(
-    method: Method,
-    cfg: Config,
-    model: Params,
-    texts: int = 1,
-    together: bool = False,
-    residual: bool = False,
-) -> str | None:
-    """Why a method cannot promise plain decoding's bits; None where it can. `together`: the engine
-    has programs for several texts."""
+def shaped(options: Options, methods: Iterable[Method], source: Source) -> Options:
+    """The options with the shape of passes that all of the methods share, if `exact` is bitwise.
+
+    Raises MethodError for what cannot promise plain decoding's bits.
+    """
+    methods = list(methods)
+    if options.exact == "float32":
+        return options
+    for method in methods:
+        if reason := why_not(method, options, source):
+            raise MethodError(f"{reason}; --exact bitwise does not go with it")
+    return dataclasses.replace(options, shape=pass_shape(methods))
+
+
+def why_not(method: Method, options: Options, source: Source) -> str | None:
+    """Why a method cannot promise plain decoding's bits; None where it can."""
     if not method.lossless:
         return f"{method.name} accepts tokens that plain decoding does not write"
-    if texts > 1 or together:
-        return "texts that share a pass are not decoded in it; decode one at a time"
-    if cfg.cards > 1:
-        return f"{cfg.cards} devices add their parts of a product; take one"
-    if cfg.experts is not None:
-        return "a token's experts are applied in groups, which other tokens of the pass make larger"
-    if residual:
-        return "residuals are put together by other programs than plain layers; take --stream raw"
-    if not all(isinstance(layer.attn, Attention | JoinedAttention) for layer in model.layers):
-        return "caches of low-rank latents (--palu) are read in the order of their slots"
+    if options.texts > 1 or options.ladder:
+        return "texts that share a pass change its shape"
+    if source.cfg.cards > 1:
+        return f"{source.cfg.cards} devices add their parts of a product"
+    if source.cfg.experts is not None:
+        return "experts are applied to groups of a pass's tokens"
+    if options.stream == "residual":
+        return "residuals are put together by other programs than plain decoding's layers"
+    layers = source.shapes(method.draft).layers
+    if not all(isinstance(layer.attn, Attention | JoinedAttention) for layer in layers):
+        return "low-rank caches (--palu) are read in the order of their slots"
     return None
 
 
@@ -100,7 +109,11 @@ def lay_out_in_order(
     position_R, slot_RW = fill(position_E), fill(slot_EW)
     nothing = jnp.zeros((1, shape.rows, 0), bool)
     real = jnp.int32(spec.nodes)
-    return cut, fill(cut.token_E)[None], Step(at, position_R[None], nothing, real=real, slot_TW=slot_RW)
+    return (
+        cut,
+        fill(cut.token_E)[None],
+        Step(at, position_R[None], nothing, real=real, slot_TW=slot_RW),
+    )
 
 
 def laid_out(

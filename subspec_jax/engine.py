@@ -223,8 +223,8 @@ class Engine:
         m = self.methods[method] if isinstance(method, str) else method
         self._arrange(m)
         proposer, options = m.proposer(self.cfg, self._draft), self.options
-        lengths = options.max_length, options.chunk
-        self.decoder = Decoder(self.target, proposer, options.sampler, m.gate, *lengths)
+        how = m.gate, options.max_length, options.chunk, options.shape
+        self.decoder = Decoder(self.target, proposer, options.sampler, *how)
         return self.decoder
 
     def batch(self, method: str | Method | None = None) -> BatchDecoder:

@@ -22,7 +22,7 @@ from subspec_jax.draft_model import (
 from subspec_jax.experts import room_for
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual.split import Split, SplitExperts, is_split
-from subspec_jax.tree import TreeSpec, cache_slots
+from subspec_jax.tree import PassShape, TreeSpec, cache_slots
 from subspec_jax.work_space import work_bytes
 
 
@@ -87,11 +87,12 @@ class Layout:
     ahead: int
     kernels: bool
     texts: int = 1
+    shape: PassShape | None = None
 
     @functools.cached_property
     def slots(self) -> int:
         """Cache slots of the target."""
-        return cache_slots(self.max_length, self.spec)
+        return cache_slots(self.max_length, self.spec, self.shape)
 
     @functools.cached_property
     def cache(self) -> int:
@@ -148,6 +149,7 @@ class Layout:
             kernels=self.kernels,
             split_head=is_split(self.model.head_DV),
             texts=self.texts,
+            shape=self.shape,
         )
 
     def expert_items(self, table_on_host: bool, usable: int) -> tuple[int, dict, dict]:

@@ -48,6 +48,7 @@ def plan_for(
         by_expert=options.experts == "routed",
         texts=options.texts,
         ladder=options.ladder,
+        shape=options.shape,
     )
     room = host_room(options.host_limit, source.checkpoint is None)
     if room is None or (options.host_limit is None and why_not_on_disk(plan)):

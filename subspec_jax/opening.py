@@ -16,6 +16,7 @@ from llm_jax.checkpoint import Checkpoint
 from llm_jax.generation import checked_seed
 from llm_jax.progress import Reporter, default_reporter
 from subspec_jax.accept import Gate
+from subspec_jax.bitwise import shaped
 from subspec_jax.decoder import LengthError
 from subspec_jax.draft_model import Draft
 from subspec_jax.engine import Engine
@@ -100,10 +101,11 @@ def open(
         )
         named = [m if isinstance(m, Method) else made(m) for m in (method, *also)]
         methods = {m.name: m for m in named}
+        shared = shaped(options, methods.values(), source)
         if residual:
             add_converted(source, draft, options.quantizer, options.converted, reporter)
-        limit, pool = chosen_limit(memory, source, methods.values(), options, reporter)
-        fitting = _fitting(source, methods, options, limit) if shorten else options
+        limit, pool = chosen_limit(memory, source, methods.values(), shared, reporter)
+        fitting = _fitting(source, methods, shared, limit) if shorten else shared
         return Engine(source, methods, fitting, limit, pool, reporter, small)
 
     if draft is not None:

@@ -9,7 +9,9 @@ from llm_jax.sample import Sampler
 from subspec_jax import memory
 from subspec_jax.draft_model import INT8, Draft
 from subspec_jax.sources import Dtype, Quantizer
-from subspec_jax.tree import TreeSpec
+from subspec_jax.tree import PassShape, TreeSpec
+
+Exact = Literal["float32", "bitwise"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Options:
     seed: int = 0
     dtype: Dtype = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""
+    exact: Exact = "float32"
+    """How plain decoding's text is promised. float32: with numbers of 32 bits; with 16, sums over
+    trees round otherwise, which shows where two tokens nearly tie. bitwise: with 16 bits too, every
+    lossless method writes it, because all run the same program (`subspec_jax.bitwise`)."""
+    shape: PassShape | None = None
+    """Of all methods' passes, where `exact` is bitwise; set by `subspec_jax.open`."""
     stream: Literal["raw", "residual"] = "raw"
     """residual: only the part of a streamed layer that its substitute lacks is copied, about half
     of the bytes; the device computes the exact weights from both. Converts the model once."""

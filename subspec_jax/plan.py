@@ -27,7 +27,7 @@ from subspec_jax.layout import (
 from subspec_jax.memory import show_bytes
 from subspec_jax.offload import streamed_bytes
 from subspec_jax.residual.split import has_split, is_split
-from subspec_jax.tree import TreeSpec, pass_nodes, shared_spec
+from subspec_jax.tree import PassShape, TreeSpec, cache_slots, pass_nodes, shared_spec
 
 
 class PlanError(SubspecError):
@@ -72,6 +72,13 @@ class Plan:
     says it."""
     disk: frozenset[int] = frozenset()
     """The numbers of the streamed layers that are on disk, not in host memory."""
+    shape: PassShape | None = None
+    """Of every pass, where all methods share it."""
+
+    @property
+    def slots(self) -> int:
+        """Slots of a text's cache."""
+        return cache_slots(self.max_length, self.spec, self.shape)
 
     def spec_of(self, texts: int) -> TreeSpec:
         """The tree of each of `texts` texts, a number of the ladder."""
@@ -198,13 +205,14 @@ def make_plan(
     by_expert: bool = True,
     texts: int = 1,
     ladder: tuple[int, ...] = (),
+    shape: PassShape | None = None,
 ) -> Plan:
     """The plan that streams least: as many resident layers as fit into the limit (bytes).
 
     `by_expert`: of a model with experts, passes bring those that they need, and what is left of the
     limit keeps hot ones; otherwise its layers stay or are streamed whole, like others.
     `texts` are decoded together, each in caches of its own, whose bytes are all counted; `ladder`
-    as in `Options`.
+    and `shape` as in `Options`.
     `model` is a tree of shapes and dtypes, needed if the layers are not the plain ones of `cfg`.
     `kernels`: the device runs the package's Triton kernels (see `memory.card_has_kernels`).
     `resident` and `table_on_host` fix a choice that is otherwise made here. A tied table is also
@@ -244,7 +252,7 @@ def make_plan(
     usable = int(limit * (1 - spare))
     model = model or abstract(cfg)
     kernels = kernels and not any(map(why_not_decoded, splits(model.layers)))
-    layout = Layout(model, cfg, spec, draft, max_length, chunk, ahead, kernels, texts)
+    layout = Layout(model, cfg, spec, draft, max_length, chunk, ahead, kernels, texts, shape)
     tables = [False] if cfg.tied else [False, True] if table_on_host is None else [table_on_host]
     found, least, hot = None, None, None
     by_expert = by_expert and cfg.experts is not None and resident is None
@@ -294,4 +302,5 @@ def make_plan(
         hot=hot,
         texts=texts,
         ladder=ladder or (tree.ladder(texts) if texts > 1 else ()),
+        shape=shape,
     )

@@ -26,14 +26,15 @@ from llm_jax.sample import Sampler
 from llm_jax.stream import home
 from subspec_jax.accept import Gate
 from subspec_jax.batch_compile import lowered_together
+from subspec_jax.bitwise import jit_drawn, laid_out
 from subspec_jax.draft import Drafting, extend_once, grow, grow_along
 from subspec_jax.draft_model import make_draft
 from subspec_jax.experts import lowered, room_for
 from subspec_jax.layout import expert_bytes
 from subspec_jax.offload import separate_shapes
 from subspec_jax.plan import Plan
-from subspec_jax.tree import cache_slots, live_sizes, seedling
-from subspec_jax.verify import Verified, finish_round, jit_block, last_logits, lay_out
+from subspec_jax.tree import live_sizes, seedling
+from subspec_jax.verify import Verified, finish_round, jit_block, last_logits
 
 PROGRAMS_AT_ONCE = 8
 """Programs compiled in parallel. Each needs memory for the candidates that are timed; 12 at once
@@ -103,7 +104,7 @@ def _lowered(
     layers = params.layers
     table = None if plan.table_on_host else params.embed_VD
     top = dataclasses.replace(params, embed_VD=table, layers=())
-    slots = cache_slots(plan.max_length, spec)
+    slots, shape = plan.slots, plan.shape
     caches = shapes(functools.partial(caches_for, plan.model, cfg, 1, slots, spec.places + 1))
     # Layers of one shape share their programs.
     kinds = {str(jax.tree.structure(l)) + str(jax.tree.leaves(l)): i for i, l in enumerate(layers)}
@@ -117,7 +118,7 @@ def _lowered(
     tree = shapes(lambda: seedling(jnp.int32(0), spec, routed))
     plain = all(isinstance(cache, KV) for cache in caches)
     sizes = live_sizes(slots) if plain else [slots]
-    rows = array(1, spec.nodes, cfg.d_model)
+    rows = array(1, spec.nodes if shape is None else shape.rows, cfg.d_model)
     common = dict(at=number, key=key, cfg=cfg, spec=spec, sampler=sampler)
     if plan.draft.bits is not None and not plan.draft.own_cache:  # first: it takes longest
         how = dict(table_on_host=plan.table_on_host, cards=cfg.cards)
@@ -135,8 +136,8 @@ def _lowered(
 
     cut = tree
     for i in kinds.values():
-        for live in sizes:
-            cut, _, step = shapes(lambda t: lay_out(t, jnp.int32(0), spec, live), tree)  # noqa: B023
+        for live in sizes if shape is None else sizes[-1:]:
+            cut, _, step = shapes(lambda t: laid_out(t, jnp.int32(0), spec, live, shape), tree)  # noqa: B023
             yield jit_block.lower(layers[i], rows, caches[i], step, cfg)
         for length in chunk_sizes(plan.chunk):
             causal = jax.eval_shape(functools.partial(causal_step, 0, length, slots, 0))
@@ -144,12 +145,16 @@ def _lowered(
             yield jit_block.lower(layers[i], piece, caches[i], causal, cfg)
     if plan.hot is not None:
         for live in sizes:
-            cut, _, step = shapes(lambda t: lay_out(t, jnp.int32(0), spec, live), tree)  # noqa: B023
+            cut, _, step = shapes(lambda t: laid_out(t, jnp.int32(0), spec, live, None), tree)  # noqa: B023
         at_once = room_for(cfg, expert_bytes(plan))[1]
         for i in routed_kinds.values():
             layer = placed(separate_shapes(layers[i]))
             yield from lowered(layer, rows, caches[i], step, number, at_once, cfg)
     yield last_logits.lower(top, array(1, 1, cfg.d_model), cfg)
+    draw_R = None
+    if shape is not None:
+        draw_R = placed(jax.ShapeDtypeStruct((shape.rows,), jnp.int32))
+        yield jit_drawn.lower(top, rows, draw_R, key, cfg, sampler)
     yield finish_round.lower(
         Verified(
             top=top,
@@ -160,6 +165,7 @@ def _lowered(
             accepted=number,
             gate=gate,
             replay=replay,
+            draw_R=draw_R,
             **common,
         )
     )

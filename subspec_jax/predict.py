@@ -23,6 +23,7 @@ from llm_jax.cards import empty, together
 from llm_jax.params import Attention, JoinedAttention, Layer, Params
 from llm_jax.sample import Sampler
 from llm_jax.stream import StreamedLayer, to_device
+from subspec_jax.bitwise import draws, laid_out
 from subspec_jax.draft import Drafting, grow
 from subspec_jax.draft_model import drafted_layers, make_draft
 from subspec_jax.experts import apart, room_for
@@ -30,8 +31,8 @@ from subspec_jax.layout import expert_bytes
 from subspec_jax.offload import offload, separate_experts, streamed_bytes
 from subspec_jax.plan import Plan
 from subspec_jax.predict_experts import Routing, routed_block_seconds, routed_pass_seconds
-from subspec_jax.tree import cache_slots, live_sizes, seedling
-from subspec_jax.verify import Verified, finish_round, jit_block, lay_out
+from subspec_jax.tree import live_sizes, seedling
+from subspec_jax.verify import Verified, finish_round, jit_block
 
 FEW, MORE = 2, 4
 """Numbers of layers in the two drafts that are timed. Their difference gives the time per layer."""
@@ -165,7 +166,7 @@ def measure(
         raise ValueError(reason)
     cfg, spec, by_expert = plan.cfg, plan.spec, plan.hot is not None
     length = length or max(1, plan.max_length // 4)
-    slots = cache_slots(plan.max_length, spec)
+    slots, shape = plan.slots, plan.shape
     live = next(size for size in live_sizes(slots) if size >= length + spec.places)
     sent = functools.partial(to_device, cards=cfg.cards)
     at, key = sent(jnp.int32(length)), jax.random.key(0)
@@ -183,7 +184,7 @@ def measure(
     if plan.draft.experts is not None:
         fewer = dataclasses.replace(cfg.experts, chosen=plan.draft.experts)
         draft_cfg = dataclasses.replace(cfg, experts=fewer)
-    _, tokens, step = lay_out(tree, at, spec, live)
+    _, tokens, step = laid_out(tree, at, spec, live, shape)
     state = [sent(jnp.zeros((*tokens.shape, cfg.d_model), cfg.dtype)), caches(1)[0]]
 
     times = {}
@@ -224,7 +225,7 @@ def measure(
     kept = [caches(1)]
 
     def end():
-        cut, *_ = lay_out(tree, at, spec, live)
+        cut, _, step = laid_out(tree, at, spec, live, shape)
         finished = finish_round(
             Verified(
                 top=top,
@@ -239,6 +240,7 @@ def measure(
                 spec=spec,
                 sampler=sampler,
                 replay=True,
+                draw_R=draws(top, x, step, key, cfg, sampler, shape),
             )
         )
         kept[0] = finished.caches

@@ -3,6 +3,7 @@
 import math
 
 from llm_jax.config import DTYPES, Config
+from llm_jax.ordered import block_slots
 from pallas_kernels.quantized_matmul.api import LARGEST
 from pallas_kernels.quantized_matmul.packing import fields_of
 from pallas_kernels.quantized_matmul.reference import DENSE_WEIGHTS
@@ -10,7 +11,7 @@ from pallas_kernels.residual_decode import parts_of
 from pallas_kernels.residual_decode.reference import SLAB_WEIGHTS
 from pallas_kernels.tree_attention.api import HEADS
 from subspec_jax.draft_model import Draft
-from subspec_jax.tree import TreeSpec, pass_nodes
+from subspec_jax.tree import PassShape, TreeSpec, pass_nodes
 from subspec_jax.verify import GREEDY_ROWS, QUEUED, rows_at_a_time
 
 DECODE_BYTES = 20
@@ -28,6 +29,7 @@ def work_bytes(
     kernels: bool = False,
     split_head: bool = False,
     texts: int = 1,
+    shape: PassShape | None = None,
 ) -> int:
     """Bytes for the largest of: blocks of prefill or verification, the head, a draft step; with
     the trees of `texts` texts together.
@@ -36,22 +38,27 @@ def work_bytes(
     time. `residual`: layers are residuals, and one matrix is decoded at a time; with `kernels`,
     only a part of it. The kernels need no work space to decode residuals and to attend to plain
     caches. They also need none to multiply up to 64 rows by low-bit matrices; for more rows, a part
-    of the matrix is made dense.
+    of the matrix is made dense. `shape`: every pass has its rows, whose newest keys and values are
+    gathered.
     """
     size = DTYPES[cfg.dtype]
     rebuilt = 0 if plain else 4 * slots * cfg.kv_heads * cfg.head_dim * (4 + size)
 
-    def block(tokens):
+    def block(tokens, ordered=False):
         scores = cfg.heads * tokens * slots * (4 + size)  # logits in float32, weights in the dtype
         if kernels and plain and cfg.head_dim in HEADS:
             scores = 2 * tokens * cfg.heads * cfg.head_dim * 4  # averages over parts of the slots
+        if ordered:
+            at_once = max(block_slots(slots), shape.levels)
+            scores = tokens * cfg.heads * (at_once * (4 + size) + 3 * cfg.head_dim * 4)
+            scores += 2 * tokens * shape.levels * cfg.kv_heads * cfg.head_dim * size
         wide = tokens * (3 * cfg.d_ff + 6 * cfg.d_model) * size
         slab = 0 if kernels else DECODE_BYTES * min(SLAB_WEIGHTS, largest)
         decoded = (part if kernels else largest) * size + slab if residual else 0
         pairs = 0 if cfg.experts is None else tokens * cfg.experts.chosen * cfg.d_model * 4
         return max(scores, decoded) + wide + tokens * slots + rebuilt + pairs
 
-    nodes = pass_nodes(spec, texts)
+    nodes = pass_nodes(spec, texts) if shape is None else shape.rows
     logits = rows_at_a_time(nodes, split_head) * cfg.vocab * 4
     head = 2 * logits
     largest = max(map(math.prod, cfg.joined_matrices.values()))
@@ -74,4 +81,7 @@ def work_bytes(
             step += low * size  # a matrix is made dense
         elif max(rows, draft.own_cache * chunk) > LARGEST:
             step = max(step, block(chunk)) + min(low, DENSE_WEIGHTS) * size  # a part of it is
-    return max(QUEUED * block(max(chunk, nodes)), head, step)
+    passes = block(max(chunk, nodes))
+    if shape is not None:
+        passes = max(passes, block(nodes, ordered=True))
+    return max(QUEUED * passes, head, step)

@@ -10,6 +10,7 @@ from llm_jax.progress import Reporter
 from llm_jax.sample import Sampler
 from subspec_jax.engine import Engine
 from subspec_jax.methods import MethodName
+from subspec_jax.options import Exact
 from subspec_jax.sources import Dtype, Quantizer
 from subspec_jax.tree import ladder
 
@@ -35,6 +36,9 @@ class ModelFlags:
     """Folder for layers on disk, written once; in the cache if not given."""
     dtype: Dtype = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""
+    exact: Exact = "float32"
+    """In which numbers every lossless method writes plain decoding's very tokens. bitwise: in 16
+    bits too; then one answer at a time is decoded, and no cache is kept."""
     stream: Literal["raw", "residual"] = "raw"
     """residual: of a streamed layer only what its substitute lacks is moved."""
     converted: Path | None = None
@@ -106,11 +110,11 @@ def open_engine(
     given |= dataclasses.asdict(sampler)
     args = Speculative(checkpoint=path_of(flags.model), compare=(), max_new_tokens=1, **given)
     texts = asked or parallel
-    alone = flags.method in ALONE
+    bitwise = flags.exact == "bitwise"
+    alone = flags.method in ALONE or bitwise
     if alone and asked is not None and asked > 1:
-        raise UserError(
-            f"--method {flags.method} decodes one answer at a time; leave --parallel out"
-        )
+        which = "--exact bitwise" if bitwise else f"--method {flags.method}"
+        raise UserError(f"{which} decodes one answer at a time; leave --parallel out")
     together = {} if alone else dict(texts=texts, ladder=ladder(texts))
     engine = opened(args, reporter, shorten, **together)
     if flags.depth == "auto" and (found := engine.choose_levels()):

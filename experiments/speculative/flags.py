@@ -19,6 +19,7 @@ from subspec_jax.decoder import LengthError
 from subspec_jax.draft_model import Draft
 from subspec_jax.engine import Engine
 from subspec_jax.methods import Method, MethodError, MethodName
+from subspec_jax.options import Exact
 from subspec_jax.sources import Dtype, Quantizer
 from subspec_jax.tree import TreeSpec
 
@@ -44,6 +45,9 @@ class Speculative:
     Its own tokens are decoded, exactly."""
     dtype: Dtype = "auto"
     """auto: float32 on a CPU, bfloat16 on a GPU, float16 on GPUs without bfloat16 (T4)."""
+    exact: Exact = "float32"
+    """In which numbers every lossless method writes plain decoding's very tokens. bitwise: in 16
+    bits too; all passes then have the rows of the largest tree."""
     stream: Literal["raw", "residual"] = "raw"
     """residual: of a streamed layer only what its substitute lacks is moved, about half the bytes,
     and the exact weights are put together on the device. Resident layers keep their residuals."""
@@ -347,6 +351,7 @@ def opened(args: Speculative, reporter: Reporter, shorten: bool = False, **more:
         reporter=reporter,
         sampler=_sampler(args),
         dtype=args.dtype,
+        exact=args.exact,
         stream=args.stream,
         converted=args.converted,
         disk_folder=args.disk_folder,

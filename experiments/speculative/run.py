@@ -30,7 +30,6 @@ from subspec_jax.plan import published_tau
 from subspec_jax.propose import Round
 from subspec_jax.requests import TextUntil
 from subspec_jax.shape import can_choose, choose_tree
-from subspec_jax.tree import cache_slots
 
 ASIDE = ("output", "show", "compare", "method", "samples", "predict")
 ASIDE += ("check_files", "verify_weights", "prompt")
@@ -136,8 +135,8 @@ class Run:
 
     def dense_cache_bytes(self, p) -> int:
         """Bytes of the plan's cache with ordinary keys and values of 16 bits."""
-        cfg, slots = p.cfg, cache_slots(p.max_length, p.spec)
-        return 2 * 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * slots
+        cfg = p.cfg
+        return 2 * 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * p.slots
 
     # ------------------------------------------------------------------ decoding
 
