@@ -70,8 +70,6 @@ def why_not(method: Method, options: Options, source: Source) -> str | None:
         return f"{source.cfg.cards} devices add their parts of a product"
     if source.cfg.experts is not None:
         return "experts are applied to groups of a pass's tokens"
-    if options.stream == "residual":
-        return "residuals are put together by other programs than plain decoding's layers"
     layers = source.shapes(method.draft).layers
     if not all(isinstance(layer.attn, Attention | JoinedAttention) for layer in layers):
         return "low-rank caches (--palu) are read in the order of their slots"

@@ -101,6 +101,8 @@ def open(
         )
         named = [m if isinstance(m, Method) else made(m) for m in (method, *also)]
         methods = {m.name: m for m in named}
+        if residual and options.exact == "bitwise":
+            source.substitutes = draft
         shared = shaped(options, methods.values(), source)
         if residual:
             add_converted(source, draft, options.quantizer, options.converted, reporter)

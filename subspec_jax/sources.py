@@ -71,6 +71,9 @@ class Source:
     """The checkpoint as substitutes and residuals."""
     residual: bool = False
     """Methods that have substitutes stream residuals."""
+    substitutes: Draft | None = None
+    """With `residual`: methods without substitutes stream residuals of these, too, so that all
+    methods run the same programs; None: they stream plain layers."""
     seed: int = 0
     """The seed of random weights."""
     zipf: float = 0.0
@@ -107,6 +110,7 @@ class Source:
 
     def shapes(self, draft: Draft) -> Params:
         """The target as shapes and dtypes: plain layers, a checkpoint's own kind, or residuals."""
+        draft = (self.substitutes or draft) if draft.bits is None else draft
         if self.residual and draft.bits is not None:
             # As many bits as the layers: then the substitute of a split head is the low-bit head.
             split = draft.head_bits == draft.bits
