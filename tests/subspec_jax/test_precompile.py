@@ -21,14 +21,14 @@ from subspec_jax.prefix_cache import Text
 from subspec_jax.propose import ModelDraft, PromptLookup, Vanilla
 from subspec_jax.random_weights import random_target
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
-from subspec_jax.tree import TreeSpec
+from subspec_jax.tree import PassShape, TreeSpec
 
 OPTIONS = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
 )
-LARGE = {"jit_block", "last_logits", "finish_round", "grow", "grow_along", "extend"}
+LARGE = {"jit_block", "last_logits", "finish_round", "grow", "grow_along", "extend", "drawn"}
 """The programs that hold a layer, the head or the draft."""
 
 BEAM = TreeSpec("beam", 2, 2)
@@ -72,6 +72,7 @@ CASES = {
     "residual": (dict(dtype="bfloat16"), BEAM, {}, Sampler(), None, False),
     "residual head": (dict(dtype="bfloat16"), BEAM, {}, Sampler(), None, False),
     "lookup": ({}, TreeSpec("beam", 2, 2, lookup=4), {}, Sampler(), None, False),
+    "bitwise": ({}, BEAM, dict(shape=PassShape(16, 32, 8)), Sampler(0.8), None, False),
     "sampling": (
         dict(qk_norm=True),
         TreeSpec("best-first", 4, 2, budget=4),
@@ -105,12 +106,13 @@ def test_decoding_compiles_no_large_program_again(compiled, name, monkeypatch):
         changes = dict(model=shapes)
     plan = plan_for(cfg, spec, **changes)
     compile_ahead(dict(m=Ahead(plan, sampler, gate, replay)))
-    unused = {"extend": not spec.extra, "grow_along": not spec.lookup}
+    unused = {"extend": not spec.extra, "grow_along": not spec.lookup, "drawn": plan.shape is None}
     assert LARGE & compiled() == LARGE - {name for name, none in unused.items() if none}
 
     target = random_target(plan)
     proposer = ModelDraft(make_draft(target.params, plan.draft, plan.resident, 0), cfg, spec)
-    decoder = Decoder(target, proposer, sampler, gate, plan.max_length, plan.chunk)
+    lengths = plan.max_length, plan.chunk, plan.shape
+    decoder = Decoder(target, proposer, sampler, gate, *lengths)
     lengths = (lambda: iter(lambda: 1, None)) if replay else (lambda: None)
     assert len(decoder.generate(WHOLE, 6, replay=lengths())) == 6
     assert not LARGE & compiled()

@@ -64,6 +64,26 @@ def test_no_number_is_too_odd_for_a_flag(folder, monkeypatch, command, name):
         assert len(error.splitlines()) == 1 or f"--{name}" in error, (value, error)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_bitwise_answers_are_decoded_one_at_a_time(folder, monkeypatch, command):
+    module, _ = COMMANDS[command]
+    opened, engines = module.open_engine, []
+
+    def planned(*how):
+        engines.append(opened(*how))
+        raise UserError("planned")
+
+    monkeypatch.setattr(module, "open_engine", planned)
+    port = ["--port", "0"] if command == "serve" else []
+    words = ["--model", str(folder), *FLAGS.split(), *port, "--exact", "bitwise"]
+    status, error = call(module, [*words, "--parallel", "2"])
+    assert status == 2 and "--exact bitwise decodes one answer at a time" in error
+    assert call(module, words)[0] == 2
+    [engine] = engines
+    assert engine.options.texts == 1 and not engine.plan.ladder
+    assert engine.plan.shape == engine.options.shape is not None
+
+
 def test_a_port_in_use_and_a_host_that_is_none():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
