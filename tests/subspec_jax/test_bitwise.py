@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -161,6 +162,7 @@ def plain(family, sampler, shape):
     return decoded(family, "vanilla", sampler, shape)
 
 
+SMOLLM2 = Path.home() / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAPE = pass_shape(METHODS.values())
 
 
@@ -268,3 +270,18 @@ def test_the_plan_counts_the_rows_and_the_windows():
     assert plan.device["work space"] == 2 * 320 * (heads + window + hidden)
     assert usual.device["work space"] < plan.device["work space"] / 10
     assert plan.device["KV cache"] == usual.device["KV cache"] * 1024 // 640
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="the model is not there")
+def test_a_real_models_texts_are_plain_decodings():
+    """Two questions and a sampled answer to each."""
+    also, questions = ("subspec", "ngram"), ("Name three uses of a thimble.", "Count to ten.")
+    given = dict(method="vanilla", also=also, dtype="bfloat16", exact="bitwise", max_length=256)
+    with subspec_jax.open(SMOLLM2, "full", sampler=Sampler(0.7), **given) as model:
+        asked = [model.tokenizer.chat([{"role": "user", "content": q}]) for q in questions]
+        texts = []
+        for name in model.methods:
+            model.use(name)
+            texts.append([model.generate(ids, 24, seed=7) for ids in asked])
+    assert texts == [texts[0]] * 3 and min(map(len, texts[0])) > 10

@@ -15,7 +15,7 @@ from subspec_jax.plan import make_plan
 from subspec_jax.predict import FEW, MORE, RoundCosts, measure, pass_seconds, round_seconds
 from subspec_jax.random_weights import split_layer
 from subspec_jax.residual.split import gaussian_room, split_head_shapes, split_shapes
-from subspec_jax.tree import TreeSpec
+from subspec_jax.tree import PassShape, TreeSpec
 
 CFG = tiny_config("qwen2", layers=6, dtype="bfloat16")
 SPEC = TreeSpec("beam", 3, 2)
@@ -162,6 +162,16 @@ def test_times_are_medians_behind_the_first(monkeypatch):
     ticks = iter([0, 100, 100, 101, 101, 104, 104, 106, 106, 108, 108, 117])
     monkeypatch.setattr(predict, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
     assert predict._seconds(lambda: 0, 1) == 2
+
+
+@pytest.mark.slow
+def test_a_pass_of_a_shape_is_timed_with_its_rows(monkeypatch):
+    plan = plan_for(draft=NO_DRAFT, shape=PassShape(rows=16, places=32, levels=8))
+    block, rows = predict.jit_block, []
+    timed = lambda layer, x, *rest: (rows.append(x.shape[1]), block(layer, x, *rest))[1]
+    monkeypatch.setattr(predict, "jit_block", timed)
+    costs = measure(plan, init_layer(jax.random.key(0), CFG))
+    assert set(rows) == {16} and costs.block > 0 and costs.rest > 0
 
 
 @pytest.mark.slow
