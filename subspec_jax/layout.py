@@ -21,7 +21,7 @@ from subspec_jax.draft_model import (
 )
 from subspec_jax.experts import room_for
 from subspec_jax.offload import streamed_bytes
-from subspec_jax.residual.split import Split, SplitExperts, is_split
+from subspec_jax.residual.split import Split, SplitExperts, has_split, is_split
 from subspec_jax.tree import PassShape, TreeSpec, cache_slots
 from subspec_jax.work_space import work_bytes
 
@@ -65,6 +65,15 @@ def substitute_bytes(layer, draft: Draft) -> int:
     # A low-bit matrix counts as a whole, with the scales of its outputs.
     leaves = jax.tree.leaves(low, is_leaf=lambda w: isinstance(w, Int8))
     return tree_bytes([leaf for leaf in leaves if leaf.ndim > 1])
+
+
+def why_not_int8(cfg: Config, draft: Draft, model: Params | None) -> str | None:
+    """Why the model cannot have such substitutes; None where it can."""
+    if draft.bits != 8 or draft.head_bits not in (None, 8):
+        return "they have 8 bits, the head's too; give a group for other numbers"
+    if cfg.experts is not None:
+        return "experts have groups"
+    return "residuals have groups" if has_split(model) else None
 
 
 def cache_bytes(model: Params, cfg: Config, slots: int, scratch: int, texts: int = 1) -> int:

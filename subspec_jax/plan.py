@@ -23,6 +23,7 @@ from subspec_jax.layout import (
     substitute_bytes,
     tree_bytes,
     why_not_decoded,
+    why_not_int8,
 )
 from subspec_jax.memory import show_bytes
 from subspec_jax.offload import streamed_bytes
@@ -176,15 +177,6 @@ def published_tau(depth: int, hazard: float = 0.9749) -> float:
     return (1 - hazard ** (depth + 1)) / (1 - hazard)
 
 
-def _why_not_int8(cfg: Config, draft: Draft, model: Params | None) -> str | None:
-    """Why the model cannot have such substitutes; None where it can."""
-    if draft.bits != 8 or draft.head_bits not in (None, 8):
-        return "they have 8 bits, the head's too; give a group for other numbers"
-    if cfg.experts is not None:
-        return "experts have groups"
-    return "residuals have groups" if has_split(model) else None
-
-
 MOST_AHEAD = 1000
 """Most layers on their way; a stream that has fewer sends fewer."""
 
@@ -235,7 +227,7 @@ def make_plan(
     if table_on_host and cfg.tied:
         raise PlanError("this model's head is its embedding table, which must be on the device")
     if draft.bits is not None and not draft.group:
-        if reason := _why_not_int8(cfg, draft, model):
+        if reason := why_not_int8(cfg, draft, model):
             raise PlanError(f"substitutes with one scale for each output: {reason}")
     elif draft.bits is not None and not has_split(model):
         try:
