@@ -71,6 +71,16 @@ def test_a_query_has_the_same_bits_alone_and_in_every_tree(kind, dtype):
             np.testing.assert_array_equal(found[1][p], alone)
 
 
+@pytest.mark.parametrize("kind", ["window", "sinks"])
+def test_blocks_of_which_nothing_is_seen_change_no_bit(kind, monkeypatch):
+    """On a GPU all blocks are read, behind the text too."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attention.cache_clear()
+    test_a_query_has_the_same_bits_alone_and_in_every_tree(kind, jnp.float32)
+    test_the_numbers_are_those_of_attention(kind)
+    attention.cache_clear()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_numbers_are_those_of_attention(kind):
     given = dict(KINDS[kind])
