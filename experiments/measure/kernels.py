@@ -29,7 +29,8 @@ from pallas_kernels.lowrank_attention import Latents, lowrank_attention
 from pallas_kernels.shapes import LOWRANK, LowrankShape
 
 FULL_CACHES = ("cudnn", "xla", "int4-full")
-LATENTS = ("latents-16", "latents-4", "latents-16-xla", "latents-4-xla")
+LATENTS = tuple(f"latents-{bits}{way}" for way in ("", "-mosaic", "-xla") for bits in (16, 8, 4))
+"""Latents of so many bits, through Triton, Mosaic GPU or XLA."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +142,11 @@ def time_attention(
         make = lambda key: full_cache(shape, way, batch, slots, key)
         attend = lambda q, ups, lengths, cache: full_attention(way)(q, *cache)
     else:
-        _, bits, *xla = way.split("-")
+        _, bits, *through = way.split("-")
         make = lambda key: latent_cache(shape, int(bits), batch, slots, key)
         attend = lambda q, ups, lengths, cache: lowrank_attention(
             q, *cache, *ups, shape.frequencies, lengths,
-            implementation="xla" if xla else "triton",
+            implementation=through[0] if through else "triton",
         )  # fmt: skip
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(make, key)))
     count = min(args.copies, max(1, math.ceil(args.rotate_mb * 1e6 / size)))

@@ -1,0 +1,412 @@
+"""The Mosaic GPU kernel: scores of absorbed queries, their softmax, and the average of values, fused.
+
+A program takes one group of one text and a run of whole spans. Its third warpgroup copies tiles of
+64 slots; the other two take turns with them, each with a running maximum and sums of its own, which
+are joined outside. Tiles that are stored as codes become 16-bit numbers in shared memory first.
+
+Letters: B batch, S slots, P columns of codes, g groups, K' kv heads of a group, R rank, X spans, C
+runs of spans, c parts of a row of values.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.lowrank_attention.absorption import SLOW
+from pallas_kernels.lowrank_attention.reference import HIDDEN
+
+TILE = 64
+"""Slots of a step: what a product has on its side of 64 rows."""
+COLUMNS = 8
+"""Heads of a group at most: the least columns of a product."""
+SHARED_MEMORY = 232448
+"""Bytes of a multiprocessor that a program may have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Latents of one group as the kernel reads them: `parts` blocks of `width` columns of codes.
+
+    With 4 bits a column of codes holds two latents, of which the second is half a rank further on.
+    """
+
+    bits: int
+    size: int
+    """Columns of codes that a group takes."""
+    width: int
+    parts: int
+
+    @property
+    def halves(self) -> int:
+        return 2 if self.bits == 4 else 1
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a tile as it is copied."""
+        scales = 0 if self.bits == 16 else 2 * 4 * TILE
+        return self.parts * TILE * self.width * (2 if self.bits == 16 else 1) + scales
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known when a kernel is traced."""
+
+    batch: int
+    groups: int
+    heads: int
+    """kv heads of a group, at most `COLUMNS` // 2."""
+    span: int
+    spans: int
+    each: int
+    """Spans of a program."""
+    k: Stored
+    v: Stored
+    dtype: Any
+    masked: bool
+    slots: int = 2
+    """Tiles that are in flight or in use, an even number: each warpgroup has its own."""
+
+    @property
+    def runs(self) -> int:
+        return -(-self.spans // self.each)
+
+    @property
+    def rank(self) -> int:
+        """Latents of a key."""
+        return self.k.width * self.k.halves
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory, barriers and their alignment generously counted."""
+        matrices = 2 * 2 * self.rank * self.heads * SLOW
+        tables = 2 * TILE * SLOW * 2 + (4 * TILE if self.masked else 0)
+        slots = self.slots * (self.k.slot_bytes + self.v.slot_bytes + tables)
+        opened = 2 * 2 * TILE * (self.rank if self.k.bits < 16 else 0)
+        opened += 2 * 2 * TILE * (128 if self.v.bits < 16 else 0)
+        return matrices + slots + opened + 4 * COLUMNS * TILE * 2 + 2 * 16 * TILE + 8192
+
+
+def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory for an operand of a product: tiles of 8 rows, the widest swizzle that fits."""
+    bits = jnp.dtype(dtype).itemsize * 8
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    transforms = plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def largest(x_SM: jax.Array, scratch: Any, interpret: bool) -> jax.Array:
+    """The largest of each column, [M]. `scratch` is this warpgroup's own.
+
+    `jnp.max` would do, but two warpgroups would get one scratch and overwrite each other's numbers.
+    """
+    if interpret:
+        return jnp.max(x_SM, axis=0)
+    columns = plgpu.Layout.WGMMA.reduce(0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((x_SM.shape[1],), jnp.float32, layout=columns),
+    )
+    def reduced(_, x, scratch):
+        return x.reduce("max", 0, scratch)
+
+    return reduced(x_SM, scratch)
+
+
+def fused(plan: Plan, interpret: bool = False):
+    """The kernel as a function of arrays; see `mosaic.py` for what they hold.
+
+    (lengths [B], fast matrices [B g, halves, R / halves, K' SLOW], slow ones
+    [B g, X, halves, R / halves, K' SLOW], tables [X span, SLOW] and [span, SLOW], mask float32
+    [B, S'] if there is one, k codes [B, S, P], its steps and offsets float32 [B, g, 2, S'], the
+    same of v) -> sums float32 [B, g, C, 2, c, 128, COLUMNS], the largest scores (repeated) and the
+    sums of weights (to be added up), each [B, g, C, 2, TILE, COLUMNS].
+    """
+    k, v, heads, steps = plan.k, plan.v, plan.heads, plan.span // TILE
+    rows = plgpu.Layout.WGMMA.reduce(1)
+    columns = plgpu.Layout.WGMMA.reduce(0)
+    f32 = jnp.float32
+
+    def body(*refs, fast, slow, tables, mask, ks, vs, kopen, vopen, weights, scratch, bars):
+        refs = list(refs)
+        take = lambda n=1: [refs.pop(0) for _ in range(n)]
+        lengths, fast_ref, slow_ref, turn_ref, place_ref = take(5)
+        (mask_ref,) = take() if plan.masked else (None,)
+        k_refs, v_refs = take(1 if k.bits == 16 else 2), take(1 if v.bits == 16 else 2)
+        sum_ref, top_ref, total_ref = refs
+        x, g, b = (lax.axis_index(name) for name in ("x", "g", "b"))
+        wg = lax.axis_index("wg")
+        start = x * (plan.each * plan.span)
+        length = jnp.minimum(lengths[b], start + plan.each * plan.span) - start
+        tiles = lax.div(jnp.maximum(length, 0) + (TILE - 1), TILE)
+        slot_of = lambda i: lax.rem(i, plan.slots)
+
+        def copy_latents(stored, some, smem, at, slot, bar):
+            codes, *scales = some
+            first = g * stored.size
+            for c in range(stored.parts):
+                own = pl.ds(first + c * stored.width, stored.width)
+                to = smem[0].at[slot, c]
+                plgpu.copy_gmem_to_smem(codes.at[b, pl.ds(at, TILE), own], to, bar)
+            for scale in scales:
+                plgpu.copy_gmem_to_smem(scale.at[b, g, :, pl.ds(at, TILE)], smem[1].at[slot], bar)
+
+        @pl.when(wg == 2)
+        def _copying():
+            plgpu.set_max_registers(40, action="decrease")
+
+            @pl.when(tiles > 0)
+            def _():
+                for i in range(k.halves):
+                    own = fast_ref.at[b * plan.groups + g, i]
+                    plgpu.copy_gmem_to_smem(own, fast.at[i], bars["fast"])
+
+            def loop(i, _):
+                slot, at = slot_of(i), start + i * TILE
+                unit, step = lax.div(i, steps), lax.rem(i, steps)
+
+                @pl.when(i >= plan.slots)
+                def _():
+                    plgpu.barrier_wait(bars["k_empty"].at[slot])
+                    plgpu.commit_smem()  # what was read by ordinary loads
+
+                full = bars["k_full"].at[slot]
+                copy_latents(k, k_refs, ks, at, slot, full)
+                plgpu.copy_gmem_to_smem(turn_ref.at[pl.ds(at, TILE)], tables.at[slot, 0], full)
+                near = place_ref.at[pl.ds(step * TILE, TILE)]
+                plgpu.copy_gmem_to_smem(near, tables.at[slot, 1], full)
+                if mask_ref is not None:
+                    plgpu.copy_gmem_to_smem(mask_ref.at[b, pl.ds(at, TILE)], mask.at[slot], full)
+
+                @pl.when(i >= plan.slots)
+                def _():
+                    plgpu.barrier_wait(bars["v_empty"].at[slot])
+                    plgpu.commit_smem()
+
+                copy_latents(v, v_refs, vs, at, slot, bars["v_full"].at[slot])
+
+                # After the first tiles of the span, so that there are bytes on their way meanwhile.
+                @pl.when((step == 1) | ((step == 0) & (i == tiles - 1)))
+                def _():
+                    @pl.when(unit > 0)
+                    def _():
+                        plgpu.barrier_wait(bars["slow_empty"])
+
+                    for i in range(k.halves):
+                        own = slow_ref.at[b * plan.groups + g, x * plan.each + unit, i]
+                        plgpu.copy_gmem_to_smem(own, slow.at[i], bars["slow_full"])
+
+                return ()
+
+            lax.fori_loop(0, tiles, loop, ())
+            for i in range(plan.slots):
+
+                @pl.when(i < tiles)
+                def _(i=i):
+                    plgpu.barrier_wait(bars["k_empty"].at[i])
+                    plgpu.barrier_wait(bars["v_empty"].at[i])
+
+            @pl.when(tiles > 0)
+            def _():
+                plgpu.barrier_wait(bars["slow_empty"])
+
+        def opened(codes_ref, scale_ref, half, stored):
+            """Latents [TILE, width] of one half of a block of codes."""
+            layout = plgpu.Layout.WGMMA_UPCAST_2X
+            codes = plgpu.load(codes_ref, layout=layout)
+            step = plgpu.load(scale_ref.at[0], layout=layout.reduce(1))
+            offset = plgpu.load(scale_ref.at[1], layout=layout.reduce(1))
+            if stored.bits == 8:
+                codes, offset = codes ^ jnp.int8(-128), offset + 128 * step
+            elif half == 0:
+                codes = codes & jnp.int8(15)
+            else:  # 16 times a number from -8 to 7
+                codes, offset = (codes ^ jnp.int8(-128)) & jnp.int8(-16), offset + 8 * step
+                step = step * 0.0625
+            wide = codes.astype(jnp.bfloat16).astype(f32)
+            down = lambda a: lax.broadcast_in_dim(a, wide.shape, (0,))
+            return (wide * down(step) + down(offset)).astype(plan.dtype)
+
+        def scores(slot, left):
+            """Scores [TILE, COLUMNS], base 2; `HIDDEN` where there is nothing to see."""
+            keys = [ks[0].at[slot, 0]]
+            if k.bits < 16:
+                keys = [kopen.at[wg, i] for i in range(k.halves)]
+                for i, key in enumerate(keys):
+                    key[...] = opened(ks[0].at[slot, 0], ks[1].at[slot], i, k)
+                plgpu.commit_smem()
+            turns = [
+                plgpu.load(tables.at[slot, i], layout=plgpu.Layout.WGMMA).astype(f32)
+                for i in range(2)
+            ]
+
+            def products(*accs):
+                for acc, matrix in zip(accs, (fast, slow), strict=True):
+                    for i, key in enumerate(keys):
+                        plgpu.wgmma(acc, key, matrix.at[i])
+                found = []
+                for acc, wait, turn in zip(accs, (k.halves, 0), turns, strict=True):
+                    y = plgpu.wgmma_accumulator_load(acc, wait_n=wait)
+                    found.append([y[:, h * SLOW : (h + 1) * SLOW] * turn for h in range(heads)])
+                return [jnp.sum(a + b, axis=1) for a, b in zip(*found, strict=True)]
+
+            acc = plgpu.ACC((TILE, heads * SLOW), f32)
+            found = pl.run_scoped(products, acc, acc)
+            wide = (TILE, COLUMNS)
+            head = plgpu.broadcasted_iota(jnp.int32, wide, 1, layout=plgpu.Layout.WGMMA)
+            place = plgpu.broadcasted_iota(jnp.int32, wide, 0, layout=plgpu.Layout.WGMMA)
+            hidden = plgpu.layout_cast(jnp.full(wide, HIDDEN, f32), plgpu.Layout.WGMMA)
+            score = hidden
+            for h, own in enumerate(found):
+                score = jnp.where(head == h, lax.broadcast_in_dim(own, wide, (0,)), score)
+            if mask_ref is not None:
+                seen = plgpu.load(mask.at[slot], layout=rows)
+                score = score + lax.broadcast_in_dim(seen, wide, (0,))
+            return jnp.where(place < left, score, hidden)
+
+        def averages(slot, left, narrow):
+            """The products [128, COLUMNS] of this tile's values with their weights, for each part."""
+
+            def multiplied(*parts):
+                def products(*accs):
+                    for acc, part in zip(accs, parts, strict=True):
+                        plgpu.wgmma(acc, part.T, narrow.T)
+                    plgpu.wgmma_wait(0)
+                    return [acc[...] for acc in accs]
+
+                return pl.run_scoped(products, *[plgpu.ACC((128, COLUMNS), f32)] * len(parts))
+
+            if v.bits == 16:
+
+                @pl.when(left < TILE)
+                def _():
+                    wide = (TILE, v.width)
+                    for c in range(v.parts):
+                        own = vs[0].at[slot, c]
+                        place = plgpu.broadcasted_iota(
+                            jnp.int32, wide, 0, layout=plgpu.Layout.WGMMA
+                        )
+                        found = plgpu.load(own, layout=plgpu.Layout.WGMMA)
+                        nothing = plgpu.layout_cast(jnp.zeros(wide, plan.dtype), plgpu.Layout.WGMMA)
+                        own[...] = jnp.where(place < left, found, nothing)
+                    plgpu.commit_smem()
+
+                return multiplied(*(vs[0].at[slot, c] for c in range(v.parts)))
+            out, mine = [], vopen.at[wg]
+            for c in range(v.parts):
+                for i in range(v.halves):
+                    part = opened(vs[0].at[slot, c], vs[1].at[slot], i, v)
+                    (mine.at[:, pl.ds(i * v.width, v.width)])[...] = part
+                plgpu.commit_smem()
+                out += multiplied(mine)
+            return out
+
+        spread = lambda a, size: lax.broadcast_in_dim(a, (size, COLUMNS), (1,))
+
+        @pl.when(wg < 2)
+        def _computing():
+            plgpu.set_max_registers(232, action="increase")
+
+            def unit(u, carry):
+                @pl.when(u == 0)
+                def _():
+                    plgpu.barrier_wait(bars["fast"])
+
+                plgpu.barrier_wait(bars["slow_full"])
+
+                def step(n, carry):
+                    top, total, accs = carry
+                    i = u * steps + 2 * n + wg
+                    slot, left = slot_of(i), length - i * TILE
+                    plgpu.barrier_wait(bars["k_full"].at[slot])
+                    score = scores(slot, left)
+                    plgpu.barrier_arrive(bars["k_empty"].at[slot])
+                    high = jnp.maximum(top, largest(score, scratch.at[wg], interpret))
+                    weight = jnp.exp2(score - spread(high, TILE))
+                    shrink = jnp.exp2(top - high)
+                    total = total * spread(shrink, TILE) + weight
+                    # Two in turn: a slow warp may still multiply while a fast one writes the next.
+                    narrow = weights.at[2 * wg + lax.rem(n, 2)]
+                    narrow.T[...] = plgpu.layout_cast(
+                        weight.astype(plan.dtype), plgpu.Layout.WGMMA_TRANSPOSED
+                    )
+                    plgpu.commit_smem()
+                    plgpu.barrier_wait(bars["v_full"].at[slot])
+                    more = averages(slot, left, narrow)
+                    plgpu.barrier_arrive(bars["v_empty"].at[slot])
+                    accs = [a * spread(shrink, 128) + m for a, m in zip(accs, more, strict=True)]
+                    return high, total, accs
+
+                some = jnp.minimum(tiles - u * steps, steps)
+                carry = lax.fori_loop(0, lax.div(some + 1 - wg, 2), step, carry)
+                plgpu.barrier_arrive(bars["slow_empty"])
+                return carry
+
+            constant = lambda shape, value, layout: plgpu.layout_cast(
+                jnp.full(shape, value, f32), layout
+            )
+            carry = (
+                constant((COLUMNS,), HIDDEN, columns),
+                constant((TILE, COLUMNS), 0, plgpu.Layout.WGMMA),
+                [constant((128, COLUMNS), 0, plgpu.Layout.WGMMA)] * v.parts,
+            )
+            units = lax.div(tiles + (steps - 1), steps)
+            top, total, accs = lax.fori_loop(0, units, unit, carry)
+            for c, acc in enumerate(accs):
+                sum_ref[b, g, x, wg, c] = acc
+            top_ref[b, g, x, wg] = spread(top, TILE)
+            total_ref[b, g, x, wg] = total
+
+    def latents(stored):
+        """Slots for tiles, and for their steps and offsets."""
+        if stored.bits == 16:
+            return [tiled((plan.slots, stored.parts, TILE, stored.width), plan.dtype)]
+        return [
+            tiled((plan.slots, stored.parts, TILE, stored.width), jnp.int8),
+            plgpu.SMEM((plan.slots, 2, TILE), f32),
+        ]
+
+    bar = lambda arrivals, *many: plgpu.Barrier(
+        num_arrivals=arrivals, **(dict(num_barriers=many[0]) if many else {})
+    )
+    matrix = (k.halves, k.width, heads * SLOW)
+    copies = lambda stored: stored.parts + (stored.bits < 16)
+    scratch = dict(
+        fast=tiled(matrix, plan.dtype),
+        slow=tiled(matrix, plan.dtype),
+        tables=tiled((plan.slots, 2, TILE, SLOW), jnp.bfloat16),
+        mask=plgpu.SMEM((plan.slots, TILE), f32) if plan.masked else None,
+        ks=latents(k),
+        vs=latents(v),
+        kopen=tiled((2, k.halves, TILE, k.width), plan.dtype) if k.bits < 16 else None,
+        vopen=tiled((2, TILE, 128), plan.dtype) if v.bits < 16 else None,
+        weights=tiled((4, COLUMNS, TILE), plan.dtype),
+        scratch=plgpu.SMEM((2, 4 * TILE), f32),
+        bars=dict(
+            fast=bar(k.halves),
+            slow_full=bar(k.halves),
+            slow_empty=bar(2),
+            k_full=bar(copies(k) + 2 + plan.masked, plan.slots),
+            k_empty=bar(1, plan.slots),
+            v_full=bar(copies(v), plan.slots),
+            v_empty=bar(1, plan.slots),
+        ),
+    )
+    B, g, C = plan.batch, plan.groups, plan.runs
+    out = lambda *shape: jax.ShapeDtypeStruct((B, g, C, 2, *shape), f32)
+    return plgpu.kernel(
+        body,
+        out_type=(out(v.parts, 128, COLUMNS), out(TILE, COLUMNS), out(TILE, COLUMNS)),
+        grid=(C, g, B),
+        grid_names=("x", "g", "b"),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )
