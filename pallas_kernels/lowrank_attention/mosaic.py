@@ -1,4 +1,4 @@
-"""One fused Mosaic GPU kernel for one new token, for GPUs of compute capability 9.0 and jax >= 0.11.
+"""One fused Mosaic GPU kernel for one new token, for compute capability 9.0 and jax >= 0.11.
 
 Letters: B batch, T query positions, S slots, N query heads, K' kv heads of a group, H head size, R
 rank, g groups, X spans, C runs of spans, J slow pairs (cosines, then sines), U functions of the
@@ -13,13 +13,13 @@ import numpy as np
 
 from pallas_kernels.lowrank_attention.absorption import FAST, SLOW, absorbed, can_absorb, slow_parts
 from pallas_kernels.lowrank_attention.latents import Latents, block_bytes
-from pallas_kernels.lowrank_attention.mosaic_kernel import (
+from pallas_kernels.lowrank_attention.mosaic_kernel import fused
+from pallas_kernels.lowrank_attention.mosaic_plan import (
     COLUMNS,
     SHARED_MEMORY,
     TILE,
     Plan,
     Stored,
-    fused,
 )
 from pallas_kernels.lowrank_attention.reference import HIDDEN
 

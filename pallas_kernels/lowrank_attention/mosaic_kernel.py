@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernel: scores of absorbed queries, their softmax, and the average of values, fused.
+"""The Mosaic GPU kernel: scores of absorbed queries, their softmax and the averages of values.
 
 A program takes one group of one text and a run of whole spans. Its third warpgroup copies tiles of
 64 slots; the other two take turns with them, each with a running maximum and sums of its own, which
@@ -8,8 +8,7 @@ Letters: B batch, S slots, P columns of codes, g groups, K' kv heads of a group,
 runs of spans, c parts of a row of values.
 """
 
-import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,106 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lowrank_attention.absorption import SLOW
+from pallas_kernels.lowrank_attention.mosaic_plan import COLUMNS, TILE, Plan
+from pallas_kernels.lowrank_attention.mosaic_tiles import largest, opened, slots_for, tiled
 from pallas_kernels.lowrank_attention.reference import HIDDEN
 
-TILE = 64
-"""Slots of a step: what a product has on its side of 64 rows."""
-COLUMNS = 8
-"""Heads of a group at most: the least columns of a product."""
-SHARED_MEMORY = 232448
-"""Bytes of a multiprocessor that a program may have."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """Latents of one group as the kernel reads them: `parts` blocks of `width` columns of codes.
-
-    With 4 bits a column of codes holds two latents, of which the second is half a rank further on.
-    """
-
-    bits: int
-    size: int
-    """Columns of codes that a group takes."""
-    width: int
-    parts: int
-
-    @property
-    def halves(self) -> int:
-        return 2 if self.bits == 4 else 1
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a tile as it is copied."""
-        scales = 0 if self.bits == 16 else 2 * 4 * TILE
-        return self.parts * TILE * self.width * (2 if self.bits == 16 else 1) + scales
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known when a kernel is traced."""
-
-    batch: int
-    groups: int
-    heads: int
-    """kv heads of a group, at most `COLUMNS` // 2."""
-    span: int
-    spans: int
-    each: int
-    """Spans of a program."""
-    k: Stored
-    v: Stored
-    dtype: Any
-    masked: bool
-    slots: int = 2
-    """Tiles that are in flight or in use, an even number: each warpgroup has its own."""
-
-    @property
-    def runs(self) -> int:
-        return -(-self.spans // self.each)
-
-    @property
-    def rank(self) -> int:
-        """Latents of a key."""
-        return self.k.width * self.k.halves
-
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes of shared memory, barriers and their alignment generously counted."""
-        matrices = 2 * 2 * self.rank * self.heads * SLOW
-        tables = 2 * TILE * SLOW * 2 + (4 * TILE if self.masked else 0)
-        slots = self.slots * (self.k.slot_bytes + self.v.slot_bytes + tables)
-        opened = 2 * 2 * TILE * (self.rank if self.k.bits < 16 else 0)
-        opened += 2 * 2 * TILE * (128 if self.v.bits < 16 else 0)
-        return matrices + slots + opened + 4 * COLUMNS * TILE * 2 + 2 * 16 * TILE + 8192
-
-
-def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for an operand of a product: tiles of 8 rows, the widest swizzle that fits."""
-    bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
-    transforms = plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def largest(x_SM: jax.Array, scratch: Any, interpret: bool) -> jax.Array:
-    """The largest of each column, [M]. `scratch` is this warpgroup's own.
-
-    `jnp.max` would do, but two warpgroups would get one scratch and overwrite each other's numbers.
-    """
-    if interpret:
-        return jnp.max(x_SM, axis=0)
-    columns = plgpu.Layout.WGMMA.reduce(0)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((x_SM.shape[1],), jnp.float32, layout=columns),
-    )
-    def reduced(_, x, scratch):
-        return x.reduce("max", 0, scratch)
-
-    return reduced(x_SM, scratch)
-
-
+@functools.cache
 def fused(plan: Plan, interpret: bool = False):
     """The kernel as a function of arrays; see `mosaic.py` for what they hold.
 
@@ -132,7 +37,9 @@ def fused(plan: Plan, interpret: bool = False):
     columns = plgpu.Layout.WGMMA.reduce(0)
     f32 = jnp.float32
 
-    def body(*refs, fast, slow, tables, mask, ks, vs, kopen, vopen, weights, scratch, bars):
+    def lowrank_decode(
+        *refs, fast, slow, tables, mask, ks, vs, kopen, vopen, weights, scratch, bars
+    ):
         refs = list(refs)
         take = lambda n=1: [refs.pop(0) for _ in range(n)]
         lengths, fast_ref, slow_ref, turn_ref, place_ref = take(5)
@@ -215,30 +122,13 @@ def fused(plan: Plan, interpret: bool = False):
             def _():
                 plgpu.barrier_wait(bars["slow_empty"])
 
-        def opened(codes_ref, scale_ref, half, stored):
-            """Latents [TILE, width] of one half of a block of codes."""
-            layout = plgpu.Layout.WGMMA_UPCAST_2X
-            codes = plgpu.load(codes_ref, layout=layout)
-            step = plgpu.load(scale_ref.at[0], layout=layout.reduce(1))
-            offset = plgpu.load(scale_ref.at[1], layout=layout.reduce(1))
-            if stored.bits == 8:
-                codes, offset = codes ^ jnp.int8(-128), offset + 128 * step
-            elif half == 0:
-                codes = codes & jnp.int8(15)
-            else:  # 16 times a number from -8 to 7
-                codes, offset = (codes ^ jnp.int8(-128)) & jnp.int8(-16), offset + 8 * step
-                step = step * 0.0625
-            wide = codes.astype(jnp.bfloat16).astype(f32)
-            down = lambda a: lax.broadcast_in_dim(a, wide.shape, (0,))
-            return (wide * down(step) + down(offset)).astype(plan.dtype)
-
         def scores(slot, left):
             """Scores [TILE, COLUMNS], base 2; `HIDDEN` where there is nothing to see."""
             keys = [ks[0].at[slot, 0]]
             if k.bits < 16:
                 keys = [kopen.at[wg, i] for i in range(k.halves)]
                 for i, key in enumerate(keys):
-                    key[...] = opened(ks[0].at[slot, 0], ks[1].at[slot], i, k)
+                    key[...] = opened(ks[0].at[slot, 0], ks[1].at[slot], i, k.bits, plan.dtype)
                 plgpu.commit_smem()
             turns = [
                 plgpu.load(tables.at[slot, i], layout=plgpu.Layout.WGMMA).astype(f32)
@@ -270,7 +160,7 @@ def fused(plan: Plan, interpret: bool = False):
             return jnp.where(place < left, score, hidden)
 
         def averages(slot, left, narrow):
-            """The products [128, COLUMNS] of this tile's values with their weights, for each part."""
+            """This tile's values times their weights, [128, COLUMNS] for each part."""
 
             def multiplied(*parts):
                 def products(*accs):
@@ -300,7 +190,7 @@ def fused(plan: Plan, interpret: bool = False):
             out, mine = [], vopen.at[wg]
             for c in range(v.parts):
                 for i in range(v.halves):
-                    part = opened(vs[0].at[slot, c], vs[1].at[slot], i, v)
+                    part = opened(vs[0].at[slot, c], vs[1].at[slot], i, v.bits, plan.dtype)
                     (mine.at[:, pl.ds(i * v.width, v.width)])[...] = part
                 plgpu.commit_smem()
                 out += multiplied(mine)
@@ -362,15 +252,6 @@ def fused(plan: Plan, interpret: bool = False):
             top_ref[b, g, x, wg] = spread(top, TILE)
             total_ref[b, g, x, wg] = total
 
-    def latents(stored):
-        """Slots for tiles, and for their steps and offsets."""
-        if stored.bits == 16:
-            return [tiled((plan.slots, stored.parts, TILE, stored.width), plan.dtype)]
-        return [
-            tiled((plan.slots, stored.parts, TILE, stored.width), jnp.int8),
-            plgpu.SMEM((plan.slots, 2, TILE), f32),
-        ]
-
     bar = lambda arrivals, *many: plgpu.Barrier(
         num_arrivals=arrivals, **(dict(num_barriers=many[0]) if many else {})
     )
@@ -381,8 +262,8 @@ def fused(plan: Plan, interpret: bool = False):
         slow=tiled(matrix, plan.dtype),
         tables=tiled((plan.slots, 2, TILE, SLOW), jnp.bfloat16),
         mask=plgpu.SMEM((plan.slots, TILE), f32) if plan.masked else None,
-        ks=latents(k),
-        vs=latents(v),
+        ks=slots_for(k, plan),
+        vs=slots_for(v, plan),
         kopen=tiled((2, k.halves, TILE, k.width), plan.dtype) if k.bits < 16 else None,
         vopen=tiled((2, TILE, 128), plan.dtype) if v.bits < 16 else None,
         weights=tiled((4, COLUMNS, TILE), plan.dtype),
@@ -399,8 +280,8 @@ def fused(plan: Plan, interpret: bool = False):
     )
     B, g, C = plan.batch, plan.groups, plan.runs
     out = lambda *shape: jax.ShapeDtypeStruct((B, g, C, 2, *shape), f32)
-    return plgpu.kernel(
-        body,
+    kernel = plgpu.kernel(
+        lowrank_decode,
         out_type=(out(v.parts, 128, COLUMNS), out(TILE, COLUMNS), out(TILE, COLUMNS)),
         grid=(C, g, B),
         grid_names=("x", "g", "b"),
@@ -410,3 +291,4 @@ def fused(plan: Plan, interpret: bool = False):
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
+    return jax.jit(kernel)  # one lowering for all calls of a program
