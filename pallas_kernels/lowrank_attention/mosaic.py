@@ -81,8 +81,13 @@ def why_not_fused(
     least = {16: 16, 8: 32, 4: 64}[k.bits]
     if k.blocks[0] % least or k.blocks[0] // (2 if k.bits == 4 else 1) > 256:
         return f"k rank {k.blocks[0]}; the Mosaic kernel takes multiples of {least} up to 256"
+    least = {16: 64, 8: 32, 4: 64}[v.bits]
+    if v.blocks[0] % least:
+        return f"v rank {v.blocks[0]}; the Mosaic kernel takes multiples of {least}"
     if k.bits == 16 and v.bits == 16 and k.codes_BSP.dtype != v.codes_BSP.dtype:
         return "latents of two 16-bit types"
+    if k.codes_BSP.shape[1] % 8:
+        return f"{k.codes_BSP.shape[1]} slots; the Mosaic kernel copies eight rows at a time"
     for name, z in (("k", k), ("v", v)):
         if z.codes_BSP.shape[2] * z.codes_BSP.dtype.itemsize % 16:
             return f"{name} latents of a token that are no multiple of 16 bytes"

@@ -258,13 +258,15 @@ def fused(plan: Plan, interpret: bool = False):
     matrix = (k.halves, k.width, heads * SLOW)
     copies = lambda stored: stored.parts + (stored.bits < 16)
     scratch = dict(
-        fast=tiled(matrix, plan.dtype),
-        slow=tiled(matrix, plan.dtype),
+        fast=tiled(matrix, plan.dtype, plan.tile_columns),
+        slow=tiled(matrix, plan.dtype, plan.tile_columns),
         tables=tiled((plan.slots, 2, TILE, SLOW), jnp.bfloat16),
         mask=plgpu.SMEM((plan.slots, TILE), f32) if plan.masked else None,
-        ks=slots_for(k, plan),
-        vs=slots_for(v, plan),
-        kopen=tiled((2, k.halves, TILE, k.width), plan.dtype) if k.bits < 16 else None,
+        ks=slots_for(k, plan, plan.tile_columns),
+        vs=slots_for(v, plan, 64),
+        kopen=tiled((2, k.halves, TILE, k.width), plan.dtype, plan.tile_columns)
+        if k.bits < 16
+        else None,
         vopen=tiled((2, TILE, 128), plan.dtype) if v.bits < 16 else None,
         weights=tiled((4, COLUMNS, TILE), plan.dtype),
         scratch=plgpu.SMEM((2, 4 * TILE), f32),

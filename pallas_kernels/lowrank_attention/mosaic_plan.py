@@ -1,6 +1,7 @@
 """How the Mosaic kernel cuts up a call: numbers that are known when it is traced."""
 
 import dataclasses
+import math
 from typing import Any
 
 from pallas_kernels.lowrank_attention.absorption import SLOW
@@ -64,6 +65,11 @@ class Plan:
     def rank(self) -> int:
         """Latents of a key."""
         return self.k.width * self.k.halves
+
+    @property
+    def tile_columns(self) -> int:
+        """What the tiles of keys and of matrices divide: a product wants them alike."""
+        return math.gcd(self.k.width, self.heads * SLOW)
 
     @property
     def shared_bytes(self) -> int:

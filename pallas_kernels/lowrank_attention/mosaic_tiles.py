@@ -3,6 +3,7 @@
 Letters: S slots, M columns of scores.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -13,10 +14,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.lowrank_attention.mosaic_plan import TILE, Plan, Stored
 
 
-def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for an operand of a product: tiles of 8 rows, the widest swizzle that fits."""
+def tiled(shape: tuple[int, ...], dtype: Any, minor: int | None = None) -> Any:
+    """Shared memory for an operand of a product: tiles of 8 rows, the widest swizzle that fits.
+
+    `minor` is what tiles must divide, by default a row: copies start at whole tiles only.
+    """
     bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    swizzle = plgpu.find_swizzle((minor or shape[-1]) * bits)
     transforms = plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -40,12 +44,16 @@ def largest(x_SM: jax.Array, scratch: Any, interpret: bool) -> jax.Array:
     return reduced(x_SM, scratch)
 
 
-def slots_for(stored: Stored, plan: Plan) -> list[Any]:
-    """Shared memory for tiles, and for their steps and offsets."""
+def slots_for(stored: Stored, plan: Plan, columns: int) -> list[Any]:
+    """Shared memory for tiles, and for their steps and offsets.
+
+    `columns` are those of a product that reads 16-bit numbers where they lie.
+    """
     codes = plan.slots, stored.parts, TILE, stored.width
     if stored.bits == 16:
-        return [tiled(codes, plan.dtype)]
-    return [tiled(codes, jnp.int8), plgpu.SMEM((plan.slots, 2, TILE), jnp.float32)]
+        return [tiled(codes, plan.dtype, columns)]
+    columns = math.gcd(stored.size, stored.width)
+    return [tiled(codes, jnp.int8, columns), plgpu.SMEM((plan.slots, 2, TILE), jnp.float32)]
 
 
 def opened(codes_ref: Any, scale_ref: Any, half: int, bits: int, dtype: Any) -> jax.Array:
