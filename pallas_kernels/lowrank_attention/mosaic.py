@@ -110,8 +110,8 @@ def _matrices(q_BNH, up_gRKH, frequencies, plan: Plan):
         "BgRKJ,JXU->BgXRKU",
         both(slice(FAST, None)).astype(plan.dtype),
         w_JXU.astype(plan.dtype),
-        preferred_element_type=f32,
-    ).astype(plan.dtype)
+        preferred_element_type=plan.dtype,
+    )
     pad = SLOW - place.shape[1]
     slow = jnp.pad(slow, ((0, 0),) * 5 + ((0, pad),)) if pad else slow
     angle = jnp.arange(plan.spans * plan.span, dtype=f32)[:, None] * frequencies[None, :FAST]
