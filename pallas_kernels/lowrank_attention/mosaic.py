@@ -100,25 +100,25 @@ def why_not_fused(
 def _matrices(q_BNH, up_gRKH, frequencies, plan: Plan):
     """(fast, slow matrices, tables of the fast and of the slow pairs); see `fused`."""
     (B, _, H), (g, _, K, _) = q_BNH.shape, up_gRKH.shape
-    halves, f32 = plan.k.halves, jnp.float32
+    f32, X, R = jnp.float32, plan.spans, plan.rank
     q = q_BNH.reshape(B, g, K, H).astype(f32) * (H**-0.5 * np.log2(np.e))
-    cos_BgRKh, sin_BgRKh = absorbed(q, up_gRKH[:, : plan.rank])
+    cos_BgRKh, sin_BgRKh = absorbed(q, up_gRKH[:, :R])
     both = lambda own: jnp.concatenate([cos_BgRKh[..., own], sin_BgRKh[..., own]], axis=-1)
-    fast = both(slice(FAST)).astype(plan.dtype)
-    place, w_JXU = slow_parts(frequencies, plan.span, plan.spans)
+    fast = both(slice(FAST)).astype(plan.dtype).transpose(0, 1, 3, 4, 2)
+    place, w_JXU = slow_parts(frequencies, plan.span, X)
+    pad = SLOW - place.shape[1]
+    w_JXU = jnp.pad(w_JXU, ((0, 0), (0, 0), (0, pad))).astype(plan.dtype)
+    # Rows are functions of spans: as the product leaves them, nothing is transposed.
     slow = jnp.einsum(
-        "BgRKJ,JXU->BgXRKU",
-        both(slice(FAST, None)).astype(plan.dtype),
-        w_JXU.astype(plan.dtype),
+        "JI,BgKRJ->IBgKR",
+        w_JXU.reshape(-1, X * SLOW),
+        both(slice(FAST, None)).astype(plan.dtype).transpose(0, 1, 3, 2, 4),
         preferred_element_type=plan.dtype,
     )
-    pad = SLOW - place.shape[1]
-    slow = jnp.pad(slow, ((0, 0),) * 5 + ((0, pad),)) if pad else slow
-    angle = jnp.arange(plan.spans * plan.span, dtype=f32)[:, None] * frequencies[None, :FAST]
+    angle = jnp.arange(X * plan.span, dtype=f32)[:, None] * frequencies[None, :FAST]
     turn = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1).astype(jnp.bfloat16)
     place = jnp.asarray(np.pad(place, ((0, 0), (0, pad))), jnp.bfloat16)
-    split = lambda a: a.reshape(B * g, *a.shape[2:-3], halves, plan.k.width, K * a.shape[-1])
-    return split(fast), split(slow), turn, place
+    return fast.reshape(B * g, K * SLOW, R), slow.reshape(X * SLOW, -1), turn, place
 
 
 def _stored_arrays(z: Latents, lengths_B: jax.Array) -> list[jax.Array]:
@@ -127,7 +127,7 @@ def _stored_arrays(z: Latents, lengths_B: jax.Array) -> list[jax.Array]:
         return [z.codes_BSP]
     slots = z.codes_BSP.shape[1]
     exists_BS1 = jnp.arange(slots)[None, :, None] < lengths_B[:, None, None]
-    scale_BS2g = jnp.stack([z.step_BSg, z.offset_BSg], axis=2).astype(jnp.float32)
+    scale_BS2g = jnp.stack([z.step_BSg, z.offset_BSg], axis=2).astype(jnp.bfloat16)
     scale_BS2g = jnp.where(exists_BS1[..., None], scale_BS2g, 0)
     scale_Bg2S = jnp.pad(scale_BS2g.transpose(0, 3, 2, 1), ((0, 0),) * 3 + ((0, -slots % TILE),))
     return [jax.lax.bitcast_convert_type(z.codes_BSP, jnp.int8), scale_Bg2S]

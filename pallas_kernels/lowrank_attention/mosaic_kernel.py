@@ -26,11 +26,11 @@ from pallas_kernels.lowrank_attention.reference import HIDDEN
 def fused(plan: Plan, interpret: bool = False):
     """The kernel as a function of arrays; see `mosaic.py` for what they hold.
 
-    (lengths [B], fast matrices [B g, halves, R / halves, K' SLOW], slow ones
-    [B g, X, halves, R / halves, K' SLOW], tables [X span, SLOW] and [span, SLOW], mask float32
-    [B, S'] if there is one, k codes [B, S, P], its steps and offsets float32 [B, g, 2, S'], the
-    same of v) -> sums float32 [B, g, C, 2, c, 128, COLUMNS], the largest scores (repeated) and the
-    sums of weights (to be added up), each [B, g, C, 2, TILE, COLUMNS].
+    (lengths [B], fast matrices [B g, K' SLOW, R], slow ones [X SLOW, B g K' R], tables
+    [X span, SLOW] and [span, SLOW], mask float32 [B, S'] if there is one, k codes [B, S, P], its
+    steps and offsets [B, g, 2, S'], the same of v) -> sums float32 [B, g, C, 2, c, 128, COLUMNS],
+    the largest scores (repeated) and the sums of weights (to be added up), each
+    [B, g, C, 2, TILE, COLUMNS].
     """
     k, v, heads, steps = plan.k, plan.v, plan.heads, plan.span // TILE
     rows = plgpu.Layout.WGMMA.reduce(1)
@@ -51,6 +51,7 @@ def fused(plan: Plan, interpret: bool = False):
         start = x * (plan.each * plan.span)
         length = jnp.minimum(lengths[b], start + plan.each * plan.span) - start
         tiles = lax.div(jnp.maximum(length, 0) + (TILE - 1), TILE)
+        group = b * plan.groups + g
         slot_of = lambda i: lax.rem(i, plan.slots)
 
         def copy_latents(stored, some, smem, at, slot, bar):
@@ -70,7 +71,7 @@ def fused(plan: Plan, interpret: bool = False):
             @pl.when(tiles > 0)
             def _():
                 for i in range(k.halves):
-                    own = fast_ref.at[b * plan.groups + g, i]
+                    own = fast_ref.at[group, :, pl.ds(i * k.width, k.width)]
                     plgpu.copy_gmem_to_smem(own, fast.at[i], bars["fast"])
 
             def loop(i, _):
@@ -104,9 +105,13 @@ def fused(plan: Plan, interpret: bool = False):
                     def _():
                         plgpu.barrier_wait(bars["slow_empty"])
 
-                    for i in range(k.halves):
-                        own = slow_ref.at[b * plan.groups + g, x * plan.each + unit, i]
-                        plgpu.copy_gmem_to_smem(own, slow.at[i], bars["slow_full"])
+                    first = pl.ds((x * plan.each + unit) * SLOW, SLOW)
+                    for h in range(heads):
+                        for i in range(k.halves):
+                            at = (group * heads + h) * plan.rank + i * k.width
+                            own = slow_ref.at[first, pl.ds(at, k.width)]
+                            to = slow.at[i, pl.ds(h * SLOW, SLOW)]
+                            plgpu.copy_gmem_to_smem(own, to, bars["slow_full"])
 
                 return ()
 
@@ -138,7 +143,7 @@ def fused(plan: Plan, interpret: bool = False):
             def products(*accs):
                 for acc, matrix in zip(accs, (fast, slow), strict=True):
                     for i, key in enumerate(keys):
-                        plgpu.wgmma(acc, key, matrix.at[i])
+                        plgpu.wgmma(acc, key, matrix.at[i].T)
                 found = []
                 for acc, wait, turn in zip(accs, (k.halves, 0), turns, strict=True):
                     y = plgpu.wgmma_accumulator_load(acc, wait_n=wait)
@@ -255,24 +260,22 @@ def fused(plan: Plan, interpret: bool = False):
     bar = lambda arrivals, *many: plgpu.Barrier(
         num_arrivals=arrivals, **(dict(num_barriers=many[0]) if many else {})
     )
-    matrix = (k.halves, k.width, heads * SLOW)
+    matrix = (k.halves, heads * SLOW, k.width)
     copies = lambda stored: stored.parts + (stored.bits < 16)
     scratch = dict(
-        fast=tiled(matrix, plan.dtype, plan.tile_columns),
-        slow=tiled(matrix, plan.dtype, plan.tile_columns),
+        fast=tiled(matrix, plan.dtype),
+        slow=tiled(matrix, plan.dtype),
         tables=tiled((plan.slots, 2, TILE, SLOW), jnp.bfloat16),
         mask=plgpu.SMEM((plan.slots, TILE), f32) if plan.masked else None,
-        ks=slots_for(k, plan, plan.tile_columns),
+        ks=slots_for(k, plan, k.width),
         vs=slots_for(v, plan, 64),
-        kopen=tiled((2, k.halves, TILE, k.width), plan.dtype, plan.tile_columns)
-        if k.bits < 16
-        else None,
+        kopen=tiled((2, k.halves, TILE, k.width), plan.dtype) if k.bits < 16 else None,
         vopen=tiled((2, TILE, 128), plan.dtype) if v.bits < 16 else None,
         weights=tiled((4, COLUMNS, TILE), plan.dtype),
         scratch=plgpu.SMEM((2, 4 * TILE), f32),
         bars=dict(
             fast=bar(k.halves),
-            slow_full=bar(k.halves),
+            slow_full=bar(k.halves * heads),
             slow_empty=bar(2),
             k_full=bar(copies(k) + 2 + plan.masked, plan.slots),
             k_empty=bar(1, plan.slots),

@@ -1,7 +1,6 @@
 """How the Mosaic kernel cuts up a call: numbers that are known when it is traced."""
 
 import dataclasses
-import math
 from typing import Any
 
 from pallas_kernels.lowrank_attention.absorption import SLOW
@@ -34,7 +33,7 @@ class Stored:
     @property
     def slot_bytes(self) -> int:
         """Bytes of a tile as it is copied."""
-        scales = 0 if self.bits == 16 else 2 * 4 * TILE
+        scales = 0 if self.bits == 16 else 2 * 2 * TILE
         return self.parts * TILE * self.width * (2 if self.bits == 16 else 1) + scales
 
 
@@ -65,11 +64,6 @@ class Plan:
     def rank(self) -> int:
         """Latents of a key."""
         return self.k.width * self.k.halves
-
-    @property
-    def tile_columns(self) -> int:
-        """What the tiles of keys and of matrices divide: a product wants them alike."""
-        return math.gcd(self.k.width, self.heads * SLOW)
 
     @property
     def shared_bytes(self) -> int:

@@ -53,15 +53,16 @@ def slots_for(stored: Stored, plan: Plan, columns: int) -> list[Any]:
     if stored.bits == 16:
         return [tiled(codes, plan.dtype, columns)]
     columns = math.gcd(stored.size, stored.width)
-    return [tiled(codes, jnp.int8, columns), plgpu.SMEM((plan.slots, 2, TILE), jnp.float32)]
+    return [tiled(codes, jnp.int8, columns), plgpu.SMEM((plan.slots, 2, TILE), jnp.bfloat16)]
 
 
 def opened(codes_ref: Any, scale_ref: Any, half: int, bits: int, dtype: Any) -> jax.Array:
     """Latents [TILE, width] of one half of a block of codes, computed in float32."""
     layout = plgpu.Layout.WGMMA_UPCAST_2X
     codes = plgpu.load(codes_ref, layout=layout)
-    step = plgpu.load(scale_ref.at[0], layout=layout.reduce(1))
-    offset = plgpu.load(scale_ref.at[1], layout=layout.reduce(1))
+    step, offset = (
+        plgpu.load(scale_ref.at[i], layout=layout.reduce(1)).astype(jnp.float32) for i in range(2)
+    )
     if bits == 8:
         codes, offset = codes ^ jnp.int8(-128), offset + 128 * step
     elif half == 0:
