@@ -28,11 +28,11 @@ PROGRAMS = 132
 SPANS = (1024, 512, 256)
 
 
-def _stored(z: Latents, whole: bool) -> Stored:
+def _stored(z: Latents, whole: bool, row: int = 0) -> Stored:
     """`whole`: a row is one block (keys); otherwise it is cut into blocks for 128 sums (values)."""
     size = block_bytes(z.blocks[0], z.bits) if z.bits < 16 else z.blocks[0]
     width = size if whole else 64 if z.bits == 4 else 128
-    return Stored(z.bits, size, width, -(-size // width))
+    return Stored(z.bits, size, width, -(-size // width), row)
 
 
 def plan_of(
@@ -48,7 +48,8 @@ def plan_of(
     runs = max(1, programs // (batch * groups))
     dtype = next((z.codes_BSP.dtype for z in (k, v) if z.bits == 16), jnp.dtype(jnp.bfloat16))
     find = lambda slots: Plan(
-        batch, groups, heads, span, spans, -(-spans // runs), _stored(k, True), _stored(v, False),
+        batch, groups, heads, span, spans, -(-spans // runs), _stored(k, True),
+        _stored(v, False, 2 * groups if k.bits < 16 else 0),
         dtype, masked, slots,
     )  # fmt: skip
     return next((p for p in (find(4), find(2)) if p.shared_bytes <= SHARED_MEMORY), find(2))
@@ -121,16 +122,21 @@ def _matrices(q_BNH, up_gRKH, frequencies, plan: Plan):
     return fast.reshape(B * g, K * SLOW, R), slow.reshape(X * SLOW, -1), turn, place
 
 
-def _stored_arrays(z: Latents, lengths_B: jax.Array) -> list[jax.Array]:
-    """What the kernel gets of latents: codes as signed bytes; steps and offsets side by side."""
-    if z.bits == 16:
-        return [z.codes_BSP]
-    slots = z.codes_BSP.shape[1]
-    exists_BS1 = jnp.arange(slots)[None, :, None] < lengths_B[:, None, None]
-    scale_BS2g = jnp.stack([z.step_BSg, z.offset_BSg], axis=2).astype(jnp.bfloat16)
-    scale_BS2g = jnp.where(exists_BS1[..., None], scale_BS2g, 0)
-    scale_Bg2S = jnp.pad(scale_BS2g.transpose(0, 3, 2, 1), ((0, 0),) * 3 + ((0, -slots % TILE),))
-    return [jax.lax.bitcast_convert_type(z.codes_BSP, jnp.int8), scale_Bg2S]
+def _stored_arrays(some: tuple[Latents, ...], lengths_B: jax.Array) -> list[jax.Array]:
+    """What the kernel gets of latents: codes as signed bytes, and after them the table of scales.
+
+    All scales are turned around together, [B, S, rows] to [B, rows, S'], 0 where no slot is.
+    """
+    packed = [z for z in some if z.bits < 16]
+    if not packed:
+        return [z.codes_BSP for z in some]
+    slots = some[0].codes_BSP.shape[1]
+    exists_BS1 = (jnp.arange(slots, dtype=jnp.int32)[None] < lengths_B[:, None])[..., None]
+    scale_BSr = jnp.concatenate([a for z in packed for a in (z.step_BSg, z.offset_BSg)], axis=2)
+    scale_BSr = jnp.where(exists_BS1, scale_BSr, 0).astype(jnp.bfloat16)
+    scale_BrS = jnp.pad(scale_BSr.swapaxes(1, 2), ((0, 0), (0, 0), (0, -slots % TILE)))
+    signed = lambda z: [jax.lax.bitcast_convert_type(z.codes_BSP, jnp.int8), scale_BrS]
+    return [a for z in some for a in ([z.codes_BSP] if z.bits == 16 else signed(z))]
 
 
 def lowrank_attention_mosaic(
@@ -161,7 +167,7 @@ def lowrank_attention_mosaic(
         hidden = jnp.where(mask_BTS[:, 0], 0, HIDDEN).astype(jnp.float32)
         hidden = jnp.pad(hidden, ((0, 0), (0, -slots % TILE)))
         inputs.append(jnp.broadcast_to(hidden, (B, hidden.shape[1])))
-    inputs += _stored_arrays(k, lengths) + _stored_arrays(v, lengths)
+    inputs += _stored_arrays((k, v), lengths)
     sums, top, total = fused(plan, interpret)(*inputs)
     return _join(sums, top, total, plan, v.blocks[0])[:, :, :K].reshape(B, 1, N, -1)
 

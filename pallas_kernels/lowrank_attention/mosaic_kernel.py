@@ -18,8 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lowrank_attention.absorption import SLOW
 from pallas_kernels.lowrank_attention.mosaic_plan import COLUMNS, TILE, Plan
-from pallas_kernels.lowrank_attention.mosaic_tiles import largest, opened, slots_for, tiled
+from pallas_kernels.lowrank_attention.mosaic_tiles import largest, opened, scratch_for
 from pallas_kernels.lowrank_attention.reference import HIDDEN
+
+AUTOMATIC_BARRIERS = True
+"""Whether a warpgroup waits for all of its warps around every store to shared memory."""
 
 
 @functools.cache
@@ -27,8 +30,8 @@ def fused(plan: Plan, interpret: bool = False):
     """The kernel as a function of arrays; see `mosaic.py` for what they hold.
 
     (lengths [B], fast matrices [B g, K' SLOW, R], slow ones [X SLOW, B g K' R], tables
-    [X span, SLOW] and [span, SLOW], mask float32 [B, S'] if there is one, k codes [B, S, P], its
-    steps and offsets [B, g, 2, S'], the same of v) -> sums float32 [B, g, C, 2, c, 128, COLUMNS],
+    [X span, SLOW] and [span, SLOW], mask float32 [B, S'] if there is one, k codes [B, S, P], the
+    table of scales [B, rows, S'], the same of v) -> sums float32 [B, g, C, 2, c, 128, COLUMNS],
     the largest scores (repeated) and the sums of weights (to be added up), each
     [B, g, C, 2, TILE, COLUMNS].
     """
@@ -62,7 +65,9 @@ def fused(plan: Plan, interpret: bool = False):
                 to = smem[0].at[slot, c]
                 plgpu.copy_gmem_to_smem(codes.at[b, pl.ds(at, TILE), own], to, bar)
             for scale in scales:
-                plgpu.copy_gmem_to_smem(scale.at[b, g, :, pl.ds(at, TILE)], smem[1].at[slot], bar)
+                for i in range(2):
+                    row = scale.at[b, stored.row + i * plan.groups + g, pl.ds(at, TILE)]
+                    plgpu.copy_gmem_to_smem(row, smem[1].at[slot, i], bar)
 
         @pl.when(wg == 2)
         def _copying():
@@ -194,6 +199,8 @@ def fused(plan: Plan, interpret: bool = False):
                 return multiplied(*(vs[0].at[slot, c] for c in range(v.parts)))
             out, mine = [], vopen.at[wg]
             for c in range(v.parts):
+                if c and not AUTOMATIC_BARRIERS:
+                    plgpu.commit_smem()  # the last part is multiplied by all warps
                 for i in range(v.halves):
                     part = opened(vs[0].at[slot, c], vs[1].at[slot], i, v.bits, plan.dtype)
                     (mine.at[:, pl.ds(i * v.width, v.width)])[...] = part
@@ -257,32 +264,6 @@ def fused(plan: Plan, interpret: bool = False):
             top_ref[b, g, x, wg] = spread(top, TILE)
             total_ref[b, g, x, wg] = total
 
-    bar = lambda arrivals, *many: plgpu.Barrier(
-        num_arrivals=arrivals, **(dict(num_barriers=many[0]) if many else {})
-    )
-    matrix = (k.halves, heads * SLOW, k.width)
-    copies = lambda stored: stored.parts + (stored.bits < 16)
-    scratch = dict(
-        fast=tiled(matrix, plan.dtype),
-        slow=tiled(matrix, plan.dtype),
-        tables=tiled((plan.slots, 2, TILE, SLOW), jnp.bfloat16),
-        mask=plgpu.SMEM((plan.slots, TILE), f32) if plan.masked else None,
-        ks=slots_for(k, plan, k.width),
-        vs=slots_for(v, plan, 64),
-        kopen=tiled((2, k.halves, TILE, k.width), plan.dtype) if k.bits < 16 else None,
-        vopen=tiled((2, TILE, 128), plan.dtype) if v.bits < 16 else None,
-        weights=tiled((4, COLUMNS, TILE), plan.dtype),
-        scratch=plgpu.SMEM((2, 4 * TILE), f32),
-        bars=dict(
-            fast=bar(k.halves),
-            slow_full=bar(k.halves * heads),
-            slow_empty=bar(2),
-            k_full=bar(copies(k) + 2 + plan.masked, plan.slots),
-            k_empty=bar(1, plan.slots),
-            v_full=bar(copies(v), plan.slots),
-            v_empty=bar(1, plan.slots),
-        ),
-    )
     B, g, C = plan.batch, plan.groups, plan.runs
     out = lambda *shape: jax.ShapeDtypeStruct((B, g, C, 2, *shape), f32)
     kernel = plgpu.kernel(
@@ -292,8 +273,10 @@ def fused(plan: Plan, interpret: bool = False):
         grid_names=("x", "g", "b"),
         num_threads=3,
         thread_name="wg",
-        scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        scratch_types=scratch_for(plan),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=not AUTOMATIC_BARRIERS
+        ),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
     return jax.jit(kernel)  # one lowering for all calls of a program

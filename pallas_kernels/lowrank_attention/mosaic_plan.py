@@ -25,6 +25,8 @@ class Stored:
     """Columns of codes that a group takes."""
     width: int
     parts: int
+    row: int = 0
+    """Of the table of scales, where a row for each group has its steps; then come its offsets."""
 
     @property
     def halves(self) -> int:
