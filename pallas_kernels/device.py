@@ -36,6 +36,22 @@ def triton_missing() -> str | None:
     return None
 
 
+def mosaic_missing() -> str | None:
+    """Why no Mosaic GPU kernel can run with this jax, whatever the device; None where they can."""
+    if jax.__version_info__ < (0, 11):
+        return f"jax {jax.__version__}; Mosaic GPU kernels need 0.11 (and Python 3.12)"
+    try:
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    except ImportError:
+        return "this jax has no Mosaic GPU backend (jax.experimental.pallas.mosaic_gpu)"
+    return None
+
+
+def on_hopper() -> bool:
+    """Whether the default device is an NVIDIA GPU of compute capability 9.0 (H100, H200)."""
+    return on_gpu() and getattr(jax.devices()[0], "compute_capability", "0") == "9.0"
+
+
 def takes_triton(
     implementation: str | None, interpret: bool, why_not: Callable[[], str | None]
 ) -> bool:

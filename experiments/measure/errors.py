@@ -36,7 +36,7 @@ from pallas_kernels import residual_decode as residual
 from pallas_kernels import rotary_cache as rotary
 from pallas_kernels import tree_attention as tree
 from pallas_kernels.bit_fields import pack_codes
-from pallas_kernels.device import on_gpu
+from pallas_kernels.device import on_gpu, on_hopper
 from pallas_kernels.shapes import LOWRANK, LowrankShape
 from subspec_jax.residual.encode import encode
 
@@ -194,7 +194,7 @@ def latents(rng: np.random.Generator, like: lowrank.Latents) -> lowrank.Latents:
 def lowrank_attentions(small: bool) -> Iterator[Case]:
     """Attention over latents."""
 
-    def call(shape: LowrankShape, bits, T, S, extras, interpret):
+    def call(shape: LowrankShape, bits, T, S, extras, way, interpret):
         rng = np.random.default_rng(bits)
         q, k, v, up_k, up_v, _ = shape.arguments(2, S, bits, T)
         draw = lambda like, size=1.0: jnp.asarray(rng.normal(size=like.shape) * size, like.dtype)
@@ -208,17 +208,22 @@ def lowrank_attentions(small: bool) -> Iterator[Case]:
             options["mask_BTS"] = jnp.asarray(mask)
         if "bias" in extras:
             options |= dict(k_bias_KH=draw(heads), v_bias_KH=draw(heads))
-        found = lowrank.lowrank_attention(*given, **options, interpret=interpret)
-        return found, float64.lowrank_attention(*given, **options), lowrank.why_not(*given)
+        reason = (lowrank.why_not_mosaic if way else lowrank.why_not)(*given, **options)
+        run = functools.partial(lowrank.lowrank_attention, *given, **options, interpret=interpret)
+        found = run(implementation=None if reason else way)
+        return found, float64.lowrank_attention(*given, **options), reason
 
     small_shape = LowrankShape(4, 4, 32, 2, 32, 64, 1e4)
     shapes = {"small": small_shape} if small else LOWRANK
     for name, shape in shapes.items():
-        for bits, T, extras in [
-            (16, 1, ()), (8, 1, ()), (4, 1, ()), (16, 5, ("mask",)), (4, 5, ("mask", "bias")),
+        for bits, T, extras, way in [
+            *((bits, 1, (), way) for way in ([None, "mosaic"] if on_hopper() else [None])
+              for bits in (16, 8, 4)),
+            (16, 5, ("mask",), None), (4, 5, ("mask", "bias"), None),
         ]:  # fmt: skip
             said = f"{name}, {bits} bits, {T} rows{''.join(f', {extra}' for extra in extras)}"
-            make = functools.partial(call, shape, bits, T, 70 if small else 1500, extras)
+            said += f", {way}" if way else ""
+            make = functools.partial(call, shape, bits, T, 70 if small else 1504, extras, way)
             yield Case("lowrank_attention", said, 4 * ROUNDING, make)
 
 

@@ -4,9 +4,11 @@
 
 Prints a table of microseconds a layer and writes one JSON line for each measurement. A time is that
 of the kernels on the device (CUPTI), the median of several runs. Every call reads another copy of
-the inputs, so the second-level cache helps nobody. Rivals: the best 16-bit attention that JAX has
-(cuDNN's and XLA's), a full-size 4-bit cache that XLA dequantizes, and the floor: the bytes over the
-bandwidth of a large read in the same run. docs/performance.md has the outcome on an H200.
+the inputs, so the second-level cache helps nobody. "latents-16" is Triton's form,
+"latents-16-mosaic" that of Mosaic GPU (compute capability 9.0). Rivals: the best 16-bit attention
+that JAX has (cuDNN's and XLA's), a full-size 4-bit cache that XLA dequantizes, and the floor: the
+bytes over the bandwidth of a large read in the same run.
+docs/performance.md has the outcome on an H200.
 """
 
 import dataclasses
@@ -29,7 +31,8 @@ from pallas_kernels.lowrank_attention import Latents, lowrank_attention
 from pallas_kernels.shapes import LOWRANK, LowrankShape
 
 FULL_CACHES = ("cudnn", "xla", "int4-full")
-LATENTS = ("latents-16", "latents-4", "latents-16-xla", "latents-4-xla")
+LATENTS = tuple(f"latents-{bits}{way}" for way in ("", "-mosaic", "-xla") for bits in (16, 8, 4))
+"""Latents of so many bits, through Triton, Mosaic GPU or XLA."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Kernels:
         "1x4096", "1x8192", "1x16384", "1x32768", "1x65536", "1x131072", "1x262144",
         "8x4096", "8x16384", "32x4096",
     )  # fmt: skip
-    ways: tuple[str, ...] = (*FULL_CACHES, "latents-16", "latents-4")
+    ways: tuple[str, ...] = (*FULL_CACHES, *LATENTS[:6])
     repeats: int = 5
     rotate_mb: int = 130
     """Inputs are copied until they take this many MB, but at most `copies` times."""
@@ -141,11 +144,11 @@ def time_attention(
         make = lambda key: full_cache(shape, way, batch, slots, key)
         attend = lambda q, ups, lengths, cache: full_attention(way)(q, *cache)
     else:
-        _, bits, *xla = way.split("-")
+        _, bits, *through = way.split("-")
         make = lambda key: latent_cache(shape, int(bits), batch, slots, key)
         attend = lambda q, ups, lengths, cache: lowrank_attention(
             q, *cache, *ups, shape.frequencies, lengths,
-            implementation="xla" if xla else "triton",
+            implementation=through[0] if through else "triton",
         )  # fmt: skip
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(make, key)))
     count = min(args.copies, max(1, math.ceil(args.rotate_mb * 1e6 / size)))
@@ -196,7 +199,7 @@ def time_all(args: Kernels, console: Console) -> list[dict[str, Any]]:
 def attention_table(records: list[dict[str, Any]], args: Kernels) -> Table:
     """Microseconds by shape and point, and how many times faster than the best 16-bit cache."""
     speed = records[0]["TB/s"]["read"]
-    view = Table("shape", "batch x tokens", *args.ways, "floor 16", "floor 4")
+    view = Table("shape", "batch x tokens", *args.ways, "floor 16", "floor 8", "floor 4")
     for name in args.shapes:
         for point in args.points:
             batch, slots = _point(point)
@@ -207,7 +210,7 @@ def attention_table(records: list[dict[str, Any]], args: Kernels) -> Table:
             }
             best = min((own[w] for w in ("cudnn", "xla") if w in own), default=math.nan)
             shown = (f"{own[w]:.1f} ({best / own[w]:.2f}x)" if w in own else "-" for w in args.ways)
-            bound = (LOWRANK[name].cache_bytes(batch, slots, b) / speed / 1e6 for b in (16, 4))
+            bound = (LOWRANK[name].cache_bytes(batch, slots, b) / speed / 1e6 for b in (16, 8, 4))
             view.add_row(name, point, *shown, *(f"{b:.1f}" for b in bound))
     return view
 

@@ -1,13 +1,7 @@
-"""The first kernel for one query row a kv head: the query is absorbed into the key factors.
+"""The first kernel for one query row a kv head: scores of absorbed queries (`absorption.py`).
 
-With k = z U and RoPE's pairs (a, b), a score is a sum over pairs j of cos(s w_j) C_j plus
-sin(s w_j) D_j, where C = z (U_a q_a + U_b q_b) and D = z (U_a q_b - U_b q_a): the query goes into
-two matrices of H/2 columns, and nothing is rotated. Fast pairs keep their two columns. All slow
-pairs together move so little within a span of slots that a few functions of the place in it (the
-leading singular vectors of their table of cosines and sines) stand in for them.
-
-Letters: B batch, g groups, K' kv heads of a group, H head size, R rank, J slow pairs (cosines, then
-sines), U functions of the place, X spans.
+Letters: B batch, g groups, K' kv heads of a group, H head size, R rank, U functions of the place,
+X spans.
 """
 
 import functools
@@ -19,6 +13,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.lowrank_attention.absorption import absorbed, slow_parts
 from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.reference import HIDDEN
 from pallas_kernels.lowrank_attention.tiles import (
@@ -31,27 +26,6 @@ from pallas_kernels.lowrank_attention.tiles import (
     stored,
     tile_range,
 )
-
-
-@functools.cache
-def basis(
-    frequencies: tuple[float, ...], span: int, count: int
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """(functions [span, U], their parts [J, U], largest error) for the slow pairs' cos | sin."""
-    angle = np.arange(span)[:, None] * np.asarray(frequencies, np.float64)[None]
-    table = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
-    left, size, right = np.linalg.svd(table, full_matrices=False)
-    left, size, right = left[:, :count], size[:count], right[:count]
-    largest = np.abs(left).max(axis=0)
-    place, parts = left / largest, (right * (size * largest)[:, None]).T
-    return place, parts, np.abs(place @ parts.T - table).max()
-
-
-def absorbed(q_BgKH: jax.Array, up_gRKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The matrices of cosines and of sines, each float32 [B, g, R, K', H/2]."""
-    qa, qb = jnp.split(q_BgKH[:, :, None].astype(jnp.float32), 2, axis=-1)
-    ua, ub = jnp.split(up_gRKH[None].astype(jnp.float32), 2, axis=-1)
-    return ua * qa + ub * qb, ua * qb - ub * qa
 
 
 def _kernel(*refs, tile, span, heads, width, slow, packing, masked, interpret):
@@ -146,11 +120,8 @@ def absorbed_scores(
         jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], 1).astype(jnp.bfloat16),
     ]
     if slow:
-        place, parts, _ = basis(tuple(frequencies[fast:].tolist()), span, slow)
-        start = jnp.arange(spans, dtype=f32)[:, None] * span * frequencies[None, fast:]
-        cos, sin = jnp.cos(start).T[..., None], jnp.sin(start).T[..., None]
-        pc, ps = (p[:, None] for p in np.split(parts.astype(np.float32), 2))
-        w_JXU = jnp.concatenate([cos * pc - sin * ps, sin * pc + cos * ps], axis=0).astype(dtype)
+        place, w_JXU = slow_parts(frequencies, span, spans)
+        w_JXU = w_JXU.astype(dtype)
         m = jnp.dot(
             both(slice(fast, None)).reshape(-1, w_JXU.shape[0]),
             w_JXU.reshape(w_JXU.shape[0], -1),

@@ -9,13 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import takes_triton, triton_missing
+from pallas_kernels.device import mosaic_missing, on_hopper, takes_triton, triton_missing
 from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.reference import (
     finish,
     group_heads,
     lowrank_attention_reference,
 )
+
+PREFER_MOSAIC = False
+"""Whether implementation None takes the Mosaic kernel before Triton's where both can be used."""
 
 
 def _ranks(name: str, latents: Latents, groups: int, ranks) -> tuple[int, ...]:
@@ -56,17 +59,53 @@ def why_not(
     return _why_not(q_BTNH, k, v, up_k_gRKH, ranks, heads)
 
 
-def _why_not(q_BTNH, k: Latents, v: Latents, up_k_gRKH, ranks, heads) -> str | None:
-    """The first thing in a call that the kernels cannot do; None where there is none."""
-    if reason := triton_missing():
+def why_not_mosaic(
+    q_BTNH: jax.Array,
+    k: Latents,
+    v: Latents,
+    up_k_gRKH: jax.Array,
+    up_v_gRKH: jax.Array | None,
+    frequencies: Any,
+    *_: Any,
+    k_ranks: tuple[int, ...] | None = None,
+    v_ranks: tuple[int, ...] | None = None,
+    kv_heads: int | None = None,
+    **options: Any,
+) -> str | None:
+    """Why the Mosaic kernel cannot do this call of `lowrank_attention`; None where it can.
+
+    Takes the same arguments. Does not ask whether there is a GPU of compute capability 9.0.
+    """
+    ranks, heads = _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads)
+    if reason := mosaic_missing() or _why_neither(q_BTNH, k, v, ranks, heads):
         return reason
+    from pallas_kernels.lowrank_attention.mosaic import why_not_fused
+
+    others = "position_BS", "k_bias_KH", "k_mean_KH", "v_mean_KH", "k_norm_H"
+    given = {name: options.get(name) for name in others}
+    return why_not_fused(q_BTNH, k, v, heads[0], frequencies, given)
+
+
+def _why_not(q_BTNH, k: Latents, v: Latents, up_k_gRKH, ranks, heads) -> str | None:
+    """The first thing in a call that the Triton kernels cannot do; None where there is none."""
+    if reason := triton_missing() or _why_neither(q_BTNH, k, v, ranks, heads):
+        return reason
+    for name, z in (("k", k), ("v", v)):
+        if z.bits < 16 and 2**31 <= z.codes_BSP.size <= 2**32:
+            return f"{z.codes_BSP.size} bytes of {name} codes, which 32-bit offsets do not reach"
+    half = q_BTNH.shape[-1] // 2
+    if half < 16 or half & (half - 1):
+        return f"head size {q_BTNH.shape[-1]} is no power of two from 32 on"
+    return None
+
+
+def _why_neither(q_BTNH, k: Latents, v: Latents, ranks, heads) -> str | None:
+    """The first thing that neither kind of kernel can do."""
     for name, z, some in (("k", k, ranks[0]), ("v", v, ranks[1])):
         if z.bits not in (4, 8, 16):
             return f"{z.bits}-bit {name} latents; the kernels read 4, 8 and 16 bits"
         if z.bits == 16 and z.codes_BSP.dtype not in (jnp.bfloat16, jnp.float16):
             return f"{z.codes_BSP.dtype} {name} latents; the kernels take 16-bit ones"
-        if z.bits < 16 and 2**31 <= z.codes_BSP.size <= 2**32:
-            return f"{z.codes_BSP.size} bytes of {name} codes, which 32-bit offsets do not reach"
         if len(set(some)) != 1:
             return f"{name} ranks {some} differ between groups"
         if z.blocks != tuple(some):
@@ -76,12 +115,18 @@ def _why_not(q_BTNH, k: Latents, v: Latents, up_k_gRKH, ranks, heads) -> str | N
             return f"{name} rank {some[0]} is not a multiple of {least}"
     if len(set(heads)) != 1:
         return f"groups of {heads} kv heads differ"
-    half = q_BTNH.shape[-1] // 2
-    if half < 16 or half & (half - 1):
-        return f"head size {q_BTNH.shape[-1]} is no power of two from 32 on"
     if q_BTNH.dtype == jnp.float32:
         return "float32 queries; the kernels multiply 16-bit numbers"
     return None
+
+
+def _takes_mosaic(implementation: str | None, interpret: bool, why_not) -> bool:
+    if implementation == "mosaic":
+        if reason := why_not():
+            raise NotImplementedError(reason)
+        return True
+    wanted = PREFER_MOSAIC and implementation is None and not interpret and on_hopper()
+    return wanted and why_not() is None
 
 
 def lowrank_attention(
@@ -124,7 +169,9 @@ def lowrank_attention(
     than groups of unequal ranks, `kv_heads` where the last group has fewer heads.
 
     `implementation` None takes Triton where `why_not` gives no reason and the device is a GPU, else
-    XLA; "triton" raises NotImplementedError with the reason. `interpret` runs the kernels on a CPU.
+    XLA; with `PREFER_MOSAIC`, before both, "mosaic" where `why_not_mosaic` gives no reason and the
+    GPU has compute capability 9.0. "triton" and "mosaic" raise NotImplementedError with the reason.
+    `interpret` runs the kernels on a CPU.
     """
     ranks, heads = _layout(q_BTNH, k, v, up_k_gRKH, k_ranks, v_ranks, kv_heads)
     if (k_mean_KH is not None or v_mean_KH is not None) and mean_coefficient_BS is None:
@@ -134,6 +181,20 @@ def lowrank_attention(
         mean_coefficient_BS=mean_coefficient_BS, k_mean_KH=k_mean_KH, k_norm_H=k_norm_H,
         norm_eps=norm_eps,
     )  # fmt: skip
+    if _takes_mosaic(
+        implementation,
+        interpret,
+        lambda: why_not_mosaic(
+            q_BTNH, k, v, up_k_gRKH, up_v_gRKH, frequencies, k_ranks=k_ranks, v_ranks=v_ranks,
+            kv_heads=kv_heads, v_mean_KH=v_mean_KH, **keys,
+        ),
+    ):  # fmt: skip
+        from pallas_kernels.lowrank_attention.mosaic import lowrank_attention_mosaic
+
+        y = lowrank_attention_mosaic(
+            q_BTNH, k, v, up_k_gRKH, frequencies, lengths_B, mask_BTS=mask_BTS, interpret=interpret
+        )
+        return finish(y, None, up_v_gRKH, heads, v_bias_KH, None, q_BTNH.dtype)
     reason = lambda: _why_not(q_BTNH, k, v, up_k_gRKH, ranks, heads)
     if takes_triton(implementation, interpret, reason):
         from pallas_kernels.lowrank_attention.triton import lowrank_attention_triton

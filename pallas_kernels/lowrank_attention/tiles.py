@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.lowrank_attention.absorption import FAST, SLOW
 from pallas_kernels.lowrank_attention.latents import Latents
 
 MAGIC = 128.0
@@ -63,9 +64,9 @@ class LatentTiling:
     tile: int = 64
     span: int = 1024
     """Slots of a program."""
-    fast: int = 16
+    fast: int = FAST
     """Rotary pairs that keep two columns of their own."""
-    slow: int = 32
+    slow: int = SLOW
     """Columns for all others."""
     width: int = 32
     """Columns of a head in one product."""

@@ -4,45 +4,17 @@ Letters: B batch, T query positions, S slots, N query heads, K' kv heads of a gr
 rank, g groups, X spans.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.lowrank_attention.absorb import absorbed_scores, basis
+from pallas_kernels.lowrank_attention.absorb import absorbed_scores
+from pallas_kernels.lowrank_attention.absorption import can_absorb
 from pallas_kernels.lowrank_attention.average import average
 from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.rebuild import Rows, rebuilt_scores
 from pallas_kernels.lowrank_attention.tiles import LatentTiling, tiling
-
-TOLERANCE = 1e-3
-"""The largest error of a cosine that absorption may cause; rounding to bfloat16 causes 4e-3."""
-
-
-def _power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
-
-
-def can_absorb(
-    q_BTNH: jax.Array,
-    heads: int,
-    groups: int,
-    frequencies: Any,
-    span: int,
-    others: Sequence[jax.Array | None],
-) -> bool:
-    """Whether queries may be absorbed: one row a kv head, and keys that are only rotated."""
-    _, T, N, H = q_BTNH.shape
-    cfg = LatentTiling()
-    one_row = T == 1 and heads * groups == N
-    if not one_row or not _power_of_two(heads) or heads > 8 or cfg.fast > H // 4:
-        return False
-    if any(a is not None for a in others) or isinstance(frequencies, jax.Array):
-        return False
-    slow = tuple(np.asarray(frequencies, np.float32)[cfg.fast :].tolist())
-    return basis(slow, span, cfg.slow)[2] < TOLERANCE
 
 
 def lowrank_attention_triton(

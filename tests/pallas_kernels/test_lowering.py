@@ -1,19 +1,20 @@
-"""Every named shape becomes Triton IR, without a GPU."""
+"""Every named shape becomes Triton IR or Mosaic GPU's, without a GPU."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.device import mosaic_missing
 from pallas_kernels.lowering import lower_for
-from pallas_kernels.lowrank_attention import lowrank_attention, why_not
+from pallas_kernels.lowrank_attention import lowrank_attention, why_not, why_not_mosaic
 from pallas_kernels.lowrank_attention.latents import block_bytes
-from pallas_kernels.shapes import LOWRANK
+from pallas_kernels.shapes import LOWRANK, LowrankShape
 
 
-def attention(shape):
+def attention(shape, implementation="triton"):
     return lambda q, k, v, up_k, up_v, lengths, mask=None, position=None: lowrank_attention(
         q, k, v, up_k, up_v, shape.frequencies, lengths,
-        mask_BTS=mask, position_BS=position, implementation="triton",
+        mask_BTS=mask, position_BS=position, implementation=implementation,
     )  # fmt: skip
 
 
@@ -43,6 +44,36 @@ def test_tree_verification_lowers(name, bits):
     position = jax.ShapeDtypeStruct((1, 3000), jnp.int32)
     program = lower_for(attention(shape), *shape.arguments(1, 3000, bits, 9), mask, position)
     assert "lowrank_rebuilt_scores" in program
+
+
+FUSED = {
+    "a long text": (LOWRANK["llama-2-7b"], 1, 65536),
+    "a batch": (LOWRANK["llama-2-7b"], 8, 5000),
+    "other ranks, two heads": (LowrankShape(4, 4, 128, 2, 64, 320, 5e5), 1, 3000),
+    "other ranks, one head of 64": (LowrankShape(3, 3, 64, 3, 64, 64, 1e4), 1, 3000),
+}
+
+
+@pytest.mark.skipif(mosaic_missing() is not None, reason=str(mosaic_missing()))
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("case", [c if c == "a long text" else slow(c) for c in FUSED])
+def test_decoding_lowers_to_one_mosaic_kernel(case, bits):
+    """Shapes that tile: the interpreter does not notice tiles that do not fit."""
+    shape, batch, slots = FUSED[case]
+    arguments = shape.arguments(batch, slots, bits)
+    *most, lengths = arguments
+    assert why_not_mosaic(*most, shape.frequencies, lengths) is None
+    mask = jax.ShapeDtypeStruct((1, 1, slots), jnp.bool_) if batch > 1 else None
+    program = lower_for(attention(shape, "mosaic"), *arguments, mask)
+    assert program.count("mosaic_gpu_v2") == 1 and "xla.gpu.triton" not in program
+
+
+@pytest.mark.skipif(mosaic_missing() is not None, reason=str(mosaic_missing()))
+@pytest.mark.parametrize("name, reason", [("qwen2.5-7b", "grouped queries"), ("qwen3-8b", "gro")])
+def test_grouped_queries_are_left_to_triton(name, reason):
+    shape = LOWRANK[name]
+    *most, lengths = shape.arguments(1, 4096, 16)
+    assert reason in why_not_mosaic(*most, shape.frequencies, lengths)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

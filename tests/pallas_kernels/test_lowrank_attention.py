@@ -9,10 +9,10 @@ from pallas_kernels.bit_fields import pack_codes
 from pallas_kernels.float64 import f64
 from pallas_kernels.float64 import lowrank_attention as in_float64
 from pallas_kernels.lowrank_attention import Latents, lowrank_attention, why_not
-from pallas_kernels.lowrank_attention.absorb import absorbed, basis
+from pallas_kernels.lowrank_attention.absorption import absorbed, basis, can_absorb
 from pallas_kernels.lowrank_attention.rebuild import Rows
 from pallas_kernels.lowrank_attention.reference import group_heads
-from pallas_kernels.lowrank_attention.triton import LatentTiling, can_absorb, tiling
+from pallas_kernels.lowrank_attention.tiles import LatentTiling, tiling
 
 
 def latents(rng, batch, slots, ranks, bits, dtype=jnp.bfloat16):
