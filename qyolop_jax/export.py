@@ -5,6 +5,8 @@
 
     onnx.save(integer_onnx(model, (384, 640)), "q.onnx")
 
+`qdq` and `tflite` write other forms by the same walk over the graph.
+
 All take uint8 images [batch, H, W, 3] of any batch and give the raw outputs, float32 NHWC, by name.
 In ONNX, 8-bit tensors are uint8 (our s8 plus 128): the image goes in unchanged, and onnxruntime is
 fastest so. All scales of a convolution are 1 except the weights', which hold our factor, so that it
@@ -12,7 +14,7 @@ rounds as ours does. Nothing here needs torch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,12 @@ from qyolop_jax.graph import Graph, GraphError, Node, check_size
 from qyolop_jax.integer import IntegerModel
 from qyolop_jax.scales import INPUT_SCALE
 
-OPSET, IR = 17, 8
+OPSET, OPSETS = 17, (13, 26)
+"""The opset of ONNX that is written, and the first and the last that may be asked for. Scales by
+channel begin with 13; onnxruntime 1.32 reads no newer one than 26."""
+HARDSWISH_OPSET = 14
 PLATFORMS = ("cpu", "cuda", "tpu")
+T = TypeVar("T")
 
 
 class ExportError(QyolopError):
@@ -57,14 +63,56 @@ def deserialize(data: bytes) -> Callable:
         raise ExportError(f"{len(data)} bytes are not an exported program ({error})") from error
 
 
-class Writer:
-    """Collects ONNX nodes and constants; each method returns the name of the tensor it adds."""
+def walked(
+    graph: Graph,
+    image: Callable[[], T],
+    conv: Callable[[Node, T], T],
+    moved: Callable[[Node, list[T]], T],
+) -> dict[str, T]:
+    """What each function wrote for the outputs, by name: `image` for the input, `moved` for nodes
+    that treat 8 bits and floats alike (concat, maxpool, upsample)."""
+    values: dict[str, T] = {}
+    for node in graph.nodes:
+        inputs = [values[name] for name in node.inputs]
+        if node.op == "input":
+            values[node.name] = image()
+        elif node.op == "conv":
+            values[node.name] = conv(node, inputs[0])
+        else:
+            values[node.name] = moved(node, inputs)
+    return {name: values[name] for name in graph.outputs}
 
-    def __init__(self, graph: Graph, size: tuple[int, int]):
+
+def layer_of(model: IntegerModel, node: Node) -> dict[str, np.ndarray]:
+    """The arrays of a convolution. ExportError for other weights than 8 bits or float32."""
+    layer = {key: np.asarray(a) for key, a in model.layers[node.name].items()}
+    want = np.dtype(np.int8 if "factor" in layer else np.float32)
+    if (kind := layer["kernel"].dtype) != want:
+        raise ExportError(f"{node.name} has weights in {kind}; only int8 and float32 are exported")
+    return layer
+
+
+def check_folded(graph: Graph) -> None:
+    """GraphError for a graph with norms or branches."""
+    if any(n.op == "conv" and (n.norm or n.rep or n.implicit) for n in graph.nodes):
+        raise GraphError("the graph is not folded; export what fold.fold returns")
+
+
+class Writer:
+    """Collects ONNX nodes and constants; each method returns the name of the tensor it adds.
+
+    `batch` is the number of images, None for any. ExportError for an opset outside `OPSETS`.
+    """
+
+    def __init__(
+        self, graph: Graph, size: tuple[int, int], opset: int = OPSET, batch: int | None = None
+    ):
         check_size((1, *size, 3))
+        if not OPSETS[0] <= opset <= OPSETS[1]:
+            raise ExportError(f"opset {opset}; expected {OPSETS[0]} to {OPSETS[1]}")
         self.onnx = need("onnx", "vision", "writing ONNX")
         self.numpy_helper = need("onnx.numpy_helper", "vision", "writing ONNX")
-        self.graph, self.size = graph, size
+        self.graph, self.size, self.opset, self.batch = graph, size, opset, batch or "batch"
         self.nodes, self.constants = [], []
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
@@ -106,23 +154,25 @@ class Writer:
             return x
         if act == "silu":
             return self.op("Mul", x, self.op("Sigmoid", x))
+        if act == "hardswish" and self.opset < HARDSWISH_OPSET:
+            return self.op("Mul", x, self.op("HardSigmoid", x, alpha=1 / 6, beta=0.5))
         return self.op({"relu": "Relu", "hardswish": "HardSwish"}[act], x)
 
     def model(self, outputs: dict[str, str]) -> Any:
         """The ModelProto, checked; `outputs` are float NCHW tensors by the name they get."""
         onnx, (H, W) = self.onnx, self.size
         info = onnx.helper.make_tensor_value_info
-        images = info("images", onnx.TensorProto.UINT8, ["batch", H, W, 3])
+        images = info("images", onnx.TensorProto.UINT8, [self.batch, H, W, 3])
         ends = []
         for name, x in outputs.items():
             moved = onnx.helper.make_node("Transpose", [x], [name], perm=[0, 2, 3, 1])
             self.nodes.append(moved)
-            shape = ["batch", None, None, self.graph.node(name).channels]
+            shape = [self.batch, None, None, self.graph.node(name).channels]
             ends.append(info(name, onnx.TensorProto.FLOAT, shape))
         graph = onnx.helper.make_graph(self.nodes, "qyolop", [images], ends, self.constants)
-        made = onnx.helper.make_model(
-            graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR
-        )
+        opsets = [onnx.helper.make_opsetid("", self.opset)]
+        version = onnx.helper.find_min_ir_version_for(opsets)
+        made = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=version)
         onnx.checker.check_model(made, full_check=True)
         return made
 
@@ -133,80 +183,93 @@ def window(node: Node) -> dict:
     return dict(kernel_shape=[k, k], strides=[s, s], pads=[p, p, p, p])
 
 
-def float_onnx(graph: Graph, params: Any, size: tuple[int, int]) -> Any:
-    """The ONNX model (ModelProto) of a folded graph in float32."""
-    if any(n.op == "conv" and (n.norm or n.rep or n.implicit) for n in graph.nodes):
-        raise GraphError("the graph is not folded; export what fold.fold returns")
-    w, values = Writer(graph, size), {}
-    for node in graph.nodes:
-        inputs = [values[name] for name in node.inputs]
-        if node.op == "input":
-            x = w.op("Transpose", "images", perm=[0, 3, 1, 2])
-            x = w.op("Cast", x, to=w.onnx.TensorProto.FLOAT)
-            x = w.op("Sub", x, w.constant(128, np.float32))
-            values[node.name] = w.op("Mul", x, w.constant(INPUT_SCALE, np.float32))
-        elif node.op == "conv":
-            p = params[node.name]
-            kernel, bias = w.kernel(p["kernel"], np.float32), w.constant(p["bias"], np.float32)
-            y = w.op("Conv", inputs[0], kernel, bias, **window(node))
-            values[node.name] = w.activated(y, node.act)
-        else:
-            values[node.name] = w.moved(node, inputs)
-    return w.model({name: values[name] for name in graph.outputs})
+def float_onnx(
+    graph: Graph,
+    params: Any,
+    size: tuple[int, int],
+    opset: int = OPSET,
+    batch: int | None = None,
+) -> Any:
+    """The ONNX model (ModelProto) of a folded graph in float32, for any batch or for this one."""
+    check_folded(graph)
+    w = Writer(graph, size, opset, batch)
+
+    def image():
+        x = w.op("Transpose", "images", perm=[0, 3, 1, 2])
+        x = w.op("Cast", x, to=w.onnx.TensorProto.FLOAT)
+        x = w.op("Sub", x, w.constant(128, np.float32))
+        return w.op("Mul", x, w.constant(INPUT_SCALE, np.float32))
+
+    def conv(node: Node, x: str):
+        p = params[node.name]
+        kernel, bias = w.kernel(p["kernel"], np.float32), w.constant(p["bias"], np.float32)
+        return w.activated(w.op("Conv", x, kernel, bias, **window(node)), node.act)
+
+    return w.model(walked(graph, image, conv, w.moved))
 
 
-def integer_onnx(model: IntegerModel, size: tuple[int, int]) -> Any:
-    """The ONNX model (ModelProto) of an integer model: QLinearConv, and Gather for tables."""
-    w, values = Writer(model.graph, size), {}
-    for node in model.graph.nodes:
-        inputs = [values[name] for name in node.inputs]
-        if node.op == "input":
-            values[node.name] = w.op("Transpose", "images", perm=[0, 3, 1, 2])
-        elif node.op == "conv":
-            p = {key: np.asarray(a) for key, a in model.layers[node.name].items()}
-            make = _integer_conv if "factor" in p else _float_conv
-            values[node.name] = make(w, node, p, inputs[0])
-        else:
-            values[node.name] = w.moved(node, inputs)
-    outputs = {}
-    for name in model.graph.outputs:
-        outputs[name] = values[name]
-        if name in model.outputs:
-            step, zero = (np.asarray(model.outputs[name][key]) for key in ("step", "zero"))
-            outputs[name] = _dequantized(w, values[name], step, zero)
+def integer_onnx(
+    model: IntegerModel, size: tuple[int, int], opset: int = OPSET, batch: int | None = None
+) -> Any:
+    """The ONNX model (ModelProto) of an integer model: QLinearConv, and Gather for tables.
+
+    ExportError where a layer has weights of another kind than 8 bits or float32.
+    """
+    w = Writer(model.graph, size, opset, batch)
+
+    def conv(node: Node, x: str):
+        p = layer_of(model, node)
+        return (_integer_conv if "factor" in p else _float_conv)(w, node, p, x)
+
+    image = lambda: w.op("Transpose", "images", perm=[0, 3, 1, 2])
+    outputs = walked(model.graph, image, conv, w.moved)
+    for name, p in model.outputs.items():
+        step, zero = np.asarray(p["step"]), np.asarray(p["zero"])
+        outputs[name] = _dequantized(w, outputs[name], step, zero)
     return w.model(outputs)
 
 
-def _u8(s8) -> np.ndarray:
+def u8(s8: ArrayLike) -> np.ndarray:
+    """s8 as uint8: plus 128."""
     return (np.asarray(s8, np.int16) + 128).astype(np.uint8)
 
 
 def _dequantized(w: Writer, x: str, step, zero) -> str:
     if step.size == 1:
         step = step.reshape(())
-    zeros = w.constant(np.broadcast_to(_u8(zero), step.shape), np.uint8)
+    zeros = w.constant(np.broadcast_to(u8(zero), step.shape), np.uint8)
     return w.op("DequantizeLinear", x, w.constant(step, np.float32), zeros, axis=1)
+
+
+def whole_bias(p: dict[str, np.ndarray]) -> np.ndarray:
+    """s32 [O], the bias of a layer without the part that the input's zero point adds."""
+    drift = p["zero_in"].astype(np.int32) * p["kernel"].astype(np.int32).sum((0, 1, 2))
+    return (p["bias"] + drift).astype(np.int32)
 
 
 def _integer_conv(w: Writer, node: Node, p: dict, x: str) -> str:
     kernel = p["kernel"]
-    drift = p["zero_in"].astype(np.int32) * kernel.astype(np.int32).sum((0, 1, 2))
     one = w.constant(1, np.float32)
     y = w.op(
         "QLinearConv",
-        x, one, w.constant(_u8(p["zero_in"]), np.uint8),
+        x, one, w.constant(u8(p["zero_in"]), np.uint8),
         w.kernel(kernel, np.int8), w.constant(p["factor"], np.float32),
         w.constant(np.zeros(node.channels), np.int8),
-        one, w.constant(_u8(p["zero"]), np.uint8),
-        w.constant(p["bias"] + drift, np.int32),
+        one, w.constant(u8(p["zero"]), np.uint8),
+        w.constant(whole_bias(p), np.int32),
         **window(node),
     )  # fmt: skip
     if "table" in p:
-        index = w.op("Cast", y, to=w.onnx.TensorProto.INT32)
-        return w.op("Gather", w.constant(_u8(p["table"]), np.uint8), index)
+        return looked_up(w, y, p["table"])
     if p["low"] > -128:
-        return w.op("Clip", y, w.constant(_u8(p["low"]), np.uint8))
+        return w.op("Clip", y, w.constant(u8(p["low"]), np.uint8))
     return y
+
+
+def looked_up(w: Writer, x: str, table: np.ndarray) -> str:
+    """uint8 values of a table s8 [256] for uint8 values."""
+    index = w.op("Cast", x, to=w.onnx.TensorProto.INT32)
+    return w.op("Gather", w.constant(u8(table), np.uint8), index)
 
 
 def _float_conv(w: Writer, node: Node, p: dict, x: str) -> str:
@@ -215,5 +278,5 @@ def _float_conv(w: Writer, node: Node, p: dict, x: str) -> str:
     y = w.activated(w.op("Conv", x, kernel, bias, **window(node)), node.act)
     if "step" not in p:
         return y
-    step, zero = w.constant(p["step"], np.float32), w.constant(_u8(p["zero"]), np.uint8)
+    step, zero = w.constant(p["step"], np.float32), w.constant(u8(p["zero"]), np.uint8)
     return w.op("QuantizeLinear", y, step, zero)
