@@ -41,6 +41,7 @@ def evaluate(
     look: Callable[[Batch, Predictions], None] | None = None,
     known: Sequence[Part] = (),
     keep: Callable[[Part], None] | None = None,
+    run: Callable[[Any, np.ndarray], Predictions] | None = None,
 ) -> dict[str, float]:
     """Scores on labelled samples, from 0 to 1: "detection/AP50", "area/mIoU", "lane/IoU single" …
 
@@ -49,16 +50,14 @@ def evaluate(
     towards average precision. All true boxes count, and the 100 best boxes found in an image, as in
     COCO. Broken samples are left out and counted in `report`; without one they are errors. `look`
     gets each letterboxed batch and what was found in it. `keep` gets the part of each batch; those
-    in `known`, the first ones of the same evaluation, are not measured again. MetricError where no
-    sample is left.
+    in `known`, the first ones of the same evaluation, are not measured again. `run` computes the
+    predictions of (values, images) in place of the network, as another engine does. MetricError
+    where no sample is left.
     """
     if not 0 <= conf <= 1:
         raise MetricError(f"conf is {conf}; expected a score from 0 to 1")
-    run, tally, start = (
-        predictor(network.forward, network.cfg, conf),
-        Tally(network.cfg, protocol),
-        0,
-    )
+    run = run or predictor(network.forward, network.cfg, conf)
+    tally, start = Tally(network.cfg, protocol), 0
     for part in known:
         tally.add(part)
         start = part["end"]

@@ -27,9 +27,9 @@ from qyolop_jax.graph import Graph, GraphError, Node, check_size
 from qyolop_jax.integer import IntegerModel
 from qyolop_jax.scales import INPUT_SCALE
 
-OPSET, OPSETS = 17, (13, 26)
+OPSET, OPSETS = 17, (13, 27)
 """The opset of ONNX that is written, and the first and the last that may be asked for. Scales by
-channel begin with 13; onnxruntime 1.32 reads no newer one than 26."""
+channel begin with 13; onnxruntime 1.32 runs no newer one than 27."""
 HARDSWISH_OPSET = 14
 PLATFORMS = ("cpu", "cuda", "tpu")
 T = TypeVar("T")
@@ -108,9 +108,10 @@ class Writer:
         self, graph: Graph, size: tuple[int, int], opset: int = OPSET, batch: int | None = None
     ):
         check_size((1, *size, 3))
-        if not OPSETS[0] <= opset <= OPSETS[1]:
-            raise ExportError(f"opset {opset}; expected {OPSETS[0]} to {OPSETS[1]}")
         self.onnx = need("onnx", "vision", "writing ONNX")
+        newest = min(OPSETS[1], self.onnx.defs.onnx_opset_version())
+        if not OPSETS[0] <= opset <= newest:
+            raise ExportError(f"opset {opset}; expected {OPSETS[0]} to {newest}")
         self.numpy_helper = need("onnx.numpy_helper", "vision", "writing ONNX")
         self.graph, self.size, self.opset, self.batch = graph, size, opset, batch or "batch"
         self.nodes, self.constants = [], []

@@ -1,7 +1,9 @@
 """Other forms of an integer network: with all zero points 0, and without rounding.
 
-    run_integer(symmetric(model), images)       # what TensorRT can hold
-    run_folded(*unrounded(model), images)       # its weights in float32, nothing between them rounded
+    run_integer(symmetric(model), images)
+    run_folded(*unrounded(model), images)
+
+TensorRT can hold the first; with the second the floats of engines are compared.
 """
 
 import dataclasses

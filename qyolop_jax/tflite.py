@@ -2,9 +2,9 @@
 
     Path("q.tflite").write_bytes(integer_tflite(model, (384, 640)))
 
-As in `export`, the input is uint8 images [batch, H, W, 3], the outputs are float32 NHWC by name, and
-steps of 8-bit tensors are 1 except the weights', which hold our factor. XNNPACK, which LiteRT uses
-by default, then multiplies and rounds sums as ours does; LiteRT's own kernels round otherwise.
+As in `export`, the input is uint8 images [batch, H, W, 3], the outputs are float32 NHWC by name,
+and steps of 8-bit tensors are 1 except the weights', which hold our factor. XNNPACK, which LiteRT
+uses by default, then multiplies and rounds sums as ours does; LiteRT's own kernels round otherwise.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from qyolop_jax.scales import INPUT_SCALE
 
 ALIGNED = 16
 """Bytes whose multiples the constants begin at, as LiteRT's own converter does it."""
+DTYPES = dict(FLOAT32=np.float32, INT32=np.int32, INT8=np.int8)
 SAME, VALID = 0, 1
 NO_ACTIVATION, RELU = 0, 1
 
@@ -67,8 +68,8 @@ class TfliteWriter:
             q.scale = np.asarray(scale, np.float32).reshape(-1)
             q.zeroPoint, q.quantizedDimension = np.full(q.scale.shape, zero, np.int64), 0
         if data is not None:
-            buffer = self.aligned()
-            buffer.data = np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8)
+            buffer, array = self.aligned(), np.ascontiguousarray(data, DTYPES[kind])
+            buffer.data = np.frombuffer(array.tobytes(), np.uint8)
             t.buffer = len(self.file.buffers)
             self.file.buffers.append(buffer)
         self.part.tensors.append(t)
@@ -76,8 +77,7 @@ class TfliteWriter:
 
     def constant(self, value: ArrayLike, kind: str = "FLOAT32") -> int:
         """The number of a tensor that holds this value."""
-        array = np.asarray(value, dict(FLOAT32=np.float32, INT32=np.int32, INT8=np.int8)[kind])
-        return self.tensor(kind, array.shape, data=array)
+        return self.tensor(kind, np.shape(value), data=value)
 
     def op(
         self,
@@ -140,10 +140,11 @@ class TfliteWriter:
         h, w = (H, W) if same else ((H - k) // s + 1, (W - k) // s + 1)
         shape = (B, h, w, node.channels)
         y = Tensor(self.tensor("FLOAT32" if zero is None else "INT8", shape, zero), shape, zero)
+        act = RELU if node.act == "relu" else NO_ACTIVATION
         self.op(
             "CONV_2D", [x.at, kernel, bias], y.at, "Conv2DOptions", 1 if zero is None else 3,
             padding=SAME if same else VALID, strideH=s, strideW=s, dilationHFactor=1,
-            dilationWFactor=1, fusedActivationFunction=RELU if node.act == "relu" else NO_ACTIVATION,
+            dilationWFactor=1, fusedActivationFunction=act,
         )  # fmt: skip
         return y
 
@@ -175,10 +176,7 @@ class TfliteWriter:
         else:
             if node.padding and (s != 1 or k % 2 == 0):
                 raise ExportError(f"{node.name}: pooling {k}x{k} by {s} has no form in .tflite")
-            by = 1 if node.padding else 1 / s
-            if not node.padding and k != s:
-                raise ExportError(f"{node.name}: pooling {k}x{k} by {s} has no form in .tflite")
-            y = self.like(x, by=by)
+            y = self.like(x, by=1 if node.padding else 1 / s)
             self.op(
                 "MAX_POOL_2D", ats, y.at, "Pool2DOptions", 2,
                 padding=SAME if node.padding else VALID, strideH=s, strideW=s, filterHeight=k,
@@ -194,7 +192,7 @@ class TfliteWriter:
         return x
 
     def finish(self, outputs: dict[str, Tensor]) -> bytes:
-        """The file; `outputs` are float tensors by the name they get, there and in its signature."""
+        """The file; `outputs` are float tensors by the name that they get in it."""
         self.part.outputs = [x.at for x in outputs.values()]
         for name, x in outputs.items():
             self.part.tensors[x.at].name = name

@@ -25,8 +25,9 @@ from llm_jax.extras import MissingPackage
 
 try:
     from experiments.qyolop.benchmark import BenchmarkNetwork, benchmark_command
-    from experiments.qyolop.deploy import Export, Quantize, export_command, quantize_command
+    from experiments.qyolop.deploy import Quantize, quantize_command
     from experiments.qyolop.evaluate import Evaluate, evaluate_command
+    from experiments.qyolop.exporting import Export, export_command
     from experiments.qyolop.predict import Predict, predict_command
     from experiments.qyolop.train import Train, train_command
 except MissingPackage as error:  # the network's own packages, which only this command needs

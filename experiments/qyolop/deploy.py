@@ -1,9 +1,9 @@
-"""Trained models for use elsewhere: in 8 bits without training, as StableHLO, as ONNX."""
+"""A trained model in 8 bits without training: `quantize`."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from rich.console import Console
 from experiments.common import records
 from experiments.common.unfinished import Unfinished
 from experiments.qyolop.datasets import HELD_OUT_SEED, data_identity, dataset
-from experiments.qyolop.engines import DeployError, check_export, integer_model
 from experiments.qyolop.evaluate import (
     latency,
     machine,
@@ -31,11 +30,10 @@ from experiments.qyolop.flags import (
 )
 from experiments.qyolop.sensitivity import Case, measure_sensitivity
 from llm_jax.digest import file_digest
-from llm_jax.files import atomic_file
 from llm_jax.progress import Bar, bar
-from qyolop_jax import export, integer
+from qyolop_jax import integer
 from qyolop_jax.config import ModelConfig
-from qyolop_jax.fold import fold, run_folded
+from qyolop_jax.fold import fold
 from qyolop_jax.graph import Graph
 from qyolop_jax.network import INTEGER_FILE, MODEL_FILE, Network, float_forward
 from qyolop_jax.observe import ObserverKind
@@ -81,20 +79,6 @@ class Quantize:
     seed: int = 0
     output: Path | None = None
     """Default: model-int8.safetensors beside the model; model-int8-ptq if that is there."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """A model for other programs; it runs there once, to check that it computes the same."""
-
-    run: Path
-    """Folder of `train`, or a file of `train` or `quantize`."""
-    format: Literal["onnx", "stablehlo"]
-    """stablehlo is what jax.export reads."""
-    precision: Literal["int8", "float32"] = "int8"
-    size: tuple[int, int] | None = None
-    """Height and width, multiples of 32; default: those of the training."""
-    output: Path | None = None
 
 
 def quantize_command(args: Quantize, console: Console) -> int:
@@ -247,48 +231,3 @@ def _scores(
                 model=name, data=data, split="val", result=found, bytes=size,
                 seconds=work.found(title)[0],
             )  # fmt: skip
-
-
-def export_command(args: Export, console: Console) -> int:
-    """Writes the file and runs it once; nothing is written where it differs from the model."""
-    path, size = args.run.expanduser(), args.size
-    if size is not None:
-        ModelConfig(size=size)  # a size that cannot be is an error
-    if args.precision == "int8":
-        path = path / INTEGER_FILE if path.is_dir() else path
-        model = integer_model(path)
-        forward = lambda images: integer.run_integer(model, images)
-        onnx = lambda: export.integer_onnx(model, size)
-        steps = {n: np.asarray(p["step"]) for n, p in model.outputs.items()}
-        mixed = any("factor" not in layer for layer in model.layers.values())
-        if size is None and model.config is not None:
-            size = model.config.size
-        if size is None:
-            beside = path.parent / MODEL_FILE
-            if not beside.is_file():
-                raise DeployError(f"{path} does not say its size, and {beside} is not there; "
-                                  "give --size HEIGHT WIDTH")  # fmt: skip
-            size = load_weights(beside)[0].size
-    else:
-        path = path / MODEL_FILE if path.is_dir() else path
-        cfg, variables = load_weights(path)
-        graph, params = fold(cfg, variables)
-        size, steps, mixed = size or cfg.size, {}, True
-        forward = lambda images: run_folded(graph, params, images)
-        onnx = lambda: export.float_onnx(graph, params, size)
-    end = ".onnx" if args.format == "onnx" else ".stablehlo"
-    stem = path.stem if args.precision == "int8" else f"{path.stem}-float32"
-    target = args.output or path.parent / (stem + end)
-    check_file(target, path)
-    with console.status(f"Exporting {path}"), atomic_file(target) as scratch:
-        if args.format == "onnx":
-            scratch.write_bytes(onnx().SerializeToString())
-        else:
-            scratch.write_bytes(export.serialize(forward, size))
-        said = check_export(scratch, args.format, args.precision, forward, size, steps, mixed)
-    console.print(
-        f"Written: {target}, {target.stat().st_size / 1e6:.2f} MB, any batch of {size[0]}x{size[1]}"
-        f"\n{said}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    return 0

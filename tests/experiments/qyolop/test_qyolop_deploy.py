@@ -14,7 +14,9 @@ from experiments.common.unfinished import Unfinished
 from experiments.qyolop import __main__ as qyolop
 from experiments.qyolop import benchmark as qyolop_benchmark
 from experiments.qyolop import deploy as qyolop_deploy
+from experiments.qyolop import exporting as qyolop_exporting
 from experiments.qyolop import sensitivity as qyolop_sensitivity
+from experiments.qyolop.engines import DeployError
 from llm_jax.extras import MissingPackage
 from qyolop_jax import integer, network, quantize, weights
 from qyolop_jax.config import ModelConfig
@@ -103,7 +105,7 @@ def test_kept_convolutions_are_float_and_can_be_exported(folder, tmp_path, capsy
     assert qyolop.main(quantize_args(folder, keep=KEPT, output=out), QUIET) == 0
     for name, layer in integer.load_integer_model(out).layers.items():
         assert (layer["kernel"].dtype == jnp.float32) == (name in KEPT)
-    export = qyolop_deploy.Export(out, "onnx", size=CFG.size)
+    export = qyolop_exporting.Export(out, "onnx", size=CFG.size)
     assert qyolop.main(export, Console(width=140)) == 0
     assert "Checked: onnxruntime on 2 scenes" in capsys.readouterr().out
 
@@ -168,7 +170,7 @@ def test_exports_give_what_the_model_gives(folder, tmp_path, form, precision, ca
     if form == "onnx":
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     out = tmp_path / f"model.{form}"
-    args = qyolop_deploy.Export(folder, form, precision, output=out)
+    args = qyolop_exporting.Export(folder, form, precision, output=out)
     assert qyolop.main(args, Console(width=140)) == 0
     said = capsys.readouterr().out
     assert "Checked" in said and "any batch of 64x96" in said
@@ -183,25 +185,25 @@ def test_a_file_that_says_its_size_is_exported_alone(folder, tmp_path, monkeypat
     alone, sizes = tmp_path / "alone.safetensors", []
     alone.write_bytes((folder / INTEGER_FILE).read_bytes())
     made = lambda forward, size: sizes.append(size) or b"made"
-    monkeypatch.setattr(qyolop_deploy.export, "serialize", made)
-    monkeypatch.setattr(qyolop_deploy, "check_export", lambda *a: "")
-    assert qyolop.main(qyolop_deploy.Export(alone, "stablehlo"), QUIET) == 0
+    monkeypatch.setattr(qyolop_exporting.export, "serialize", made)
+    monkeypatch.setattr(qyolop_exporting, "check_export", lambda *a: "")
+    assert qyolop.main(qyolop_exporting.Export(alone, "stablehlo"), QUIET) == 0
     assert sizes == [CFG.size] and (tmp_path / "alone.stablehlo").read_bytes() == b"made"
 
 
 @pytest.mark.slow
 def test_an_export_that_differs_is_not_written(folder, tmp_path, monkeypatch):
-    real = qyolop_deploy.export.integer_onnx
+    real = qyolop_exporting.export.integer_onnx
 
-    def wrong(model, size):
+    def wrong(model, *args):
         layer = model.layers["area"]
         layer = layer | dict(bias=layer["bias"] + 10_000)
-        return real(dataclasses.replace(model, layers=model.layers | dict(area=layer)), size)
+        return real(dataclasses.replace(model, layers=model.layers | dict(area=layer)), *args)
 
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    monkeypatch.setattr(qyolop_deploy.export, "integer_onnx", wrong)
-    args = qyolop_deploy.Export(folder, "onnx", output=tmp_path / "wrong.onnx")
-    with pytest.raises(qyolop_deploy.DeployError, match="computes area otherwise"):
+    monkeypatch.setattr(qyolop_exporting.export, "integer_onnx", wrong)
+    args = qyolop_exporting.Export(folder, "onnx", output=tmp_path / "wrong.onnx")
+    with pytest.raises(DeployError, match="computes area otherwise"):
         qyolop.main(args, QUIET)
     assert not list(tmp_path.iterdir())
 
@@ -247,11 +249,11 @@ def test_bad_input_is_named(words, said, folder, tmp_path, capsys):
 def test_benchmark_times_and_writes(tmp_path, monkeypatch, capsys):
     """The command on ways that do nothing."""
     subject = qyolop_benchmark.Subject(CFG, {}, None, "random", 1000, 10)
-    monkeypatch.setattr(qyolop_benchmark, "subject", lambda args, console: subject)
+    monkeypatch.setattr(qyolop_benchmark, "subject", lambda *args: subject)
     monkeypatch.setitem(qyolop_benchmark.MATMUL_SIDE, "cpu", 64)
     monkeypatch.setattr(qyolop_benchmark, "WARM", 0.0)
 
-    def ways(subject, batch, console):
+    def ways(subject, batch, *_):
         for post in (False, True):
             key = dict(engine="jax", precision="float32", batch=batch, postprocessing=post)
             yield qyolop_benchmark.Way(

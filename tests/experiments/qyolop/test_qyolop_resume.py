@@ -215,7 +215,7 @@ def test_an_interrupted_quantize_ends_in_the_same_files_and_numbers(run, tmp_pat
 def test_an_interrupted_benchmark_keeps_whole_rounds(tmp_path, monkeypatch, capsys):
     """The command on ways that do nothing: rounds that are done keep their times."""
     subject = qyolop_benchmark.Subject(CFG, {}, None, "random", 1000, 10)
-    monkeypatch.setattr(qyolop_benchmark, "subject", lambda args, console: subject)
+    monkeypatch.setattr(qyolop_benchmark, "subject", lambda *args: subject)
     monkeypatch.setattr(qyolop_benchmark, "WARM", 0.0)
     calls, stop = [], [None]
 
@@ -227,7 +227,7 @@ def test_an_interrupted_benchmark_keeps_whole_rounds(tmp_path, monkeypatch, caps
 
         return qyolop_benchmark.Way(key, call, 1, 1000)
 
-    def ways(subject, batch, console):
+    def ways(subject, batch, *_):
         for precision in ("float32", "int8"):
             key = dict(task="inference", engine="jax", precision=precision, batch=batch)
             yield way(key | dict(postprocessing=False))
