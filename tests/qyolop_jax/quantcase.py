@@ -1,9 +1,14 @@
 """Small folded graphs with every operation, for the tests of quantization, integers and export."""
 
+import functools
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 
 from qyolop_jax.graph import Graph, Node
+from qyolop_jax.integer import IntegerModel, to_integer
+from qyolop_jax.scales import DEFAULT, PRE, Settings, plan_quantization
 
 COUNT = 3 * (5 + 2)
 
@@ -56,3 +61,26 @@ def images(seed=0, shape=(2, 64, 96, 3)):
     B, H, W, C = shape
     coarse = rng.uniform(0, 255, (B, H // 8, W // 8, C)).repeat(8, 1).repeat(8, 2)
     return jnp.asarray(np.clip(coarse + rng.normal(size=shape) * 20, 0, 255), jnp.uint8)
+
+
+SHIPPED = Path(__file__).parents[2] / "experiments/checkpoints/roads-int8.safetensors"
+
+
+@functools.cache
+def small_model(act: str, settings: Settings = DEFAULT) -> IntegerModel:
+    """Integers of `small_graph` with ranges that were not calibrated, which is quicker."""
+    graph = small_graph(act)
+    scales = {}
+    for name, parts in plan_quantization(graph, settings).parts.items():
+        ends = [0.0 if graph.node(name.removesuffix(PRE)).act == "relu" else -3.0, 5.0]
+        scales[name] = jnp.asarray([ends] * (int(parts.max()) + 1), jnp.float32)
+    return to_integer(graph, random_params(graph), scales, settings)
+
+
+def off_by(model: IntegerModel, found: dict, want: dict) -> dict[str, np.ndarray]:
+    """How many steps each value is off, by output; both have the same outputs and shapes."""
+    assert set(found) == set(want)
+    for name, a in want.items():
+        assert found[name].shape == a.shape and len(np.unique(a)) > 10, name  # something flows
+    step = lambda name: np.asarray(model.outputs[name]["step"])
+    return {n: np.abs(np.asarray(found[n]) - a) / step(n) for n, a in want.items()}
