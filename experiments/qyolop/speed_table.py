@@ -5,7 +5,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-SCORES = {"mAP50": "detection/AP50", "area": "area/mIoU", "lane": "lane/foreground IoU"}
+SCORES = {
+    "mAP50": "detection/AP50",
+    "drivable or not": "area/binary mIoU",
+    "lane IoU": "lane/foreground IoU",
+}
 """Title of a column -> name of the score."""
 
 
@@ -50,7 +54,7 @@ def _scores(rows: list[dict]) -> Table:
         table.add_column(name, justify="right" if name in SCORES else "left", no_wrap=True)
     for r in rows:
         for data, found in r.get("scores", {}).items():
-            values = [found.get(key, np.nan) for key in SCORES.values()]
-            cells = ("" if np.isnan(v) else f"{v:.4f}" for v in values)
+            values = [found.get(key) for key in SCORES.values()]
+            cells = ("" if v is None or np.isnan(v) else f"{v:.4f}" for v in values)
             table.add_row(f"{r['engine']} {r['precision']}", data, *cells)
     return table

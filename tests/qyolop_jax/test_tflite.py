@@ -63,7 +63,10 @@ def test_the_shipped_network_is_bit_equal():
 def test_layers_kept_in_float_stay_so(act):
     """An output, a layer inside, and one of a concatenation."""
     model = small_model(act, Settings(keep=("area", "mid", "a")))
-    found, want = lite(integer_tflite(model, SIZE), images(5)), run_integer(model, images(5))
+    found, want = (
+        lite(integer_tflite(model, SIZE), images(5)),
+        jax.jit(run_integer)(model, images(5)),
+    )
     assert "area" not in model.outputs
     for name, a in want.items():
         assert sqnr(a, found[name]) > 35, name
@@ -75,7 +78,7 @@ def test_floats(act):
     graph = small_graph(act)
     params, x = random_params(graph), images(5)
     found = lite(float_tflite(graph, params, SIZE), x)
-    for name, a in run_folded(graph, params, x).items():
+    for name, a in jax.jit(lambda p: run_folded(graph, p, x))(params).items():
         np.testing.assert_allclose(found[name], a, rtol=1e-4, atol=1e-4 * np.abs(a).max())
 
 

@@ -1,12 +1,15 @@
 """quantize, export and benchmark of experiments.qyolop on tiny networks."""
 
 import dataclasses
+import importlib.util
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import pytest
 from rich.console import Console
 
@@ -16,8 +19,8 @@ from experiments.qyolop import benchmark as qyolop_benchmark
 from experiments.qyolop import deploy as qyolop_deploy
 from experiments.qyolop import exporting as qyolop_exporting
 from experiments.qyolop import sensitivity as qyolop_sensitivity
+from experiments.qyolop import ways as qyolop_ways
 from experiments.qyolop.engines import DeployError
-from llm_jax.extras import MissingPackage
 from qyolop_jax import integer, network, quantize, weights
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.graph import Graph, Node, build_graph, count
@@ -164,11 +167,16 @@ def test_sensitivity_tells_how_far_it_is():
         pytest.param("onnx", "int8", marks=pytest.mark.slow),
         ("onnx", "float32"),
         pytest.param("stablehlo", "int8", marks=pytest.mark.slow),
+        ("qdq", "int8"),
+        ("tflite", "int8"),
+        ("tflite", "float32"),
     ],
 )
 def test_exports_give_what_the_model_gives(folder, tmp_path, form, precision, capsys):
-    if form == "onnx":
+    if form in ("onnx", "qdq"):
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    if form == "tflite":
+        pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed")
     out = tmp_path / f"model.{form}"
     args = qyolop_exporting.Export(folder, form, precision, output=out)
     assert qyolop.main(args, Console(width=140)) == 0
@@ -225,6 +233,14 @@ def test_an_export_that_differs_is_not_written(folder, tmp_path, monkeypatch):
         (["export", "--run", "RUN/model.safetensors", "--format", "onnx"], "make it again"),
         (["export", "--run", "BARE", "--format", "onnx"], "give --size"),
         (["export", "--run", "RUN", "--format", "onnx", "--size", "50", "64"], "multiples of 32"),
+        (["export", "--run", "RUN", "--format", "qdq", "--precision", "float32"], "take --format"),
+        (
+            ["export", "--run", "RUN", "--format", "onnx", "--symmetric"],
+            "is for --format qdq",
+        ),
+        (["export", "--run", "RUN", "--format", "tflite", "--opset", "18"], "onnx or qdq"),
+        (["export", "--run", "RUN", "--format", "stablehlo", "--batch", "2"], "--batch is for"),
+        (["benchmark", "--run", "BARE"], "does not say its classes"),
         (["benchmark", "--run", "nowhere"], "train a model first"),
         (["benchmark", "--size", "50", "64"], "multiples of 32"),
         (["benchmark", "--repeats", "0"], "--repeats is 0; expected 1 to"),
@@ -306,20 +322,53 @@ def test_benchmark_writes_every_way_once(folder, tmp_path, monkeypatch, capsys):
     assert "onnxruntime int8" in shown and "Best matrix products: float32" in shown
 
 
-@pytest.mark.slow
-def test_what_is_not_there_is_left_out_and_said(tmp_path, monkeypatch, capsys):
-    def missing(*args):
-        raise MissingPackage("running ONNX needs onnxruntime")
+def test_an_engine_that_is_not_installed_is_an_error(tmp_path, monkeypatch, capsys):
+    """By the words that install it; nothing is timed."""
+    monkeypatch.setitem(qyolop_benchmark.MATMUL_SIDE, "cpu", 64)
+    subject = qyolop_benchmark.Subject(CFG, {}, None, "random", 1000, 10, (None, {}))
+    monkeypatch.setattr(qyolop_benchmark, "subject", lambda *args: subject)
+    makers = dict(float_onnx=qyolop_ways.export, float_tflite=qyolop_ways.tflite)
+    for name, module in makers.items():
+        monkeypatch.setattr(module, name, lambda *args, **more: onnx.ModelProto())
+    for engine, module in (("openvino", "openvino"), ("litert", "ai_edge_litert")):
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setitem(sys.modules, f"{module}.interpreter", None)
+        words = ["benchmark", "--engines", engine, "--output", str(tmp_path / "speed.jsonl")]
+        assert qyolop.cli(words) == 2
+        assert f"pip install 'thimble-jax[{engine}]'" in capsys.readouterr().err
+    assert not (tmp_path / "speed.jsonl").exists()
 
+
+@pytest.mark.slow
+def test_a_network_without_integers_is_timed_in_float(tmp_path, capsys):
     weights.save_weights(tmp_path / MODEL_FILE, CFG, initial(CFG))
-    monkeypatch.setattr(qyolop_benchmark, "onnx_session", missing)
-    subject = qyolop_benchmark.subject(
-        qyolop_benchmark.BenchmarkNetwork(tmp_path), Console(width=200)
-    )
-    found = list(qyolop_benchmark.forwards(subject, 1, Console(width=200)))  # nothing runs
+    subject = qyolop_ways.subject(tmp_path, CFG, None, Console(width=200))
+    found = list(qyolop_ways.forwards(subject, 1, ["jax"], None))  # nothing runs
     assert [f[:2] for f in found] == [("jax", "float32"), ("jax", "bfloat16")]
-    said = capsys.readouterr().out
-    assert "int8 is left out" in said and "onnxruntime is left out: running ONNX" in said
+    assert "int8 is left out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_engines_side_by_side_are_timed_and_scored(folder, tmp_path, monkeypatch, capsys):
+    """Of a file of integers alone; in integers every engine that keeps the bits has one score."""
+    pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed")
+    engines = ["onnxruntime", "litert"]
+    if importlib.util.find_spec("openvino"):
+        engines.append("openvino")
+    monkeypatch.setitem(qyolop_benchmark.MATMUL_SIDE, "cpu", 64)
+    monkeypatch.setattr(qyolop_benchmark, "WARM", 0.0)
+    out = tmp_path / "speed.jsonl"
+    words = ["benchmark", "--run", str(folder / INTEGER_FILE), "--batch", "2", "--repeats", "1"]
+    words += ["--engines", "jax", *engines, "--data", "scenes", "--images", "3", "--threads", "1"]
+    assert qyolop.cli([*words, "--output", str(out)]) == 0
+    rows = [r for r in lines(out) if "scores" in r]
+    assert {r["engine"] for r in rows} == {"jax", *engines}
+    assert all("area/mIoU" in r["scores"]["scenes"] and r["cpu_least"] > 0 for r in rows)
+    exact = [r for r in rows if r["precision"] == "int8" and r["engine"] in ("jax", "litert")]
+    assert len(exact) == 2 and exact[0]["scores"] == exact[1]["scores"]
+    assert "mAP50" in capsys.readouterr().out
+    assert qyolop.cli([*words, "--train-batch", "1"]) == 2
+    assert "--train-batch needs a float network" in capsys.readouterr().err
 
 
 def test_all_take_turns_and_ratios_are_within_an_engine():
@@ -335,7 +384,11 @@ def test_all_take_turns_and_ratios_are_within_an_engine():
     limit = qyolop_benchmark.Way(
         dict(task="matmul", engine="jax", precision="float32", batch=1, side=10), None, 1, 1000
     )
-    rows = qyolop_benchmark.speed_rows([limit, *ways], [[2.0, 1.0], [0.2, 0.4], [0.1, 0.1]])
+    rows = qyolop_benchmark.speed_rows(
+        [limit, *ways],
+        [[(2.0, 3.0), (1.0, 4.0)], [(0.2, 0.1), (0.4, 0.5)], [(0.1, 0.3), (0.1, 0.2)]],
+    )
+    assert [(r["least"], r["cpu_least"]) for r in rows] == [(1.0, 3.0), (0.2, 0.1), (0.1, 0.2)]
     assert [round(r.get("times_float32", 0), 6) for r in rows] == [0, 1, 3]
     assert [round(r.get("share_of_limit", 0), 6) for r in rows] == [0, 0.033333, 0.1]
 
@@ -344,13 +397,12 @@ def test_all_take_turns_and_ratios_are_within_an_engine():
 def test_training_steps_are_timed(monkeypatch):
     made = iter(range(9))
     monkeypatch.setattr(
-        qyolop_benchmark.optimization, "make_step",
+        qyolop_ways.optimization, "make_step",
         lambda loss, config: lambda state, batch, rate: (state, next(made)),
     )  # fmt: skip
-    args = qyolop_benchmark.BenchmarkNetwork(width=0.125, size=(64, 96))
-    subject = qyolop_benchmark.subject(args, QUIET)
+    subject = qyolop_ways.subject(None, CFG, None, QUIET)
     assert subject.weights == "random"
-    ways = list(qyolop_benchmark.training(subject, 2))
+    ways = list(qyolop_ways.training(subject, 2))
     assert [w.key["precision"] for w in ways] == ["float32", "bfloat16"]
     for way in ways:
         way.call(), way.call()

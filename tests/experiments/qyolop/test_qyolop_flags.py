@@ -40,11 +40,15 @@ WRONG = {  # command -> flags, and values that cannot be
         "--seed": ("-1", HUGE), "--percentile": ("nan", "50", "101", "inf"),
         "--data": ("scenes scenes",),
     },
-    "export": {"--size": ("0 0", "50 64", f"{HUGE} 64", "-32 64")},
+    "export": {
+        "--size": ("0 0", "50 64", f"{HUGE} 64", "-32 64"), "--opset": ("12", "99"),
+        "--batch": ("0", "-1", HUGE),
+    },
     "benchmark": {
         "--width": ("nan", "0", "9"), "--size": ("50 64", f"{HUGE} 64", "0 0"),
         "--batch": ("0", "1 -1", HUGE), "--repeats": ("0", "-1", HUGE),
-        "--train-batch": ("0", HUGE),
+        "--train-batch": ("0", HUGE), "--threads": ("0", HUGE), "--images": ("0", HUGE),
+        "--data": ("scenes scenes",),
     },
 }  # fmt: skip
 CASES = [(c, f, v) for c, flags in WRONG.items() for f, values in flags.items() for v in values]
