@@ -44,7 +44,7 @@ def symmetric(model: IntegerModel) -> IntegerModel:
         if "table" in p:
             raise ExportError(
                 f"{node.name} has a table for {node.act}, which has no form without zero points; "
-                "`train --activation relu`, or `quantize --symmetric` and another format"
+                "`train --activation relu`"
             )
         wide_in, zero = _wider(p["zero_in"]), dict(zero_in=np.int8(0))
         if "zero" in p:
