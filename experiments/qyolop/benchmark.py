@@ -178,8 +178,8 @@ def benchmark_command(args: BenchmarkNetwork, console: Console) -> int:
         check_range(args, 1, MOST_THREADS, "threads")
     if args.data:
         check_data(args.data)
-    if not args.batch and not args.train_batch:
-        raise DeployError("there is nothing to time; give --batch or --train-batch")
+    if not args.train_batch and not (args.batch and args.engines):
+        raise DeployError("there is nothing to time; give --batch and --engines, or --train-batch")
     check_file(args.output)
     random = ModelConfig(args.width, args.activation, size=args.size or (384, 640))
     s = subject(args.run, random, args.size, console)
