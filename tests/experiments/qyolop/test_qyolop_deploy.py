@@ -398,7 +398,7 @@ def test_training_steps_are_timed(monkeypatch):
     made = iter(range(9))
     monkeypatch.setattr(
         qyolop_ways.optimization, "make_step",
-        lambda loss, config: lambda state, batch, rate: (state, next(made)),
+        lambda loss, config, mesh: lambda state, batch, rate: (state, next(made)),
     )  # fmt: skip
     subject = qyolop_ways.subject(None, CFG, None, QUIET)
     assert subject.weights == "random"
