@@ -65,7 +65,7 @@ def test_the_shipped_network_is_bit_equal_by_onnxruntime():
 
 
 def test_the_shipped_network_by_openvino(monkeypatch):
-    """It multiplies before it adds the bias, so it rounds otherwise; how much is in docs/qyolop."""
+    """It rounds a few values otherwise, and the layers behind them make more of that."""
     monkeypatch.setitem(sys.modules, "openvino_telemetry", None)  # it forks
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
     x, want = shipped_case()
