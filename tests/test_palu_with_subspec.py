@@ -21,7 +21,7 @@ from llm_jax.testing import tiny_params
 from pallas_kernels.quantized_matmul.packing import scales
 from palu_jax import store
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat
 from palu_jax.rank import group_sizes, uniform_ranks
 from subspec_jax.batch import BatchDecoder
 from subspec_jax.decoder import Decoder

@@ -23,7 +23,8 @@ from llm_jax.testing import tiny_config, tiny_params
 from pallas_kernels.lowrank_attention.latents import dense
 from palu_jax.attention import FEW, attend_either
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat, quantize_latents
+from palu_jax.format import LatentFormat
+from palu_jax.latent import quantize_latents
 
 SLOTS = 48
 f64 = lambda a: np.asarray(jnp.asarray(a, jnp.float32), np.float64)

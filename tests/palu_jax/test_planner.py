@@ -9,9 +9,9 @@ import pytest
 
 from llm_jax.attention import caches_for
 from llm_jax.testing import tiny_config, tiny_params
-from palu_jax import planner, rank
+from palu_jax import forecast, planner, rank
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat
 from palu_jax.rank import RankError
 
 
@@ -30,10 +30,10 @@ def cost_of(energy, r, bits):
     """The formula of the module's docstring, written out."""
     left = float(sum(energy[r:]))
     if bits == 16:
-        return planner.TRUNCATION * left
+        return forecast.TRUNCATION * left
     kept = sum(np.sqrt(e) for e in energy[:r])
-    noise = float(planner.distortion(bits, [r])[0]) * kept**2 / r
-    return planner.TRUNCATION * left + planner.NOISE * noise
+    noise = float(forecast.distortion(bits, [r])[0]) * kept**2 / r
+    return forecast.TRUNCATION * left + forecast.NOISE * noise
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -98,7 +98,7 @@ def test_distortion(bits):
         code = np.clip(np.round((z - middle + half) / step), 0, 2**bits - 1)
         errors.append(((code * step + middle - half - z) ** 2).sum(1))
     want = np.min(errors, axis=0).sum() / (z**2).sum()
-    np.testing.assert_allclose(planner.distortion(bits, [size])[0], want, rtol=0.06)
+    np.testing.assert_allclose(forecast.distortion(bits, [size])[0], want, rtol=0.06)
 
 
 def test_the_budget_is_that_of_the_live_arrays():
