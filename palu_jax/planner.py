@@ -140,6 +140,9 @@ def _mixed(groups, parts, items, budget, multiple, bits) -> list[CachePlan]:
     each = iter(c for c, item in zip(found, items, strict=True) for _ in item)
     per_side = lambda: tuple(next(each) for _ in groups)
     classes = tuple((per_side(), per_side()) for _ in range(len(parts) // (2 * len(groups))))
+    used = lambda side: {b for layer in classes for group in layer[side] for _, b in group}
+    if len(used(0)) == len(used(1)) == 1:
+        return []  # a plan of one class
     ranks = by_layer([sum(r for r, _ in c) for l in classes for s in l for c in s], len(groups))
     form = MixedFormat(classes=classes)
     size = bytes_per_token(ranks, form)
