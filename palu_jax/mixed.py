@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pallas_kernels.lowrank_attention.latents import block_bytes
-from palu_jax.forecast import TRUNCATION, rounding
+from palu_jax.forecast import SECOND, TRUNCATION, rounding
 from palu_jax.format import GroupClasses
 from palu_jax.rank import META, truncation
 
@@ -79,7 +79,7 @@ def _priced(energies, middle, b1, end, b2):
         error += TRUNCATION * truncation(np.asarray(energy, np.float64))[end]
         error += rounding(energy, np.zeros_like(middle), middle, b1)
         if b2:
-            error += rounding(energy, middle, end, b2)
+            error += SECOND * rounding(energy, middle, end, b2)
     choice = np.stack(np.broadcast_arrays(middle, b1, end - middle, b2), 1)
     return used * len(energies), error, choice
 

@@ -55,8 +55,8 @@ def test_the_cache_is_packed():
 def formula(energy, classes):
     """The forecast, written out."""
     total, at = 0.0, 0
-    for r, bits in classes:
-        total += cost_of([*energy[at : at + r]], r, bits)  # nothing is cut off these
+    for weight, (r, bits) in zip((1, forecast.SECOND), classes, strict=False):
+        total += weight * cost_of([*energy[at : at + r]], r, bits)  # nothing is cut off these
         at += r
     return total + forecast.TRUNCATION * float(sum(energy[at:]))
 
