@@ -61,7 +61,7 @@ def test_plans_are_sorted_fit_and_have_predicted_what_they_say():
     rng = np.random.default_rng(7)
     cfg = model(layers=2, kv_heads=2, head_dim=16)
     found = {g: energies(rng, 2, 2 // g, 16 * g) for g in (1, 2)}
-    plans = planner.plan_cache(found, cfg, 60)
+    plans = planner.plan_cache(found, cfg, 60, classes=1)
     assert [p.error for p in plans] == sorted(p.error for p in plans)
     assert {p.groups for p in plans} == {(1, 1), (2,)}
     for p in plans:
@@ -106,8 +106,8 @@ def test_the_budget_is_that_of_the_live_arrays():
     rng = np.random.default_rng(0)
     found = {2: energies(rng, cfg.layers, 1, 2 * cfg.head_dim)}
     best = planner.plan_cache(found, cfg, 40, bits=(4, 2))[0]
-    form = LatentFormat(best.key_bits, best.value_bits)
-    palu = to_palu(tiny_params(cfg), cfg, Recipe(best.groups, best.ranks, "plain", form))
+    recipe = Recipe(best.groups, best.ranks, "plain", best.format())
+    palu = to_palu(tiny_params(cfg), cfg, recipe)
     caches = caches_for(palu, cfg, 1, 10)
     held = sum(a.nbytes for a in jax.tree.leaves(caches))
     assert held == 10 * best.bytes_per_token <= 400
