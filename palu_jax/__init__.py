@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from palu_jax.compression import Compression, Compressor, compress
     from palu_jax.convert import ConvertError, Recipe, to_palu
     from palu_jax.description import StoreError, describe
-    from palu_jax.latent import FormatError, LatentFormat
+    from palu_jax.format import FormatError, LatentFormat, MixedFormat
     from palu_jax.planner import CachePlan, plan_cache
     from palu_jax.rank import (
         RankError,
@@ -38,9 +38,10 @@ _HOMES = {  # name -> its module, imported when the name is first used; no modul
     "Compression": "palu_jax.compression",
     "Compressor": "palu_jax.compression",
     "ConvertError": "palu_jax.convert",
-    "FormatError": "palu_jax.latent",
+    "FormatError": "palu_jax.format",
     "KVFormat": "palu_jax.rival",
-    "LatentFormat": "palu_jax.latent",
+    "LatentFormat": "palu_jax.format",
+    "MixedFormat": "palu_jax.format",
     "PaluCheckpoint": "palu_jax.store",
     "RankError": "palu_jax.rank",
     "Recipe": "palu_jax.convert",
@@ -70,6 +71,7 @@ __all__ = [
     "FormatError",
     "KVFormat",
     "LatentFormat",
+    "MixedFormat",
     "PaluCheckpoint",
     "PaluError",
     "RankError",

@@ -30,7 +30,8 @@ from llm_jax.model import scaled
 from pallas_kernels.lowrank_attention import lowrank_attention
 from pallas_kernels.lowrank_attention.reference import rebuilt_heads
 from pallas_kernels.precision import precision
-from palu_jax.latent import LatentFormat, PaluCache
+from palu_jax.format import LatentFormat
+from palu_jax.latent import PaluCache
 
 _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 

@@ -26,7 +26,7 @@ from palu_jax.convert import (
     layer_spectra,
     to_palu,
 )
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat
 from palu_jax.planner import CachePlan, plan_cache
 from palu_jax.rank import Ranks, error_ranks, fisher_ranks, group_sizes, uniform_ranks
 
@@ -67,6 +67,10 @@ class Compression:
     """With a budget: the most seconds that a decode step's attention may take over `tokens` slots,
     by the cost model of the kernels."""
     tokens: int = 65536
+    classes: Literal[1, 2] = 2
+    """With a budget: 2 lets the planner store the keys or values of a group in two classes of bits.
+    On a GPU the kernels then give way to XLA. With `slowest`, or with a format with blocks, there
+    is one class."""
 
     @property
     def needs_gradients(self) -> bool:
@@ -103,6 +107,7 @@ def compress(
     budget: float | None = None,
     slowest: float | None = None,
     tokens: int = 65536,
+    classes: Literal[1, 2] = 2,
     statistics: Statistics | None = None,
     reporter: Reporter | None = None,
 ) -> Params:
@@ -122,7 +127,7 @@ def compress(
         format = LatentFormat(*(4 if bits is None else bits,) * 2)
     how = Compression(
         keep, format, group, objective, search, split, multiple, rotate, mean_split, fuse_values,
-        budget, slowest, tokens,
+        budget, slowest, tokens, classes,
     )  # fmt: skip
     reporter = reporter or default_reporter()
     if statistics is None and how.needs_statistics:
@@ -156,6 +161,7 @@ class Compressor:
         self._reporter = reporter or default_reporter()
         self._kept: tuple[Any, list[Spectra]] | None = None
         self._energies: dict[Objective, dict[int, list]] = {}
+        self._planned: tuple[Compression, list[CachePlan]] | None = None
 
     def compress(self, how: Compression) -> tuple[Params, Recipe]:
         """(the compressed parameters, the recipe, as `palu_jax.save` wants it)."""
@@ -167,8 +173,7 @@ class Compressor:
         """The recipe with the ranks that the search or the planner chooses."""
         if how.budget is not None:
             plan = self.plans(how)[0]
-            bits = dict(key_bits=plan.key_bits, value_bits=plan.value_bits)
-            form = dataclasses.replace(how.format, **bits)
+            form = plan.format(how.format)
             return Recipe(
                 plan.groups, plan.ranks, how.objective, form, how.rotate, False, how.fuse_values
             )
@@ -193,14 +198,20 @@ class Compressor:
 
     def plans(self, how: Compression) -> list[CachePlan]:
         """Every way to spend `how.budget`, the least predicted error first; raises RankError."""
+        if how.classes not in (1, 2):
+            raise ConvertError(f"{how.classes} classes of bits; possible are 1 and 2")
+        if self._planned is not None and self._planned[0] == how:
+            return self._planned[1]
         kv_heads = self._cfg.kv_heads
         if how.objective not in self._energies:
             sizes = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
             self._energies[how.objective] = {n: self._energy(n, how.objective) for n in sizes}
-        return plan_cache(
+        found = plan_cache(
             self._energies[how.objective], self._cfg, how.budget, how.multiple,
-            tokens=how.tokens, slowest=how.slowest,
+            tokens=how.tokens, slowest=how.slowest, classes=1 if how.format.block else how.classes,
         )  # fmt: skip
+        self._planned = how, found
+        return found
 
     def _energy(self, group: int, objective: Objective) -> list:
         """For each layer the eigenvalues of its key groups and of its value groups."""

@@ -25,9 +25,9 @@ from palu_jax import PaluError
 from palu_jax.attention import Factors, PaluAttention, frequencies_of, why_not
 from palu_jax.calibration import LayerStatistics, Statistics
 from palu_jax.decompose import Spectrum, block_diagonal, key_metric, spectrum, value_metric
+from palu_jax.format import LatentFormat, MixedFormat
 from palu_jax.hadamard import rotation
 from palu_jax.identity import identity, not_finite
-from palu_jax.latent import LatentFormat
 from palu_jax.rank import Ranks
 
 Objective = Literal["plain", "whitened", "aware", "gradient"]
@@ -177,7 +177,8 @@ def to_palu(
                 layer.attn, cfg, recipe.groups, recipe.objective, own, recipe.mean_split
             )
         with np.errstate(over="ignore"):  # what overflows is named below
-            made = convert_layer(layer, cfg, recipe, recipe.ranks[i], found)
+            own = dataclasses.replace(recipe, format=recipe.format.layer(i))
+            made = convert_layer(layer, cfg, own, recipe.ranks[i], found)
         if bad := not_finite(made.attn):
             raise ConvertError(
                 f"layer {i}: the converted {bad} overflows {cfg.dtype}; convert the model in "
@@ -196,14 +197,15 @@ def convert_layer(
     ranks: tuple[tuple[int, ...], tuple[int, ...]],
     found: Spectra,
 ) -> Layer:
-    """The layer with a `PaluAttention` of these ranks, made from the layer's spectra."""
+    """The layer with a `PaluAttention` of these ranks, made from the layer's spectra.
+
+    The recipe's format is that of this layer.
+    """
     attn, dtype = layer.attn, cfg.dtype
-    bits = recipe.format.key_bits, recipe.format.value_bits
     made = []
     pairs = ((found.k, found.w_k_DF), (found.v, found.w_v_DF))
     for which, (spectra, w_DF) in enumerate(pairs):
-        rotate = recipe.rotate and bits[which] < 16
-        down, up = _factors(spectra, ranks[which], recipe, cfg, rotate)
+        down, up = _factors(spectra, ranks[which], recipe, cfg, which)
         mean_F = None
         if found.mean_D is not None:
             mu = found.mean_D
@@ -237,16 +239,21 @@ def convert_layer(
     return dataclasses.replace(layer, attn=palu)
 
 
-def _factors(spectra, ranks, recipe, cfg, rotate):
-    """(down [D, sum of ranks], up [g, largest rank, K', H]) in float64."""
-    downs = []
+def _factors(spectra, ranks, recipe, cfg, side):
+    """(down [D, sum of ranks], up [g, largest rank, K', H]) in float64; each class of latents is
+    rotated by itself."""
+    downs, form = [], recipe.format
     up_gRKH = np.zeros((len(ranks), max(ranks), max(recipe.groups), cfg.head_dim))
     for i, (s, rank, heads) in enumerate(zip(spectra, ranks, recipe.groups, strict=True)):
         down, up = s.factors(rank)
-        if rotate:
-            down, up = _rotated(down, up, recipe.format.block or rank)
-        downs.append(down)
-        up_gRKH[i, :rank, :heads] = up.reshape(rank, heads, cfg.head_dim)
+        at = 0
+        for size, bits in form.classes_of(side, i, rank):
+            own, at = slice(at, at + size), at + size
+            part = down[:, own], up[own]
+            if recipe.rotate and bits < 16:
+                part = _rotated(*part, form.block or size)
+            downs.append(part[0])
+            up_gRKH[i, own, :heads] = part[1].reshape(size, heads, cfg.head_dim)
     return np.concatenate(downs, axis=1), up_gRKH
 
 
@@ -347,12 +354,17 @@ def check_recipe(cfg: Config, recipe: Recipe, statistics: Statistics | None = No
         raise ConvertError(
             f"the recipe has ranks for {len(recipe.ranks)} layers; the model has {cfg.layers}"
         )
+    if isinstance(recipe.format, MixedFormat) and len(recipe.format.classes) != cfg.layers:
+        raise ConvertError(
+            f"the format has classes for {len(recipe.format.classes)} layers; the model has "
+            f"{cfg.layers}"
+        )
     if statistics is not None and len(statistics.layers) != cfg.layers:
         raise ConvertError(
             f"the statistics have {len(statistics.layers)} layers; the model has {cfg.layers}"
         )
     for i, layer in enumerate(recipe.ranks):
-        for name, ranks in zip(("key", "value"), layer, strict=True):
+        for side, (name, ranks) in enumerate(zip(("key", "value"), layer, strict=True)):
             if len(ranks) != len(recipe.groups):
                 raise ConvertError(
                     f"layer {i}: {len(ranks)} {name} ranks for {len(recipe.groups)} groups"
@@ -364,7 +376,7 @@ def check_recipe(cfg: Config, recipe: Recipe, statistics: Statistics | None = No
                         f"layer {i}: {name} rank {rank} of a group of {heads} heads; expected 1 to "
                         f"{full}, the group's outputs"
                     )
-            recipe.format.blocks(ranks)  # raises where blocks do not divide ranks
+            recipe.format.layer(i).layout(side, ranks)  # raises where blocks do not fit
     if recipe.fuse_values:
         if recipe.mean_split:
             raise ConvertError("fused values leave no place for a mean split; choose one")

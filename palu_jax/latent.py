@@ -1,6 +1,6 @@
 """What a Palu layer keeps of its tokens: packed latents, and exact ones of the first and newest.
 
-`quantize_latents` packs latents, `PaluCache` holds them, `LatentFormat` says how.
+`quantize_latents` packs latents, `PaluCache` holds them, `palu_jax.format` says how.
 
 Letters: B batch, T new tokens, S slots, X exact slots, R latents of a token, r latents of a block,
 P packed bytes, g blocks.
@@ -17,92 +17,43 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from llm_jax.cache import move_rows, write_rows
-from llm_jax.config import DTYPES
 from pallas_kernels.bit_fields import pack_codes
-from pallas_kernels.lowrank_attention.latents import LATENT_BITS, Latents, block_bytes, dense
-from palu_jax import PaluError
+from pallas_kernels.lowrank_attention.latents import (
+    Bits,
+    Latents,
+    block_bytes,
+    dense,
+    each_block,
+)
+from palu_jax.format import LatentFormat
 
 _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 
-class FormatError(PaluError):
-    """An impossible cache format; the message says what is possible."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentFormat:
-    """How latents are stored. Keys and values may differ; with 16 bits they are not quantized."""
-
-    key_bits: int = 16
-    value_bits: int = 16
-    clip: tuple[float, ...] | None = None
-    """Shares of a block's range to try; the one with the least squared error is used.
-    None: the whole range, and at 2 bits also shares down to 0.6."""
-    block: int = 0
-    """Number of latents that share a step and an offset; 0: all of a group of heads."""
-    sinks: int = 0
-    """Number of first tokens kept in 16 bits."""
-    window: int = 0
-    """Number of newest tokens kept in 16 bits; older ones are read as quantized."""
-    dtype: str | None = None
-    """The dtype of 16-bit latents; None: the model's."""
-
-    def __post_init__(self):
-        for name in ("key_bits", "value_bits"):
-            if getattr(self, name) not in LATENT_BITS:
-                known = ", ".join(map(str, LATENT_BITS))
-                raise FormatError(f"{name} is {getattr(self, name)}; possible are {known}")
-        for name in ("block", "sinks", "window"):
-            if not 0 <= getattr(self, name) < 2**31:
-                raise FormatError(f"{name} is {getattr(self, name)}; expected 0 to {2**31 - 1}")
-        if self.clip is not None and not (self.clip and all(0 < c <= 1 for c in self.clip)):
-            raise FormatError(f"clip is {self.clip}; expected shares above 0 and at most 1")
-        if self.dtype not in (None, *DTYPES):
-            raise FormatError(f"dtype is {self.dtype!r}; possible are {', '.join(DTYPES)}")
-
-    def shares(self, bits: int) -> tuple[float, ...]:
-        """The shares of a block's range that `quantize_latents` tries at this number of bits."""
-        if self.clip is not None:
-            return self.clip
-        return (1.0, 0.9, 0.8, 0.7, 0.6) if bits == 2 else (1.0,)
-
-    def blocks(self, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        """Sizes of the quantization blocks of groups with these ranks.
-
-        Raises FormatError where blocks do not divide a rank.
-        """
-        if not self.block:
-            return tuple(ranks)
-        if bad := [r for r in ranks if r % self.block]:
-            raise FormatError(f"blocks of {self.block} latents do not divide a rank of {bad[0]}")
-        return (self.block,) * (sum(ranks) // self.block)
-
-    @property
-    def keeps_exact(self) -> bool:
-        """Whether some tokens are kept in 16 bits beside their codes."""
-        return bool(self.sinks or self.window) and min(self.key_bits, self.value_bits) < 16
-
-
 def quantize_latents(
-    z_BTR: jax.Array, bits: int, blocks: tuple[int, ...], clip: tuple[float, ...] = (1.0,)
+    z_BTR: jax.Array,
+    bits: Bits,
+    blocks: tuple[int, ...],
+    clip: tuple[float, ...] | None = (1.0,),
 ) -> Latents:
     """The latents of T tokens as asymmetric codes of `bits` bits, with a step and an offset for
-    each block.
+    each block; `bits` as in `Latents`.
 
     Offsets are rounded down and steps are rounded up in bfloat16, so that the whole range is
-    covered. `clip` lists shares of a block's range; a smaller range is used where it lowers the
-    squared error. At 2 bits the extremes of a Gaussian block cost more than they are worth.
+    covered. `clip` lists shares of a block's range, and None is as in `LatentFormat`; a smaller
+    range is used where it lowers the squared error. At 2 bits the extremes of a Gaussian block cost
+    more than they are worth.
     """
     if bits == 16:
         return Latents(z_BTR, None, None, bits, blocks)
     with jax.named_scope("quantize"):
-        parts, at = [], 0
-        for size, group in itertools.groupby(blocks):
+        parts, at, form = [], 0, LatentFormat(clip=clip)
+        for (size, own), group in itertools.groupby(each_block(bits, blocks)):
             count = len(list(group))
             z = z_BTR[..., at : at + count * size].astype(jnp.float32)
             z = z.reshape(*z.shape[:-1], count, size)
-            code, step, offset = _best(z, bits, clip)
-            bytes_ = pack_codes(code.astype(jnp.uint8), bits)
+            code, step, offset = _best(z, own, form.shares(own))
+            bytes_ = pack_codes(code.astype(jnp.uint8), own)
             parts.append((bytes_.reshape(*bytes_.shape[:-2], -1), step, offset))
             at += count * size
         codes, step, offset = (jnp.concatenate(p, axis=-1) for p in zip(*parts, strict=True))
@@ -140,12 +91,12 @@ def _round(x, toward: int):
 
 
 def empty_latents(
-    batch: int, slots: int, bits: int, blocks: tuple[int, ...], dtype: jnp.dtype
+    batch: int, slots: int, bits: Bits, blocks: tuple[int, ...], dtype: jnp.dtype
 ) -> Latents:
-    """Slots that hold zeros, on the default device."""
+    """Slots that hold zeros, on the default device; `bits` as in `Latents`."""
     if bits == 16:
         return Latents(jnp.zeros((batch, slots, sum(blocks)), dtype), None, None, bits, blocks)
-    count = sum(block_bytes(size, bits) for size in blocks)
+    count = sum(block_bytes(size, own) for size, own in each_block(bits, blocks))
     meta = lambda: jnp.zeros((batch, slots, len(blocks)), jnp.bfloat16)
     codes = jnp.zeros((batch, slots, count), jnp.uint8)
     return Latents(codes, meta(), meta(), bits, blocks)
@@ -240,8 +191,8 @@ class PaluCache:
         largest number of slots beyond the committed text, such as those of a draft tree."""
         dtype = jnp.dtype(format.dtype or dtype)
         k, v = (
-            empty_latents(batch, slots, bits, format.blocks(r), dtype)
-            for bits, r in zip((format.key_bits, format.value_bits), ranks, strict=True)
+            empty_latents(batch, slots, *format.layout(side, r), dtype)
+            for side, r in enumerate(ranks)
         )
         exact = None
         if format.keeps_exact:
@@ -262,10 +213,9 @@ class PaluCache:
         stored before stay as they are."""
         f = self.format
         put = lambda old, new: jax.tree.map(lambda a, b: write_rows(a, b, at), old, new)
-        sides = (self.k, zk_BTR, f.key_bits), (self.v, zv_BTR, f.value_bits)
         k, v = (
-            put(old, quantize_latents(z, bits, old.blocks, f.shares(bits)))
-            for old, z, bits in sides
+            put(old, quantize_latents(z, old.bits, old.blocks, f.clip))
+            for old, z in ((self.k, zk_BTR), (self.v, zv_BTR))
         )
         coefficient_BS = self.mean_coefficient_BS
         if coefficient_BS is not None:

@@ -1,29 +1,23 @@
 """Group size, bits and ranks for a number of cache bytes a token, chosen by predicted error.
 
 A plan weighs the loss by truncation against the loss by quantization for every item: the keys or
-the values of one group of heads in one layer. An item has eigenvalues a_1 >= a_2 >= ...; its
-latents are scaled to their fourth roots and rotated. Rank r at b bits is predicted to cost
-
-    TRUNCATION sum_{j > r} a_j  +  NOISE D(b, r) (sum_{j <= r} a_j^(1/2))^2 / r,
-
-where D is the mean squared error of a Gaussian block of r latents over its variance. Under the
-gradient objective this is a change of the loss in nats a token, so items can be compared.
+the values of one group of heads in one layer. `palu_jax.forecast` has the formula, `palu_jax.mixed`
+the choice of two classes of bits for each item.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
 from llm_jax.config import Config
 from pallas_kernels.lowrank_attention.cost import decode_seconds
-from pallas_kernels.lowrank_attention.latents import LATENT_BITS, dense
-from palu_jax.latent import LatentFormat, quantize_latents
+from pallas_kernels.lowrank_attention.latents import LATENT_BITS
+from palu_jax.forecast import predicted_error
+from palu_jax.format import Classes, LatentFormat, MixedFormat
+from palu_jax.mixed import best_within, options
 from palu_jax.rank import (
     META,
     RankError,
@@ -31,14 +25,8 @@ from palu_jax.rank import (
     by_layer,
     bytes_per_token,
     group_sizes,
-    truncation,
     water_fill,
 )
-
-TRUNCATION, NOISE = 3.1, 0.27
-"""Change of the loss over the metric's error, fitted to seven conversions of SmolLM2 (truncation
-2.5 to 3.7, noise 0.24 to 0.29). Truncation drops the same subspace in every token, so its errors
-add up; rounding errors of different tokens average out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +37,7 @@ class CachePlan:
     """The number of kv heads in each group."""
     ranks: Ranks
     key_bits: int
+    """Of all keys; where there are classes, the most of any."""
     value_bits: int
     error: float
     """Predicted change of the loss, in nats a token."""
@@ -56,6 +45,24 @@ class CachePlan:
     """In the caches of all layers."""
     seconds: float | None
     """Predicted time of one decode step's attention in all layers; None where no kernel runs."""
+    classes: Classes | None = None
+    """The classes of every group's latents, where they are not of one number of bits."""
+
+    def format(self, base: LatentFormat | None = None) -> LatentFormat:
+        """How a `palu_jax.Recipe` stores latents by this plan; all but the bits is from `base`."""
+        base = base or LatentFormat()
+        if self.classes is None:
+            return dataclasses.replace(base, key_bits=self.key_bits, value_bits=self.value_bits)
+        return MixedFormat(**(vars(base) | dict(classes=self.classes)))
+
+    def mean_bits(self) -> tuple[float, float]:
+        """Bits of a latent of keys and of values, on average."""
+        if self.classes is None:
+            return self.key_bits, self.value_bits
+        sides = zip(*self.classes, strict=True)
+        each = [[c for groups in side for group in groups for c in group] for side in sides]
+        mean = lambda found: sum(r * b for r, b in found) / sum(r for r, _ in found)
+        return mean(each[0]), mean(each[1])
 
 
 def plan_cache(
@@ -66,8 +73,12 @@ def plan_cache(
     bits: Sequence[int] = LATENT_BITS,
     tokens: int = 65536,
     slowest: float | None = None,
+    classes: int = 2,
 ) -> list[CachePlan]:
     """Every combination of group size and bits that fits `budget` bytes a token, the best first.
+
+    With two `classes` there is one more plan for each group size, in which every item has bits of
+    its own, of two sizes where that pays. The kernels do not run it, so `slowest` leaves it out.
 
     `energies` has for each group size (in kv heads) a list over layers of (eigenvalues of the key
     groups, eigenvalues of the value groups), each largest first. `slowest` limits the seconds that
@@ -86,6 +97,8 @@ def plan_cache(
             )
         curves = {b: [predicted_error(part, b) for part in parts] for b in set(bits)}
         items = _tied(groups, cfg.layers)
+        if classes == 2 and slowest is None:
+            found += _mixed(groups, parts, items, budget, multiple, bits)
         for pair in itertools.product(bits, bits):
             of = [pair[side] for side in np.tile(np.repeat([0, 1], len(groups)), cfg.layers)]
             chosen = [sum(curves[of[i]][i] for i in item) for item in items]
@@ -112,6 +125,28 @@ def plan_cache(
             f"no ranks fit {budget:g} bytes a token{limit}; the least possible is {least:g} bytes"
         )
     return sorted(found, key=lambda p: (p.error, p.bytes_per_token))
+
+
+def _mixed(groups, parts, items, budget, multiple, bits) -> list[CachePlan]:
+    """The plan with classes of bits; none where it does not fit."""
+    low = sorted({b for b in bits if b < 16}, reverse=True)
+    if not low:
+        return []
+    every = [options([parts[i] for i in item], multiple, low) for item in items]
+    chosen = best_within(every, budget)
+    if chosen is None:
+        return []
+    error, found = chosen
+    each = iter(c for c, item in zip(found, items, strict=True) for _ in item)
+    per_side = lambda: tuple(next(each) for _ in groups)
+    classes = tuple((per_side(), per_side()) for _ in range(len(parts) // (2 * len(groups))))
+    used = lambda side: {b for layer in classes for group in layer[side] for _, b in group}
+    if len(used(0)) == len(used(1)) == 1:
+        return []  # a plan of one class
+    ranks = by_layer([sum(r for r, _ in c) for l in classes for s in l for c in s], len(groups))
+    form = MixedFormat(classes=classes)
+    size = bytes_per_token(ranks, form)
+    return [CachePlan(groups, ranks, form.key_bits, form.value_bits, error, size, None, classes)]
 
 
 def _tied(groups, layers: int) -> list[list[int]]:
@@ -168,40 +203,3 @@ def step_seconds(
             cfg.heads, cfg.kv_heads, cfg.head_dim, len(groups), k[0], v[0], pair, tokens
         )
     return total
-
-
-def predicted_error(energy_F: Any, bits: int) -> np.ndarray:
-    """[F + 1]: the change of the loss if 0 … F latents of an item are kept with `bits` bits."""
-    energy = np.asarray(energy_F, np.float64)
-    cost = TRUNCATION * truncation(energy)
-    if bits == 16:
-        return cost
-    count = np.arange(1, len(energy) + 1)
-    kept = np.cumsum(np.sqrt(np.maximum(energy, 0))) ** 2 / count
-    return cost + np.concatenate([[0.0], NOISE * distortion(bits, count) * kept])
-
-
-def distortion(bits: int, size: Any) -> np.ndarray:
-    """D(b, r) for block sizes r: the mean squared error of `quantize_latents` over the variance of
-    Gaussian blocks.
-
-    It is measured on a fixed sample for powers of two, and interpolated in log r.
-    """
-    if bits == 16:
-        return np.zeros(np.shape(size))
-    size = np.asarray(size, np.float64)
-    powers = np.arange(2, max(3, math.ceil(math.log2(size.max()))) + 1)
-    sampled = [_sampled(bits, int(p)) for p in powers]
-    return np.exp(np.interp(np.log2(size), powers, np.log(sampled)))
-
-
-@functools.cache
-def _sampled(bits: int, power: int) -> float:
-    size = 2**power
-    z = np.random.default_rng(power).standard_normal((max(16, 2**14 // size), size))
-    z = z.astype(np.float32)
-    packed = jax.jit(quantize_latents, static_argnums=(1, 2, 3))(
-        z, bits, (size,), LatentFormat(bits).shares(bits)
-    )
-    back = np.asarray(jax.jit(dense, static_argnums=1)(packed, "float32"))
-    return float(np.mean((back - z) ** 2) / np.mean(z**2))

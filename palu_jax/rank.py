@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pallas_kernels.lowrank_attention.latents import block_bytes
+from pallas_kernels.lowrank_attention.latents import block_bytes, each_block
 from palu_jax import PaluError
 from palu_jax.calibration import Statistics
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat
 
 Ranks = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 """For each layer the ranks of its key groups and the ranks of its value groups."""
@@ -224,12 +224,9 @@ def bytes_per_token(
     not counted.
     """
     total = 0
-    for layer in ranks:
+    for i, layer in enumerate(ranks):
         total += size * mean_split
-        for part, bits in zip(layer, (format.key_bits, format.value_bits), strict=True):
-            if bits == 16:
-                total += size * sum(part)
-            else:
-                blocks = format.blocks(part)
-                total += sum(block_bytes(b, bits) + META for b in blocks)
+        for side, part in enumerate(layer):
+            for block, bits in each_block(*format.layer(i).layout(side, part)):
+                total += size * block if bits == 16 else block_bytes(block, bits) + META
     return total

@@ -29,14 +29,8 @@ from llm_jax.linear import linear
 from llm_jax.params import Attention, Params
 from pallas_kernels.lowrank_attention.latents import LATENT_BITS, Latents, dense
 from palu_jax.attention import attend_either, dense_attention, query_scaled, slot_positions, why_not
-from palu_jax.latent import (
-    Exact,
-    FormatError,
-    LatentFormat,
-    PaluCache,
-    empty_latents,
-    quantize_latents,
-)
+from palu_jax.format import FormatError, LatentFormat
+from palu_jax.latent import Exact, PaluCache, empty_latents, quantize_latents
 
 
 @dataclasses.dataclass(frozen=True)

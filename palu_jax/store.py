@@ -82,7 +82,7 @@ def _check_made(params: Params, cfg: Config, recipe: Recipe) -> None:
         shapes = {n: (a.shape, str(a.dtype)) for n, a in made.items()}
         wanted = {n: (a.shape, str(a.dtype)) for n, a in _shapes(cfg, recipe, ranks).items()}
         for what, ours, theirs in (
-            ("format", p.format, recipe.format),
+            ("format", p.format, recipe.format.layer(i)),
             ("ranks", (p.k.ranks, p.v.ranks), tuple(map(tuple, ranks))),
             ("groups", (p.k.heads, p.v.heads), (tuple(recipe.groups),) * 2),
             ("arrays", shapes, wanted),
@@ -156,8 +156,8 @@ def abstract_layers(stored: StoredModel, model: Params, cfg: Config) -> Params:
     """The converted model as shapes and dtypes, from those of the plain model; reads no arrays."""
     recipe = stored.recipe
     layers = tuple(
-        _converted(layer, _shapes(cfg, recipe, ranks), recipe, ranks)
-        for layer, ranks in zip(model.layers, recipe.ranks, strict=True)
+        _converted(layer, _shapes(cfg, recipe, ranks), recipe, i)
+        for i, (layer, ranks) in enumerate(zip(model.layers, recipe.ranks, strict=True))
     )
     return dataclasses.replace(model, layers=layers)
 
@@ -215,9 +215,9 @@ def read_factors(
     return [{n: np.asarray(a).astype(dtype) for n, a in parts.items()} for parts in layers]
 
 
-def _converted(layer: Layer, parts: dict[str, Any], recipe: Recipe, ranks) -> Layer:
+def _converted(layer: Layer, parts: dict[str, Any], recipe: Recipe, index: int) -> Layer:
     """The plain layer with a `PaluAttention` of these parts, which stay where they are."""
-    a, groups = layer.attn, tuple(recipe.groups)
+    a, groups, ranks = layer.attn, tuple(recipe.groups), recipe.ranks[index]
     k, v = (
         Factors(parts[f"{n}_down"], parts.get(f"{n}_up"), parts.get(f"{n}_mean"), tuple(r), groups)
         for n, r in zip("kv", ranks, strict=True)
@@ -234,7 +234,7 @@ def _converted(layer: Layer, parts: dict[str, Any], recipe: Recipe, ranks) -> La
         k_norm=a.k_norm,
         mean_probe_D=parts.get("lead"),
         o_bias=parts.get("o_bias") if recipe.fuse_values else a.o_bias,
-        format=recipe.format,
+        format=recipe.format.layer(index),
         kind=a.kind,
     )
     return dataclasses.replace(layer, attn=attn)
@@ -257,8 +257,8 @@ def restore(folder: str | Path, params: Params, cfg: Config, *, verify: bool = T
         _check_base(stored, base.identity(), "these")
     parts = jax.device_put(read_factors(stored, cfg, verify))
     layers = [
-        _converted(layer, p, stored.recipe, r)
-        for layer, p, r in zip(params.layers, parts, stored.recipe.ranks, strict=True)
+        _converted(layer, p, stored.recipe, i)
+        for i, (layer, p) in enumerate(zip(params.layers, parts, strict=True))
     ]
     return dataclasses.replace(params, layers=tuple(layers))
 
@@ -350,7 +350,7 @@ class PaluCheckpoint:
         def convert(index, layer):
             if self.verify:
                 seen.add_layer(index, _kept(layer, recipe))
-            return place_layer(index, _converted(layer, parts[index], recipe, recipe.ranks[index]))
+            return place_layer(index, _converted(layer, parts[index], recipe, index))
 
         params = self.base.load(cfg, convert, keep, progress)
         if self.verify:

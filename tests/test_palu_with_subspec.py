@@ -21,7 +21,7 @@ from llm_jax.testing import tiny_params
 from pallas_kernels.quantized_matmul.packing import scales
 from palu_jax import store
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat, MixedFormat
 from palu_jax.rank import group_sizes, uniform_ranks
 from subspec_jax.batch import BatchDecoder
 from subspec_jax.decoder import Decoder
@@ -44,6 +44,9 @@ FORMATS = {
     "16 bits": LatentFormat(),
     "4 bits": LatentFormat(4, 4),
     "2 bits, sinks and window": LatentFormat(2, 2, (1.0,), sinks=2, window=4),
+    "two classes": MixedFormat(
+        classes=(((((4, 4), (4, 2)),), (((12, 3),),)), ((((6, 8),),), (((4, 8), (12, 2)),)))
+    ),
 }
 TREES = {
     "beam": TreeSpec("beam", 3, 3),
@@ -138,6 +141,7 @@ CASES = {
         TREES["beam"],
         dict(own_cache=True),
     ),
+    "two classes": (palu, FORMATS["two classes"], TREES["beam"], {}),
 }
 
 

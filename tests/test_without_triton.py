@@ -117,7 +117,7 @@ import jax
 from llm_jax import generate
 from llm_jax.testing import tiny_config, tiny_params
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat
 from subspec_jax.decoder import Decoder
 from subspec_jax.draft_model import substitute
 from subspec_jax.offload import place

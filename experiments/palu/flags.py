@@ -11,6 +11,7 @@ from experiments.palu.methods import (
     RIVALS,
     Bits,
     CacheMethod,
+    Classes,
     Granularity,
     Rival,
     group_of,
@@ -75,6 +76,9 @@ class Palu:
     budget: tuple[float, ...] = ()
     """Cache bytes a token, of all layers (below 1: a share of the bfloat16 cache). Then group size,
     ranks and bits are chosen by predicted error."""
+    classes: tuple[Classes, ...] = (2,)
+    """With --budget: 2 lets the planner give the first latents of a group more bits than the rest,
+    1 does not. --slowest leaves one class."""
     slowest: float | None = None
     """With --budget: the most microseconds that the attention of one decode step may take in all
     layers, over --slowest-at tokens, by the cost model of the kernels (an H200)."""
@@ -155,7 +159,7 @@ def check(args: Palu) -> None:
             _refuse("budget", budget, "bytes a token, or a share below 1")
     if args.slowest is not None and not 0 < args.slowest < math.inf:
         _refuse("slowest", args.slowest, "microseconds above 0")
-    for name in ("bits", "granularity", "objective", "search"):
+    for name in ("bits", "classes", "granularity", "objective", "search"):
         if not getattr(args, name):
             _refuse(name, "empty", "one value or more")
     if args.slowest is not None and not args.budget:
@@ -182,12 +186,13 @@ def methods_of(args: Palu, cfg: Config) -> list[CacheMethod]:
         "palu", group=group(k["granularity"]), multiple=args.rank_multiple, **k
     )
     chosen = [CacheMethod("dense")]
-    planned = lambda budget: CacheMethod(
-        "palu", objective=args.objective[0], search=PLANNED, rotate=args.rotate,
+    planned = lambda budget, classes: CacheMethod(
+        "palu", classes=classes, objective=args.objective[0], search=PLANNED, rotate=args.rotate,
         budget=budget * dense_bytes(cfg) if budget < 1 else budget, multiple=args.rank_multiple,
         slowest=None if args.slowest is None else args.slowest * 1e-6, context=args.slowest_at,
     )  # fmt: skip
-    chosen += [planned(budget) for budget in args.budget]
+    classes = args.classes if args.slowest is None else (1,)
+    chosen += [planned(budget, n) for budget in args.budget for n in classes]
     if args.keep:
         common = dict(rotate=args.rotate, mean_split=args.mean_split, fuse_values=args.fuse_values,
                       sinks=args.sinks, window=args.window)  # fmt: skip
@@ -209,7 +214,8 @@ def methods_of(args: Palu, cfg: Config) -> list[CacheMethod]:
         best = dict(granularity="J", objective="gradient", search="error")
         chosen += [both(0.7, bits, **paper) for bits in (16, 4)]
         chosen += [both(*c, **best) for c in ((0.7, 16), (0.5, 16), (0.7, 4), (0.7, 2))]
-        return chosen + [planned(0.27)] + [CacheMethod(kind) for kind in ("int4", "int2")]
+        chosen += [planned(0.27, n) for n in classes]
+        return chosen + [CacheMethod(kind) for kind in ("int4", "int2")]
     if args.preset == "paper":
         chosen += _paper_grid(cfg, named)
     rivals = args.rivals or (RIVALS if args.preset == "paper" else ())

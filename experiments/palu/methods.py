@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from llm_jax.config import Config
 from llm_jax.params import Params
 from palu_jax import (
+    CachePlan,
     Compression,
     Compressor,
     ConvertError,
@@ -22,6 +23,7 @@ PLANNED = "planned"
 """The search of a method whose group size, bits and ranks the planner chooses."""
 Granularity = Literal["M", "G", "J"]
 Bits = Literal[16, 8, 4, 3, 2]
+Classes = Literal[1, 2]
 Rival = Literal["int8", "int4", "int3", "int2", "kivi4", "kivi2"]
 RIVALS: tuple[Rival, ...] = get_args(Rival)
 
@@ -53,6 +55,8 @@ class CacheMethod:
     slowest: float | None = None
     """The most seconds of a step's attention over `context` tokens, for a planned method."""
     context: int = 0
+    classes: int = 1
+    """The most classes of bits of a group's keys or values, for a planned method."""
 
     @property
     def name(self) -> str:
@@ -61,7 +65,8 @@ class CacheMethod:
             return self.kind
         if self.search == PLANNED:
             within = "" if self.slowest is None else f", {self.slowest * 1e6:g} µs a step"
-            return f"palu planned for {self.budget:g} B{within}, {self.objective}"
+            classes = ", two classes" if self.classes == 2 else ""
+            return f"palu planned for {self.budget:g} B{within}, {self.objective}{classes}"
         bits = str(self.key_bits) if self.key_bits == self.value_bits else (
             f"{self.key_bits}/{self.value_bits}"
         )  # fmt: skip
@@ -94,6 +99,7 @@ class CacheMethod:
         common = dict(objective=self.objective, rotate=self.rotate, multiple=self.multiple)
         if self.search == PLANNED:
             limits = dict(budget=self.budget, slowest=self.slowest, tokens=self.context)
+            limits["classes"] = self.classes
             return Compression(format=LatentFormat(dtype=dtype), **limits, **common)
         form = LatentFormat(
             self.key_bits, self.value_bits, sinks=self.sinks, window=self.window, dtype=dtype
@@ -103,6 +109,12 @@ class CacheMethod:
             mean_split=self.mean_split, fuse_values=self.fuse_values, **common,
         )  # fmt: skip
 
+    def plan(self, cfg: Config, compressor: Compressor | None) -> CachePlan | None:
+        """What the planner chooses for a planned method; None for any other."""
+        if compressor is None or self.search != PLANNED:
+            return None
+        return compressor.plans(self.compression(_short(cfg)))[0]
+
     def applied(
         self, params: Params, cfg: Config, compressor: Compressor | None
     ) -> tuple[Params, Recipe | None]:
@@ -111,7 +123,7 @@ class CacheMethod:
         Only the kind palu needs a `compressor`. Caches of 16 bits take 2 bytes a number for float32
         models, too, but for the dense model where its attention has no other cache than its own.
         """
-        short = "bfloat16" if cfg.dtype == "float32" else None
+        short = _short(cfg)
         if self.kind == "palu":
             if compressor is None:
                 raise ValueError("a conversion needs a compressor")
@@ -123,6 +135,11 @@ class CacheMethod:
         if self.kind.startswith("kivi"):
             form = kivi(bits, short)
         return to_quantized_cache(params, cfg, form), None
+
+
+def _short(cfg: Config) -> str | None:
+    """The dtype of 16-bit caches, where it is not the model's."""
+    return "bfloat16" if cfg.dtype == "float32" else None
 
 
 def group_of(granularity: str, cfg: Config, group: int) -> int:

@@ -68,7 +68,8 @@ def result_rows(rows: Sequence[Record]) -> list[dict[str, Any]]:
     for r in rows:
         name = r["method"]
         if r.get("search") == PLANNED:
-            name += f" → groups of {r['group']}, K {r['key_bits']} V {r['value_bits']} bit"
+            bits = [f"{b:.3g}" for b in r.get("mean_bits", (r["key_bits"], r["value_bits"]))]
+            name += f" → groups of {r['group']}, K {bits[0]} V {bits[1]} bit"
         line = found.setdefault(r["settings"], dict(method=name, kind=r["kind"], record=r))
         result = r["result"]
         if r["sample"] == "perplexity":
@@ -145,6 +146,7 @@ def plot_quality(rows: Sequence[Record], folder: Path) -> list[Path]:
             shape = "" if planned else f", {r['granularity']}, {r['keep']:g} kept"
             label = r["objective"] + shape
             label += f", {r['search']}" * (r["search"] != "uniform")
+            label += ", two classes" * (planned and r.get("classes") == 2)
             label += ", unrotated" * (not r["rotate"] and r["key_bits"] < 16)
             label += ", mean split" * r["mean_split"]
         elif l["kind"] == "dense":

@@ -16,14 +16,14 @@ from experiments.common import records
 from experiments.common.plots import drawn_or_said
 from experiments.palu import corpora, evaluate, report
 from experiments.palu.flags import Palu, dense_bytes, methods_of
-from experiments.palu.methods import PLANNED, CacheMethod, fingerprint
+from experiments.palu.methods import CacheMethod, fingerprint
 from llm_jax import registry
 from llm_jax.config import ConfigError
 from llm_jax.extras import need
 from llm_jax.generation import generate
 from llm_jax.params import Params
 from llm_jax.progress import Bar, Reporter, bar
-from palu_jax import Recipe, Statistics, rank
+from palu_jax import CachePlan, Recipe, Statistics, rank
 from palu_jax.identity import identity
 from subspec_jax import memory, precompile
 
@@ -133,11 +133,12 @@ class PaluRun(Reporter):
                 palu_jax.save(self.args.save, params, self.cfg, recipe, self.args.model)
                 self.console.print(f"Stored {method.name} in {self.args.save}", highlight=False)
                 stored = True
+            plan = method.plan(self.cfg, compressor)
             for what, run in missing:
                 began = time.perf_counter()
                 title = f"{n + 1}/{len(self.methods)} {method.name}: {what}"
                 result = run(params, title)
-                self.note(method, recipe, what, result, time.perf_counter() - began)
+                self.note(method, recipe, plan, what, result, time.perf_counter() - began)
             del params
 
     def measurements(self) -> list[tuple[str, Measurement]]:
@@ -194,7 +195,13 @@ class PaluRun(Reporter):
         return next(same, None)
 
     def note(
-        self, method: CacheMethod, recipe: Recipe | None, what: str, result: dict, seconds: float
+        self,
+        method: CacheMethod,
+        recipe: Recipe | None,
+        plan: CachePlan | None,
+        what: str,
+        result: dict,
+        seconds: float,
     ) -> None:
         """Writes a record of a measurement."""
         cfg = self.cfg
@@ -208,7 +215,7 @@ class PaluRun(Reporter):
             dtype=cfg.dtype,
             calibration=self.args.calibration if recipe else None,
             evaluation=self.args.evaluation,
-            **dataclasses.asdict(method) | _planned(method, recipe),
+            **dataclasses.asdict(method) | _planned(plan),
             rank_kept=kept,
             key_rank_share=_key_share(recipe),
             result=result,
@@ -240,12 +247,15 @@ class PaluRun(Reporter):
             self.console.print(text, markup=False, highlight=False)
 
 
-def _planned(method, recipe) -> dict:
-    """The planner's choices, for a record."""
-    if method.search != PLANNED:
+def _planned(plan) -> dict:
+    """The planner's choices, for a record; the forecast is in nats a token."""
+    if plan is None:
         return {}
-    form = recipe.format
-    return dict(key_bits=form.key_bits, value_bits=form.value_bits, group=recipe.groups[0])
+    found = dict(key_bits=plan.key_bits, value_bits=plan.value_bits, group=plan.groups[0])
+    found["forecast"] = plan.error
+    if plan.classes is not None:
+        found |= dict(planned_classes=plan.classes, mean_bits=plan.mean_bits())
+    return found
 
 
 def _key_share(recipe) -> float | None:

@@ -102,6 +102,9 @@ def _why_not(q_BTNH, k: Latents, v: Latents, up_k_gRKH, ranks, heads) -> str | N
 def _why_neither(q_BTNH, k: Latents, v: Latents, ranks, heads) -> str | None:
     """The first thing that neither kind of kernel can do."""
     for name, z, some in (("k", k, ranks[0]), ("v", v, ranks[1])):
+        if isinstance(z.bits, tuple):
+            words = " and ".join(map(str, sorted(set(z.bits), reverse=True)))
+            return f"{name} latents of {words} bits side by side; the kernels read one size"
         if z.bits not in (4, 8, 16):
             return f"{z.bits}-bit {name} latents; the kernels read 4, 8 and 16 bits"
         if z.bits == 16 and z.codes_BSP.dtype not in (jnp.bfloat16, jnp.float16):

@@ -16,6 +16,8 @@ from jax.tree_util import register_dataclass
 from pallas_kernels.bit_fields import block_bytes, unpack_codes
 
 LATENT_BITS = (2, 3, 4, 8, 16)
+Bits = int | tuple[int, ...]
+"""The bits of all blocks, or of each."""
 _static = functools.partial(dataclasses.field, metadata=dict(static=True))
 
 
@@ -35,13 +37,20 @@ class Latents:
     """bfloat16."""
     offset_BSg: jax.Array | None
     """bfloat16: the value of code 0."""
-    bits: int = _static()
+    bits: int | tuple[int, ...] = _static()
+    """Of all blocks; a tuple where blocks differ, none of them with 16."""
     blocks: tuple[int, ...] = _static()
     """Latents of each block."""
 
     @property
     def rank(self) -> int:
         return sum(self.blocks)
+
+
+def each_block(bits: Bits, blocks: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(latents, bits) of each block."""
+    each = (bits,) * len(blocks) if isinstance(bits, int) else bits
+    return list(zip(blocks, each, strict=True))
 
 
 def dense(latents: Latents, dtype: Any = jnp.float32) -> jax.Array:
@@ -51,12 +60,12 @@ def dense(latents: Latents, dtype: Any = jnp.float32) -> jax.Array:
     with jax.named_scope("dequantize"):
         parts, at, first = [], 0, 0
         step, offset = (a.astype(jnp.float32) for a in (latents.step_BSg, latents.offset_BSg))
-        for size, group in itertools.groupby(latents.blocks):
+        for (size, bits), group in itertools.groupby(each_block(latents.bits, latents.blocks)):
             count = len(list(group))
-            width = block_bytes(size, latents.bits)
+            width = block_bytes(size, bits)
             packed = latents.codes_BSP[..., at : at + count * width]
             packed = packed.reshape(*packed.shape[:-1], count, width)
-            codes = unpack_codes(packed, latents.bits, size).astype(jnp.float32)
+            codes = unpack_codes(packed, bits, size).astype(jnp.float32)
             own = slice(first, first + count)
             value = (codes * step[..., own, None] + offset[..., own, None]).astype(dtype)
             parts.append(value.reshape(*value.shape[:-2], -1))

@@ -21,7 +21,7 @@ from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from palu_jax import store
 from palu_jax.calibration import calibrate
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat
 from palu_jax.rank import group_sizes, uniform_ranks
 from qyolop_jax.config import ModelConfig
 from qyolop_jax.network import INTEGER_FILE, MODEL_FILE, load

@@ -18,7 +18,7 @@ from llm_jax.testing import tiny_config, tiny_params
 from palu_jax import compression, planner
 from palu_jax.compression import Compression, Compressor, compress
 from palu_jax.convert import ConvertError, Recipe, layer_spectra, to_palu
-from palu_jax.latent import FormatError, LatentFormat
+from palu_jax.format import FormatError, LatentFormat
 from palu_jax.rank import RankError, error_ranks, fisher_ranks, share_kept, uniform_ranks
 
 

@@ -20,7 +20,7 @@ from palu_jax import convert as module
 from palu_jax.attention import PaluAttention
 from palu_jax.convert import DISTANCES, ConvertError, Recipe, layer_spectra, to_palu
 from palu_jax.decompose import key_metric
-from palu_jax.latent import FormatError, LatentFormat
+from palu_jax.format import FormatError, LatentFormat
 from palu_jax.rank import group_sizes, uniform_ranks
 
 

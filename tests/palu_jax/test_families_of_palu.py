@@ -14,7 +14,7 @@ from llm_jax.testing import tiny_config, tiny_params
 from palu_jax.attention import why_not
 from palu_jax.calibration import calibrate
 from palu_jax.convert import ConvertError, Recipe, to_palu
-from palu_jax.latent import FormatError, LatentFormat
+from palu_jax.format import FormatError, LatentFormat
 from palu_jax.rank import group_sizes, uniform_ranks
 from palu_jax.rival import KVFormat, to_quantized_cache
 from palu_jax.saved_sums import CalibrationError

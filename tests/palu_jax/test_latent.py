@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.lowrank_attention.latents import Latents, block_bytes, dense
+from palu_jax.format import FormatError, LatentFormat
 from palu_jax.hadamard import rotation
-from palu_jax.latent import (
-    Exact,
-    FormatError,
-    LatentFormat,
-    PaluCache,
-    empty_latents,
-    quantize_latents,
-)
+from palu_jax.latent import Exact, PaluCache, empty_latents, quantize_latents
 
 jit_encode = jax.jit(quantize_latents, static_argnums=(1, 2, 3))
 jit_write = jax.jit(PaluCache.write, donate_argnums=0)

@@ -23,7 +23,8 @@ from llm_jax.testing import tiny_config, tiny_params
 from pallas_kernels.lowrank_attention.latents import dense
 from palu_jax.attention import FEW, attend_either
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat, quantize_latents
+from palu_jax.format import LatentFormat, MixedFormat
+from palu_jax.latent import quantize_latents
 
 SLOTS = 48
 f64 = lambda a: np.asarray(jnp.asarray(a, jnp.float32), np.float64)
@@ -51,10 +52,10 @@ def converted(family, recipe_changes=(), seed=0):
 def latents_of(p, x_BSD, cfg):
     """(exact, quantized) latents of keys and of values; `quantize_latents` has tests of its own."""
     form, found = p.format, []
-    for f, bits in ((p.k, form.key_bits), (p.v, form.value_bits)):
+    for side, f in enumerate((p.k, p.v)):
         z = linear(f.down_DR, x_BSD)
         kept = z.astype(form.dtype or z.dtype)
-        low = dense(quantize_latents(kept, bits, form.blocks(f.ranks), form.shares(bits)))
+        low = dense(quantize_latents(kept, *form.layout(side, f.ranks), form.clip))
         found.append((kept.astype(jnp.float32), low))
     return found
 
@@ -114,8 +115,11 @@ def tokens(cfg, count, batch=2, seed=5):
     return jnp.asarray(x, cfg.dtype)
 
 
+MIXED = ((((12, 4), (8, 2)), ((12, 3),)), (((8, 8), (16, 3)), ((4, 4), (12, 2))))
+"""The classes of one layer with the ranks of `converted`."""
 CASES = {
     "16 bits": ("llama", ()),
+    "classes": ("qwen2", (("format", MixedFormat(classes=(MIXED,))),)),
     "biases, 4 and 3 bits": ("qwen2", (("format", LatentFormat(4, 3)),)),
     "head norms, 2 bits": ("qwen3", (("format", LatentFormat(2, 2)), ("rotate", False))),
     "scaled rope, blocks": ("llama3", (("format", LatentFormat(3, 4, block=4)),)),
@@ -132,7 +136,7 @@ CASES = {
 
 QUICK = (
     "biases, 4 and 3 bits", "head norms, 2 bits", "sinks and window", "mean split", "4 bits",
-    "2 bits, sinks and window",
+    "2 bits, sinks and window", "classes",
 )  # fmt: skip
 """One case for each branch of the code; the others are slow."""
 
@@ -144,7 +148,7 @@ def cases(table):
     ]
 
 
-@pytest.mark.quick_cases("sinks and window", "biases, 4 and 3 bits")
+@pytest.mark.quick_cases("sinks and window", "classes")
 @pytest.mark.parametrize("family, changes", cases(CASES))
 def test_attention_is_the_float64_formula(family, changes):
     """A prefill that rebuilds, then a few tokens or one through the kernel."""

@@ -9,9 +9,9 @@ import pytest
 
 from llm_jax.attention import caches_for
 from llm_jax.testing import tiny_config, tiny_params
-from palu_jax import planner, rank
+from palu_jax import forecast, planner, rank
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat
 from palu_jax.rank import RankError
 
 
@@ -30,10 +30,10 @@ def cost_of(energy, r, bits):
     """The formula of the module's docstring, written out."""
     left = float(sum(energy[r:]))
     if bits == 16:
-        return planner.TRUNCATION * left
+        return forecast.TRUNCATION * left
     kept = sum(np.sqrt(e) for e in energy[:r])
-    noise = float(planner.distortion(bits, [r])[0]) * kept**2 / r
-    return planner.TRUNCATION * left + planner.NOISE * noise
+    noise = float(forecast.distortion(bits, [r])[0]) * kept**2 / r
+    return forecast.TRUNCATION * left + forecast.NOISE * noise
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -61,7 +61,7 @@ def test_plans_are_sorted_fit_and_have_predicted_what_they_say():
     rng = np.random.default_rng(7)
     cfg = model(layers=2, kv_heads=2, head_dim=16)
     found = {g: energies(rng, 2, 2 // g, 16 * g) for g in (1, 2)}
-    plans = planner.plan_cache(found, cfg, 60)
+    plans = planner.plan_cache(found, cfg, 60, classes=1)
     assert [p.error for p in plans] == sorted(p.error for p in plans)
     assert {p.groups for p in plans} == {(1, 1), (2,)}
     for p in plans:
@@ -98,7 +98,7 @@ def test_distortion(bits):
         code = np.clip(np.round((z - middle + half) / step), 0, 2**bits - 1)
         errors.append(((code * step + middle - half - z) ** 2).sum(1))
     want = np.min(errors, axis=0).sum() / (z**2).sum()
-    np.testing.assert_allclose(planner.distortion(bits, [size])[0], want, rtol=0.06)
+    np.testing.assert_allclose(forecast.distortion(bits, [size])[0], want, rtol=0.06)
 
 
 def test_the_budget_is_that_of_the_live_arrays():
@@ -106,8 +106,8 @@ def test_the_budget_is_that_of_the_live_arrays():
     rng = np.random.default_rng(0)
     found = {2: energies(rng, cfg.layers, 1, 2 * cfg.head_dim)}
     best = planner.plan_cache(found, cfg, 40, bits=(4, 2))[0]
-    form = LatentFormat(best.key_bits, best.value_bits)
-    palu = to_palu(tiny_params(cfg), cfg, Recipe(best.groups, best.ranks, "plain", form))
+    recipe = Recipe(best.groups, best.ranks, "plain", best.format())
+    palu = to_palu(tiny_params(cfg), cfg, recipe)
     caches = caches_for(palu, cfg, 1, 10)
     held = sum(a.nbytes for a in jax.tree.leaves(caches))
     assert held == 10 * best.bytes_per_token <= 400

@@ -7,7 +7,8 @@ import pytest
 
 from palu_jax import rank
 from palu_jax.convert import layer_spectra
-from palu_jax.latent import LatentFormat, PaluCache
+from palu_jax.format import LatentFormat
+from palu_jax.latent import PaluCache
 from palu_jax.rank import RankError
 
 

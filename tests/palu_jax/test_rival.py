@@ -11,7 +11,8 @@ from feeding import one_by_one, text, whole
 
 from llm_jax.attention import attention, caches_for, causal_step, empty_cache, rope_frequencies
 from pallas_kernels.lowrank_attention.latents import dense
-from palu_jax.latent import FormatError, quantize_latents
+from palu_jax.format import FormatError
+from palu_jax.latent import quantize_latents
 from palu_jax.rival import ChannelCache, KVFormat, kivi, to_quantized_cache
 
 jit_attention = jax.jit(attention, static_argnames="cfg")

@@ -13,7 +13,7 @@ from llm_jax.params import abstract
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from palu_jax import store
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat
 
 RANKS = (((8, 6), (12, 4)), ((16, 16), (5, 7)))
 

@@ -14,7 +14,7 @@ from llm_jax.formats import open_checkpoint
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from palu_jax import description, store
 from palu_jax.convert import Recipe, to_palu
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat
 from palu_jax.store import StoreError
 
 CFG = tiny_config("qwen2")

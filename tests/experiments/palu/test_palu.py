@@ -22,7 +22,7 @@ from llm_jax.model import forward
 from llm_jax.testing import tiny_config, tiny_params, write_safetensors
 from palu_jax import rank, store
 from palu_jax.convert import ConvertError, Recipe, to_palu
-from palu_jax.latent import LatentFormat
+from palu_jax.format import LatentFormat
 
 CFG = tiny_config("qwen2", kv_heads=2)
 WINDOWED = tiny_config("mistral")
