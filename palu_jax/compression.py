@@ -67,7 +67,7 @@ class Compression:
     """With a budget: the most seconds that a decode step's attention may take over `tokens` slots,
     by the cost model of the kernels."""
     tokens: int = 65536
-    classes: Literal[1, 2] = 2
+    classes: Literal[1, 2] = 1
     """With a budget: 2 lets the planner store the keys or values of a group in two classes of bits.
     On a GPU the kernels then give way to XLA. With `slowest`, or with a format with blocks, there
     is one class."""
@@ -107,7 +107,7 @@ def compress(
     budget: float | None = None,
     slowest: float | None = None,
     tokens: int = 65536,
-    classes: Literal[1, 2] = 2,
+    classes: Literal[1, 2] = 1,
     statistics: Statistics | None = None,
     reporter: Reporter | None = None,
 ) -> Params:

@@ -73,7 +73,7 @@ def plan_cache(
     bits: Sequence[int] = LATENT_BITS,
     tokens: int = 65536,
     slowest: float | None = None,
-    classes: int = 2,
+    classes: int = 1,
 ) -> list[CachePlan]:
     """Every combination of group size and bits that fits `budget` bytes a token, the best first.
 

@@ -76,9 +76,9 @@ class Palu:
     budget: tuple[float, ...] = ()
     """Cache bytes a token, of all layers (below 1: a share of the bfloat16 cache). Then group size,
     ranks and bits are chosen by predicted error."""
-    classes: tuple[Classes, ...] = (2,)
+    classes: tuple[Classes, ...] = (1,)
     """With --budget: 2 lets the planner give the first latents of a group more bits than the rest,
-    1 does not. --slowest leaves one class."""
+    which pays below 3 bits; on a GPU XLA reads them. --slowest leaves one class."""
     slowest: float | None = None
     """With --budget: the most microseconds that the attention of one decode step may take in all
     layers, over --slowest-at tokens, by the cost model of the kernels (an H200)."""

@@ -99,10 +99,10 @@ def test_a_plan_is_what_the_arrays_hold(group, budget):
     """Bytes, forecast and factors; one class is never better by forecast where 16 bits are out."""
     cfg = tiny_config("qwen2", kv_heads=2)
     found = {group: energies(np.random.default_rng(1), cfg.layers, 2 // group, 8 * group)}
-    plans = planner.plan_cache(found, cfg, budget, bits=(8, 4, 2), multiple=2)
+    plans = planner.plan_cache(found, cfg, budget, bits=(8, 4, 2), multiple=2, classes=2)
     best, *rest = plans
     assert best.classes is not None and all(p.classes is None for p in rest)
-    alone = planner.plan_cache(found, cfg, budget, bits=(8, 4, 2), multiple=2, classes=1)
+    alone = planner.plan_cache(found, cfg, budget, bits=(8, 4, 2), multiple=2)
     assert alone == rest and best.error < alone[0].error
     want = 0.0
     for layer, sides in zip(best.classes, found[group], strict=True):
