@@ -22,7 +22,7 @@ class Int8:
     """A matrix [D, F], w = code * scale of its output."""
 
     code_DF: jax.Array
-    """int8, -127 to 127."""
+    """int8; `int8` gives -127 to 127."""
     scale_F: jax.Array
     """float32."""
 

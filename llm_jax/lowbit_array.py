@@ -136,6 +136,13 @@ class LowBitArray:
         return self
 
 
+def matrix_axes(shape: tuple[int, ...], summed: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The summed axes counted from the front; None where they do not make a matrix of the shape."""
+    axes = tuple(i % len(shape) if shape else i for i in summed)
+    fit = len(set(axes)) == len(axes) and 0 < len(axes) < len(shape)
+    return axes if fit else None
+
+
 def _dense(w: Packed | Int8, dtype: Any) -> jax.Array:
     """The dense matrix [D, F]."""
     if isinstance(w, Int8):

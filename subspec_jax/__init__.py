@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from subspec_jax.draft_model import Draft, make_draft
     from subspec_jax.engine import Engine
     from subspec_jax.foreign.linen_modules import linen
+    from subspec_jax.foreign.qarrays import from_qwix, to_qwix
     from subspec_jax.foreign.substitutes import Rule, substitute
     from subspec_jax.foreign.target import ForeignModel
     from subspec_jax.load import load_target
@@ -58,6 +59,7 @@ _HOMES = {  # name -> the module it is in, imported when the name is first used
     "Target": "subspec_jax.verify",
     "TreeSpec": "subspec_jax.tree",
     "Update": "subspec_jax.requests",
+    "from_qwix": "subspec_jax.foreign.qarrays",
     "linen": "subspec_jax.foreign.linen_modules",
     "load_target": "subspec_jax.load",
     "make_draft": "subspec_jax.draft_model",
@@ -65,6 +67,7 @@ _HOMES = {  # name -> the module it is in, imported when the name is first used
     "make_plan": "subspec_jax.plan",
     "open": "subspec_jax.opening",
     "substitute": "subspec_jax.foreign.substitutes",
+    "to_qwix": "subspec_jax.foreign.qarrays",
 }
 __all__ = [
     "Decoder",
@@ -87,6 +90,7 @@ __all__ = [
     "TreeSpec",
     "Update",
     "__version__",
+    "from_qwix",
     "linen",
     "load_target",
     "make_draft",
@@ -94,6 +98,7 @@ __all__ = [
     "make_plan",
     "open",
     "substitute",
+    "to_qwix",
 ]
 
 

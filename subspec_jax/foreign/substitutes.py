@@ -17,15 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.int8 import int8
-from llm_jax.lowbit_array import LowBitArray
+from llm_jax.lowbit_array import LowBitArray, matrix_axes
 from llm_jax.packed import packed
 from llm_jax.params import Params
 from llm_jax.quantize import Quantized, check_grouping, quantize
 from llm_jax.rules import RuleError, chosen
 from llm_jax.stream import on_host, to_device
+from pallas_kernels.bit_fields import pack_codes
 from subspec_jax import SubspecError
 from subspec_jax.draft_model import substitute as substitute_params
 from subspec_jax.foreign.nnx_modules import Part, is_nnx
+from subspec_jax.foreign.qarrays import from_qwix, qarray_of
 
 
 def hqq(w_DF: jax.Array, bits: int, group: int) -> Quantized:
@@ -38,9 +40,24 @@ def nearest(w_DF: jax.Array, bits: int, group: int) -> Quantized:
     return quantize(w_DF, bits, group, 0)
 
 
+def symmetric(w_DF: jax.Array, bits: int, group: int) -> Quantized:
+    """The matrix rounded to codes whose middle is zero: the numbers that a `qwix.QArray` has."""
+    D, F = w_DF.shape
+    check_grouping("the matrix", D, bits, group)
+    w_QgF, half = w_DF.astype(jnp.float32).reshape(-1, group, F), 2 ** (bits - 1)
+    largest = jnp.abs(w_QgF).max(1)
+    step = jnp.where(largest == 0, 1.0, largest / (half - 0.5)).astype(jnp.bfloat16)
+    codes = jnp.clip(jnp.round(w_QgF / step.astype(jnp.float32)[:, None]), -half, half - 1) + half
+    return Quantized(pack_codes(codes.astype(jnp.uint8), bits, 1), step, -half * step, bits, group)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What becomes of the arrays whose whole path the pattern matches."""
+    """What becomes of the arrays whose whole path the pattern matches.
+
+    A `qwix.QArray` at such a path keeps its codes (`from_qwix`): then `summed` and `stacked` count,
+    and of the others only bits=None.
+    """
 
     path: str
     """A regular expression, such as `layers/.*/kernel`; keys and numbers are joined by /."""
@@ -82,7 +99,8 @@ def substitute(model: Any, rules: Sequence[Rule] | None = None, **options: Any) 
         return substitute_params(model, **options)
     if options:
         raise SubspecError(f"{min(options)} is no option beside rules; put it into them")
-    with_paths, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_nnx)
+    whole = lambda node: is_nnx(node) or qarray_of(node) is not None
+    with_paths, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=whole)
     parts = [Part(jax.tree_util.keystr(p, simple=True, separator="/"), a) for p, a in with_paths]
     arrays = {path: array for part in parts for path, array in part.arrays.items()}
     found = _substituted(arrays, rules)
@@ -105,12 +123,14 @@ def _low(path: str, array: Any, rule: Rule) -> LowBitArray:
     """The substitute of one array."""
     shape = tuple(array.shape)
     lead, own = shape[: rule.stacked], shape[rule.stacked :]
-    summed = tuple(i % len(own) if own else i for i in rule.summed)
-    if len(own) < 2 or len(set(summed)) != len(rule.summed) or not 0 < len(summed) < len(own):
+    summed = matrix_axes(own, rule.summed)
+    if summed is None:
         raise RuleError(
             f"rule {rule.path!r}: {path} has shape {shape}; {rule.stacked} axes of a stack and "
             f"sums over {rule.summed} do not leave a matrix"
         )
+    if qarray_of(array) is not None:
+        return from_qwix(array, summed, rule.stacked)
     D = math.prod(own[i] for i in summed)
     if rule.group:
         check_grouping(path, D, rule.bits, rule.group)
