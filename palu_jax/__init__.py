@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from palu_jax.convert import ConvertError, Recipe, to_palu
     from palu_jax.description import StoreError, describe
     from palu_jax.format import FormatError, LatentFormat, MixedFormat
+    from palu_jax.own_forward import calibrate_nnx
     from palu_jax.planner import CachePlan, plan_cache
     from palu_jax.rank import (
         RankError,
@@ -49,6 +50,7 @@ _HOMES = {  # name -> its module, imported when the name is first used; no modul
     "StoreError": "palu_jax.description",
     "bytes_per_token": "palu_jax.rank",
     "calibrate": "palu_jax.calibration",
+    "calibrate_nnx": "palu_jax.own_forward",
     "compress": "palu_jax.compression",
     "describe": "palu_jax.description",
     "error_ranks": "palu_jax.rank",
@@ -80,6 +82,7 @@ __all__ = [
     "StoreError",
     "bytes_per_token",
     "calibrate",
+    "calibrate_nnx",
     "compress",
     "describe",
     "error_ranks",

@@ -195,7 +195,7 @@ def calibrate(
     try:
         with deferred() as stop:
             for batch in batches:
-                batch = _checked(batch, counted, cfg)
+                batch = checked_batch(batch, counted, cfg)
                 digest.update(repr(batch.shape).encode() + batch.tobytes())
                 counted, sequences, tokens = (
                     counted + 1,
@@ -208,7 +208,7 @@ def calibrate(
                     )
                 if counted > done:
                     new = _sums(params, batch, cfg, gradients, stop)
-                    _check_sums(new, counted, cfg)
+                    check_sums(new, counted, cfg)
                     whole = False
                     sums.add(new, digest.hexdigest())
                     whole = True
@@ -250,7 +250,7 @@ def _check_weights(params: Params) -> None:
             )
 
 
-def _checked(batch: Any, number: int, cfg: Config) -> np.ndarray:
+def checked_batch(batch: Any, number: int, cfg: Config) -> np.ndarray:
     """The batch as int32 [B, T]; raises CalibrationError."""
     try:
         batch = checked_tokens(batch, cfg.vocab)
@@ -264,7 +264,7 @@ def _checked(batch: Any, number: int, cfg: Config) -> np.ndarray:
     return batch
 
 
-def _check_sums(sums: list[tuple], number: int, cfg: Config) -> None:
+def check_sums(sums: list[tuple], number: int, cfg: Config) -> None:
     """Raises CalibrationError where activations or gradients overflowed."""
     for i, layer in enumerate(sums):
         for name, found in zip(MOMENTS, layer, strict=False):

@@ -94,7 +94,10 @@ def layer_spectra(
     if statistics is None and (objective != "plain" or mean):
         raise ConvertError(f"the objective {objective} and a mean split need statistics; calibrate")
     if objective == "gradient" and statistics.grad_k_FF is None:
-        raise ConvertError("these statistics hold no gradients; calibrate with gradients=True")
+        raise ConvertError(
+            "these statistics hold no gradients; calibrate with gradients=True, or choose the "
+            "objective whitened or aware"
+        )
     w_k, w_v = (np.asarray(w, np.float64) for w in (attn.k, attn.v))
     gram = None
     if statistics is not None:
