@@ -19,7 +19,7 @@ from llm_jax.testing import write_safetensors
 PAGE = Path(__file__).parents[1] / "docs" / "your-own-model.md"
 SECTIONS = {
     section.split("\n")[0]: re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-    for section in re.split(r"^## ", PAGE.read_text(), flags=re.M)
+    for section in re.split(r"^###? ", PAGE.read_text(), flags=re.M)
 }
 
 
@@ -62,7 +62,7 @@ def moved(found, whole):
 
 
 def test_every_snippet_is_run():
-    assert sum(map(len, SECTIONS.values())) == 8
+    assert sum(map(len, SECTIONS.values())) == 10
 
 
 def test_a_dict():
@@ -94,6 +94,17 @@ def test_linen():
     close(made["y"], (hidden @ w["down"]["kernel"] + w["down"]["bias"]) @ w["mix"])
     whole = made["model"].apply(made["variables"], made["x"])
     assert 0.001 < moved(made["y"], whole) < 0.2
+
+
+def test_qwix():
+    pytest.importorskip("qwix", reason="qwix is not installed")
+    made = run("Arrays of qwix")
+    scale = np.asarray(made["theirs"].scale, np.float64)
+    expected = np.asarray(made["theirs"].qvalue, np.float64) * scale.repeat(16, 0)
+    for low in (made["low"], made["tree"]["w"]):
+        np.testing.assert_array_equal(np.asarray(low, np.float32), expected.astype("bfloat16"))
+    close(made["y"], np.asarray(made["x"], np.float64) @ widened(made["ours"]))
+    assert 0.001 < moved(np.asarray(made["ours"]), made["w"]) < 0.2
 
 
 def test_a_hugging_face_folder(tmp_path):
@@ -139,6 +150,19 @@ def test_palu():
     given = dict(qwen3=qwen3, params=params, cfg=CFG, prompt=PROMPT)
     made = run("Palu as an attention swap", **given)
     assert made["tokens"] == generate(made["palu"], PROMPT, CFG, 24)
+
+
+@pytest.mark.slow
+def test_calibration():
+    qwen3, params = tiny()
+    batches = [np.random.default_rng(0).integers(0, CFG.vocab, (2, 9))]
+    given = dict(qwen3=qwen3, params=params, cfg=CFG, batches=batches)
+    made = run("Calibration through your own forward", **given)
+    h = np.asarray(params.embed_VD, np.float64)[batches[0]].reshape(18, -1)
+    h = h / np.sqrt((h**2).mean(-1, keepdims=True) + CFG.norm_eps)
+    h = h * np.asarray(params.layers[0].attn_norm, np.float64)
+    close(made["statistics"].layers[0].gram_DD, h.T @ h / 18)
+    assert len(generate(made["palu"], PROMPT, CFG, 4)) == 4
 
 
 @pytest.mark.slow
