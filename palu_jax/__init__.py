@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from palu_jax.convert import ConvertError, Recipe, to_palu
     from palu_jax.description import StoreError, describe
     from palu_jax.format import FormatError, LatentFormat, MixedFormat
+    from palu_jax.own_attention import compress_nnx
     from palu_jax.own_forward import calibrate_nnx
     from palu_jax.planner import CachePlan, plan_cache
     from palu_jax.rank import (
@@ -52,6 +53,7 @@ _HOMES = {  # name -> its module, imported when the name is first used; no modul
     "calibrate": "palu_jax.calibration",
     "calibrate_nnx": "palu_jax.own_forward",
     "compress": "palu_jax.compression",
+    "compress_nnx": "palu_jax.own_attention",
     "describe": "palu_jax.description",
     "error_ranks": "palu_jax.rank",
     "fisher_ranks": "palu_jax.rank",
@@ -84,6 +86,7 @@ __all__ = [
     "calibrate",
     "calibrate_nnx",
     "compress",
+    "compress_nnx",
     "describe",
     "error_ranks",
     "fisher_ranks",

@@ -11,7 +11,7 @@ of `nnx.jit`, `nnx.remat` and the like as the model's other state does.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -110,18 +110,27 @@ def _watched(model: Any, pattern: str, name: str, sums: Callable, cfg: Config) -
         for keys, node in nnx.iter_graph(model)
         if keys and isinstance(node, nnx.Module) and callable(node)
     }
-    paths = chosen([_Site(pattern)], modules)
-    found = sorted(paths, key=lambda path: [(isinstance(k, str), k) for k in modules[path][0]])
-    if len(found) != cfg.layers:
-        raise CalibrationError(
-            f"{pattern!r} chooses {len(found)} modules of a model of {cfg.layers} layers: "
-            f"{', '.join(found[:3])} …"
-        )
+    found = of_layers(pattern, {path: keys for path, (keys, _) in modules.items()}, cfg)
     for path in found:
         node = modules[path][1]
         setattr(node, name, nnx.Variable(jax.tree.map(jnp.zeros_like, sums(None))))
         node.__class__ = _watching(type(node), name, path, sums)
     return [(modules[path][1], name, path) for path in found]
+
+
+def of_layers(pattern: str, keys: Mapping[str, tuple], cfg: Config) -> list[str]:
+    """The paths that the pattern chooses, one a layer, in the order of the layers.
+
+    `keys` are the parts of each path. Raises RuleError, and CalibrationError for another number.
+    """
+    order = lambda path: [(isinstance(key, str), key) for key in keys[path]]
+    found = sorted(chosen([_Site(pattern)], keys), key=order)
+    if len(found) != cfg.layers:
+        raise CalibrationError(
+            f"{pattern!r} chooses {len(found)} parts of a model of {cfg.layers} layers: "
+            f"{', '.join(found[:3])} …"
+        )
+    return found
 
 
 def _watching(cls: type, name: str, path: str, sums: Callable) -> type:

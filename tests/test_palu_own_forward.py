@@ -1,5 +1,7 @@
 """Palu's moments through an NNX model's own forward: against `llm_jax`'s own calibration."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from llm_jax.attention import caches_for, causal_step
 from llm_jax.model import forward
 from llm_jax.rules import RuleError
 from palu_jax import CalibrationError, calibrate, calibrate_nnx
+from palu_jax.own_attention import shaped
 
 SITES = dict(inputs=r"layers/\d+/attn/k_proj", queries=r"layers/\d+/attn/q_norm")
 
@@ -47,6 +50,67 @@ def test_moments_are_those_of_llm_jax(shared):
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(qwen3)), before)
     assert type(qwen3.layers[0].attn.k_proj).__call__ is type(qwen3.lm_head).__call__
+
+
+ARRAYS = {name: f"layers/.*/{name}_proj/w" for name in "qkvo"}
+ARRAYS |= {name: f"layers/.*/{name}/w" for name in ("q_norm", "k_norm")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["whitened", "aware"])
+def test_palu_of_a_model_that_llm_jax_does_not_know(shared, objective):
+    """The latent attention is that which `compress` makes of the shared checkpoint."""
+    qwen3, params = shared
+    how = dict(keep=0.5, bits=4, objective=objective)
+    latents = palu_jax.compress_nnx(qwen3, CFG, batches(), arrays=ARRAYS, **SITES, **how)
+    expected = palu_jax.compress(params, CFG, batches(), **how)
+    x = np.random.default_rng(1).integers(0, CFG.vocab, (1, 32))
+    layers = [
+        dataclasses.replace(layer, attn=latent)
+        for layer, latent in zip(params.layers, latents, strict=True)
+    ]
+    ours = dataclasses.replace(params, layers=tuple(layers))
+    for name in ("q", "o", "q_norm", "k_norm"):
+        for latent, layer in zip(latents, params.layers, strict=True):
+            np.testing.assert_array_equal(getattr(latent, name), getattr(layer.attn, name))
+    np.testing.assert_allclose(perplexity(ours, x), perplexity(expected, x), rtol=1e-3)
+    assert perplexity(ours, x) != pytest.approx(perplexity(params, x), rel=1e-3)
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(objective="gradient"), "gradients are not taken through a foreign forward"),
+    (dict(search="fisher"), "gradients are not taken through a foreign forward"),
+    (dict(arrays={"q": "a", "k": "b"}), "no pattern for the matrices v, o"),
+    (dict(arrays=ARRAYS | {"qkv": "a"}), "'qkv' is no part of attention"),
+])  # fmt: skip
+def test_what_cannot_be_compressed_is_named(change, said):
+    with pytest.raises(palu_jax.ConvertError, match=said):
+        palu_jax.compress_nnx(Few(), CFG, batches(), **(dict(arrays=ARRAYS) | SITES | change))
+
+
+@pytest.mark.parametrize("name, shape, kept", [
+    ("q", (64, 4, 16), (64, 64)), ("k", (64, 32), (64, 32)), ("v", (64, 2, 16), (64, 32)),
+    ("o", (4, 16, 64), (64, 64)), ("o", (64, 64), (64, 64)), ("k_bias", (2, 16), (32,)),
+    ("q_bias", (64,), (64,)), ("o_bias", (64,), (64,)), ("k_norm", (16,), (16,)),
+    ("q", (4, 16, 64), None), ("k", (32, 64), None), ("o", (64, 4, 16), None), ("v", (), None),
+    ("o_bias", (4, 16), None), ("q_norm", (4, 16), None),
+])  # fmt: skip
+def test_heads_may_be_apart_or_together(name, shape, kept):
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    if kept is None:
+        with pytest.raises(palu_jax.ConvertError, match=r"a/b has shape .*; expected"):
+            shaped(name, "a/b", array, CFG)
+    else:
+        np.testing.assert_array_equal(shaped(name, "a/b", array, CFG), array.reshape(kept))
+
+
+@pytest.mark.slow
+def test_matrices_of_another_shape_are_named(shared):
+    arrays = ARRAYS | {"k": r"layers/\d/attn/q_proj/w"}
+    with pytest.raises(
+        palu_jax.ConvertError, match=r"layers/0/attn/q_proj/w has shape \(64, 4, 16\)"
+    ):
+        palu_jax.compress_nnx(shared[0], CFG, batches()[:1], arrays=arrays, **SITES)
 
 
 @pytest.mark.slow
@@ -107,7 +171,7 @@ def test_what_cannot_be_measured_is_named(shared):
     refused(CalibrationError, "called with 0 tokens", forward=lambda model, tokens: tokens)
     refused(CalibrationError, r"gives \(2, 9, 24\); expected queries", Few(D=24))
     refused(RuleError, "nearest paths are layers/", inputs="layer/./k")
-    refused(CalibrationError, "chooses 1 modules of a model of 3 layers", inputs="layers/0")
+    refused(CalibrationError, "chooses 1 parts of a model of 3 layers", inputs="layers/0")
     refused(CalibrationError, "no text", given=[])
     refused(CalibrationError, "batch 1: ", given=[np.full((1, 4), CFG.vocab)])
     refused(CalibrationError, "no Flax NNX module", model={"a": jnp.ones(2)})
