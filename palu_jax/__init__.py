@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from palu_jax.compression import Compression, Compressor, compress
     from palu_jax.convert import ConvertError, Recipe, to_palu
     from palu_jax.description import StoreError, describe
+    from palu_jax.factors import FactorError, LowRank, Moment, low_rank
     from palu_jax.format import FormatError, LatentFormat, MixedFormat
     from palu_jax.planner import CachePlan, plan_cache
     from palu_jax.rank import (
@@ -38,10 +39,13 @@ _HOMES = {  # name -> its module, imported when the name is first used; no modul
     "Compression": "palu_jax.compression",
     "Compressor": "palu_jax.compression",
     "ConvertError": "palu_jax.convert",
+    "FactorError": "palu_jax.factors",
     "FormatError": "palu_jax.format",
     "KVFormat": "palu_jax.rival",
     "LatentFormat": "palu_jax.format",
+    "LowRank": "palu_jax.factors",
     "MixedFormat": "palu_jax.format",
+    "Moment": "palu_jax.factors",
     "PaluCheckpoint": "palu_jax.store",
     "RankError": "palu_jax.rank",
     "Recipe": "palu_jax.convert",
@@ -55,6 +59,7 @@ _HOMES = {  # name -> its module, imported when the name is first used; no modul
     "fisher_ranks": "palu_jax.rank",
     "group_sizes": "palu_jax.rank",
     "kivi": "palu_jax.rival",
+    "low_rank": "palu_jax.factors",
     "plan_cache": "palu_jax.planner",
     "restore": "palu_jax.store",
     "save": "palu_jax.store",
@@ -68,10 +73,13 @@ __all__ = [
     "Compression",
     "Compressor",
     "ConvertError",
+    "FactorError",
     "FormatError",
     "KVFormat",
     "LatentFormat",
+    "LowRank",
     "MixedFormat",
+    "Moment",
     "PaluCheckpoint",
     "PaluError",
     "RankError",
@@ -86,6 +94,7 @@ __all__ = [
     "fisher_ranks",
     "group_sizes",
     "kivi",
+    "low_rank",
     "plan_cache",
     "restore",
     "save",
