@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from palu_jax.compression import Compression, Compressor, compress
     from palu_jax.convert import ConvertError, Recipe, to_palu
     from palu_jax.description import StoreError, describe
+    from palu_jax.factors import FactorError, LowRank, Moment, low_rank
     from palu_jax.format import FormatError, LatentFormat, MixedFormat
     from palu_jax.own_attention import compress_nnx
     from palu_jax.own_forward import calibrate_nnx
@@ -40,10 +41,13 @@ _HOMES = {  # name -> its module, imported when the name is first used; no modul
     "Compression": "palu_jax.compression",
     "Compressor": "palu_jax.compression",
     "ConvertError": "palu_jax.convert",
+    "FactorError": "palu_jax.factors",
     "FormatError": "palu_jax.format",
     "KVFormat": "palu_jax.rival",
     "LatentFormat": "palu_jax.format",
+    "LowRank": "palu_jax.factors",
     "MixedFormat": "palu_jax.format",
+    "Moment": "palu_jax.factors",
     "PaluCheckpoint": "palu_jax.store",
     "RankError": "palu_jax.rank",
     "Recipe": "palu_jax.convert",
@@ -59,6 +63,7 @@ _HOMES = {  # name -> its module, imported when the name is first used; no modul
     "fisher_ranks": "palu_jax.rank",
     "group_sizes": "palu_jax.rank",
     "kivi": "palu_jax.rival",
+    "low_rank": "palu_jax.factors",
     "plan_cache": "palu_jax.planner",
     "restore": "palu_jax.store",
     "save": "palu_jax.store",
@@ -72,10 +77,13 @@ __all__ = [
     "Compression",
     "Compressor",
     "ConvertError",
+    "FactorError",
     "FormatError",
     "KVFormat",
     "LatentFormat",
+    "LowRank",
     "MixedFormat",
+    "Moment",
     "PaluCheckpoint",
     "PaluError",
     "RankError",
@@ -92,6 +100,7 @@ __all__ = [
     "fisher_ranks",
     "group_sizes",
     "kivi",
+    "low_rank",
     "plan_cache",
     "restore",
     "save",

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -71,6 +72,17 @@ class Compression:
     """With a budget: 2 lets the planner store the keys or values of a group in two classes of bits.
     On a GPU the kernels then give way to XLA. With `slowest`, or with a format with blocks, there
     is one class."""
+
+    def __post_init__(self):
+        """Raises ConvertError for numbers that no model can use."""
+        above = lambda x: x is None or 0 < x < math.inf
+        for name in ("keep", "budget", "slowest", "tokens", "multiple", "group"):
+            if not above(value := getattr(self, name)):
+                raise ConvertError(f"{name} is {value}; expected a number above 0")
+        if not all(map(above, self.split)):
+            raise ConvertError(f"split is {self.split}; expected two numbers above 0")
+        if self.classes not in (1, 2):
+            raise ConvertError(f"{self.classes} classes of bits; possible are 1 and 2")
 
     @property
     def needs_gradients(self) -> bool:
@@ -163,16 +175,21 @@ class Compressor:
         self._energies: dict[Objective, dict[int, list]] = {}
         self._planned: tuple[Compression, list[CachePlan]] | None = None
 
-    def compress(self, how: Compression) -> tuple[Params, Recipe]:
-        """(the compressed parameters, the recipe, as `palu_jax.save` wants it)."""
-        recipe = self.recipe(how)
+    def compress(self, how: Compression, plan: CachePlan | None = None) -> tuple[Params, Recipe]:
+        """(the compressed parameters, the recipe, as `palu_jax.save` wants it).
+
+        `plan` is one of `plans`; None: the best of them, where `how` has a budget.
+        """
+        recipe = self.recipe(how, plan)
         spectra = self._spectra(recipe.groups, recipe.objective, recipe.mean_split)
         return to_palu(self._params, self._cfg, recipe, self._statistics, spectra=spectra), recipe
 
-    def recipe(self, how: Compression) -> Recipe:
-        """The recipe with the ranks that the search or the planner chooses."""
-        if how.budget is not None:
+    def recipe(self, how: Compression, plan: CachePlan | None = None) -> Recipe:
+        """The recipe with the ranks that the search or the planner chooses, or with those of
+        `plan`."""
+        if plan is None and how.budget is not None:
             plan = self.plans(how)[0]
+        if plan is not None:
             form = plan.format(how.format)
             return Recipe(
                 plan.groups, plan.ranks, how.objective, form, how.rotate, False, how.fuse_values
@@ -198,20 +215,29 @@ class Compressor:
 
     def plans(self, how: Compression) -> list[CachePlan]:
         """Every way to spend `how.budget`, the least predicted error first; raises RankError."""
-        if how.classes not in (1, 2):
-            raise ConvertError(f"{how.classes} classes of bits; possible are 1 and 2")
+        if how.budget is None:
+            raise ConvertError("there is no budget to plan for; give bytes a token")
         if self._planned is not None and self._planned[0] == how:
             return self._planned[1]
-        kv_heads = self._cfg.kv_heads
-        if how.objective not in self._energies:
-            sizes = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
-            self._energies[how.objective] = {n: self._energy(n, how.objective) for n in sizes}
         found = plan_cache(
-            self._energies[how.objective], self._cfg, how.budget, how.multiple,
+            self.energies(how.objective), self._cfg, how.budget, how.multiple,
             tokens=how.tokens, slowest=how.slowest, classes=1 if how.format.block else how.classes,
         )  # fmt: skip
         self._planned = how, found
         return found
+
+    def energies(self, objective: Objective = "gradient") -> dict[int, list]:
+        """What `plan_cache` plans by: group size -> for each layer the eigenvalues of its key
+        groups and of its value groups.
+
+        The sizes are those that divide the kv heads. The forecast of a plan is one of the loss
+        under the gradient objective alone.
+        """
+        if objective not in self._energies:
+            kv_heads = self._cfg.kv_heads
+            sizes = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+            self._energies[objective] = {n: self._energy(n, objective) for n in sizes}
+        return self._energies[objective]
 
     def _energy(self, group: int, objective: Objective) -> list:
         """For each layer the eigenvalues of its key groups and of its value groups."""

@@ -12,6 +12,7 @@ R rank, g groups.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -25,8 +26,8 @@ from palu_jax import PaluError
 from palu_jax.attention import Factors, PaluAttention, frequencies_of, why_not
 from palu_jax.calibration import LayerStatistics, Statistics
 from palu_jax.decompose import Spectrum, block_diagonal, key_metric, spectrum, value_metric
+from palu_jax.factors import stored_factors
 from palu_jax.format import LatentFormat, MixedFormat
-from palu_jax.hadamard import rotation
 from palu_jax.identity import identity, not_finite
 from palu_jax.rank import Ranks
 
@@ -52,13 +53,30 @@ class Recipe:
     the outputs (Palu). aware: errors of keys weighted by the queries that they meet, errors of
     values by the output projection. gradient: both weighted by the gradient of the loss."""
     format: LatentFormat = dataclasses.field(default_factory=LatentFormat)
+    """How latents are stored."""
     rotate: bool = True
-    """Latents of fewer than 16 bits are rotated by a Hadamard matrix, which is multiplied into the
-    factors."""
+    """Latents of fewer than 16 bits are rotated, each block of them by a Hadamard matrix (where
+    there is none of its size, by another orthogonal one), which is multiplied into the factors."""
     mean_split: bool = False
-    """Each token's coefficient of the mean direction of the inputs is kept apart, in 16 bits."""
+    """Each token's coefficient of the mean direction of the inputs is kept apart, in the dtype of
+    16-bit latents, and the factors minimize the error of what is left of the inputs. Not with
+    `fuse_values`."""
     fuse_values: bool = False
-    """The value factors are multiplied into the output projection; worth it for ranks up to H."""
+    """The value factors are multiplied into the output projection; worth it for ranks up to H.
+    Groups must be of one size, and value ranks of a layer all the same."""
+
+    def __post_init__(self):
+        """Sequences become tuples; raises ConvertError for ranks that are not whole numbers."""
+        whole = lambda numbers: tuple(map(operator.index, numbers))
+        try:
+            groups = whole(self.groups)
+            ranks = tuple((whole(k), whole(v)) for k, v in self.ranks)
+        except (TypeError, ValueError) as error:
+            raise ConvertError(
+                f"groups and ranks must be whole numbers, as of `group_sizes` and a search: {error}"
+            ) from error
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "ranks", ranks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +89,8 @@ class Spectra:
     """The mean direction that was split off."""
     w_k_DF: np.ndarray
     w_v_DF: np.ndarray
+    groups: tuple[int, ...]
+    objective: Objective
 
 
 def layer_spectra(
@@ -116,8 +136,8 @@ def layer_spectra(
     if mean:
         mu = np.asarray(statistics.mean_D, np.float64)
         project = np.eye(len(mu)) - np.outer(mu, mu) / _square(mu)
-        gram = project @ gram @ project
-    if objective == "plain":
+        gram = project if objective == "plain" else project @ gram @ project
+    elif objective == "plain":
         gram = None
     metric_k, metric_v = _metrics(attn, cfg, objective, statistics)
     out, size = ([], []), cfg.head_dim
@@ -128,7 +148,7 @@ def layer_spectra(
             at += heads
             block = None if metric is None else metric[rows, rows]
             parts.append(spectrum(w[:, rows], gram, block))
-    return Spectra(tuple(out[0]), tuple(out[1]), mu, w_k, w_v)
+    return Spectra(tuple(out[0]), tuple(out[1]), mu, w_k, w_v, tuple(groups), objective)
 
 
 def _square(mean_D) -> float:
@@ -163,12 +183,14 @@ def to_palu(
 
     Only the plain objective needs no `statistics`. `progress` gets the number of layers done.
     `spectra` are those of all layers where they exist already (`palu_jax.Compressor` keeps them).
-    Raises ConvertError where the recipe does not fit, where the statistics are of other parameters,
-    and where numbers are not finite.
+    Raises ConvertError where the recipe does not fit the model or the spectra, where the statistics
+    are of other parameters, and where numbers are not finite.
     """
     check_recipe(cfg, recipe, statistics)
     if spectra is None:
         check_model(params, cfg, statistics)
+    else:
+        _check_spectra(cfg, recipe, spectra)
     layers = []
     for i, layer in enumerate(params.layers):
         if spectra is not None:
@@ -243,34 +265,14 @@ def convert_layer(
 
 
 def _factors(spectra, ranks, recipe, cfg, side):
-    """(down [D, sum of ranks], up [g, largest rank, K', H]) in float64; each class of latents is
-    rotated by itself."""
-    downs, form = [], recipe.format
+    """(down [D, sum of ranks], up [g, largest rank, K', H]) in float64."""
+    downs = []
     up_gRKH = np.zeros((len(ranks), max(ranks), max(recipe.groups), cfg.head_dim))
     for i, (s, rank, heads) in enumerate(zip(spectra, ranks, recipe.groups, strict=True)):
-        down, up = s.factors(rank)
-        at = 0
-        for size, bits in form.classes_of(side, i, rank):
-            own, at = slice(at, at + size), at + size
-            part = down[:, own], up[own]
-            if recipe.rotate and bits < 16:
-                part = _rotated(*part, form.block or size)
-            downs.append(part[0])
-            up_gRKH[i, own, :heads] = part[1].reshape(size, heads, cfg.head_dim)
+        down, up = stored_factors(s, rank, recipe.format, side, i, recipe.rotate)
+        downs.append(down)
+        up_gRKH[i, :rank, :heads] = up.reshape(rank, heads, cfg.head_dim)
     return np.concatenate(downs, axis=1), up_gRKH
-
-
-def _rotated(down_DR, up_RF, block: int):
-    """The factors with their latents rotated, `block` latents at a time.
-
-    A block takes every n-th latent, so that each block has some of the large ones.
-    """
-    count = down_DR.shape[1] // block
-    order = np.arange(count * block).reshape(block, count).T.reshape(-1)
-    q = rotation(block)
-    down, up = down_DR[:, order], up_RF[order]
-    down = (down.reshape(-1, count, block) @ q).reshape(down.shape)
-    return down, (q.T @ up.reshape(count, block, -1)).reshape(up.shape)
 
 
 def _fused_output(attn, v: Factors, cfg):
@@ -337,6 +339,18 @@ def check_finite(index: int, attn: Any, statistics: LayerStatistics | None) -> N
             f"layer {index}: {bad} of the statistics holds NaN or infinity; calibrate again, in "
             "bfloat16 or float32"
         )
+
+
+def _check_spectra(cfg: Config, recipe: Recipe, spectra: Sequence[Spectra]) -> None:
+    """Raises ConvertError where factors from these spectra are not those of the recipe."""
+    if len(spectra) != cfg.layers:
+        raise ConvertError(f"there are {len(spectra)} spectra; the model has {cfg.layers} layers")
+    want = tuple(recipe.groups), recipe.objective, recipe.mean_split
+    for i, s in enumerate(spectra):
+        have = s.groups, s.objective, s.mean_D is not None
+        for name, a, b in zip(("groups", "objective", "mean split"), have, want, strict=True):
+            if a != b:
+                raise ConvertError(f"layer {i}: the spectra have {name} {a}; the recipe has {b}")
 
 
 def check_groups(cfg: Config, groups: Sequence[int]) -> None:

@@ -160,7 +160,8 @@ class PaluCache:
     k: Latents
     v: Latents
     mean_coefficient_BS: jax.Array | None
-    """For the mean split: each token's coefficient of the mean direction, in 16 bits."""
+    """For the mean split: each token's coefficient of the mean direction, in the dtype of 16-bit
+    latents."""
     exact: Exact | None
     """Key and value latents of some tokens in 16 bits, side by side."""
     format: LatentFormat = dataclasses.field(metadata=dict(static=True))

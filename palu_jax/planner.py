@@ -84,8 +84,12 @@ def plan_cache(
     groups, eigenvalues of the value groups), each largest first. `slowest` limits the seconds that
     a decode step's attention over `tokens` slots takes by the cost model of the kernels;
     combinations that no kernel runs are then left out. Raises RankError if nothing fits.
-    `palu_jax.Compressor.plans` makes the energies and calls this.
+    `palu_jax.Compressor.energies` makes the energies, and its `plans` calls this.
     """
+    if not 0 < budget < math.inf:
+        raise RankError(f"budget is {budget}; expected bytes a token above 0")
+    if slowest is not None and not 0 < slowest < math.inf:
+        raise RankError(f"slowest is {slowest}; expected seconds above 0")
     found, least = [], math.inf
     for group, layers in energies.items():
         groups = group_sizes(cfg.kv_heads, group)

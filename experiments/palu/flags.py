@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from experiments.common.cli import UserError
 from experiments.palu.methods import (
@@ -148,6 +148,16 @@ def check(args: Palu) -> None:
     for name, (least, most) in WHOLE.items():
         if not least <= (value := getattr(args, name)) <= most:
             _refuse(name, value, f"a whole number from {least} to {most}")
+    for name, kind in (
+        ("bits", Bits),
+        ("key_bits", Bits),
+        ("value_bits", Bits),
+        ("classes", Classes),
+    ):
+        given = getattr(args, name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and value not in get_args(kind):
+                _refuse(name, value, "one of " + ", ".join(map(str, get_args(kind))))
     for keep in args.keep:
         if not 0 < keep <= 1:
             _refuse("keep", keep, "shares above 0 and at most 1")

@@ -152,3 +152,56 @@ def test_the_keywords_are_the_fields():
     assert keywords == fields
     assert Compression().format == LatentFormat(4, 4)
     assert planner.CachePlan is palu_jax.CachePlan
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["keep", "budget", "slowest", "tokens", "multiple", "group", "split"]
+)
+def test_numbers_must_be_above_0(tiny, name, value):
+    given = (1.0, value) if name == "split" else value
+    with pytest.raises(ConvertError, match=f"^{name} is "):
+        compress(tiny.params, tiny.cfg, statistics=tiny.statistics, **{name: given})
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_the_planner_refuses_no_budget_at_all(tiny, value):
+    """NaN is below no cost, so it would buy every rank."""
+    energies = {3: [(np.ones((1, 48)), np.ones((1, 48)))] * 2}
+    with pytest.raises(RankError, match=r"^budget is "):
+        planner.plan_cache(energies, tiny.cfg, value)
+    with pytest.raises(RankError, match=r"^slowest is "):
+        planner.plan_cache(energies, tiny.cfg, 60, slowest=value)
+    with pytest.raises(ConvertError, match="no budget to plan for"):
+        Compressor(tiny.params, tiny.cfg, tiny.statistics).plans(Compression())
+
+
+def test_any_plan_can_be_chosen(tiny):
+    """`energies` are the eigenvalues of the pieces; every plan converts, and its cache has the
+    bytes that it says."""
+    compressor = Compressor(tiny.params, tiny.cfg, tiny.statistics)
+    energies = compressor.energies("whitened")
+    assert list(energies) == [1, 3]
+    for group, layers in energies.items():
+        for i, sides in enumerate(layers):
+            attn = tiny.params.layers[i].attn
+            gram = np.asarray(tiny.statistics.layers[i].gram_DD, np.float64)
+            for w, parts in zip((attn.k, attn.v), sides, strict=True):
+                w = np.asarray(w, np.float64)
+                for g, found in enumerate(parts):
+                    own = w[:, g * group * 16 : (g + 1) * group * 16]
+                    want = np.linalg.eigvalsh(own.T @ gram @ own)[::-1]
+                    np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-9 * want[0])
+    form = LatentFormat(dtype="bfloat16")
+    how = Compression(format=form, objective="whitened", budget=60.0, multiple=16)
+    plans = compressor.plans(how)
+    by_hand = planner.plan_cache(energies, tiny.cfg, 60.0, 16)
+    assert plans == by_hand and len(plans) > 2
+    assert compressor.recipe(how) == compressor.recipe(how, plans[0])
+    for plan in (plans[1], plans[-1]):
+        params, recipe = compressor.compress(how, plan)
+        assert (recipe.groups, recipe.ranks) == (plan.groups, plan.ranks)
+        assert recipe.format == plan.format(how.format) and recipe.objective == "whitened"
+        shapes = jax.eval_shape(lambda p=params: caches_for(p, tiny.cfg, 1, 10))
+        held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+        assert held == 10 * plan.bytes_per_token <= 600

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import typing
 
 import numpy as np
 import pytest
@@ -48,6 +49,61 @@ def test_numbers_must_be_finite_and_above_0(value):
     }.items():
         with pytest.raises(FlagError, match=f"^--{name} is {value}; expected"):
             check(Palu(**flags))
+
+
+CHOICES = {"bits": True, "key_bits": False, "value_bits": False, "classes": True}
+"""Flags with a few numbers -> whether they take several."""
+
+
+@pytest.mark.parametrize("value", [0, -1, -4, 5, math.nan, math.inf, 2.5])
+@pytest.mark.parametrize("name", CHOICES)
+def test_numbers_of_a_few_choices(name, value):
+    given = (2, value) if CHOICES[name] else value
+    with pytest.raises(FlagError, match=f"^--{name.replace('_', '-')} is {value}; expected one of"):
+        check(Palu(**{name: given}))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers_are_finite(name, value):
+    with pytest.raises(FlagError, match=f"^--{name.replace('_', '-')} is {value}; expected"):
+        check(Palu(**{name: value}))
+
+
+def test_these_are_all_numbers():
+    """A new numeric flag fails here until `check` and the tests above know it."""
+    known = {*WHOLE, *CHOICES, "keep", "budget", "split", "slowest"}
+    numeric = {
+        name
+        for name, kind in typing.get_type_hints(Palu).items()
+        if any(leaf in (int, float) or type(leaf) in (int, float) for leaf in leaves(kind))
+    }
+    assert numeric == known
+
+
+def leaves(kind) -> list:
+    """The types and choices that make up a type, such as int in tuple[int, ...] | None."""
+    inner = typing.get_args(kind)
+    return [leaf for part in inner for leaf in leaves(part)] if inner else [kind]
+
+
+MAY_BE_0 = {name for name, (least, _) in WHOLE.items() if least == 0}
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "nan"])
+def test_words_of_the_command_line(word, tmp_path, capfd):
+    """Every number of every flag, through the parser: status 2, and the flag in the message."""
+    for name in [*WHOLE, *CHOICES, "keep", "budget", "split", "slowest"]:
+        if word == "0" and name in MAY_BE_0:
+            continue
+        flag = "--" + name.replace("_", "-")
+        words = [flag, *(["1"] if name == "split" else []), word, "--output", str(tmp_path / "new")]
+        try:
+            status = palu.cli(words)
+        except SystemExit as exit:  # the parser's
+            status = exit.code
+        assert status == 2 and flag in "".join(capfd.readouterr()), name
+    assert not (tmp_path / "new").exists()
 
 
 def test_flags_that_ask_for_nothing(tmp_path):
