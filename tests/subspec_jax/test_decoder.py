@@ -166,7 +166,7 @@ def test_one_decoder_serves_prompt_after_prompt(tiny, target, plain):
 )
 def test_a_text_may_fill_the_cache_to_the_end(tiny, target, plain, monkeypatch, spec):
     """Rows are moved and drafted close to the last slot, and no committed one is touched."""
-    monkeypatch.setattr(decode, "cache_slots", lambda length, spec: length + spec.places)
+    monkeypatch.setattr(decode, "cache_slots", lambda length, spec, shape: length + spec.places)
     for bits in (2, 4):
         proposer = ModelDraft(tiny.draft(bits), tiny.cfg, spec)
         decoder = Decoder(target, proposer, max_length=len(PROMPT) + STEPS)
