@@ -64,6 +64,10 @@ COMMANDS = {
         "experiments.measure.checks",
         "time loading with and without checks of the files, and the identity of a file",
     ),
+    "measure.qat": (
+        "experiments.measure.qat",
+        "round a small Flax network and train it on, on digits",
+    ),
     "measure.trees": ("experiments.measure.trees", "find the draft tree that pays, from records"),
     "measure.tree_trace": ("experiments.measure.tree_trace", "record draft trees along real texts"),
 }

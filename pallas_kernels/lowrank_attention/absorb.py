@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.lowrank_attention.absorption import absorbed, slow_parts
+from pallas_kernels.lowrank_attention.absorption import FAST, SLOW, absorbed, slow_parts
 from pallas_kernels.lowrank_attention.latents import Latents
 from pallas_kernels.lowrank_attention.reference import HIDDEN
 from pallas_kernels.lowrank_attention.tiles import (
@@ -104,8 +104,8 @@ def absorbed_scores(
     B, S = k.codes_BSP.shape[:2]
     packing = Packing(k.bits, k.blocks[0])
     dtype, f32 = operand_dtype(k), jnp.float32
-    tile, span, fast = cfg.tile, cfg.span, cfg.fast
-    slow = cfg.slow if fast < H // 2 else 0
+    tile, span, fast = cfg.tile, cfg.span, FAST
+    slow = SLOW if fast < H // 2 else 0
     spans = pl.cdiv(S, span)
     frequencies = np.asarray(frequencies, np.float32)
     q = q_BNH.reshape(B, g, K, H).astype(f32) * (H**-0.5 * np.log2(np.e))

@@ -14,9 +14,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.lowrank_attention.absorption import SLOW
 from pallas_kernels.lowrank_attention.mosaic_plan import COLUMNS, TILE, Plan, Stored
 
-NARROW = True
-"""Whether codes are scaled in bfloat16, two at once; otherwise in float32."""
-
 
 def tiled(shape: tuple[int, ...], dtype: Any, minor: int | None = None) -> Any:
     """Shared memory for an operand of a product: tiles of 8 rows, the widest swizzle that fits.
@@ -77,7 +74,7 @@ def opened(codes_ref: Any, scale_ref: Any, half: int, bits: int, dtype: Any) -> 
         offset = offset + 8 * step
         codes = codes & jnp.int8(15) if half == 0 else (codes ^ jnp.int8(-128)) & jnp.int8(-16)
         step = step if half == 0 else step * 0.0625  # of 16 times a number from -8 to 7
-    work = dtype if NARROW and dtype == jnp.bfloat16 else jnp.float32
+    work = dtype if dtype == jnp.bfloat16 else jnp.float32
     wide = codes.astype(jnp.bfloat16).astype(work)
     if bits == 4 and half == 0:
         wide = wide - 8

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.lowrank_attention.absorption import FAST, SLOW
 from pallas_kernels.lowrank_attention.latents import Latents
 
 MAGIC = 128.0
@@ -59,15 +58,11 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True)
 class LatentTiling:
-    """How the slots are cut up, and how queries are absorbed."""
+    """How the slots are cut up."""
 
     tile: int = 64
     span: int = 1024
     """Slots of a program."""
-    fast: int = FAST
-    """Rotary pairs that keep two columns of their own."""
-    slow: int = SLOW
-    """Columns for all others."""
     width: int = 32
     """Columns of a head in one product."""
 

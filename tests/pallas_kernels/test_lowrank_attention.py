@@ -9,10 +9,10 @@ from pallas_kernels.bit_fields import pack_codes
 from pallas_kernels.float64 import f64
 from pallas_kernels.float64 import lowrank_attention as in_float64
 from pallas_kernels.lowrank_attention import Latents, lowrank_attention, why_not
-from pallas_kernels.lowrank_attention.absorption import absorbed, basis, can_absorb
+from pallas_kernels.lowrank_attention.absorption import FAST, SLOW, absorbed, basis, can_absorb
 from pallas_kernels.lowrank_attention.rebuild import Rows
 from pallas_kernels.lowrank_attention.reference import group_heads
-from pallas_kernels.lowrank_attention.tiles import LatentTiling, tiling
+from pallas_kernels.lowrank_attention.tiles import tiling
 
 
 def latents(rng, batch, slots, ranks, bits, dtype=jnp.bfloat16):
@@ -245,9 +245,8 @@ def test_absorbed_matrices_give_rotated_scores():
 @pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
 @pytest.mark.parametrize("span", [256, 1024])
 def test_few_functions_stand_in_for_the_slow_pairs(theta, span):
-    cfg = LatentTiling()
-    slow = theta ** (-np.arange(cfg.fast, 64) / 64)
-    place, parts, worst = basis(tuple(slow.tolist()), span, cfg.slow)
+    slow = theta ** (-np.arange(FAST, 64) / 64)
+    place, parts, worst = basis(tuple(slow.tolist()), span, SLOW)
     at = np.arange(span)[:, None] * slow[None]
     np.testing.assert_allclose(
         place @ parts.T, np.concatenate([np.cos(at), np.sin(at)], 1), atol=1e-4

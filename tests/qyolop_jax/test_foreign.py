@@ -3,28 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 import qyolop_jax
+from experiments.measure.qat import DigitsQat, Net, measure
 from llm_jax.rules import RuleError
 from qyolop_jax import QatRule, QyolopError
 from qyolop_jax.foreign import QuantizedLayer
-
-
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.conv = nnx.Conv(1, 8, (3, 3), rngs=rngs)
-        self.body = nnx.List([nnx.Conv(8, 16, (3, 3), strides=2, use_bias=False, rngs=rngs)])
-        self.head = nnx.Linear(256, 10, rngs=rngs)
-
-    def __call__(self, x):
-        x = nnx.relu(self.conv(x))
-        for layer in self.body:
-            x = nnx.relu(layer(x))
-        return self.head(x.reshape(len(x), -1))
-
 
 RULES = [QatRule("conv|body/.*"), QatRule("head", bits=4, observer="absmax")]
 
@@ -106,54 +92,16 @@ def test_what_cannot_be_is_named(act, words):
         act()
 
 
-@pytest.fixture(scope="module")
-def digits():
-    """(images [1797, 8, 8, 1], labels): 1,400 to train on, the rest to test with."""
-    load = pytest.importorskip("sklearn.datasets").load_digits
-    images, labels = load(return_X_y=True)
-    images = (images.reshape(-1, 8, 8, 1) / 8 - 1).astype(np.float32)
-    order = np.random.default_rng(0).permutation(len(images))
-    return images[order], labels[order].astype(np.int32)
-
-
-def train(model, digits, steps, rate, seed=0):
-    images, labels = digits
-    optimizer = nnx.Optimizer(model, optax.adam(rate), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model, optimizer, x, y):
-        def loss(model):
-            return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
-
-        optimizer.update(model, nnx.grad(loss)(model))
-
-    rng = np.random.default_rng(seed)
-    with jax.numpy_dtype_promotion("standard"):  # optax's adam mixes int32 and float32
-        for _ in range(steps):
-            some = rng.integers(0, 1400, 64)
-            step(model, optimizer, images[some], labels[some])
-
-
-def accuracy(model, digits):
-    images, labels = digits
-    found = nnx.jit(lambda m, x: m(x))(model, images[1400:]).argmax(-1)
-    return float((found == labels[1400:]).mean())
-
-
 @pytest.mark.slow
-def test_accuracy_on_digits(digits):
+def test_accuracy_on_digits():
     """float32, PTQ and QAT on 397 test images; 1% are four of them."""
-    net = Net(nnx.Rngs(0))
-    train(net, digits, 300, 3e-3)
-    whole, found = accuracy(net, digits), {}
-    for bits in (8, 3, 2):
-        model = qyolop_jax.qat(net, [QatRule(".*", bits)])
-        qyolop_jax.calibrate_inputs(model, [digits[0][:256]])
-        found[bits] = [accuracy(model, digits)]
-        train(model, digits, 150, 1e-3)
-        qyolop_jax.calibrate_inputs(model, [digits[0][:256]])
-        found[bits].append(accuracy(model, digits))
-    assert whole > 0.96
-    assert min(found[8]) > whole - 0.01
-    assert min(found[3]) > whole - 0.02 and found[3][1] >= found[3][0] - 0.005
-    assert found[2][0] < whole - 0.03 and found[2][1] > whole - 0.015
+    lines = []
+    measure(DigitsQat(bits=(8, 3, 2)), lines.append)
+    whole, *rest = lines
+    found = {line["weights"]: (line["ptq"], line["qat"]) for line in rest}
+    assert (whole := whole["accuracy"]) > 0.96
+    assert min(found["8 bits"]) > whole - 0.01
+    ptq, qat = found["3 bits"]
+    assert min(ptq, qat) > whole - 0.02 and qat >= ptq - 0.005
+    ptq, qat = found["2 bits"]
+    assert ptq < whole - 0.03 and qat > whole - 0.015

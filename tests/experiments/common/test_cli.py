@@ -213,4 +213,4 @@ def test_a_module_is_a_command():
 
 def test_every_command_is_in_the_list():
     """Of `python -m experiments`."""
-    assert len(COMMANDS) == 17 and set(COMMANDS) <= set(listed)
+    assert len(COMMANDS) == 18 and set(COMMANDS) <= set(listed)
